@@ -1,0 +1,64 @@
+# Every target works in a virtual environment of its own and installs the tested set of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+STAGE ?= all
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+CPP_SOURCES = $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test test-all sanitize lint format bench gpu-report clean
+
+help:
+	@echo "make demo        install and train on the shipped digits"
+	@echo "make test        install and run the fast tests against the installed package"
+	@echo "make test-all    the same with the slow tests (packaging matrix, long training)"
+	@echo "make sanitize    the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make lint        ruff, pyright, clang-format"
+	@echo "make format      rewrite the sources with ruff and clang-format"
+	@echo "make bench       benchmarks on this machine"
+	@echo "make gpu-report  tests and benchmarks for a CUDA machine (STAGE=name runs one stage)"
+	@echo "make clean       remove the environment and everything that was built"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+demo: $(BIN)/python
+	$(INSTALL) ".[train]"
+	$(BIN)/fm-fast train digits
+
+test: $(BIN)/python
+	$(INSTALL) ".[test,train]"
+	$(BIN)/pytest -m "not slow and not gpu" tests
+
+test-all: $(BIN)/python
+	$(INSTALL) ".[test,train,dev]"
+	$(BIN)/pytest -m "not gpu" tests
+
+sanitize: $(BIN)/python
+	$(INSTALL) ".[test]"
+	$(BIN)/pytest tests/native
+
+lint: $(BIN)/python
+	$(INSTALL) ".[test,train,dev]"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: $(BIN)/python
+	$(INSTALL) ruff clang-format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+bench: $(BIN)/python
+	$(INSTALL) ".[test,train]"
+	$(BIN)/python -m benchmarks
+
+gpu-report: $(BIN)/python
+	$(INSTALL) ".[test,train]"
+	$(BIN)/python -m benchmarks.gpu_report $(STAGE)
+
+clean:
+	rm -rf $(VENV) build dist fm_fast/_native *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""One module an op: its inputs, providers and correctness gate."""

@@ -1,0 +1,82 @@
+"""Rows of results, with what is needed to repeat them, as JSON and CSV."""
+
+import csv
+import datetime
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import fm_fast as fm
+
+FOLDER = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of one provider: ``metric`` is "ms", "ratio" (its time over ours, paired) or "copy_share" (of copy bandwidth)."""
+
+    op: str
+    provider: str
+    mode: str
+    size: str
+    dtype: str
+    metric: str
+    median: float
+    p20: float
+    p80: float
+
+
+def environment(device: torch.device, threads: int | None) -> dict[str, str]:
+    """The columns that say where and with what the rows were measured."""
+    info = fm.info()
+    return {
+        "device": _device_name(device),
+        "threads": str(threads or ""),
+        "cpu_isa": info.cpu_isa or "" if device.type == "cpu" else "",
+        "torch": info.torch,
+        "triton": info.triton or "",
+        "python": info.python,
+        "cuda": torch.version.cuda or "",
+        "fm_fast": info.fm_fast,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def default_path(op: str, surroundings: Mapping[str, str]) -> Path:
+    """results/<device>-<date>-<op>.json, with the instruction set on a CPU."""
+    parts = (surroundings["device"], surroundings["cpu_isa"], surroundings["date"], op)
+    return FOLDER / ("-".join("_".join(part.split()) for part in parts if part) + ".json")
+
+
+def write(path: Path, rows: list[Row], surroundings: Mapping[str, str]) -> None:
+    """Write the rows so far to ``path`` (JSON) and beside it as CSV; called after every setting, so that a stopped run keeps its rows."""
+    records = [{**asdict(row), **surroundings} for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

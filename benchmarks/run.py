@@ -1,0 +1,142 @@
+"""Compare providers of an op on this machine: correctness first, then interleaved timing.
+
+    python -m benchmarks.run --op path_loss --device cpu --size all --threads 2
+
+A provider whose results are wrong stops the run before any time is shown.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.registry import Op, Setting
+    from benchmarks.results import Row
+
+WARM_UP_SECONDS = 0.5
+SMALL_STEP_MS = 2.0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--op", default="path_loss")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", default="all", choices=("small", "large", "all"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--isa", choices=("avx512", "avx2", "portable"), help="instruction set of the C++ library (FM_FAST_CPU)")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch, on the CPU")
+    parser.add_argument("--rounds", type=int, default=60, help="each round runs every provider once, in random order")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="other providers than ours to keep, by part of their names")
+    parser.add_argument("--out", type=Path, help="JSON file of the rows; a CSV is written beside it (default: benchmarks/results/)")
+    return parser.parse_args(arguments)
+
+
+def settings(op: "Op", options: argparse.Namespace) -> "Iterator[Setting]":
+    """Every size and mode that was asked for."""
+    import torch
+
+    from benchmarks.registry import Setting
+
+    sizes = op.sizes if options.size == "all" else {options.size: op.sizes[options.size]}
+    for size, shape in sizes.items():
+        for mode in op.modes:
+            yield Setting(torch.device(options.device), size, shape, getattr(torch, options.dtype), mode)
+
+
+def gate(op: "Op", setting: "Setting", only: list[str] | None) -> dict[str, list]:
+    """The steps of every provider, by name, after each has passed the check; SystemExit if one has not."""
+    given, steps = [op.inputs(setting) for _ in range(_input_sets(op, setting))], {}
+    for i, provider in enumerate(op.providers(setting)):
+        if i and only and not any(text in provider.name for text in only):
+            continue
+        steps[provider.name] = [provider.build(inputs, setting) for inputs in given]
+        try:
+            for inputs, step in zip(given, steps[provider.name] if provider.gated else [], strict=False):
+                op.check(inputs, setting, step)
+        except AssertionError as error:
+            sys.exit(f"{op.name}, {setting.size}, {setting.mode}: {provider.name} is wrong, so nothing is timed: {error}")
+    return steps
+
+
+def _input_sets(op: "Op", setting: "Setting") -> int:
+    """Sets to rotate over: on a GPU enough to leave its cache behind; on a CPU one, as a model would leave its output there too."""
+    return 1 if setting.device.type == "cpu" else max(2, min(64, (512 << 20) // op.bytes_moved(setting)))
+
+
+def measure(op: "Op", setting: "Setting", options: argparse.Namespace) -> "list[Row]":
+    """The rows of one setting: milliseconds, ratios to ours and, on a GPU, the share of copy bandwidth."""
+    import torch
+
+    from benchmarks import timing
+
+    torch._dynamo.reset()  # or the second size would run code that was compiled for any size
+    steps = gate(op, setting, options.only)
+    if setting.device.type == "cuda":
+        replays = {name: timing.captured(sets) for name, sets in steps.items()}
+        timing.warm_up(replays, WARM_UP_SECONDS)
+        clock = timing.device_clock(len(next(iter(steps.values()))))
+        return _rows(op, setting, timing.interleaved(replays, options.rounds, clock), timing.copy_bandwidth(setting.device))
+    calls = {name: sets[0] for name, sets in steps.items()}
+    timing.warm_up(calls, WARM_UP_SECONDS)
+    repeats = 1 if timing.wall_clock(3)(next(iter(calls.values()))) > SMALL_STEP_MS else 5
+    return _rows(op, setting, timing.interleaved(calls, options.rounds, timing.wall_clock(repeats)))
+
+
+def _rows(op: "Op", setting: "Setting", times: dict[str, list[float]], copy_bandwidth: float | None = None) -> "list[Row]":
+    from benchmarks import timing
+    from benchmarks.results import Row
+
+    ours = next(iter(times))
+    common = (setting.mode, setting.size, str(setting.dtype).removeprefix("torch."))
+    rows = []
+    for name, values in times.items():
+        summaries = {"ms": timing.summarise(values), "ratio": timing.ratios(times, name, ours)}
+        if copy_bandwidth:
+            summaries["copy_share"] = timing.summarise([op.bytes_moved(setting) / ms / copy_bandwidth for ms in values])
+        for metric, summary in summaries.items():
+            rows.append(Row(op.name, name, *common, metric, summary.median, summary.p20, summary.p80))
+    return rows
+
+
+def table(rows: "list[Row]", ours: str) -> str:
+    """One line a provider: its milliseconds, how many times ours it takes (20th and 80th percentiles), its share of copy bandwidth."""
+    by_metric = {(row.provider, row.metric): row for row in rows}
+    first = rows[0]
+    lines = [f"\n{first.op}, {first.size}, {first.dtype}, {first.mode}", f"{'provider':<26}{'ms':>28}{f'times {ours}':>32}"]
+    for name in dict.fromkeys(row.provider for row in rows):
+        cells = [by_metric[name, metric] for metric in ("ms", "ratio")]
+        text = [f"{cell.median:.3f} [{cell.p20:.3f}, {cell.p80:.3f}]" for cell in cells]
+        share = f"   {by_metric[name, 'copy_share'].median:.0%} of copy" if (name, "copy_share") in by_metric else ""
+        lines.append(f"{name:<26}{text[0]:>28}{text[1]:>32}{share}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.isa:
+        # Read once, when fm_fast is imported: hence the imports inside functions.
+        os.environ["FM_FAST_CPU"] = options.isa
+    import torch
+
+    from benchmarks import registry, results
+
+    torch.set_num_threads(options.threads)
+    ops = registry.load().ops
+    if options.op not in ops:
+        sys.exit(f"--op must be one of {', '.join(ops)}, got {options.op!r}")
+    surroundings = results.environment(torch.device(options.device), options.threads if options.device == "cpu" else None)
+    print(", ".join(f"{name} {value}" for name, value in surroundings.items() if value))
+    path = options.out or results.default_path(options.op, surroundings)
+    rows: list[Row] = []
+    for setting in settings(ops[options.op], options):
+        new = measure(ops[options.op], setting, options)
+        rows += new
+        print(table(new, new[0].provider), flush=True)
+        results.write(path, rows, surroundings)
+
+
+if __name__ == "__main__":
+    main()

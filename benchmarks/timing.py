@@ -1,0 +1,97 @@
+"""Interleaved timing: every round runs each candidate once, in random order, so that a busy moment of the machine hits all alike."""
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Median and the 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def summarise(values: list[float]) -> Summary:
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return Summary(ordered[round(last * 0.5)], ordered[round(last * 0.2)], ordered[round(last * 0.8)])
+
+
+def ratios(times: Mapping[str, list[float]], name: str, base: str) -> Summary:
+    """``name``'s time over ``base``'s, paired within each round."""
+    return summarise([a / b for a, b in zip(times[name], times[base], strict=True)])
+
+
+def warm_up(steps: Mapping[str, Step], seconds: float) -> None:
+    """Run every step for a while: by time, not by count, so that clocks and caches settle whatever a step costs."""
+    for step in steps.values():
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            step()
+
+
+def interleaved(steps: Mapping[str, Step], rounds: int, clock: Callable[[Step], float], seed: int = 0) -> dict[str, list[float]]:
+    """Milliseconds of each step in each round."""
+    order, shuffle = list(steps), random.Random(seed).shuffle
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            times[name].append(clock(steps[name]))
+    return times
+
+
+def wall_clock(repeats: int) -> Callable[[Step], float]:
+    """Milliseconds a call, averaged over a few calls in a row."""
+
+    def clock(step: Step) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        return (time.perf_counter() - start) * 1e3 / repeats
+
+    return clock
+
+
+def captured(steps: list[Step]) -> Step:
+    """A replay of all the steps in one CUDA graph: no launch gaps, and one input set after another, so that the cache stays cold."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for step in steps * 3:
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for step in steps:
+            step()
+    return graph.replay
+
+
+def device_clock(repeats: int) -> Callable[[Step], float]:
+    """Milliseconds of a replay between two events, divided by the steps it holds."""
+
+    def clock(replay: Step) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / repeats
+
+    return clock
+
+
+def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:
+    """Bytes a millisecond, read and written, of a large copy on the device: the ceiling of any memory-bound kernel."""
+    source, target = torch.ones(2, size, dtype=torch.uint8, device=device)
+    copies = captured([lambda: target.copy_(source)] * 4)
+    return 2 * size / summarise([device_clock(4)(copies) for _ in range(20)]).median

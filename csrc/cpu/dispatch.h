@@ -1,0 +1,19 @@
+// The kernels of the instruction set in use.
+#pragma once
+
+#include "kernels.h"
+
+namespace fm {
+
+struct KernelTable {
+    const char* name;
+    bool (*runs_here)();
+    NoiseKernel noise;
+    SampleKernel path_sample;
+    LossKernel path_loss;
+};
+
+// The best this CPU can run, or what fm_fast_cpu_select chose.
+const KernelTable& kernels();
+
+}  // namespace fm

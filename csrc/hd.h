@@ -1,0 +1,35 @@
+// What lets one scalar function compile for the CPU (once per instruction set) and for CUDA.
+// Every shared function has internal linkage: copies built with different -m flags must never be merged by the linker.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define FM_HD static __host__ __device__ __forceinline__
+#else
+#define FM_HD static inline
+#endif
+
+namespace fm {
+
+template <class To, class From>
+FM_HD To bit_cast(From value) {
+    static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+    To result;
+    __builtin_memcpy(&result, &value, sizeof(To));
+    return result;
+}
+
+// One rounding where the hardware has it. A library fma on a CPU without the instruction would cost hundreds of cycles.
+FM_HD float multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+    return fmaf(a, b, c);
+#elif defined(__FMA__)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+}  // namespace fm

@@ -1,0 +1,134 @@
+// The functions of LibTorch's stable C shim that we call (present since torch 2.10), declared here so that building needs no torch,
+// and small owners around them. tests/native compiles this file together with torch's own headers: a changed signature is an error there.
+#pragma once
+
+#include <stdint.h>
+
+#include <stdexcept>
+#include <string>
+
+struct AtenTensorOpaque;
+using AtenTensorHandle = AtenTensorOpaque*;
+class TorchLibraryOpaque;
+using TorchLibraryHandle = TorchLibraryOpaque*;
+using AOTITorchError = int32_t;
+using StableIValue = uint64_t;
+
+#define FM_TORCH __attribute__((__visibility__("default")))
+
+extern "C" {
+
+typedef void (*ParallelFunc)(int64_t begin, int64_t end, void* ctx);
+
+FM_TORCH int32_t aoti_torch_dtype_bfloat16();
+FM_TORCH int32_t aoti_torch_dtype_float16();
+FM_TORCH int32_t aoti_torch_dtype_float32();
+FM_TORCH int32_t aoti_torch_dtype_float64();
+FM_TORCH int32_t aoti_torch_dtype_uint8();
+FM_TORCH int32_t aoti_torch_dtype_int64();
+FM_TORCH int32_t aoti_torch_device_type_cpu();
+FM_TORCH bool aoti_torch_grad_mode_is_enabled();
+
+FM_TORCH AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
+FM_TORCH AOTITorchError aoti_torch_new_tensor_handle(AtenTensorHandle orig_handle, AtenTensorHandle* new_handle);
+FM_TORCH AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** ret_data_ptr);
+FM_TORCH AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* ret_dim);
+FM_TORCH AOTITorchError aoti_torch_get_numel(AtenTensorHandle tensor, int64_t* ret_numel);
+FM_TORCH AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t** ret_sizes);
+FM_TORCH AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** ret_strides);
+FM_TORCH AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* ret_dtype);
+FM_TORCH AOTITorchError aoti_torch_get_device_type(AtenTensorHandle tensor, int32_t* ret_device_type);
+
+FM_TORCH AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* k, const char* file, uint32_t line,
+                                                     TorchLibraryHandle* ret_new_torch_lib);
+FM_TORCH AOTITorchError torch_library_impl(TorchLibraryHandle self, const char* name, void (*fn)(StableIValue*, uint64_t, uint64_t),
+                                           uint64_t extension_build_version);
+FM_TORCH AOTITorchError torch_call_dispatcher(const char* opName, const char* overloadName, StableIValue* stack,
+                                              uint64_t extension_build_version);
+FM_TORCH AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, ParallelFunc func, void* ctx);
+
+}  // extern "C"
+
+namespace fm {
+namespace abi {
+
+constexpr uint64_t kTorchVersion = 0x020a000000000000u;  // 2.10, the oldest torch we run on
+
+inline void check(AOTITorchError error, const char* call) {
+    if (error) throw std::runtime_error(std::string("fm_fast: torch's C interface failed in ") + call);
+}
+
+// A tensor owned by somebody else, with the name that error messages use.
+class Tensor {
+   public:
+    Tensor(AtenTensorHandle handle, const char* name) : handle_(handle), name_(name) {}
+
+    AtenTensorHandle handle() const { return handle_; }
+    const char* name() const { return name_; }
+
+    void* data() const { return get<void*>(aoti_torch_get_data_ptr, "get_data_ptr"); }
+    int64_t dim() const { return get<int64_t>(aoti_torch_get_dim, "get_dim"); }
+    int64_t numel() const { return get<int64_t>(aoti_torch_get_numel, "get_numel"); }
+    int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype, "get_dtype"); }
+    int32_t device_type() const { return get<int32_t>(aoti_torch_get_device_type, "get_device_type"); }
+    const int64_t* sizes() const { return get<int64_t*>(aoti_torch_get_sizes, "get_sizes"); }
+    const int64_t* strides() const { return get<int64_t*>(aoti_torch_get_strides, "get_strides"); }
+
+    [[noreturn]] void fail(const std::string& problem) const { throw std::runtime_error(std::string("fm_fast: argument ") + name_ + ": " + problem); }
+
+    // The C interface has no such question, but a view of a tensor that requires grad is not a leaf.
+    bool requires_grad() const {
+        StableIValue stack[1];
+        check(aoti_torch_new_tensor_handle(handle_, reinterpret_cast<AtenTensorHandle*>(stack)), "new_tensor_handle");
+        check(torch_call_dispatcher("aten::alias", "", stack, kTorchVersion), "alias");
+        check(torch_call_dispatcher("aten::is_leaf", "", stack, kTorchVersion), "is_leaf");
+        return (stack[0] & 0xff) == 0;
+    }
+
+   private:
+    template <class T, class Getter>
+    T get(Getter getter, const char* call) const {
+        T value;
+        check(getter(handle_, &value), call);
+        return value;
+    }
+
+    AtenTensorHandle handle_;
+    const char* name_;
+};
+
+// The arguments of one boxed call, read in schema order. Tensor slots own their handles: all of them are freed at the end,
+// also when an error is thrown halfway. `kinds`: one letter an argument, T for tensors.
+class Arguments {
+   public:
+    Arguments(StableIValue* stack, const char* kinds) : stack_(stack), kinds_(kinds) {}
+    Arguments(const Arguments&) = delete;
+    Arguments& operator=(const Arguments&) = delete;
+
+    ~Arguments() {
+        for (int i = 0; kinds_[i]; ++i)
+            if (kinds_[i] == 'T') aoti_torch_delete_tensor_object(handle(i));
+    }
+
+    Tensor tensor(const char* name) { return Tensor(handle(next_++), name); }
+    int64_t integer() { return read<int64_t>(); }
+    double number() { return read<double>(); }
+    bool flag() { return read<bool>(); }
+
+   private:
+    AtenTensorHandle handle(int i) const { return reinterpret_cast<AtenTensorHandle>(stack_[i]); }
+
+    template <class T>
+    T read() {
+        T value;
+        __builtin_memcpy(&value, stack_ + next_++, sizeof(T));
+        return value;
+    }
+
+    StableIValue* stack_;
+    const char* kinds_;
+    int next_ = 0;
+};
+
+}  // namespace abi
+}  // namespace fm

@@ -1,0 +1,123 @@
+"""Errors that users see: each names the argument, what was expected and what came."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_SEED = 2**63
+WORD = 2**32
+
+
+def values_readable(*tensors: Tensor) -> bool:
+    """Whether values may be looked at: eager CPU tensors only, because a look at a device tensor waits for the device."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(x.device.type == "cpu" for x in tensors)
+
+
+def tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def one_of(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def data(x1: object) -> None:
+    tensor("x1", x1)
+    assert isinstance(x1, Tensor)
+    if x1.dtype not in FLOATING and x1.dtype != torch.uint8:
+        raise TypeError(f"x1 must be float64, float32, bfloat16, float16 or uint8, got {x1.dtype}; scale other integers yourself")
+    if x1.dim() == 0:
+        raise ValueError("x1 must have a batch dimension [B, ...], got a scalar")
+
+
+def like(name: str, x: object, x1: Tensor) -> None:
+    """A floating tensor of x1's shape on x1's device."""
+    tensor(name, x)
+    assert isinstance(x, Tensor)
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.shape != x1.shape:
+        raise ValueError(f"{name} must have the shape of x1, {tuple(x1.shape)}, got {tuple(x.shape)}")
+    same_device(name, x, x1)
+
+
+def same_device(name: str, x: Tensor, x1: Tensor) -> None:
+    if x.device != x1.device:
+        raise ValueError(f"{name} must be on the device of x1, {x1.device}, got {x.device}")
+
+
+def time(t: object, x1: Tensor) -> None:
+    """A number in [0, 1] or a floating tensor [] or [B] on x1's device."""
+    if isinstance(t, (int, float)):
+        if not 0.0 <= t <= 1.0:
+            raise ValueError(f"t must lie in [0, 1], got {t}")
+        return
+    tensor("t", t)
+    assert isinstance(t, Tensor)
+    if t.dtype not in FLOATING:
+        raise TypeError(f"t must be a floating tensor, got {t.dtype}")
+    if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != x1.shape[0]):
+        raise ValueError(f"t must be a number, a scalar tensor or have shape [{x1.shape[0]}], got {tuple(t.shape)}")
+    same_device("t", t, x1)
+    if values_readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError(f"t must lie in [0, 1], got values from {float(t.min())} to {float(t.max())}")
+
+
+def weight(value: object, x1: Tensor) -> None:
+    """A tensor [B], or one that broadcasts to x1's shape."""
+    tensor("weight", value)
+    assert isinstance(value, Tensor)
+    same_device("weight", value, x1)
+    if value.dim() == 1 and value.shape[0] == x1.shape[0]:
+        return
+    if value.dim() < 2 or not _broadcasts(tuple(value.shape), tuple(x1.shape)):
+        raise ValueError(f"weight must have shape [{x1.shape[0]}] or broadcast to {tuple(x1.shape)}, got {tuple(value.shape)}")
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    return len(shape) == len(target) and all(a in (1, b) for a, b in zip(shape, target, strict=True))
+
+
+def whole(name: str, value: object, limit: int) -> None:
+    """A whole number in [0, limit), or an int64 scalar tensor."""
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.numel() != 1:
+            raise TypeError(f"{name} must be a whole number or an int64 scalar tensor, got {value.dtype} of shape {tuple(value.shape)}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be a whole number or an int64 scalar tensor, got {type(value).__name__}")
+    if not 0 <= value < limit:
+        raise ValueError(f"{name} must lie in [0, {limit}), got {value}")
+
+
+def sample_ids(ids: object, batch: int, device: torch.device) -> None:
+    """None, a whole number (the first id) or an int64 tensor [B]."""
+    if not isinstance(ids, Tensor):
+        return whole("sample_ids", ids, WORD) if ids is not None else None
+    if ids.dtype != torch.int64 or ids.shape != (batch,):
+        raise ValueError(f"sample_ids must be a whole number or int64 of shape [{batch}], got {ids.dtype} of shape {tuple(ids.shape)}")
+    if ids.device != device:
+        raise ValueError(f"sample_ids must be on {device}, got {ids.device}")
+    if batch and values_readable(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < WORD):
+        raise ValueError(f"sample_ids must lie in [0, {WORD}), got values from {int(ids.min())} to {int(ids.max())}")
+
+
+def probability(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def data_map(x1: Tensor, flip: float, levels: int, dequantise: bool) -> None:
+    """The arguments that say how x1 is read: flip needs rows, levels and dequantise need uint8."""
+    if flip > 0.0 and x1.dim() < 3:
+        raise ValueError(f"flip mirrors the last dimension of [B, C, ..., W] data, got x1 of shape {tuple(x1.shape)}")
+    if not 2 <= levels <= 256:
+        raise ValueError(f"levels must lie in [2, 256], got {levels}")
+    if dequantise and x1.dtype != torch.uint8:
+        raise ValueError(f"dequantise needs uint8 x1, got {x1.dtype}")

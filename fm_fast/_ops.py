@@ -1,0 +1,198 @@
+"""The registered ops: schemas, fake kernels, the autograd Function and the transform guard.
+
+The only file that knows ``torch.library``. Ops write into tensors that the caller allocates and return nothing; their implementations
+live in csrc/ and kernels/. They have no autograd formula of their own: the Function here calls them. Wherever a ``torch.func``
+transform or forward-mode differentiation is active, or a gradient other than the prediction's is wanted, plain PyTorch
+(``reference.py``) runs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fm_fast import _backends, reference
+from fm_fast._philox import Kind
+from fm_fast._spec import PathSpec
+from fm_fast.paths import kernel_form
+
+SCHEMAS = {
+    "noise": "(Tensor(a!) out, Tensor key, int kind, int stream, int index) -> ()",
+    "path_sample": (
+        "(Tensor(a!) x_t, Tensor(b!) t, Tensor(c!) coef, Tensor x1, Tensor x0, Tensor key, int path, float path_a, float path_b, "
+        "int objective, int t_sampler, float t_mean, float t_std, float t_min, float t_max, float flip, float levels, "
+        "bool dequantise) -> ()"
+    ),
+    "path_loss": (
+        "(Tensor(a!) loss, Tensor(b!) grad, Tensor o, Tensor x1, Tensor x0, Tensor key, Tensor coef, Tensor weight, int reduction, "
+        "float flip, float levels, bool dequantise) -> ()"
+    ),
+    "path_loss_backward": (
+        "(Tensor(a!) grad, Tensor o, Tensor x1, Tensor x0, Tensor key, Tensor coef, Tensor weight, Tensor grad_output, int reduction, "
+        "float flip, float levels, bool dequantise) -> ()"
+    ),
+}
+GIVEN_TIME = -1
+
+_library = torch.library.Library("fm_fast", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+    torch.library.register_fake(f"fm_fast::{_name}", lambda *arguments: None, lib=_library)
+_backends.load_native()
+
+_noise = torch.ops.fm_fast.noise.default
+_path_sample = torch.ops.fm_fast.path_sample.default
+_path_loss = torch.ops.fm_fast.path_loss.default
+_path_loss_backward = torch.ops.fm_fast.path_loss_backward.default
+
+
+def transforms_active() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode differentiation is running, which only plain PyTorch supports."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def needs_reference(backend: str, *tensors: Tensor | None) -> bool:
+    """Whether plain PyTorch must run: asked for, a transform is active, or one of ``tensors`` wants its gradient."""
+    if backend == "reference" or transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def noise(key: Tensor, shape: tuple[int, ...], kind: Kind, stream: int, index: int, dtype: torch.dtype, backend: str) -> Tensor:
+    """Numbers of the noise contract, [B, ...] of ``dtype``, contiguous."""
+    if needs_reference(backend):
+        return reference.noise(key, shape, kind, stream, index).to(dtype)
+    out = torch.empty(shape, dtype=dtype, device=key.device)
+    _noise(out, key, int(kind), int(stream), index)
+    return out
+
+
+def drawer(backend: str) -> reference.Draw:
+    """A function (key, shape, kind, stream, index=0) that draws float32 numbers or words with the backend of op ``noise``."""
+
+    def draw(key: Tensor, shape: tuple[int, ...], kind: Kind, stream: int, index: int = 0) -> Tensor:
+        return noise(key, shape, kind, stream, index, torch.int64 if kind is Kind.word else torch.float32, backend)
+
+    return draw
+
+
+def path_sample(
+    x1: Tensor, x0: Tensor | None, t: Tensor | None, coefficients: Tensor | None, key: Tensor, spec: PathSpec, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_t, t [B], coefficients [B, 6]) in one pass over x1; with ``coefficients`` given, t is too and both are used as they are."""
+    wide = reference.accumulation_dtype(x1, x0, coefficients) if dtype != torch.float64 else torch.float64
+    x1 = native_layout(x1)
+    x_t = torch.empty_like(x1, dtype=dtype)
+    sampler = spec.t_sampler.code if t is None else GIVEN_TIME
+    times = x1.new_empty(x1.shape[0], dtype=wide) if t is None else t
+    rows = x1.new_empty(x1.shape[0], 6, dtype=wide) if coefficients is None else coefficients
+    code, a, b = kernel_form(spec.path) if coefficients is None else (GIVEN_TIME, 0.0, 0.0)
+    path_arguments = (code, a, b, spec.objective.code, sampler, spec.t_sampler.mean, spec.t_sampler.std, *spec.t_range)
+    _path_sample(x_t, times, rows, x1, _or_empty(x0, x1), key, *path_arguments, *_data_map(spec))
+    return x_t, times, rows
+
+
+def path_loss(
+    o: Tensor, x1: Tensor, x0: Tensor | None, key: Tensor, coefficients: Tensor, weight: Tensor | None, reduction: str, spec: PathSpec
+) -> Tensor:
+    """The reduced loss, differentiable in ``o`` (twice); float32, or float64 for float64 data."""
+    # The copy of an unusual layout happens here, where autograd sees it, and not inside the Function.
+    inputs = (native_layout(o), native_layout(x1), _or_empty(x0, x1), key, coefficients, _kernel_weight(weight, o, coefficients))
+    tail = (reference.REDUCTIONS.index(reduction), *_data_map(spec))
+    if torch.is_grad_enabled() and o.requires_grad:
+        return _PathLoss.apply(*inputs, *tail)[0]
+    return _fused_loss(inputs, tail, with_gradient=False)[0]
+
+
+def _data_map(spec: PathSpec) -> tuple[float, int, bool]:
+    return spec.flip, spec.levels, spec.dequantise
+
+
+def _fused_loss(inputs: tuple[Tensor, ...], tail: tuple[Any, ...], with_gradient: bool) -> tuple[Tensor, Tensor]:
+    o, coefficients = inputs[0], inputs[4]
+    shape = o.shape[:1] if tail[0] == reference.REDUCTIONS.index("none") else ()
+    loss = o.new_empty(shape, dtype=reference.accumulation_dtype(o, coefficients))
+    gradient = torch.empty_like(o) if with_gradient else o.new_empty(0)
+    _path_loss(loss, gradient, *inputs, *tail)
+    return loss, gradient
+
+
+class _PathLoss(torch.autograd.Function):
+    """Loss and finished gradient in one pass. Backward only scales the gradient, and never in place, so it can run again.
+
+    float16 keeps no gradient: 2 / N underflows in it, so backward computes the gradient with grad_output / N applied in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        inputs, ctx.tail = arguments[:6], arguments[6:]
+        loss, gradient = _fused_loss(inputs, ctx.tail, with_gradient=inputs[0].dtype != torch.float16)
+        ctx.save_for_backward(*inputs, gradient)
+        ctx.mark_non_differentiable(gradient)
+        ctx.set_materialize_grads(False)
+        return loss, gradient
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad_output is None:
+            return (None,) * 10
+        *inputs, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled() or (gradient.dtype == torch.float16 and _is_batched(grad_output)):
+            result = _differentiable_gradient(inputs, ctx.tail, grad_output)
+        elif gradient.dtype == torch.float16:
+            result = torch.empty_like(inputs[0])
+            _path_loss_backward(result, *inputs, grad_output.contiguous(), *ctx.tail)
+        else:
+            result = _scaled(gradient, grad_output)
+        return result, *(None,) * 9
+
+
+def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
+    if _is_one(grad_output):
+        return gradient
+    return (gradient * reference.per_sample(grad_output, gradient) if grad_output.dim() else gradient * grad_output).to(gradient.dtype)
+
+
+def _is_one(grad_output: Tensor) -> bool:
+    """Whether the usual loss.backward() runs, which needs no multiplication. Not asked where the answer would mean waiting for a device."""
+    if grad_output.device.type != "cpu" or grad_output.dim() or torch.compiler.is_compiling() or _is_batched(grad_output):
+        return False
+    return grad_output.item() == 1
+
+
+def _is_batched(grad_output: Tensor) -> bool:
+    """Whether vmap runs over several grad_outputs (is_grads_batched=True); the guard does not see it from inside a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad_output)
+
+
+def _differentiable_gradient(inputs: list[Tensor], tail: tuple[Any, ...], grad_output: Tensor) -> Tensor:
+    """The gradient by the plain formula, itself differentiable: what create_graph=True asks for."""
+    o, x1, x0, key, coefficients, weight = inputs
+    reduction, flip, levels, dequantise = tail
+    data, noise_x0 = reference.plain_inputs(x1, x0 if x0.numel() else None, key, flip, levels, dequantise, coefficients.dtype)
+    mask = weight.reshape(o.shape) if weight.numel() == o.numel() else weight
+    with torch.enable_grad():
+        loss = reference.path_loss(o, data, noise_x0, coefficients, mask if weight.numel() else None, reference.REDUCTIONS[reduction])
+        return torch.autograd.grad(loss, o, grad_output, create_graph=True)[0]
+
+
+def _or_empty(x0: Tensor | None, x1: Tensor) -> Tensor:
+    return x1.new_empty(0, dtype=torch.float32) if x0 is None else native_layout(x0)
+
+
+def _kernel_weight(weight: Tensor | None, o: Tensor, coefficients: Tensor) -> Tensor:
+    if weight is None:
+        return coefficients.new_empty(0)
+    if weight.dim() > 1:
+        weight = weight.expand(o.shape)
+    return weight.to(coefficients.dtype).contiguous()
+
+
+def native_layout(x: Tensor) -> Tensor:
+    """x itself where its memory is (batch stride, channel stride, position stride), as contiguous and channels_last are; else a copy."""
+    if x.dim() <= 3 or x.is_contiguous():
+        return x
+    for i in range(2, x.dim() - 1):
+        if x.shape[i] != 1 and x.stride(i) != x.stride(i + 1) * x.shape[i + 1]:
+            return x.contiguous()
+    return x

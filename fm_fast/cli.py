@@ -1,0 +1,104 @@
+"""The command line: fm-fast train | info."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import Field, fields, is_dataclass, replace
+from typing import Any, get_args, get_type_hints
+
+from fm_fast.train.config import PRESETS, TrainConfig
+
+# Fields of the network that the data decides.
+FROM_DATA = ("image_size", "image_channels", "classes")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `fm-fast`: 0 on success, 1 for an error in the data or the run, 2 for a wrong command line, 130 if interrupted."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"fm-fast: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; every setting of a training run is an option of `train`."""
+    root = argparse.ArgumentParser(prog="fm-fast", description="Flow matching for PyTorch.", allow_abbrev=False)
+    commands = root.add_subparsers(required=True, metavar="command")
+    _add_train(commands)
+    info = commands.add_parser("info", help="print versions and which backend runs here, and why", allow_abbrev=False)
+    info.set_defaults(run=_info)
+    return root
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train", allow_abbrev=False, help="train the reference U-Net",
+        description="Train the reference U-Net. `fm-fast train digits` uses the shipped digits, `fm-fast train --data PATH` your images."
+        " Defaults in brackets are those of digits; other data have their own (preset images).",
+    )  # fmt: skip
+    parser.add_argument("preset", nargs="?", choices=sorted(PRESETS), help="settings to start from [images with --data]")
+    parser.add_argument("--resume", action="store_true", help="continue from checkpoint.pt in the folder --out")
+    _add_fields(parser, TrainConfig, PRESETS["digits"])
+    parser.set_defaults(run=_train)
+
+
+def _add_fields(parser: argparse.ArgumentParser, config_type: type, defaults: Any, prefix: str = "") -> None:
+    """One option a field; a field that is a dataclass becomes options with its name and a dot in front."""
+    hints = get_type_hints(config_type)
+    for entry in fields(config_type):
+        default = getattr(defaults, entry.name)
+        if is_dataclass(default):
+            _add_fields(parser, hints[entry.name], default, f"{prefix}{entry.name}.")
+        elif entry.name not in FROM_DATA:
+            _add_option(parser, entry, hints[entry.name], default, prefix)
+
+
+def _add_option(parser: argparse.ArgumentParser, entry: Field, hint: Any, default: Any, prefix: str) -> None:
+    name, text = f"{prefix}{entry.name}", f"{entry.metadata['help']} [{default}]".replace("%", "%%")
+    option = f"--{name.replace('_', '-')}"
+    # An option that is not given leaves no trace, so that it does not override the preset.
+    if hint is bool:
+        parser.add_argument(option, dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+    elif get_args(hint):
+        parser.add_argument(option, dest=name, type=_integers, metavar="N,N", default=argparse.SUPPRESS, help=text)
+    else:
+        parser.add_argument(option, dest=name, type=hint, metavar=hint.__name__.upper(), default=argparse.SUPPRESS, help=text)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    """ "1,2,2" -> (1, 2, 2)."""
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def config_from(options: argparse.Namespace) -> TrainConfig:
+    """The preset with the given options in place of its own values. Raises ValueError if no data are named."""
+    given = {name: value for name, value in vars(options).items() if name not in ("run", "preset", "resume")}
+    preset = PRESETS[options.preset or ("images" if given.get("data", "digits") != "digits" else "digits")]
+    if options.preset is None and "data" not in given:
+        raise ValueError("train: expected a preset (digits) or --data PATH")
+    model = replace(preset.model, **{name.removeprefix("model."): value for name, value in given.items() if "." in name})
+    return replace(preset, model=model, **{name: value for name, value in given.items() if "." not in name})
+
+
+def _train(options: argparse.Namespace) -> None:
+    from fm_fast.train.loop import train
+
+    config = config_from(options)
+    if not config.data:
+        raise ValueError("data: expected --data PATH with preset images")
+    train(config, resuming=options.resume)
+
+
+def _info(options: argparse.Namespace) -> None:
+    import fm_fast
+
+    print(fm_fast.info())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

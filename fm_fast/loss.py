@@ -1,0 +1,242 @@
+"""The training loss: draw noise and time, move along the path, compare the network's output with the objective's target.
+
+The fused kernels read x1 and the output and write x_t and the gradient; noise and target are never stored.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fm_fast import _backends, _checks, _ops, random, reference
+from fm_fast._spec import PathSpec, path_spec
+from fm_fast.objectives import Objective, loss_coefficients
+from fm_fast.paths import Path, kernel_form
+from fm_fast.random import Whole
+from fm_fast.time_samplers import TimeSampler
+
+
+@dataclass(frozen=True)
+class PathSample:
+    """A point on the path for every sample, and the loss of a prediction made there.
+
+    Attributes:
+        x_t: [B, ...], alpha x1 + sigma x0 (equation 11), the network's input.
+        t: [B], float32 (float64 for float64 data).
+        coef: [B, 6], the rows (a, s, c1, c0, k, w) of the loss w ||k o - (c1 x1 + c0 x0)||^2.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    coef: Tensor
+    _x1: Tensor = field(repr=False)
+    _x0: Tensor | None = field(repr=False)
+    _key: Tensor = field(repr=False)
+    _spec: PathSpec = field(repr=False)
+    _backend: str = field(repr=False)
+
+    def loss(self, o: Tensor, weight: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """The loss of the network's output ``o`` [B, ...], as in :func:`flow_matching_loss`."""
+        _checks.like("o", o, self._x1)
+        _checks.one_of("reduction", reduction, reference.REDUCTIONS)
+        if weight is not None:
+            _checks.weight(weight, self._x1)
+        if _ops.needs_reference(self._backend, self._x1, self._x0, self.coef, weight):
+            return reference.path_loss(o, *self._plain(), self.coef, weight, reduction)
+        return _ops.path_loss(o, self._x1, self._x0, self._key, self.coef, weight, reduction, self._spec)
+
+    @property
+    def x0(self) -> Tensor:
+        """The noise [B, ...] of this draw, computed again on request, in coef's dtype."""
+        return self._plain()[1]
+
+    @property
+    def target(self) -> Tensor:
+        """c1 x1 + c0 x0 [B, ...], computed on request; x1 - (1 - sigma_min) x0 for the OT velocity (equation 23)."""
+        return reference.target(*self._plain(), self.coef)
+
+    def _plain(self) -> tuple[Tensor, Tensor]:
+        spec = self._spec
+        return reference.plain_inputs(
+            self._x1, self._x0, self._key, spec.flip, spec.levels, spec.dequantise, self.coef.dtype, _ops.drawer(_noise_backend(self))
+        )
+
+
+def _noise_backend(sample: PathSample) -> str:
+    return "reference" if sample._backend == "reference" else _backends.resolve("noise", sample._x1.device, None)
+
+
+def sample_path(
+    x1: Tensor,
+    *,
+    x0: Tensor | None = None,
+    t: Tensor | float | None = None,
+    path: str | Path = "ot",
+    objective: str | Objective = "velocity",
+    t_sampler: str | TimeSampler = "uniform",
+    dtype: torch.dtype | None = None,
+    flip: float = 0.0,
+    levels: int = 256,
+    dequantise: bool = False,
+    seed: Whole | None = None,
+    step: Whole | None = None,
+    sample_ids: Whole | None = None,
+    backend: str | None = None,
+) -> PathSample:
+    """Draw a point on the path for every sample: the first half of :func:`flow_matching_loss`, for loops that call the model themselves.
+
+    The arguments are those of :func:`flow_matching_loss`. Source: equations 10, 11 and 22 of the paper.
+
+    Naive equivalent for the OT path::
+
+        x0, t = torch.randn_like(x1), torch.rand(x1.shape[0])
+        x_t = t * x1 + (1 - t) * x0        # t shaped to broadcast
+    """
+    _check_inputs(x1, x0, t, dtype, flip, levels, dequantise)
+    _require_step(seed, step, x0 is None or t is None)
+    spec = path_spec(path, objective, t_sampler, flip, levels, dequantise)
+    key = random.make_key(seed, step, sample_ids, x1.shape[0], x1.device)
+    chosen = _backends.resolve("path_sample", x1.device, backend)
+    out = dtype or (x1.dtype if x1.dtype != torch.uint8 else torch.get_default_dtype())
+    wide = torch.float64 if out == torch.float64 else reference.accumulation_dtype(x1, x0)
+    times = None if t is None else _as_times(t, x1, spec, wide)
+    if _ops.needs_reference(chosen, x1, x0, times):
+        return _plain_sample(x1, x0, times, key, spec, out, wide)
+    coefficients = None
+    if kernel_form(spec.path)[0] < 0:
+        if times is None:
+            draw = _ops.drawer(_backends.resolve("noise", x1.device, None))
+            times = reference.draw_time(key, x1.shape[0], spec.t_sampler, spec.t_range, wide, draw)
+        coefficients = loss_coefficients(spec.path, spec.objective, times).to(wide)
+        if _ops.needs_reference(chosen, coefficients):
+            return _plain_sample(x1, x0, times, key, spec, out, wide)
+    x_t, times, coefficients = _ops.path_sample(x1, x0, times, coefficients, key, spec, out)
+    return PathSample(x_t, times, coefficients, x1, x0, key, spec, chosen)
+
+
+def _plain_sample(
+    x1: Tensor, x0: Tensor | None, t: Tensor | None, key: Tensor, spec: PathSpec, dtype: torch.dtype, wide: torch.dtype
+) -> PathSample:
+    """The same in plain PyTorch, differentiable in x1, x0, t and the path's own parameters."""
+    data, noise_x0 = reference.plain_inputs(x1, x0, key, spec.flip, spec.levels, spec.dequantise, wide)
+    if t is None:
+        t = reference.draw_time(key, x1.shape[0], spec.t_sampler, spec.t_range, wide)
+    coefficients = loss_coefficients(spec.path, spec.objective, t).to(wide)
+    x_t = reference.path_sample(data, noise_x0, coefficients, dtype)
+    mapped = PathSpec(spec.path, spec.objective, spec.t_sampler, spec.t_range)
+    return PathSample(x_t, t, coefficients, data, noise_x0, key, mapped, "reference")
+
+
+def flow_matching_loss(
+    model: Callable[..., Tensor],
+    x1: Tensor,
+    *,
+    x0: Tensor | None = None,
+    t: Tensor | float | None = None,
+    cond: Mapping[str, Any] | None = None,
+    path: str | Path = "ot",
+    objective: str | Objective = "velocity",
+    t_sampler: str | TimeSampler = "uniform",
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    dtype: torch.dtype | None = None,
+    flip: float = 0.0,
+    levels: int = 256,
+    dequantise: bool = False,
+    seed: Whole | None = None,
+    step: Whole | None = None,
+    sample_ids: Whole | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The conditional flow matching loss of a model on a batch of data (equations 14 and 23; Table 1's objectives).
+
+    Args:
+        model: called as ``model(x_t, t, **cond)`` with t of shape [B]; returns a tensor of x1's shape.
+        x1: data [B, ...], float64, float32, bfloat16, float16, or uint8, which is mapped to 2 (x1 + 1/2) / levels - 1.
+        x0: noise [B, ...] to use instead of drawing it.
+        t: times, a number in [0, 1], a scalar tensor or [B], to use instead of drawing them; kept inside the path's own range.
+        cond: keyword arguments passed on to the model untouched.
+        path: "ot", "vp", "ve", "cosine" or a path object, e.g. ``OT(sigma_min=1e-4)``.
+        objective: what the model predicts: "velocity", "noise" (DDPM), "score", "scoreflow" or "data".
+        t_sampler: "uniform", "stratified", "logit-normal" or a time sampler object.
+        weight: [B], or broadcastable to x1: multiplies the squared errors; a mask. The mean still divides by the element count.
+        reduction: "mean" over all elements, "sum", or "none" (the mean of each sample, [B]).
+        dtype: of x_t; by default x1's, or torch's default dtype for uint8.
+        flip: probability of mirroring a sample along its last dimension.
+        levels: number of values of uint8 data.
+        dequantise: replace the 1/2 of the data map by u ~ U(0, 1).
+        seed, step, sample_ids: what the noise is a function of (see ``fm_fast.random``). A seed needs a step. Without a seed, one is drawn
+            from torch's generator. sample_ids are the positions in the step's global batch: None (0..B-1), the first id, or int64 [B].
+        backend: "reference", "cpp", "triton" or "cuda"; by default the fastest one that can run.
+
+    Returns:
+        A scalar ([B] for "none"), float32 (float64 for float64 data), differentiable in everything that requires a gradient.
+
+    Raises:
+        ValueError, TypeError: for any argument out of range or of wrong shape, dtype or device, naming it.
+        RuntimeError: if ``backend`` cannot run here, with the reason.
+
+    Naive equivalent for the OT path::
+
+        x0, t = torch.randn_like(x1), torch.rand(x1.shape[0])
+        x_t = t * x1 + (1 - t) * x0        # t shaped to broadcast
+        loss = F.mse_loss(model(x_t, t), x1 - x0)
+    """
+    sample = sample_path(
+        x1, x0=x0, t=t, path=path, objective=objective, t_sampler=t_sampler, dtype=dtype, flip=flip, levels=levels,
+        dequantise=dequantise, seed=seed, step=step, sample_ids=sample_ids, backend=backend,
+    )  # fmt: skip
+    return sample.loss(model(sample.x_t, sample.t, **(cond or {})), weight, reduction)
+
+
+class FlowMatchingLoss(torch.nn.Module):
+    """:func:`flow_matching_loss` with its settings fixed once: ``FlowMatchingLoss(path="vp")(model, x1, seed=0, step=n)``.
+
+    Args:
+        settings: keyword arguments of :func:`flow_matching_loss`; those given to the call take precedence.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        unknown = set(settings) - SETTINGS
+        if unknown:
+            raise TypeError(f"FlowMatchingLoss got unknown settings {', '.join(sorted(unknown))}; known are {', '.join(sorted(SETTINGS))}")
+        self.settings = settings
+
+    def forward(self, model: Callable[..., Tensor], x1: Tensor, **arguments: Any) -> Tensor:
+        return flow_matching_loss(model, x1, **{**self.settings, **arguments})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+SETTINGS = set(flow_matching_loss.__kwdefaults__ or ())
+
+
+def _check_inputs(
+    x1: Tensor, x0: Tensor | None, t: Tensor | float | None, dtype: torch.dtype | None, flip: float, levels: int, dequantise: bool
+) -> None:
+    _checks.data(x1)
+    if x0 is not None:
+        _checks.like("x0", x0, x1)
+    if t is not None:
+        _checks.time(t, x1)
+    _checks.one_of("dtype", dtype, (None, *_checks.FLOATING))
+    _checks.probability("flip", flip)
+    _checks.data_map(x1, flip, levels, dequantise)
+
+
+def _require_step(seed: Whole | None, step: Whole | None, draws: bool) -> None:
+    if seed is None and step is not None:
+        raise ValueError("step was given without a seed; give both, or neither to draw the seed from torch's generator")
+    if seed is not None and step is None and draws:
+        raise ValueError("seed was given without a step, which would repeat the same noise every call; give step=<training step>")
+
+
+def _as_times(t: Tensor | float, x1: Tensor, spec: PathSpec, wide: torch.dtype) -> Tensor:
+    """A new tensor [B], since the op writes the clamped times into it."""
+    if not isinstance(t, Tensor):
+        t = x1.new_full((), t, dtype=wide)
+    return t.to(wide).clamp(*spec.t_range).expand(x1.shape[0]).clone()

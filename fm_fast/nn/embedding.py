@@ -1,0 +1,51 @@
+"""Embeddings of the time and of the class label."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# t in [0, 1] is scaled so that the fastest of the sinusoids (1 rad a unit) tells apart times that differ by about 1e-3.
+TIME_SCALE = 1000.0
+LONGEST_PERIOD = 10_000.0
+
+
+def sinusoidal_embedding(t: Tensor, dimension: int) -> Tensor:
+    """Cosines and sines of t at geometrically spaced frequencies.
+
+    t: float [B], times in [0, 1]. dimension: even number of features. Returns float32 [B, dimension], cosines first.
+    """
+    half = dimension // 2
+    exponents = torch.arange(half, device=t.device, dtype=torch.float32) / half
+    angles = TIME_SCALE * t.float()[:, None] * torch.exp(-math.log(LONGEST_PERIOD) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of t followed by a two-layer perceptron: float [B] -> [B, width]."""
+
+    def __init__(self, dimension: int, width: int) -> None:
+        super().__init__()
+        self.dimension = dimension
+        self.first = nn.Linear(dimension, width)
+        self.second = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        features = sinusoidal_embedding(t, self.dimension).to(self.first.weight.dtype)
+        return self.second(F.silu(self.first(features)))
+
+
+class ClassEmbedding(nn.Module):
+    """One learnt vector a class, and one for the null class (label -1): int64 [B] -> [B, width].
+
+    Row 0 of the table is the null class, so that a label outside -1..classes-1 falls outside the table and
+    raises IndexError instead of meaning something else.
+    """
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(classes + 1, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.table(y + 1)

@@ -1,0 +1,154 @@
+"""What the network predicts and how its error is weighted: the rows of the paper's Table 1, and data prediction.
+
+With x_t = a x1 + s x0, every objective is w ||k o - (c1 x1 + c0 x0)||^2 for the network's output o, and the velocity of the flow is
+p x + r o (paper sections 3-4 and appendix E.1). Six numbers a sample and two numbers a step therefore cover all of them.
+
+A score is grad log p_t(x | x1) = -x0 / s here. Equation 43 of the paper writes it with the opposite sign and equation 46 undoes that.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fm_fast.paths import EDGE, Path
+
+
+class Schedule(NamedTuple):
+    """A path and its derivatives at some times: x_t = a x1 + s x0."""
+
+    a: Tensor
+    s: Tensor
+    da: Tensor
+    ds: Tensor
+
+
+class Target(NamedTuple):
+    """The loss w ||k o - (c1 x1 + c0 x0)||^2."""
+
+    c1: Tensor
+    c0: Tensor
+    k: Tensor
+    w: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One way to train the network: its loss target and the velocity p x + r o recovered from its output o."""
+
+    name: str
+    code: int
+    target: Callable[[Schedule], Target]
+    velocity: Callable[[Schedule], tuple[Tensor, Tensor]]
+    weight_is_singular: bool = False
+    velocity_divides_by_alpha: bool = False
+    velocity_divides_by_sigma: bool = False
+
+
+def schedule(path: Path, t: Tensor) -> Schedule:
+    """The path at times t (any shape), in t's dtype."""
+    return Schedule(path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t))
+
+
+def _velocity_target(p: Schedule) -> Target:
+    one = torch.ones_like(p.s)
+    return Target(p.da, p.ds, one, one)
+
+
+def _noise_target(p: Schedule) -> Target:
+    one = torch.ones_like(p.s)
+    return Target(torch.zeros_like(p.s), one, one, one)
+
+
+def _score_target(p: Schedule) -> Target:
+    one = torch.ones_like(p.s)
+    return Target(torch.zeros_like(p.s), -one, p.s, one)
+
+
+def _scoreflow_target(p: Schedule) -> Target:
+    # g^2 / s^2 with g^2 = 2 s^2 (a'/a - s'/s); on VP g^2 is beta, the likelihood weighting of appendix E.1.
+    return _score_target(p)._replace(w=2.0 * (p.da / p.a - p.ds / p.s))
+
+
+def _data_target(p: Schedule) -> Target:
+    one = torch.ones_like(p.s)
+    return Target(one, torch.zeros_like(p.s), one, one)
+
+
+def _velocity_from_velocity(p: Schedule) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(p.s), torch.ones_like(p.s)
+
+
+def _velocity_from_noise(p: Schedule) -> tuple[Tensor, Tensor]:
+    return p.da / p.a, p.ds - p.da * p.s / p.a
+
+
+def _velocity_from_score(p: Schedule) -> tuple[Tensor, Tensor]:
+    x_factor, noise_factor = _velocity_from_noise(p)
+    return x_factor, -p.s * noise_factor
+
+
+def _velocity_from_data(p: Schedule) -> tuple[Tensor, Tensor]:
+    return p.ds / p.s, p.da - p.ds * p.a / p.s
+
+
+OBJECTIVES = {
+    o.name: o
+    for o in (
+        Objective("velocity", 0, _velocity_target, _velocity_from_velocity),
+        Objective("noise", 1, _noise_target, _velocity_from_noise, velocity_divides_by_alpha=True),
+        Objective("score", 2, _score_target, _velocity_from_score, velocity_divides_by_alpha=True),
+        Objective("scoreflow", 3, _scoreflow_target, _velocity_from_score, weight_is_singular=True, velocity_divides_by_alpha=True),
+        Objective("data", 4, _data_target, _velocity_from_data, velocity_divides_by_sigma=True),
+    )
+}
+
+
+def as_objective(objective: str | Objective) -> Objective:
+    """The objective of that name; anything else is an error that lists the names."""
+    if isinstance(objective, Objective):
+        return objective
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    return OBJECTIVES[objective]
+
+
+def time_range(path: Path, objective: Objective) -> tuple[float, float]:
+    """(t_min, t_max) of training: the path's own limits, kept off an end where the objective's weight is infinite."""
+    return _range(path, objective.weight_is_singular, objective.weight_is_singular)
+
+
+def velocity_range(path: Path, objective: Objective) -> tuple[float, float]:
+    """(t_min, t_max) of sampling: the path's own limits, kept off an end where the velocity of the output is infinite."""
+    return _range(path, objective.velocity_divides_by_alpha, objective.velocity_divides_by_sigma)
+
+
+def _range(path: Path, off_noise: bool, off_data: bool) -> tuple[float, float]:
+    low, high = getattr(path, "t_min", 0.0), getattr(path, "t_max", 1.0)
+    if off_noise and getattr(path, "starts_at_noise", True):
+        low = max(low, EDGE)
+    if off_data and getattr(path, "ends_at_data", True):
+        high = min(high, 1.0 - EDGE)
+    return low, high
+
+
+def loss_coefficients(path: Path, objective: Objective, t: Tensor) -> Tensor:
+    """The rows (a, s, c1, c0, k, w) of the loss at times t [B], evaluated in float64: float64 [B, 6]."""
+    p = schedule(path, t.to(torch.float64))
+    return torch.stack([p.a, p.s, *objective.target(p)], dim=-1)
+
+
+def velocity_coefficients(path: Path, objective: str | Objective, t: float) -> tuple[float, float]:
+    """(p, r) with velocity = p x + r o at time t, which is kept inside :func:`velocity_range`.
+
+    Raises ValueError where the path gives no finite value there.
+    """
+    objective = as_objective(objective)
+    low, high = velocity_range(path, objective)
+    time = torch.tensor(min(max(t, low), high), dtype=torch.float64)
+    p, r = (float(value) for value in objective.velocity(schedule(path, time)))
+    if not abs(p) + abs(r) < float("inf"):
+        raise ValueError(f"objective {objective.name!r} has no finite velocity on path {path!r} at t = {t}")
+    return p, r

@@ -1,0 +1,183 @@
+"""Gaussian probability paths: x_t = alpha(t) x1 + sigma(t) x0, from noise at t = 0 to data at t = 1.
+
+A path is a frozen value object. The schedules take and return float64 tensors; everything that needs a number of a path asks it here.
+Any object with the methods ``alpha``, ``sigma``, ``d_alpha``, ``d_sigma`` is a path too (see :class:`Path`). Optional attributes:
+``t_min``, ``t_max`` (default 0 and 1) limit its times; ``prior_scale`` (default 1) is the standard deviation of x_t at t = 0;
+``starts_at_noise`` and ``ends_at_data`` (default True) say whether alpha is 0 at t_min and sigma is 0 at t_max, so that quantities
+which divide by them stay a little inside.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+EDGE = 1e-5  # how far from a singular end a quantity is evaluated; the paper's eps (appendix E.1)
+
+
+@runtime_checkable
+class Path(Protocol):
+    """What every path offers: the schedules and their derivatives at times t, as tensors of t's shape."""
+
+    def alpha(self, t: Tensor) -> Tensor: ...
+
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+    def d_alpha(self, t: Tensor) -> Tensor: ...
+
+    def d_sigma(self, t: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class OT:
+    """Optimal-transport path: alpha = t, sigma = 1 - (1 - sigma_min) t (equation 20)."""
+
+    sigma_min: float = 0.0
+    t_min: ClassVar[float] = 0.0
+    t_max: ClassVar[float] = 1.0
+    prior_scale: ClassVar[float] = 1.0
+    starts_at_noise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.sigma_min < 1.0:
+            raise ValueError(f"sigma_min must lie in [0, 1), got {self.sigma_min}")
+
+    @property
+    def ends_at_data(self) -> bool:
+        return self.sigma_min == 0.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return 1.0 - (1.0 - self.sigma_min) * t
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, self.sigma_min - 1.0)
+
+
+@dataclass(frozen=True)
+class VP:
+    """Variance-preserving diffusion path (equation 18 and appendix E.1), beta(s) = beta_min + s (beta_max - beta_min), s = 1 - t."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    t_min: ClassVar[float] = 0.0
+    t_max: ClassVar[float] = 1.0 - EDGE
+    prior_scale: ClassVar[float] = 1.0
+    starts_at_noise: ClassVar[bool] = False
+    ends_at_data: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.beta_min <= self.beta_max:
+            raise ValueError(f"beta_min and beta_max must satisfy 0 < beta_min <= beta_max, got {self.beta_min} and {self.beta_max}")
+
+    def _integral(self, t: Tensor) -> Tensor:
+        s = 1.0 - t
+        return self.beta_min * s + 0.5 * (self.beta_max - self.beta_min) * s * s
+
+    def _beta(self, t: Tensor) -> Tensor:
+        return self.beta_min + (self.beta_max - self.beta_min) * (1.0 - t)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(-0.5 * self._integral(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(-torch.expm1(-self._integral(t)))
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return 0.5 * self._beta(t) * self.alpha(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -self.alpha(t) * self.d_alpha(t) / self.sigma(t)
+
+
+@dataclass(frozen=True)
+class VE:
+    """Variance-exploding diffusion path (equation 16): alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^(1 - t).
+
+    The paper leaves the schedule open; the geometric one is used. Its prior is N(x1, sigma_max^2), so ``prior_scale`` is sigma_max.
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    t_min: ClassVar[float] = 0.0
+    t_max: ClassVar[float] = 1.0
+    starts_at_noise: ClassVar[bool] = False
+    ends_at_data: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+
+    @property
+    def prior_scale(self) -> float:
+        return self.sigma_max
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_min * torch.exp((1.0 - t) * math.log(self.sigma_max / self.sigma_min))
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -math.log(self.sigma_max / self.sigma_min) * self.sigma(t)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Trigonometric path: alpha = sin(pi t / 2), sigma = cos(pi t / 2). Not in the paper; variance preserving without a schedule."""
+
+    t_min: ClassVar[float] = 0.0
+    t_max: ClassVar[float] = 1.0
+    prior_scale: ClassVar[float] = 1.0
+    starts_at_noise: ClassVar[bool] = True
+    ends_at_data: ClassVar[bool] = True
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sin(0.5 * math.pi * t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.cos(0.5 * math.pi * t)
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return 0.5 * math.pi * self.sigma(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -0.5 * math.pi * self.alpha(t)
+
+
+NAMED: dict[str, Path] = {"ot": OT(), "vp": VP(), "ve": VE(), "cosine": Cosine()}
+
+
+def as_path(path: "str | Path") -> Path:
+    """The path that a name or an object stands for; anything else is an error that lists the names."""
+    if isinstance(path, str) and path in NAMED:
+        return NAMED[path]
+    if not isinstance(path, str) and isinstance(path, Path):
+        return path
+    raise ValueError(f"path must be one of {', '.join(NAMED)} or an object with alpha, sigma, d_alpha and d_sigma, got {path!r}")
+
+
+def prior_scale(path: Path) -> float:
+    """Standard deviation of the noise that a solve starts from."""
+    return getattr(path, "prior_scale", 1.0)
+
+
+def kernel_form(path: Path) -> tuple[int, float, float]:
+    """(code, a, b) with which the fused kernels evaluate a built-in path themselves; code -1: evaluate it in Python."""
+    if type(path) is OT:
+        return 0, path.sigma_min, 0.0
+    if type(path) is VP:
+        return 1, path.beta_min, path.beta_max
+    if type(path) is VE:
+        return 2, path.sigma_min, path.sigma_max
+    return (3, 0.0, 0.0) if type(path) is Cosine else (-1, 0.0, 0.0)

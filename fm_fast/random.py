@@ -1,0 +1,119 @@
+"""The noise contract: every random number of fm_fast is a pure function of counters, never of generator state.
+
+The specification, which every backend follows:
+
+* **Generator.** Philox4x32-10 with the 64-bit seed (0 <= seed < 2^63) as key and the counter
+  (block, sample id, step, stream | index << 8), each a 32-bit word. ``stream`` names the purpose (:class:`Stream`), ``index`` the probe,
+  solver stage, draw or layer within it.
+* **Order.** Logical, not of storage. A sample is [C, P], C = dimension 1 where there are more than two dimensions, else 1. Element (c, p)
+  of a normal, uniform or word stream is lane p % 4 of block c * ceil(P / 4) + p // 4; of a sign stream, bit p % 128 of block
+  c * ceil(P / 128) + p // 128, the least significant bit of word 0 first. A set bit is -1.
+* **Uniform.** u = float32(w) 2^-32 + 2^-33, in (0, 1].
+* **Normal.** Box-Muller on words (0, 1) and (2, 3): r cos, r sin with r = sqrt(max(-2 ln u(w_even), 0)) and the angle w_odd turns of 2^-32,
+  by the polynomials of ``_philox.py``, in float32 also where the result is widened to float64. Tails reach 6.7 sigma.
+* **Time.** Uniform: word 0 of block 0 of (sample id, step). Stratified: the word of sample id 0 plus id * 0x9E3779B9 modulo 2^32.
+
+Words are identical on every backend, normals agree within a few units in the last place. Because the numbers depend on (seed, step, sample
+id) alone, one batch of 64 equals four of 16 and two ranks of 32, a resumed run draws what the uninterrupted one would have, noise
+is recomputed instead of stored, and there is no generator state to save.
+"""
+
+import torch
+from torch import Tensor
+
+from fm_fast import _backends, _checks, _ops
+from fm_fast._philox import GOLDEN, Kind, Stream
+
+__all__ = ["Kind", "Stream", "make_key", "noise"]
+
+DEFAULT_KIND = {
+    Stream.x0: Kind.normal,
+    Stream.init: Kind.normal,
+    Stream.bridge: Kind.normal,
+    Stream.probe: Kind.sign,
+    Stream.data_order: Kind.word,
+}
+Whole = int | Tensor
+
+
+def noise(
+    shape: tuple[int, ...],
+    *,
+    seed: Whole,
+    step: Whole,
+    stream: str = "x0",
+    index: int = 0,
+    sample_ids: Whole | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    kind: str | None = None,
+) -> Tensor:
+    """Random numbers of the noise contract, shape [B, ...].
+
+    Args:
+        shape: [B, ...], the first dimension counts samples.
+        seed: whole number in [0, 2^63), or an int64 scalar tensor on the device.
+        step: whole number in [0, 2^32), or an int64 scalar tensor on the device.
+        stream: purpose of the numbers, a name of :class:`Stream`; ``"x0"`` is the source noise of training and sampling.
+        index: draw, stage or layer within the stream, in [0, 2^24).
+        sample_ids: None (0..B-1), the first id, or int64 [B].
+        dtype: float64, float32 (default), bfloat16 or float16; words are always int64.
+        kind: "normal", "uniform", "sign" or "word"; by default what the stream is used for.
+
+    Raises:
+        ValueError, TypeError: for any argument out of range, naming it.
+
+    Naive equivalent: ``torch.randn(shape)`` with a generator seeded by (seed, step), drawn for all ids from 0 up and then indexed.
+    """
+    _check_noise_arguments(shape, stream, index, dtype, kind)
+    chosen = Kind[kind] if kind is not None else DEFAULT_KIND.get(Stream[stream], Kind.uniform)
+    place = torch.device(device) if device is not None else torch.get_default_device()
+    _checks.whole("seed", seed, _checks.MAX_SEED)
+    _checks.whole("step", step, _checks.WORD)
+    key = make_key(seed, step, sample_ids, shape[0], place)
+    out_dtype = torch.int64 if chosen is Kind.word else dtype or torch.float32
+    backend = _backends.resolve("noise", place, None)
+    return _ops.noise(key, tuple(shape), chosen, Stream[stream], index, out_dtype, backend)
+
+
+def _check_noise_arguments(shape: tuple[int, ...], stream: str, index: int, dtype: torch.dtype | None, kind: str | None) -> None:
+    _checks.one_of("stream", stream, list(Stream.__members__))
+    if kind is not None:
+        _checks.one_of("kind", kind, list(Kind.__members__))
+    _checks.one_of("dtype", dtype, [None, *_checks.FLOATING])
+    _checks.whole("index", index, 2**24)
+    if len(shape) == 0 or any(size < 0 for size in shape):
+        raise ValueError(f"shape must be [B, ...] of whole numbers, got {tuple(shape)}")
+
+
+def make_key(seed: Whole | None, step: Whole | None, sample_ids: Whole | None, batch: int, device: torch.device) -> Tensor:
+    """The int64 key tensor (seed, step, first id) or (seed, step, id_0, ..., id_B-1) that every op reads, on ``device``.
+
+    It is filled without a copy from the host, so a captured CUDA graph can be given new numbers. Without a seed one is drawn from
+    torch's generator, and the process-group rank is folded in, so that ranks seeded alike draw different noise.
+    """
+    if seed is not None:
+        _checks.whole("seed", seed, _checks.MAX_SEED)
+    if step is not None:
+        _checks.whole("step", step, _checks.WORD)
+    _checks.sample_ids(sample_ids, batch, device)
+    parts = (_fresh_seed(device) if seed is None else seed, 0 if step is None else step, 0 if sample_ids is None else sample_ids)
+    if device.type == "cpu" and not any(isinstance(part, Tensor) for part in parts):
+        return torch.tensor(parts, dtype=torch.int64, device=device)
+    return torch.cat([_as_vector(part, device) for part in parts])
+
+
+def _as_vector(part: Whole, device: torch.device) -> Tensor:
+    if isinstance(part, Tensor):
+        return part.reshape(-1).to(device)
+    return torch.full((1,), part, dtype=torch.int64, device=device)
+
+
+def _fresh_seed(device: torch.device) -> Tensor:
+    seed = torch.randint(_checks.MAX_SEED - 1, (1,), dtype=torch.int64, device=device)
+    return seed ^ (_rank() * GOLDEN)
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

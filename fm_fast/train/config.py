@@ -1,0 +1,126 @@
+"""What a training run is: frozen values with a preset for each data set and a recipe for each objective of the paper's Table 1."""
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from fm_fast.nn import UNetConfig
+from fm_fast.paths import OT, VP, Path
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of Table 1: the path, what the network predicts, and two means of training it well that leave the objective alone.
+
+    t_sampler: how t is drawn; "importance" draws it where the objective's weight is large and divides by the density (train/times.py).
+    preconditioned: keep the network's input and output at unit size (nn/precondition.py).
+    """
+
+    path: Path
+    objective: str
+    t_sampler: str = "stratified"
+    preconditioned: bool = False
+
+
+RECIPES = {
+    "fm-ot": Recipe(OT(), "velocity"),
+    "fm-vp": Recipe(VP(), "velocity"),
+    "ddpm": Recipe(VP(), "noise", preconditioned=True),
+    "score": Recipe(VP(), "score", preconditioned=True),
+    "scoreflow": Recipe(VP(), "scoreflow", t_sampler="importance", preconditioned=True),
+}
+
+
+def _option(default: Any, text: str, resumable: bool = False) -> Any:
+    """A field with its help text; a resumable one may differ when a run is resumed."""
+    return field(default=default, metadata={"help": text, "resumable": resumable})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a run. Raises ValueError, naming the setting, for a value out of range."""
+
+    data: str = _option("digits", "'digits' (shipped), or a file or folder: IDX, CIFAR-10, .npz, or images in a subfolder a class")
+    out: str = _option("out/digits", "folder for checkpoint.pt, samples.png, log.jsonl", resumable=True)
+    objective: str = _option("fm-ot", f"row of the paper's Table 1: {', '.join(RECIPES)}")
+    steps: int = _option(500, "training steps in all", resumable=True)
+    batch_size: int = _option(128, "images a step")
+    learning_rate: float = _option(2e-3, "AdamW's peak learning rate")
+    warmup: int = _option(20, "steps over which the learning rate rises linearly; afterwards it falls linearly to 0 at the last step")
+    beta1: float = _option(0.9, "AdamW's decay of the mean of gradients")
+    beta2: float = _option(0.99, "AdamW's decay of the mean of squared gradients")
+    weight_decay: float = _option(0.0, "AdamW's weight decay")
+    clip: float = _option(1.0, "largest norm of the gradient, 0 for no limit")
+    ema_decay: float = _option(0.99, "decay of the averaged weights, after a warm-up of (1 + n) / (10 + n)")
+    label_drop: float = _option(0.1, "share of labels replaced by the null class, for guidance")
+    flip: float = _option(0.0, "share of images mirrored left to right")
+    dequantise: bool = _option(False, "add uniform noise within a grey level")
+    seed: int = _option(0, "the run is a function of this number and the settings")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...", resumable=True)
+    guidance: float = _option(2.0, "guidance weight w of the sample pictures: v_u + w (v_c - v_u); 1 is no guidance", resumable=True)
+    sample_method: str = _option("midpoint", "solver of the sample pictures: euler or midpoint", resumable=True)
+    sample_steps: int = _option(20, "solver steps of the sample pictures", resumable=True)
+    sample_every: int = _option(100, "training steps between two sample pictures, 0 for one at the end", resumable=True)
+    samples_per_class: int = _option(10, "columns of the sample picture", resumable=True)
+    checkpoint_every: int = _option(250, "training steps between two checkpoints, 0 for one at the end", resumable=True)
+    log_every: int = _option(20, "training steps between two lines of the log", resumable=True)
+    evaluate: bool = _option(True, "judge the samples at the end (shipped digits only)", resumable=True)
+    model: UNetConfig = field(default_factory=UNetConfig.digits)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def recipe(self) -> Recipe:
+        return RECIPES[self.objective]
+
+
+def _check(config: TrainConfig) -> None:
+    if config.objective not in RECIPES:
+        raise ValueError(f"objective: expected one of {', '.join(RECIPES)}, got {config.objective!r}")
+    for name in ("steps", "batch_size", "sample_steps", "samples_per_class", "log_every"):
+        _require(name, getattr(config, name) >= 1, "at least 1", getattr(config, name))
+    for name in ("warmup", "clip", "weight_decay", "sample_every", "checkpoint_every", "seed"):
+        _require(name, getattr(config, name) >= 0, "0 or more", getattr(config, name))
+    for name in ("label_drop", "flip"):
+        _require(name, 0.0 <= getattr(config, name) <= 1.0, "a share in [0, 1]", getattr(config, name))
+    for name in ("beta1", "beta2", "ema_decay"):
+        _require(name, 0.0 <= getattr(config, name) < 1.0, "a number in [0, 1)", getattr(config, name))
+    _require("learning_rate", config.learning_rate > 0.0, "a positive number", config.learning_rate)
+    _require("sample_method", config.sample_method in ("euler", "midpoint"), "euler or midpoint", config.sample_method)
+
+
+def _require(name: str, holds: bool, expected: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+PRESETS = {
+    "digits": TrainConfig(),
+    "images": TrainConfig(
+        data="", out="out/images", steps=20_000, learning_rate=5e-4, warmup=1000, beta2=0.999, ema_decay=0.9999,
+        sample_every=2000, checkpoint_every=2000, log_every=50, sample_steps=50, model=UNetConfig.small(),
+    ),
+}  # fmt: skip
+
+
+def fit_to_data(config: TrainConfig, image_shape: tuple[int, ...], classes: int) -> TrainConfig:
+    """The same run with the network's channels, size and classes taken from the data (image_shape is C, H, W)."""
+    channels, height, _ = image_shape
+    return replace(config, model=replace(config.model, image_channels=channels, image_size=height, classes=classes))
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Plain values, as stored in a checkpoint."""
+    return asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """The inverse of `to_dict`. Raises ValueError or TypeError for values that no configuration has."""
+    return TrainConfig(**{**values, "model": UNetConfig(**values["model"])})
+
+
+def resume_conflicts(stored: TrainConfig, asked: TrainConfig) -> list[str]:
+    """The settings in which a resumed run may not differ from the stored one, but does, as "name: stored -> asked"."""
+    fixed = [entry.name for entry in fields(TrainConfig) if not entry.metadata.get("resumable", False)]
+    pairs = [(name, getattr(stored, name), getattr(asked, name)) for name in fixed]
+    return [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]

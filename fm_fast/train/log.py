@@ -1,0 +1,92 @@
+"""Progress for people (a line or a bar on stdout) and for programs (one JSON object a line)."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fm_fast.train.config import TrainConfig
+
+
+class Logger:
+    """Collects losses without reading them from the device, and reports their mean every `log_every` steps.
+
+    Raises FloatingPointError at such a point if the mean is not finite.
+    """
+
+    def __init__(self, file: Path, config: TrainConfig, first_step: int) -> None:
+        self.file, self.config = file, config
+        self._losses: list[Tensor] = []
+        self._since = time.perf_counter()
+        self._bar = _progress_bar(config.steps, first_step)
+        if first_step == 0:
+            file.write_text("")
+
+    def step(self, step: int, loss: Tensor, rate: float) -> None:
+        """Note the loss of the step that finished as number `step` (counted from 1)."""
+        self._losses.append(loss)
+        if self._bar is not None:
+            self._bar.update(1)
+        if step % self.config.log_every == 0 or step == self.config.steps:
+            self._report(step, rate)
+
+    def without_timing(self, action: Callable[[], None]) -> float:
+        """Run `action` so that it does not count as training time; returns the seconds it took."""
+        started = time.perf_counter()
+        action()
+        seconds = time.perf_counter() - started
+        self._since += seconds
+        return seconds
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the progress bar."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _report(self, step: int, rate: float) -> None:
+        loss = sum(float(value) for value in self._losses) / len(self._losses)
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        speed = len(self._losses) * self.config.batch_size / seconds
+        self._losses, self._since = [], time.perf_counter()
+        self._write(step=step, loss=loss, learning_rate=rate, images=step * self.config.batch_size, images_per_second=round(speed, 1))
+        self._show(step, loss, rate, speed)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step}; a lower learning_rate or a smaller clip may help")
+
+    def _write(self, **record: Any) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _show(self, step: int, loss: float, rate: float, speed: float) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
+            return
+        remaining = (self.config.steps - step) * self.config.batch_size / speed
+        steps = f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}"
+        print(f"{steps}  loss {loss:.4f}  lr {rate:.2e}  {speed:.0f} images/s  {_duration(remaining)} left", flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _progress_bar(total: int, first: int) -> Any:
+    """A tqdm bar where tqdm is installed and somebody watches, else None."""
+    if not sys.stdout.isatty() or find_spec("tqdm") is None:
+        return None
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=first, unit="step", file=sys.stdout, dynamic_ncols=True)

@@ -1,0 +1,46 @@
+"""Pictures of samples: a grid of images, written as PNG with nothing but zlib."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+COLOUR_TYPES = {1: 0, 3: 2}
+BACKGROUND = 96
+
+
+def image_grid(images: Tensor, columns: int, scale: int, padding: int = 6) -> Tensor:
+    """Images uint8 [N, C, H, W] in rows of `columns`, each pixel `scale` pixels wide: uint8 [C, height, width]."""
+    large = images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    count, channels, height, width = large.shape
+    rows = -(-count // columns)
+    grid = torch.full((channels, rows * (height + padding) + padding, columns * (width + padding) + padding), BACKGROUND, dtype=torch.uint8)
+    for number, image in enumerate(large):
+        top, left = padding + number // columns * (height + padding), padding + number % columns * (width + padding)
+        grid[:, top : top + height, left : left + width] = image
+    return grid
+
+
+def to_8_bit(images: Tensor, levels: int) -> Tensor:
+    """Stretch integer images with values 0..levels-1 to 0..255: uint8 of the same shape."""
+    return (images.float() * (255.0 / (levels - 1))).round().to(torch.uint8)
+
+
+def write_png(path: Path, image: Tensor) -> None:
+    """Write uint8 [C, H, W], C = 1 (grey) or 3 (RGB). Raises ValueError for another shape or dtype."""
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in COLOUR_TYPES:
+        raise ValueError(f"image: expected uint8 [1 or 3, H, W], got {image.dtype} {list(image.shape)}")
+    channels, height, width = image.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, COLOUR_TYPES[channels], 0, 0, 0)
+    lines = image.permute(1, 2, 0).reshape(height, width * channels).cpu()
+    # Each line starts with its filter type; 0 stands for "none".
+    filtered = torch.cat([torch.zeros(height, 1, dtype=torch.uint8), lines], dim=1)
+    pixels = zlib.compress(bytes(filtered.flatten().tolist()), 9)
+    path.write_bytes(SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b""))
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

@@ -1,0 +1,43 @@
+"""Triton kernels: the ops on NVIDIA GPUs where no compiled CUDA library is there. Importing needs neither a GPU nor Triton.
+
+One op a file: formula, kernel, launcher. ``register`` makes the launchers the CUDA implementations of the ``fm_fast`` ops; each is
+imported, and Triton with it, at its first call.
+"""
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+
+LAUNCHERS = {
+    "path_sample": ("path_sample", "launch"),
+    "path_loss": ("path_loss", "launch"),
+    "path_loss_backward": ("path_loss", "launch_backward"),
+}
+
+
+@functools.cache
+def launcher(op: str) -> Any:
+    """The function that runs an op's kernel."""
+    module, name = LAUNCHERS[op]
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+
+
+def _lazily(op: str) -> Any:
+    return lambda *arguments: launcher(op)(*arguments)
+
+
+def register() -> torch.library.Library | None:
+    """Register every launcher for dispatch key CUDA; None, and nothing done, without Triton.
+
+    The registrations live as long as the returned library is kept. Only one implementation can own the key, so do not call this where
+    the compiled CUDA library is loaded.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return None
+    library = torch.library.Library("fm_fast", "IMPL")
+    for op in LAUNCHERS:
+        library.impl(op, _lazily(op), "CUDA")
+    return library

@@ -1,0 +1,178 @@
+"""How tensors become a grid: layouts, tile shapes and the options that every kernel of this package shares."""
+
+import contextlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+TILE = 1024  # elements a program holds at once: 8 a thread, two 128-bit float32 accesses or one of 16 bits
+SMALLEST_TILE = 128
+ELEMENTS_PER_THREAD = 8
+WORD_LIMIT = 2**31
+GRID_LIMIT = 2**16 - 1  # of a grid's second and third axis
+
+Strides = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The geometry of one launch; ``strides`` are (batch, channel, position) of each tensor, in the kernel's order."""
+
+    batch: int
+    channels: int
+    positions: int
+    strides: tuple[Strides, ...]
+    rows: int
+    blocks: int
+    tiles: int
+    flat: bool
+    channel_fast: bool
+    masked: bool
+    wide: bool
+    device: torch.device
+
+    @property
+    def programs(self) -> int:
+        """Programs a sample."""
+        groups = self.channels * -(-self.positions // 4)
+        return max(1, -(-groups // (self.rows * self.blocks * self.tiles)))
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        samples = min(self.batch, GRID_LIMIT)
+        return self.programs, samples, -(-self.batch // samples)
+
+    @property
+    def warps(self) -> int:
+        return max(1, self.rows * self.blocks * 4 // (32 * ELEMENTS_PER_THREAD))
+
+    def options(self) -> dict[str, Any]:
+        """The compile-time geometry, by kernel parameter."""
+        return {
+            "ROWS": self.rows,
+            "BLOCKS": self.blocks,
+            "TILES": self.tiles,
+            "FLAT": self.flat,
+            "CHANNEL_FAST": self.channel_fast,
+            "MASKED": self.masked,
+            "WIDE": self.wide,
+        }
+
+
+def logical_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """(B, C, P): C is dimension 1 where there are more than two dimensions."""
+    channels = shape[1] if len(shape) > 2 else 1
+    positions = 1
+    for size in shape[2 if len(shape) > 2 else 1 :]:
+        positions *= size
+    return shape[0], channels, positions
+
+
+def _position_stride(name: str, x: Tensor, first: int) -> int:
+    """The one stride that walks through dimensions ``first`` and on."""
+    dims = [(size, stride) for size, stride in zip(x.shape[first:], x.stride()[first:], strict=True) if size != 1]
+    for (_, outer), (size, inner) in itertools.pairwise(dims):
+        if outer != size * inner:
+            raise ValueError(f"{name} must have strides that collapse to (batch, channel, position), got {x.stride()} for {tuple(x.shape)}")
+    return dims[-1][1] if dims else 1
+
+
+def strides(name: str, x: Tensor) -> Strides:
+    """(batch, channel, position) strides of a tensor [B, ...], as if sizes of one had the stride of a contiguous tensor."""
+    _, channels, positions = logical_shape(x.shape)
+    position = _position_stride(name, x, 2 if x.dim() > 2 else 1)
+    channel = x.stride(1) if channels > 1 else position * positions
+    return x.stride(0), channel, position
+
+
+def _is_flat(channels: int, positions: int, all_strides: Sequence[Strides]) -> bool:
+    """Whether every sample is one contiguous row whose counter blocks are those of the channels put end to end."""
+    aligned = channels == 1 or positions % 4 == 0
+    return aligned and all(position == 1 and channel == positions for _, channel, position in all_strides)
+
+
+def tiles_of(elements: int) -> int:
+    """Tiles a program, by the size of a sample alone, so that a sample's sums do not depend on its batch."""
+    return 1 if elements < 2**13 else 2 if elements < 2**16 else 4
+
+
+def _is_wide(channels: int, positions: int, all_strides: Sequence[Strides]) -> bool:
+    """Whether an offset inside a sample can pass 2^31."""
+    reach = max(channels * abs(channel) + positions * abs(position) for _, channel, position in all_strides)
+    return max(reach, channels * (positions + 3)) + 8 * TILE >= WORD_LIMIT
+
+
+def power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def plan(like: Tensor, **tensors: Tensor) -> Plan:
+    """The launch geometry for tensors of ``like``'s shape, in the kernel's order; one without elements is not addressed."""
+    batch, channels, positions = logical_shape(like.shape)
+    present = {name: strides(name, x) for name, x in tensors.items() if x.numel()}
+    addressed = list(present.values()) or [(0, 0, 1)]
+    flat = _is_flat(channels, positions, addressed)
+    channel_fast = not flat and channels > 1 and addressed[0][1] < addressed[0][2]
+    wide = _is_wide(channels, positions, addressed)
+    elements = channels * 4 * -(-positions // 4)
+    tile = max(SMALLEST_TILE, min(TILE, power_of_two(elements)))
+    tiles = tiles_of(elements)
+    if flat:
+        channels, positions = 1, channels * positions
+    half = all(x.element_size() < 4 for x in tensors.values() if x.numel())
+    blocks = 2 if flat and half else 1
+    return Plan(
+        batch=batch,
+        channels=channels,
+        positions=positions,
+        strides=tuple(present.get(name, (0, 0, 1)) for name in tensors),
+        rows=tile // (4 * blocks),
+        blocks=blocks,
+        tiles=tiles,
+        flat=flat,
+        channel_fast=channel_fast,
+        masked=not flat or positions == 0 or positions % (tile * tiles) != 0,
+        wide=wide,
+        device=like.device,
+    )
+
+
+def compute_dtype(*tensors: Tensor) -> Any:
+    """Triton's dtype of the arithmetic: float64 if any tensor that holds something is float64."""
+    return tl.float64 if any(x.dtype == torch.float64 for x in tensors if x.numel()) else tl.float32
+
+
+def data_options(x1: Tensor, x0: Tensor, key: Tensor, flip: float, levels: float, dequantise: bool) -> dict[str, Any]:
+    """The compile-time options of how x1 and x0 are read, by kernel parameter."""
+    integer = x1.dtype == torch.uint8
+    return {
+        "EXPLICIT_IDS": key.numel() == x1.shape[0] + 2 != 3,
+        "DRAW": x0.numel() == 0,
+        "LEVELS": float(levels) if integer else 0.0,
+        "DEQUANTISE": bool(integer and dequantise),
+        "WIDTH": x1.shape[-1] if flip > 0.0 and x1.dim() > 1 else 0,
+    }
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device; the interpreter needs none."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def arguments(plan: Plan, tensors: Sequence[Tensor], numbers: Sequence[float]) -> tuple[Any, ...]:
+    """A kernel's positional arguments: tensors, the strides of those in the plan, batch, channels, positions, numbers."""
+    flattened = (stride for triple in plan.strides for stride in triple)
+    return (*tensors, *flattened, plan.batch, plan.channels, plan.positions, *numbers)
+
+
+def run(kernel: Any, plan: Plan, tensors: Sequence[Tensor], numbers: Sequence[float], **options: Any) -> None:
+    """Launch one program per chunk of each sample."""
+    with on_device(plan.device):
+        kernel[plan.grid](
+            *arguments(plan, tensors, numbers), **options, **plan.options(), num_warps=plan.warps, num_stages=1, enable_fp_fusion=True
+        )

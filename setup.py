@@ -1,0 +1,350 @@
+"""Builds the native libraries of fm_fast with a C++ compiler, nvcc (if there is one) and ninja.
+
+torch is not needed, neither here nor for its headers: the sources declare the few functions of torch's stable C interface that they
+call, and the libraries are linked against empty stand-ins that carry the names of torch's own. So the build takes seconds, also under
+build isolation, and one file serves every Python and every torch >= 2.10.
+
+Environment: FM_FAST_BUILD=auto|cpu|cuda|none (auto builds what it can and records why the rest was left out; cpu and cuda insist),
+MAX_JOBS, TORCH_CUDA_ARCH_LIST, CXX, CUDA_HOME or CUDA_PATH.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Command, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "csrc"
+MODES = ("auto", "cpu", "cuda", "none")
+
+COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra")
+# The objects are linked in this order. Where two of them hold the same inline function of a standard header, the linker keeps the first:
+# the one that runs on every machine.
+ISA_FLAGS = {
+    "portable": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+}
+CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+DEFAULT_CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0+PTX")
+
+NINJA_RULES = """\
+rule compile
+  command = $tool $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule stub
+  command = $tool -shared -nostdlib -x c++ /dev/null -Wl,-soname,$flags -o $out
+rule link
+  command = $tool -shared -o $out $in $flags
+"""
+# Our own names only: the standard library's templates, which every C++ library carries, stay private.
+EXPORTS = "{ global: fm_fast_*; local: *; };\n"
+
+
+class NotBuilt(Exception):
+    """A library that can't be built here, and why."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of work for ninja: paths relative to the build folder or absolute."""
+
+    rule: str
+    output: str
+    inputs: tuple[str, ...]
+    tool: str
+    flags: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    def to_ninja(self) -> str:
+        inputs = " ".join(map(_ninja_path, self.inputs))
+        after = " ".join(map(_ninja_path, self.after))
+        flags = shlex.join(self.flags).replace("$", "$$")
+        return f"build {_ninja_path(self.output)}: {self.rule} {inputs} | {after}\n  tool = {self.tool}\n  flags = {flags}\n"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one library is made, and what build_info.json says about it."""
+
+    library: str
+    steps: tuple[Step, ...]
+    record: dict[str, object]
+
+
+def _ninja_path(path: str) -> str:
+    return re.sub(r"([$ :])", r"$\1", path)
+
+
+def requested_mode() -> str:
+    mode = os.environ.get("FM_FAST_BUILD", "auto")
+    if mode not in MODES:
+        raise SystemExit(f"fm_fast: FM_FAST_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
+    return mode
+
+
+def job_flags() -> list[str]:
+    jobs = os.environ.get("MAX_JOBS")
+    if jobs and not (jobs.isdecimal() and int(jobs) > 0):
+        raise SystemExit(f"fm_fast: MAX_JOBS must be a positive integer, got {jobs!r}")
+    return ["-j", jobs] if jobs else []
+
+
+# Finding the tools
+
+
+def find_ninja() -> str:
+    # Without build isolation the environment's programs need not be on PATH.
+    path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    if ninja := shutil.which("ninja", path=path):
+        return ninja
+    raise NotBuilt("ninja was not found (pip install ninja)")
+
+
+def find_compiler() -> list[str]:
+    chosen = os.environ.get("CXX", "")
+    candidates = [chosen] if chosen else ["g++", "c++", "clang++"]
+    for command in map(shlex.split, candidates):
+        if shutil.which(command[0]):
+            return command
+    raise NotBuilt(f"no C++ compiler was found (looked for {' '.join(candidates)})")
+
+
+def cuda_homes() -> list[Path]:
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    return [Path(home) for home in homes if home]
+
+
+def find_nvcc() -> Path:
+    *named, usual = [str(home / "bin") for home in cuda_homes()]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([*named, os.environ.get("PATH", ""), usual]))
+    if nvcc:
+        return Path(nvcc).resolve()
+    raise NotBuilt("nvcc was not found (looked in CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)")
+
+
+def output_lines(command: list[str]) -> list[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise NotBuilt(f"{command[0]} does not run: {error}") from error
+
+
+# What to build
+
+
+def sources(folder: str, *patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in (SOURCES / folder).glob(pattern))
+
+
+def stub(soname: str, tool: str) -> Step:
+    # `import torch` loads its libraries privately, so ours must name the ones whose functions it calls; any file of that name will do.
+    return Step("stub", f"stubs/{soname}", (), tool, (soname,))
+
+
+def link(library: str, objects: Iterable[Step], stubs: list[Step], tool: str, extra: tuple[str, ...] = ()) -> Step:
+    names = tuple(step.output for step in stubs)
+    visible = ("-Wl,--version-script=exports.map", "-Wl,--exclude-libs,ALL", "-Wl,-s")
+    flags = ("-Wl,--no-as-needed", *names, "-Wl,--as-needed", *extra, f"-Wl,-soname,{library}", *visible)
+    return Step("link", library, tuple(step.output for step in objects), tool, flags, names)
+
+
+def compiled_once(source: Path) -> bool:
+    return source.name.startswith(("register", "dispatch"))
+
+
+def cpu_variants() -> dict[str, tuple[str, ...]]:
+    return ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"portable": ()}
+
+
+def cpu_objects(tool: str) -> list[Step]:
+    found = sources("cpu", "*.cpp")
+    if not found:
+        raise NotBuilt("there are no C++ sources in csrc/cpu")
+    flags = (*COMMON_FLAGS, f"-I{SOURCES}")
+    steps = [Step("compile", f"cpu/{path.stem}.o", (str(path),), tool, flags) for path in found if compiled_once(path)]
+    for isa, isa_flags in cpu_variants().items():
+        variant = (*flags, *isa_flags, f"-DFM_ISA={isa}")
+        steps += [Step("compile", f"cpu/{path.stem}.{isa}.o", (str(path),), tool, variant) for path in found if not compiled_once(path)]
+    return steps
+
+
+def plan_cpu() -> Plan:
+    if sys.platform != "linux":
+        raise NotBuilt(f"the native build supports Linux, this is {sys.platform}")
+    compiler = find_compiler()
+    tool, library = shlex.join(compiler), "libfm_fast_cpu.so"
+    objects, stubs = cpu_objects(tool), [stub("libtorch_cpu.so", tool)]
+    version = output_lines([*compiler, "--version"])[0]
+    variants = {isa: " ".join(flags) for isa, flags in cpu_variants().items()}
+    record = {"library": library, "compiler": version, "flags": " ".join(COMMON_FLAGS), "variants": variants}
+    return Plan(library, (*stubs, *objects, link(library, objects, stubs, tool)), record)
+
+
+def cuda_architectures(nvcc: Path) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST, or those of the default list that this nvcc knows: names such as 9.0 or 9.0+PTX."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if asked:
+        return re.split(r"[;,\s]+", asked.strip(";, "))
+    known = set(output_lines([str(nvcc), "--list-gpu-arch"]))
+    return [name for name in DEFAULT_CUDA_ARCHITECTURES if f"compute_{name.removesuffix('+PTX').replace('.', '')}" in known]
+
+
+def architecture_flags(architecture: str) -> list[str]:
+    match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", architecture)
+    if match is None:
+        raise NotBuilt(f"TORCH_CUDA_ARCH_LIST must list compute capabilities such as 9.0 or 9.0+PTX, got {architecture!r}")
+    number = match[1] + match[2]
+    codes = [f"sm_{number}", f"compute_{number}"] if match[3] else [f"sm_{number}"]
+    return [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+
+
+def static_cudart(nvcc: Path) -> str:
+    for toolkit in [nvcc.parent.parent, *cuda_homes()]:
+        for found in [*toolkit.glob("lib*/libcudart_static.a"), *toolkit.glob("targets/*/lib/libcudart_static.a")]:
+            return str(found)
+    raise NotBuilt(f"libcudart_static.a was not found beside {nvcc}")
+
+
+def plan_cuda() -> Plan:
+    kernels, host = sources("cuda", "*.cu"), sources("cuda", "*.cpp")
+    if not kernels:
+        raise NotBuilt("no CUDA sources in this version")
+    nvcc, tool, library = find_nvcc(), shlex.join(find_compiler()), "libfm_fast_cuda.so"
+    architectures = cuda_architectures(nvcc)
+    flags = (*CUDA_FLAGS, f"-I{SOURCES}", *(flag for name in architectures for flag in architecture_flags(name)))
+    objects = [Step("compile", f"cuda/{path.stem}.cu.o", (str(path),), shlex.quote(str(nvcc)), flags) for path in kernels]
+    objects += [Step("compile", f"cuda/{path.stem}.o", (str(path),), tool, (*COMMON_FLAGS, f"-I{SOURCES}")) for path in host]
+    stubs = [stub(name, tool) for name in ("libtorch_cpu.so", "libtorch_cuda.so")]
+    runtime = (static_cudart(nvcc), "-ldl", "-lpthread", "-lrt")
+    version = output_lines([str(nvcc), "--version"])[-1]
+    record = {"library": library, "compiler": version, "flags": " ".join(CUDA_FLAGS), "architectures": architectures}
+    return Plan(library, (*stubs, *objects, link(library, objects, stubs, tool, runtime)), record)
+
+
+# The one that is more often impossible comes first, so that an impossible request is refused at once.
+PLANS = {"cuda": plan_cuda, "cpu": plan_cpu}
+
+
+# Running it
+
+
+def first_error(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines()]
+    errors = [line for line in lines if re.search(r"\berror:|cannot find|not found", line)]
+    return (errors or lines[-1:] or ["no output"])[0]
+
+
+def run_ninja(plan: Plan, folder: Path) -> Path:
+    ninja = find_ninja()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "exports.map").write_text(EXPORTS, encoding="utf-8")
+    (folder / "build.ninja").write_text(NINJA_RULES + "".join(step.to_ninja() for step in plan.steps), encoding="utf-8")
+    result = subprocess.run(
+        [ninja, "-C", str(folder), *job_flags()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    sys.stderr.write(result.stdout)
+    if result.returncode:
+        raise NotBuilt(f"the compilation failed: {first_error(result.stdout)}")
+    return folder / plan.library
+
+
+def build_libraries(mode: str, scratch: Path, destination: Path) -> dict[str, object]:
+    """Build what `mode` asks for into `destination`; returns the record of what was built and what was not."""
+    built: dict[str, object] = {}
+    skipped: dict[str, str] = {}
+    for name, make_plan in PLANS.items():
+        try:
+            if mode == "none" or (mode == "cpu" and name == "cuda"):
+                raise NotBuilt(f"FM_FAST_BUILD={mode}")
+            plan = make_plan()
+            shutil.copy2(run_ninja(plan, scratch / name), destination / plan.library)
+            built[name] = plan.record
+        except NotBuilt as reason:
+            if mode == name or (mode == "cuda" and name == "cpu"):
+                raise SystemExit(f"fm_fast: FM_FAST_BUILD={mode} can't build the {name} library: {reason}") from None
+            skipped[name] = str(reason)
+    return {"requested": mode, "platform": f"{sys.platform}-{platform.machine()}", "built": built, "skipped": skipped}
+
+
+class Build(build):
+    """The usual build, with the native libraries as one more step and without what an earlier build left behind."""
+
+    sub_commands = [*build.sub_commands, ("build_native", None)]  # noqa: RUF012
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib, "fm_fast"), ignore_errors=True)
+        super().run()
+
+
+class BuildNative(Command):
+    """Writes fm_fast/_native/: the libraries and build_info.json."""
+
+    description = "compile the native libraries"
+    user_options = []  # noqa: RUF012
+    editable_mode = False
+    build_lib: str
+    build_temp: str
+
+    def initialize_options(self) -> None:
+        self.build_lib = self.build_temp = None  # type: ignore[assignment]
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build", ("build_lib", "build_lib"), ("build_temp", "build_temp"))
+
+    def run(self) -> None:
+        folder = self.folder()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        record = build_libraries(requested_mode(), Path(self.build_temp, "native").resolve(), folder)
+        record = {"version": self.distribution.get_version(), **record}
+        (folder / "build_info.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def folder(self) -> Path:
+        return (ROOT if self.editable_mode else Path(self.build_lib)) / "fm_fast" / "_native"
+
+    def get_source_files(self) -> list[str]:
+        return [path.relative_to(ROOT).as_posix() for path in sorted(SOURCES.rglob("*")) if path.is_file()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return self.outputs() if self.editable_mode else {}
+
+    def get_outputs(self) -> list[str]:
+        return list(self.outputs())
+
+    def outputs(self) -> dict[str, str]:
+        """Where each file goes in a wheel -> where it was written, which is in the tree for an editable install."""
+        return {str(Path(self.build_lib, "fm_fast", "_native", path.name)): str(path) for path in sorted(self.folder().iterdir())}
+
+
+class Wheel(bdist_wheel):
+    """A wheel for every Python: for this platform if it holds a native library, for any platform if not."""
+
+    def run(self) -> None:
+        shutil.rmtree(str(self.bdist_dir), ignore_errors=True)
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        native = Path(self.get_finalized_command("build").build_lib, "fm_fast", "_native")
+        if not any(native.glob("*.so")):
+            return super().get_tag()
+        self.root_is_pure = False
+        return "py3", "none", super().get_tag()[2]
+
+
+requested_mode()
+setup(cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel})

@@ -1,0 +1,106 @@
+"""The command line: every setting is an option, wrong ones are refused, a short run writes its files."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from fm_fast.cli import FROM_DATA, config_from, main, parser
+from fm_fast.nn import UNetConfig
+from fm_fast.train.config import PRESETS, TrainConfig
+
+SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "2", "--samples-per-class", "2"]
+
+
+def parsed(*arguments):
+    return config_from(parser().parse_args(["train", *arguments]))
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    names = [entry.name for entry in fields(TrainConfig) if entry.name != "model"]
+    names += [f"model.{entry.name}" for entry in fields(UNetConfig) if entry.name not in FROM_DATA]
+    assert len(names) > 25
+    for name in names:
+        assert re.search(rf"--{name.replace('_', '-')}[ ,]", text), name
+
+
+def test_options_replace_the_values_of_the_preset():
+    assert parsed("digits") == PRESETS["digits"]
+    config = parsed("digits", "--steps", "7", "--objective", "ddpm", "--model.multipliers", "1,1,2", "--dequantise", "--seed", "3")
+    assert (config.steps, config.objective, config.model.multipliers, config.dequantise, config.seed) == (7, "ddpm", (1, 1, 2), True, 3)
+    assert config.batch_size == PRESETS["digits"].batch_size
+    other = parsed("--data", "folder", "--out", "elsewhere")
+    assert (other.data, other.out, other.steps) == ("folder", "elsewhere", PRESETS["images"].steps)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "digits", "--stepz", "3"], "unrecognized arguments: --stepz"),
+        (["train", "digits", "--step", "3"], "unrecognized arguments: --step"),
+        (["train", "digits", "--steps", "three"], "argument --steps: invalid int value: 'three'"),
+        (["train", "letters"], "invalid choice: 'letters'"),
+        (["train", "digits", "--model.multipliers", "1,x"], "argument --model.multipliers: invalid"),
+        (["fly"], "invalid choice: 'fly'"),
+        ([], "required: command"),
+    ],
+)
+def test_wrong_command_lines(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "train: expected a preset (digits) or --data PATH"),
+        (["train", "images"], "data: expected --data PATH"),
+        (["train", "digits", "--objective", "fm"], "objective: expected one of fm-ot, fm-vp"),
+        (["train", "--data", "no/such/folder"], "no/such/folder: no such file or folder"),
+        (["train", "digits", "--model.groups", "7"], "groups: expected a divisor"),
+        (["train", "digits", "--device", "abacus"], "device: expected auto, cpu"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_1(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fm-fast: error: ") and message in error and error.count("\n") == 1
+
+
+def test_short_run_and_resume(tmp_path, capsys):
+    arguments = ["train", "digits", "--batch-size", "8", "--log-every", "1", "--no-evaluate", "--out", str(tmp_path), *SMALL]
+    assert main([*arguments, "--steps", "3"]) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"checkpoint.pt", "samples.png", "log.jsonl"}
+    assert "step 3/3" in capsys.readouterr().out
+    assert main([*arguments, "--steps", "5", "--resume"]) == 0
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    assert main([*arguments, "--steps", "5", "--resume", "--seed", "9"]) == 1
+    assert "cannot resume with other settings: seed: 0 -> 9" in capsys.readouterr().err
+
+
+def test_resume_without_a_checkpoint(tmp_path, capsys):
+    assert main(["train", "digits", "--resume", "--out", str(tmp_path), *SMALL]) == 1
+    assert "checkpoint.pt: no such checkpoint" in capsys.readouterr().err
+
+
+def test_own_data(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    pixels = numpy.random.default_rng(0).integers(0, 256, (20, 3, 8, 8), dtype=numpy.uint8)
+    numpy.savez(tmp_path / "set.npz", images=pixels, labels=numpy.arange(20) % 4)
+    run = ["train", "--data", str(tmp_path / "set.npz"), "--out", str(tmp_path / "run"), "--steps", "2", "--batch-size", "4"]
+    assert main([*run, *SMALL]) == 0
+    assert (tmp_path / "run" / "samples.png").stat().st_size > 100
+
+
+def test_info_in_a_fresh_process():
+    answer = subprocess.run([sys.executable, "-m", "fm_fast.cli", "info"], capture_output=True, text=True, check=True)
+    assert "fm_fast" in answer.stdout and "backends" in answer.stdout

@@ -1,0 +1,295 @@
+"""Readers against files written here by independent means, a message for every kind of damage, and the order of training."""
+
+import gzip
+import io
+import pickle
+import struct
+import tarfile
+
+import pytest
+import torch
+
+from fm_fast.train.data import DataOrder, digits, epoch_order, load_dataset, make_dataset
+
+np = pytest.importorskip("numpy")
+
+
+def random_images(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def idx_bytes(array):
+    return struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def idx_folder(tmp_path):
+    images, labels = random_images(5, 4, 3), np.array([0, 1, 2, 1, 0], dtype=np.uint8)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx_bytes(images))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_bytes(images[:2])))
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx_bytes(labels[:2])))
+    return tmp_path, images, labels
+
+
+def test_digits_are_split_into_1500_and_297_with_17_levels():
+    train, held_out = digits("train"), digits("test")
+    assert train.images.shape == (1500, 1, 8, 8) and held_out.images.shape == (297, 1, 8, 8)
+    assert (train.images.dtype, train.labels.dtype, train.levels, train.classes) == (torch.uint8, torch.int64, 17, 10)
+    assert train.images.max() == 16 and train.images.min() == 0
+    assert train.labels.bincount().min() >= 130 and held_out.labels.bincount().min() >= 20
+    together = torch.cat([train.images, held_out.images]).flatten(1)
+    assert together.unique(dim=0).shape[0] == 1797, "no image is in both splits"
+
+
+def test_digits_are_the_uci_test_set():
+    datasets = pytest.importorskip("sklearn.datasets")
+    original = datasets.load_digits()
+    order = np.random.default_rng(0).permutation(1797)
+    together = torch.cat([digits("train").images, digits("test").images])[:, 0]
+    assert np.array_equal(together.numpy(), original.images[order])
+    assert np.array_equal(torch.cat([digits("train").labels, digits("test").labels]).numpy(), original.target[order])
+
+
+def test_idx_folder(idx_folder):
+    folder, images, labels = idx_folder
+    train, held_out = load_dataset(folder), load_dataset(folder, "test")
+    assert np.array_equal(train.images[:, 0].numpy(), images) and train.labels.tolist() == labels.tolist()
+    assert np.array_equal(held_out.images[:, 0].numpy(), images[:2]) and train.classes == 3
+    assert torch.equal(load_dataset(folder / "train-images-idx3-ubyte").images, train.images)
+
+
+def damage_truncated(folder):
+    file = folder / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-1])
+    return ValueError, r"train-images-idx3-ubyte: expected 60 bytes of data for shape \[5, 4, 3\], got 59"
+
+
+def damage_magic(folder):
+    file = folder / "train-images-idx3-ubyte"
+    file.write_bytes(b"\x00\x00\x0d\x03" + file.read_bytes()[4:])
+    return ValueError, "expected IDX magic number 0x00000803 .*got 0x00000d03"
+
+
+def damage_header(folder):
+    (folder / "train-images-idx3-ubyte").write_bytes(b"\x00\x00\x08")
+    return ValueError, "expected an IDX header of 16 bytes, got a file of 3 bytes"
+
+
+def damage_count(folder):
+    (folder / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(4, dtype=np.uint8)))
+    return ValueError, r"expected one label an image, 5, got \[4\]"
+
+
+def damage_labels_missing(folder):
+    (folder / "train-labels-idx1-ubyte").unlink()
+    return FileNotFoundError, "train-labels-idx1-ubyte: no such IDX file"
+
+
+def damage_images_missing(folder):
+    (folder / "train-images-idx3-ubyte").unlink()
+    return FileNotFoundError, "expected train-images-idx3-ubyte"
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_truncated, damage_magic, damage_header, damage_count, damage_labels_missing, damage_images_missing]
+)
+def test_damaged_idx(idx_folder, damage):
+    error, message = damage(idx_folder[0])
+    with pytest.raises(error, match=message):
+        load_dataset(idx_folder[0])
+
+
+def test_truncated_gzip(idx_folder):
+    file = idx_folder[0] / "t10k-images-idx3-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:-12])
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte.gz: expected a complete gzip file"):
+        load_dataset(idx_folder[0], "test")
+
+
+def cifar_parts():
+    images = random_images(10, 3072)
+    labels = [number % 10 for number in range(10)]
+    return [(images[2 * i : 2 * i + 2], labels[2 * i : 2 * i + 2]) for i in range(5)], images, labels
+
+
+def python_batch(pixels, labels):
+    # As in the official files: protocol 2, keys that are byte strings.
+    return pickle.dumps({b"data": pixels, b"labels": labels, b"batch_label": b"x"}, protocol=2)
+
+
+def binary_batch(pixels, labels):
+    return b"".join(bytes([label]) + row.tobytes() for label, row in zip(labels, pixels, strict=True))
+
+
+def write_cifar(folder, form):
+    parts, images, labels = cifar_parts()
+    write, suffix = (python_batch, "") if form == "python" else (binary_batch, ".bin")
+    for number, part in enumerate(parts, start=1):
+        (folder / f"data_batch_{number}{suffix}").write_bytes(write(*part))
+    (folder / f"test_batch{suffix}").write_bytes(write(*parts[3]))
+    return images.reshape(-1, 3, 32, 32), labels
+
+
+@pytest.mark.parametrize("form", ["python", "binary"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_cifar10(tmp_path, form, packed):
+    folder = tmp_path / "cifar-10-batches"
+    folder.mkdir()
+    images, labels = write_cifar(folder, form)
+    source = folder
+    if packed:
+        source = tmp_path / "cifar-10.tar.gz"
+        with tarfile.open(source, "w:gz") as archive:
+            archive.add(folder, arcname=folder.name)
+    train, held_out = load_dataset(source), load_dataset(source, "test")
+    assert np.array_equal(train.images.numpy(), images) and train.labels.tolist() == labels
+    assert np.array_equal(held_out.images.numpy(), images[6:8]) and (train.classes, train.levels) == (10, 256)
+
+
+def test_cifar_pickle_cannot_run_code(tmp_path):
+    write_cifar(tmp_path, "python")
+    (tmp_path / "data_batch_2").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(ValueError, match=r"data_batch_2: expected a CIFAR-10 pickle, got: os.system is not allowed"):
+        load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "data_batch_3: expected a CIFAR-10 pickle"),
+        (b"not a pickle", "data_batch_3: expected a CIFAR-10 pickle"),
+        (pickle.dumps([1]), "expected a dictionary with b'data' and b'labels', got list"),
+        (python_batch(random_images(2, 3071), [0, 1]), r"expected uint8 images \[N, 3072\], got .*3071"),
+        (python_batch(random_images(2, 3072), [0]), "expected 2 labels, one an image, got 1"),
+        (python_batch(random_images(2, 3072), [0, 11]), r"expected labels in 0..9, got 0..11"),
+    ],
+)
+def test_damaged_cifar_pickle(tmp_path, content, message):
+    write_cifar(tmp_path, "python")
+    (tmp_path / "data_batch_3").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_dataset(tmp_path)
+
+
+def test_damaged_cifar_binary(tmp_path):
+    write_cifar(tmp_path, "binary")
+    (tmp_path / "data_batch_1.bin").write_bytes(b"\x00" * 3072)
+    with pytest.raises(ValueError, match=r"data_batch_1.bin: expected a multiple of 3073 bytes, got 3072"):
+        load_dataset(tmp_path)
+    (tmp_path / "data_batch_5.bin").unlink()
+    (tmp_path / "data_batch_1.bin").write_bytes(b"\x00" * 3073)
+    with pytest.raises(FileNotFoundError, match="expected a CIFAR-10 batch data_batch_5"):
+        load_dataset(tmp_path)
+
+
+def test_truncated_archive(tmp_path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        member = tarfile.TarInfo("cifar/data_batch_1.bin")
+        member.size = 30730
+        archive.addfile(member, io.BytesIO(random_images(30730).tobytes()))
+    (tmp_path / "cifar.tar.gz").write_bytes(buffer.getvalue()[:5000])
+    with pytest.raises(ValueError, match=r"cifar.tar.gz: expected a complete tar archive"):
+        load_dataset(tmp_path / "cifar.tar.gz")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("shape", [(4, 6, 5), (4, 3, 6, 5)])
+def test_npz(tmp_path, save, shape):
+    images, labels = random_images(*shape), np.array([0, 3, 1, 2])
+    save(tmp_path / "set.npz", images=images, labels=labels, extra=np.zeros(2))
+    data = load_dataset(tmp_path / "set.npz")
+    assert np.array_equal(data.images.numpy(), images if len(shape) == 4 else images[:, None])
+    assert data.labels.tolist() == [0, 3, 1, 2] and data.classes == 4
+
+
+def test_damaged_npz(tmp_path):
+    file = tmp_path / "set.npz"
+    file.write_bytes(b"PK\x03\x04 but no archive")
+    with pytest.raises(ValueError, match=r"set.npz: expected a readable .npz archive"):
+        load_dataset(file)
+    np.savez(file, pictures=random_images(1, 2, 2))
+    with pytest.raises(ValueError, match=r"expected arrays images, labels, found .*pictures"):
+        load_dataset(file)
+    np.savez(file, images=random_images(2, 2, 2).astype(np.float32), labels=np.zeros(2, dtype=np.int64))
+    with pytest.raises(ValueError, match=r"set.npz\[images\]: expected a C-ordered array .*'<f4'"):
+        load_dataset(file)
+    np.savez(file, images=np.asfortranarray(random_images(2, 3, 2)), labels=np.zeros(2, dtype=np.int64))
+    with pytest.raises(ValueError, match="fortran_order=True"):
+        load_dataset(file)
+
+
+def test_image_folder(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pixels = random_images(3, 4, 5, 3)
+    for number, name in enumerate(("cat/1.png", "cat/2.png", "dog/1.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        image.fromarray(pixels[number]).save(tmp_path / name)
+    (tmp_path / "dog" / "notes.txt").write_text("no image")
+    data = load_dataset(tmp_path)
+    assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), pixels)
+    assert data.labels.tolist() == [0, 0, 1] and data.classes == 2
+
+
+def test_damaged_image_folder(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    with pytest.raises(FileNotFoundError, match="expected IDX files, CIFAR-10 batches, or a subfolder"):
+        load_dataset(tmp_path)
+    (tmp_path / "a").mkdir()
+    image.fromarray(random_images(4, 4, 3)).save(tmp_path / "a" / "1.png")
+    image.fromarray(random_images(4, 5, 3)).save(tmp_path / "a" / "2.png")
+    with pytest.raises(ValueError, match=r"2.png: expected 4x4 pixels like 1.png, got 4x5"):
+        load_dataset(tmp_path)
+    (tmp_path / "a" / "2.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"2.png: expected a readable image"):
+        load_dataset(tmp_path)
+
+
+def test_unknown_sources(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder; expected 'digits' or a path"):
+        load_dataset(tmp_path / "nowhere")
+    (tmp_path / "data.csv").write_text("1,2")
+    with pytest.raises(ValueError, match=r"data.csv: expected a .npz"):
+        load_dataset(tmp_path / "data.csv")
+    with pytest.raises(ValueError, match="split: expected 'train' or 'test', got 'val'"):
+        load_dataset("digits", "val")
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.zeros(2, 3, 3), torch.zeros(2, dtype=torch.int64), "expected images uint8"),
+        (torch.zeros(0, 3, 3, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), "not empty"),
+        (torch.full((1, 3, 3), 17, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), "expected pixel values below 17, got 17"),
+        (torch.zeros(1, 3, 3, dtype=torch.uint8), torch.full((1,), -1), "expected labels in"),
+    ],
+)
+def test_wrong_tensors(images, labels, message):
+    with pytest.raises(ValueError, match=message):
+        make_dataset("set", images, labels, levels=17)
+
+
+def test_each_epoch_is_another_permutation():
+    orders = [epoch_order(1500, seed=3, epoch=epoch) for epoch in range(3)]
+    for order in orders:
+        assert torch.equal(order.sort().values, torch.arange(1500))
+    assert not torch.equal(orders[0], orders[1]) and not torch.equal(orders[1], orders[2])
+    assert not torch.equal(orders[0], epoch_order(1500, seed=4, epoch=0))
+    assert torch.equal(orders[1], epoch_order(1500, seed=3, epoch=1))
+
+
+def test_permutations_are_uniform():
+    # First element of 400 epochs of 8 images: chi-squared with 7 degrees of freedom, below its 0.9999 quantile.
+    first = torch.stack([epoch_order(8, seed=0, epoch=epoch)[0] for epoch in range(400)])
+    chi_squared = ((first.bincount(minlength=8) - 50.0) ** 2 / 50.0).sum()
+    assert chi_squared < 29.9
+
+
+def test_order_does_not_depend_on_the_batch_size():
+    whole = DataOrder(10, seed=1).indices(0, 35)
+    for size in (1, 4, 7, 10, 12):
+        order = DataOrder(10, seed=1)
+        parts = [order.indices(first, min(size, 35 - first)) for first in range(0, 35, size)]
+        assert torch.equal(torch.cat(parts), whole)
+    assert all(torch.equal(whole[e * 10 : e * 10 + 10].sort().values, torch.arange(10)) for e in range(3))

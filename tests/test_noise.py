@@ -1,0 +1,190 @@
+"""The noise contract: golden words, agreement with an independent model, statistics, and the invariances that users rely on."""
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+import fm_fast as fm
+from fm_fast import _philox
+from fm_fast.random import make_key
+
+SHAPES = [
+    (3,),
+    (5, 1),
+    (4, 2),
+    (3, 7),
+    (2, 3, 5),
+    (2, 3, 4, 5),
+    (2, 3, 32, 32),
+    (2, 3, 2, 3, 5),
+    (1, 1, 129),
+    (3, 130),
+    (0, 4),
+    (2, 0),
+    (2, 3, 0),
+]
+RANDOM123 = [
+    ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, 0xFFFFFFFFFFFFFFFF, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0A4093822, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+]
+
+
+def draw(shape, backend, kind="normal", seed=11, step=3, stream="x0", index=0, ids=None, dtype=None):
+    key = make_key(seed, step, ids, shape[0], torch.device("cpu"))
+    chosen = _philox.Kind[kind]
+    out = torch.int64 if kind == "word" else dtype or torch.float32
+    return fm._ops.noise(key, shape, chosen, _philox.Stream[stream], index, out, backend)
+
+
+@pytest.mark.parametrize(("counter", "seed", "expected"), RANDOM123)
+def test_known_answers_of_random123(counter, seed, expected):
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    got = _philox.philox(tuple(torch.tensor(c) for c in counter), torch.tensor(signed))
+    assert tuple(int(w) for w in got) == expected
+    assert tuple(int(w) for w in oracle.philox(*counter, seed)) == expected
+
+
+def test_golden_values():
+    """Published numbers: a change here breaks every saved experiment."""
+    words = draw((2, 1, 5), "reference", "word", seed=0x123456789ABCDEF, step=7, stream="dequantise", index=2, ids=100)
+    assert words.reshape(2, 5).tolist() == GOLDEN_WORDS
+    z = fm.noise((1, 4), seed=0, step=0)
+    assert z[0].tolist() == pytest.approx(GOLDEN_NORMALS, abs=5e-7)
+
+
+GOLDEN_WORDS = [[396552379, 1617532760, 4095507535, 386547723, 3403249174], [3720475728, 1709475994, 3728392599, 1791714577, 2523358111]]
+GOLDEN_NORMALS = [0.9911377, -0.9246626, -0.617609, -0.4820686]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "uniform", "sign", "word"])
+def test_agrees_with_the_independent_model(shape, kind, backend):
+    ids = torch.arange(shape[0]) * 1000 + 17
+    got = draw(shape, backend, kind, stream="probe" if kind == "sign" else "x0", index=5, ids=ids)
+    assert got.shape == shape
+    if kind == "word":
+        w, positions = oracle.words(shape, 11, 3, "x0", ids.numpy(), 5)
+        expected = oracle.trim(w, positions, shape).astype(np.int64)
+        assert np.array_equal(got.numpy(), expected)
+        return
+    stream = "probe" if kind == "sign" else "x0"
+    expected = getattr(oracle, kind)(shape, 11, 3, stream, ids.numpy(), 5)
+    tolerance = 4e-6 if kind == "normal" else 0.0
+    np.testing.assert_allclose(got.numpy().astype(np.float64), expected, rtol=0, atol=tolerance)
+
+
+def test_normals_are_accurate_to_a_few_units_in_the_last_place(backend):
+    z = draw((64, 4096), backend).double().numpy()
+    exact = oracle.normal((64, 4096), 11, 3)
+    assert np.abs(z - exact).max() < 1.5e-6
+    large = np.abs(exact) > 1e-2
+    assert (np.abs(z - exact)[large] / np.abs(exact)[large]).max() < 5e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes_are_the_float32_numbers_rounded(dtype, backend):
+    shape = (3, 5, 33)
+    assert torch.equal(draw(shape, backend, dtype=dtype), draw(shape, backend).to(dtype))
+
+
+def test_moments_tails_and_distribution(backend):
+    z = draw((256, 16384), backend).double().flatten()
+    n = z.numel()
+    assert abs(float(z.mean())) < 5 / math.sqrt(n)
+    assert abs(float(z.var()) - 1) < 5 * math.sqrt(2 / n)
+    assert abs(float((z**3).mean())) < 5 * math.sqrt(15 / n)
+    assert abs(float((z**4).mean()) - 3) < 5 * math.sqrt(96 / n)
+    for limit in (3.0, 4.0, 5.0):
+        expected = n * math.erfc(limit / math.sqrt(2))
+        assert abs(int((z.abs() > limit).sum()) - expected) < 5 * math.sqrt(expected) + 1
+    assert kolmogorov_smirnov(z, lambda x: 0.5 * torch.erfc(-x / math.sqrt(2))) < 2.0
+
+
+def test_uniforms_and_signs_are_fair(backend):
+    u = draw((64, 16384), backend, "uniform").double().flatten()
+    assert float(u.min()) > 0
+    assert float(u.max()) <= 1
+    assert kolmogorov_smirnov(u, lambda x: x) < 2.0
+    s = draw((64, 16384), backend, "sign", stream="probe")
+    assert set(s.unique().tolist()) == {-1.0, 1.0}
+    assert abs(float(s.double().mean())) < 5 / math.sqrt(s.numel())
+
+
+def kolmogorov_smirnov(x, distribution):
+    """sqrt(n) times the largest distance of distribution functions; above 2.0 with probability 7e-4."""
+    x = x.sort().values
+    n = x.numel()
+    cumulative = distribution(x)
+    steps = torch.arange(n + 1, dtype=torch.float64) / n
+    return math.sqrt(n) * float(torch.maximum(cumulative - steps[:-1], steps[1:] - cumulative).max())
+
+
+def test_tails_reach_beyond_six_sigma():
+    word = torch.tensor([[0, 0, 0, 0], [7, 2**31, 7, 0]])
+    z = _philox.normal(word)
+    assert z[0, 0] == pytest.approx(math.sqrt(2 * 33 * math.log(2)), rel=1e-6)
+    assert z.abs().max() > 6
+    top = _philox.normal(torch.tensor([[2**32 - 1, 5, 2**32 - 1, 5]]))
+    assert torch.equal(top, torch.zeros_like(top))
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 12}, {"step": 4}, {"stream": "init"}, {"index": 1}, {"ids": 4096}], ids=lambda c: next(iter(c))
+)
+def test_seeds_steps_streams_indices_and_samples_are_independent(change, backend):
+    shape = (4, 65536)
+    a, b = draw(shape, backend).double().flatten(), draw(shape, backend, **change).double().flatten()
+    assert abs(float((a * b).mean())) < 5 / math.sqrt(a.numel())
+    assert not bool((a == b).any())
+
+
+def test_samples_of_a_batch_are_independent(backend):
+    z = draw((64, 16384), backend).double()
+    gram = z @ z.T / z.shape[1] - torch.eye(64, dtype=torch.float64)
+    assert float(gram.abs().max()) < 6 * math.sqrt(2 / z.shape[1])
+
+
+@pytest.mark.parametrize("kind", ["normal", "sign"])
+def test_one_batch_equals_micro_batches_ranks_and_any_order(kind, backend):
+    whole = draw((64, 3, 7, 5), backend, kind)
+    micro = [draw((16, 3, 7, 5), backend, kind, ids=16 * i) for i in range(4)]
+    assert torch.equal(whole, torch.cat(micro))
+    strided = draw((32, 3, 7, 5), backend, kind, ids=torch.arange(1, 64, 2))
+    assert torch.equal(whole[1::2], strided)
+    order = torch.randperm(64)
+    assert torch.equal(whole[order], draw((64, 3, 7, 5), backend, kind, ids=order))
+
+
+def test_logical_order_ignores_trailing_shape():
+    assert torch.equal(draw((2, 3, 4, 5), "reference").flatten(2), draw((2, 3, 20), "reference"))
+
+
+def test_large_ids_steps_and_indices(backend):
+    top = 2**32 - 1
+    got = draw((1, 8), backend, "word", seed=2**63 - 1, step=top, index=2**24 - 1, ids=top)
+    w, _ = oracle.words((1, 8), 2**63 - 1, top, "x0", [top], 2**24 - 1)
+    assert got.flatten().tolist() == w.flatten().tolist()
+
+
+def test_a_seed_from_torch_obeys_manual_seed_and_differs_between_ranks(monkeypatch):
+    def keys(rank):
+        monkeypatch.setattr(fm.random, "_rank", lambda: rank)
+        torch.manual_seed(5)
+        return [make_key(None, None, None, 4, torch.device("cpu")) for _ in range(2)]
+
+    first, again, other = keys(0), keys(0), keys(1)
+    assert torch.equal(torch.stack(first), torch.stack(again))
+    assert not torch.equal(first[0], first[1])
+    assert first[0][0] != other[0][0]
+    assert int(first[0][0]) >= 0 and int(other[0][0]) >= 0
+
+
+def test_keys_accept_tensors_as_well_as_numbers():
+    numbers = make_key(9, 4, 2, 3, torch.device("cpu"))
+    tensors = make_key(torch.tensor(9), torch.tensor([4]), torch.tensor([2, 3, 4]), 3, torch.device("cpu"))
+    assert numbers.tolist() == [9, 4, 2]
+    assert tensors.tolist() == [9, 4, 2, 3, 4]

@@ -1,0 +1,201 @@
+"""The installed package: its files, its version, its record of the build, what importing it does, and how it chooses a backend."""
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fm_fast
+from fm_fast import _backends
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT_VARIABLES = {
+    "FM_FAST_BUILD",
+    "FM_FAST_BACKEND",
+    "FM_FAST_CPU",
+    "MAX_JOBS",
+    "TORCH_CUDA_ARCH_LIST",
+    # where the usual tools are
+    "CXX",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "PATH",
+    # what torchrun tells its processes
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+}
+CPU = torch.device("cpu")
+native_reason = _backends.load_native()
+needs_native = pytest.mark.skipif(native_reason is not None, reason=f"no C++ library: {native_reason}")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, cwd=Path(sys.prefix))
+
+
+def installed_files() -> list[Path]:
+    try:
+        distribution = importlib.metadata.distribution("fm_fast")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("fm_fast is not installed")
+    return [Path(str(file)) for file in distribution.files or []]
+
+
+def test_version_is_the_same_everywhere() -> None:
+    version = fm_fast.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    assert _backends.build_info()["version"] == version
+
+
+def test_metadata() -> None:
+    installed_files()
+    metadata = importlib.metadata.metadata("fm_fast")
+    assert metadata["Version"] == fm_fast.__version__
+    assert metadata["Requires-Python"] == ">=3.10"
+    required = {line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
+    assert required == {"torch>=2.10", "numpy", "torchdiffeq"}
+
+
+def test_installed_files() -> None:
+    files = installed_files()
+    tops = {file.parts[0] for file in files if not file.parts[0].startswith("..")}
+    assert "kernels" not in tops, "kernels/ must be installed as fm_fast.kernels only"
+    assert all(top == "fm_fast" or top.startswith(("fm_fast-", "__editable__")) or top == "__pycache__" for top in tops)
+
+
+def test_installed_size() -> None:
+    package = Path(fm_fast.__file__).parent
+    size = sum(file.stat().st_size for file in package.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    assert size < 5e6
+
+
+def test_types_and_data_are_shipped() -> None:
+    package = Path(fm_fast.__file__).parent
+    assert (package / "py.typed").is_file()
+    assert list((package / "datasets").glob("*.npz"))
+
+
+def test_build_info_accounts_for_every_library() -> None:
+    info = _backends.build_info()
+    assert set(info["built"]) | set(info["skipped"]) == {"cpu", "cuda"}
+    assert not set(info["built"]) & set(info["skipped"])
+    assert all(reason and "\n" not in reason for reason in info["skipped"].values())
+    assert all({"library", "compiler", "flags"} <= set(record) for record in info["built"].values())
+
+
+def test_importing_is_silent_and_starts_nothing() -> None:
+    code = """
+import subprocess, sys
+def refuse(*arguments, **keywords):
+    raise AssertionError(f"importing fm_fast started a process: {arguments}")
+import torch
+subprocess.Popen = refuse
+import fm_fast
+assert not torch.cuda.is_initialized()
+assert "triton" not in sys.modules
+"""
+    result = run_python(code, FM_FAST_BACKEND="", FM_FAST_CPU="")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_only_documented_environment_variables_are_read() -> None:
+    folders = ("fm_fast", "kernels", "csrc")
+    files = [ROOT / "setup.py", *(file for folder in folders for file in (ROOT / folder).rglob("*"))]
+    for file in files:
+        if file.suffix not in (".py", ".cpp", ".h", ".cu", ".cuh"):
+            continue
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if re.search(r"environ\b|getenv", line.split("#")[0]) and "**os.environ" not in line:
+                names = set(re.findall(r"""["']([A-Z][A-Z0-9_]+)["']""", line))
+                assert names, f"{file.name}: read environment variables by their literal name: {line.strip()}"
+                assert names <= ENVIRONMENT_VARIABLES, f"{file.name}: undocumented environment variable: {line.strip()}"
+
+
+def test_info_says_what_runs_and_why_the_rest_does_not() -> None:
+    info = fm_fast.info()
+    text = str(info)
+    assert info.fm_fast == fm_fast.__version__
+    assert info.torch == torch.__version__
+    for op in _backends.OPS:
+        assert f"{op} on cpu: " in text
+        assert f"{op} on cuda: " in text
+    for choice in info.backends:
+        assert set(choice.others) == {"cpp", "cuda", "triton"} - {choice.backend}
+        assert all(choice.others.values())
+    for reason in info.build["skipped"].values():
+        assert reason in text
+
+
+def test_automatic_choice() -> None:
+    expected = ENVIRONMENT if (ENVIRONMENT := _backends.ENVIRONMENT_BACKEND) else ("reference" if native_reason else "cpp")
+    assert all(_backends.resolve(op, CPU) == expected for op in _backends.OPS)
+
+
+@pytest.mark.parametrize("op", _backends.OPS)
+def test_other_devices_run_the_reference(op: str) -> None:
+    if _backends.ENVIRONMENT_BACKEND is None:
+        assert _backends.resolve(op, torch.device("mps")) == "reference"
+    assert _backends.resolve(op, torch.device("mps"), "reference") == "reference"
+    with pytest.raises(RuntimeError, match="not on mps"):
+        _backends.resolve(op, torch.device("mps"), "cpp")
+
+
+def test_impossible_and_unknown_requests() -> None:
+    with pytest.raises(RuntimeError, match="backend='triton' can't run path_loss on cpu: it runs on cuda"):
+        _backends.resolve("path_loss", CPU, "triton")
+    with pytest.raises(ValueError, match="one of reference, cpp, cuda, triton, got 'fast'"):
+        _backends.resolve("path_loss", CPU, "fast")
+
+
+def test_resolve_is_traceable() -> None:
+    def names_length(x: torch.Tensor) -> torch.Tensor:
+        return x + len(_backends.resolve("path_loss", x.device)) + len(_backends.resolve("path_loss", x.device, "reference"))
+
+    x = torch.zeros(2)
+    compiled = torch.compile(names_length, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), names_length(x))
+
+
+@pytest.mark.parametrize(
+    ("variable", "choices"), [("FM_FAST_BACKEND", "reference, cpp, cuda, triton"), ("FM_FAST_CPU", "avx512, avx2, portable")]
+)
+def test_invalid_environment_is_refused_at_import(variable: str, choices: str) -> None:
+    result = run_python("import fm_fast", **{variable: "fast"})
+    assert result.returncode != 0
+    assert result.stderr.strip().endswith(f"ValueError: {variable} must be one of {choices}, got 'fast'")
+
+
+def test_environment_chooses_the_backend() -> None:
+    code = "import torch, fm_fast; print(fm_fast._backends.resolve('path_loss', torch.device('cpu')))"
+    assert run_python(code, FM_FAST_BACKEND="reference").stdout == "reference\n"
+    refused = run_python(code, FM_FAST_BACKEND="triton")
+    assert refused.stderr.strip().endswith("FM_FAST_BACKEND='triton' can't run path_loss on cpu: it runs on cuda, not on cpu")
+
+
+@needs_native
+def test_environment_chooses_the_instruction_set() -> None:
+    code = "import fm_fast; print(fm_fast.info().cpu_isa)"
+    assert run_python(code, FM_FAST_CPU="portable").stdout == "portable\n"
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")
+def test_missing_instruction_set_is_an_error() -> None:
+    if "avx512dq" in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has AVX-512")
+    result = run_python("import fm_fast", FM_FAST_CPU="avx512")
+    assert "RuntimeError: FM_FAST_CPU=avx512: this processor or this build has no avx512" in result.stderr
+
+
+def test_build_record_is_plain_json() -> None:
+    assert json.loads(json.dumps(_backends.build_info())) == _backends.build_info()

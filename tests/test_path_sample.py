@@ -1,0 +1,226 @@
+"""path_sample against the independent float64 model: every path, objective, time sampler, dtype, layout and data map."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+import fm_fast as fm
+
+PATHS = {"ot": "ot", "ot-0.1": fm.OT(sigma_min=0.1), "vp": fm.VP(), "ve": "ve", "cosine": fm.Cosine()}
+OBJECTIVES = ["velocity", "noise", "score", "scoreflow", "data"]
+SHAPES = [(3,), (5, 1), (4, 2), (3, 7), (2, 3, 5), (2, 3, 4, 5), (2, 3, 17, 16), (2, 3, 2, 3, 5), (3, 4099), (1, 2, 9)]
+SEED, STEP = 21, 4
+
+
+def data(shape, dtype=torch.float32, levels=256):
+    generator = torch.Generator().manual_seed(1)
+    if dtype == torch.uint8:
+        return torch.randint(levels, shape, generator=generator, dtype=dtype)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def expected_rows(path, objective, sampler, batch, ids=None):
+    low, high = oracle.time_range(path, objective)
+    t = low + (high - low) * oracle.raw_time(sampler, batch, SEED, STEP, ids)
+    return t, oracle.coefficients(path, objective, t.astype(np.float32).astype(np.float64))
+
+
+def layouts(shape):
+    """x1 in every memory layout that holds the same numbers."""
+    x = data(shape)
+    yield "contiguous", x
+    if len(shape) == 4:
+        yield "channels_last", x.to(memory_format=torch.channels_last)
+        yield "transposed", x.transpose(2, 3).contiguous().transpose(2, 3)
+    if len(shape) == 5:
+        yield "channels_last_3d", x.to(memory_format=torch.channels_last_3d)
+    yield "batch slice", torch.stack([x, x], 1).flatten(0, 1)[::2]
+    yield "misaligned", torch.cat([torch.zeros(1), x.flatten()])[1:].view(shape)
+    yield "reversed", x.flip(0).flip(0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("sampler", ["uniform", "stratified", "logit-normal"])
+def test_times_coefficients_and_points(path, objective, sampler, backend):
+    x1 = data((64, 3, 5, 5))
+    s = fm.sample_path(x1, path=PATHS[path], objective=objective, t_sampler=sampler, seed=SEED, step=STEP, sample_ids=7, backend=backend)
+    t, rows = expected_rows(path, objective, sampler, 64, np.arange(64) + 7)
+    np.testing.assert_allclose(s.t.numpy(), t, rtol=3e-7, atol=6e-8)
+    # VP's derivative of sigma and ScoreFlow's weight amplify the rounding of t near the data end
+    rows = oracle.coefficients(path, objective, s.t.double().numpy())
+    np.testing.assert_allclose(s.coef.numpy(), rows, rtol=1e-6, atol=1e-7)
+    x0 = oracle.normal((64, 3, 5, 5), SEED, STEP, ids=np.arange(64) + 7)
+    np.testing.assert_allclose(s.x_t.numpy(), oracle.sample(x1.double().numpy(), x0, rows), rtol=1e-6, atol=2e-6 * max(1, rows[:, 1].max()))
+    assert s.x_t.dtype == s.t.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes_and_layouts_give_the_same_numbers(shape, backend):
+    rows = expected_rows("ot", "velocity", "uniform", shape[0])[1]
+    expected = oracle.sample(data(shape).double().numpy(), oracle.normal(shape, SEED, STEP), rows)
+    plain = fm.sample_path(data(shape), seed=SEED, step=STEP, backend=backend).x_t
+    np.testing.assert_allclose(plain.numpy(), expected, rtol=1e-6, atol=3e-6)
+    for name, x1 in layouts(shape):
+        assert torch.equal(x1, data(shape)), name
+        assert torch.equal(fm.sample_path(x1, seed=SEED, step=STEP, backend=backend).x_t, plain), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8], ids=str)
+@pytest.mark.parametrize("out", [None, torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes_are_rounded_once(dtype, out, backend):
+    x1 = data((4, 3, 6, 7), dtype)
+    s = fm.sample_path(x1, dtype=out, seed=SEED, step=STEP, backend=backend)
+    rows = oracle.coefficients("ot", "velocity", s.t.double().numpy())
+    wide = oracle.data(x1.double().numpy() if dtype != torch.uint8 else x1.numpy(), SEED, STEP)
+    expected = torch.from_numpy(oracle.sample(wide, oracle.normal(x1.shape, SEED, STEP), rows))
+    assert s.x_t.dtype == (out or (torch.float32 if dtype == torch.uint8 else dtype))
+    assert s.t.dtype == (torch.float64 if torch.float64 in (dtype, out) else torch.float32)
+    half_ulp = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(s.x_t.dtype, 2e-7)
+    torch.testing.assert_close(s.x_t.double(), expected, rtol=half_ulp * 1.01, atol=3e-6)
+
+
+@pytest.mark.parametrize("dequantise", [False, True])
+@pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("levels", [256, 17])
+def test_data_map_flip_and_dequantisation(dequantise, flip, levels, backend):
+    x1 = data((32, 3, 5, 6), torch.uint8, levels)
+    s = fm.sample_path(x1, flip=flip, levels=levels, dequantise=dequantise, seed=SEED, step=STEP, backend=backend)
+    mapped = oracle.data(x1.numpy(), SEED, STEP, None, flip, levels, dequantise)
+    x0 = oracle.normal(x1.shape, SEED, STEP)
+    rows = oracle.coefficients("ot", "velocity", s.t.double().numpy())
+    np.testing.assert_allclose(s.x_t.numpy(), oracle.sample(mapped, x0, rows), rtol=1e-6, atol=3e-6)
+    np.testing.assert_allclose(s.target.numpy(), mapped - x0, rtol=1e-6, atol=4e-6)
+
+
+def test_flip_of_floating_data_is_the_exact_mirror(backend):
+    x1 = data((16, 3, 4, 5))
+    plain = fm.sample_path(x1, t=1.0, seed=SEED, step=STEP, backend=backend).x_t
+    flipped = fm.sample_path(x1, t=1.0, flip=1.0, seed=SEED, step=STEP, backend=backend).x_t
+    assert torch.equal(plain, x1)
+    assert torch.equal(flipped, x1.flip(-1))
+
+
+@pytest.mark.parametrize("t", [0.0, 0.25, 1, torch.tensor(0.5), torch.linspace(0, 1, 6)], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_given_times_are_kept_inside_the_path(t, path, backend):
+    x1 = data((6, 8))
+    s = fm.sample_path(x1, t=t, path=PATHS[path], seed=SEED, step=STEP, backend=backend)
+    low, high = oracle.time_range(path, "velocity")
+    expected = np.clip(np.broadcast_to(np.asarray(t, dtype=np.float32), 6), low, high)
+    np.testing.assert_allclose(s.t.numpy(), expected, rtol=1e-7)
+    np.testing.assert_allclose(s.coef.numpy(), oracle.coefficients(path, "velocity", s.t.double().numpy()), rtol=1e-6, atol=1e-7)
+    assert bool(s.x_t.isfinite().all())
+
+
+def test_a_given_time_tensor_is_not_written_to(backend):
+    t = torch.tensor([0.5, 1.0])
+    fm.sample_path(data((2, 8)), t=t, path="vp", seed=SEED, step=STEP, backend=backend)
+    assert t.tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_given_noise_is_used(dtype, backend):
+    x1, x0 = data((5, 3, 4, 4)), data((5, 3, 4, 4), dtype).flip(0).to(memory_format=torch.channels_last)
+    s = fm.sample_path(x1, x0=x0, t=0.25, backend=backend)
+    np.testing.assert_allclose(s.x_t.double().numpy(), 0.25 * x1.double().numpy() + 0.75 * x0.double().numpy(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(s.x0, x0.to(s.coef.dtype))
+
+
+class Linear:
+    """OT again, as somebody else would write a path."""
+
+    def alpha(self, t):
+        return t
+
+    def sigma(self, t):
+        return 1 - t
+
+    def d_alpha(self, t):
+        return torch.ones_like(t)
+
+    def d_sigma(self, t):
+        return -torch.ones_like(t)
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "stratified", "logit-normal"])
+def test_a_custom_path_equals_the_built_in_one(sampler, backend):
+    x1 = data((6, 3, 4, 4))
+    custom, built_in = (fm.sample_path(x1, path=p, t_sampler=sampler, seed=SEED, step=STEP, backend=backend) for p in (Linear(), "ot"))
+    torch.testing.assert_close(custom.t, built_in.t, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(custom.x_t, built_in.x_t, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+def test_schedule_derivatives_match_autograd(path):
+    path = fm.paths.as_path(path)
+    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64, requires_grad=True)
+    for value, derivative in ((path.alpha, path.d_alpha), (path.sigma, path.d_sigma)):
+        y = value(t)
+        slope = torch.autograd.grad(y.sum(), t)[0] if y.requires_grad else torch.zeros_like(t)
+        torch.testing.assert_close(derivative(t), slope, rtol=1e-10, atol=1e-10)
+
+
+def test_the_vp_velocity_from_noise_equals_the_papers_diffusion_form():
+    """Equation 46: v = beta / 2 (x - o / s), with o the noise."""
+    for t in (0.1, 0.5, 0.9):
+        p, r = fm.objectives.velocity_coefficients(fm.VP(), "noise", t)
+        beta, s = 0.1 + 19.9 * (1 - t), float(fm.VP().sigma(torch.tensor(t, dtype=torch.float64)))
+        assert p == pytest.approx(beta / 2, rel=1e-12)
+        assert r == pytest.approx(-beta / (2 * s), rel=1e-12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_velocity_of_a_perfect_prediction_is_the_paths(path, objective):
+    rng = np.random.default_rng(0)
+    x1, x0 = rng.standard_normal(8), rng.standard_normal(8)
+    for t in (0.2, 0.7):
+        a, s, c1, c0, k, _ = oracle.coefficients(path, objective, np.array([t]))[0]
+        p, r = fm.objectives.velocity_coefficients(fm.paths.as_path(PATHS[path]), objective, t)
+        _, _, da, ds = oracle.schedule(path, np.array([t]))
+        x = a * x1 + s * x0
+        np.testing.assert_allclose(p * x + r * (c1 * x1 + c0 * x0) / k, da * x1 + ds * x0, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("t", [0.0, 1.0])
+def test_velocity_coefficients_are_finite_at_both_ends(path, objective, t):
+    p, r = fm.objectives.velocity_coefficients(fm.paths.as_path(PATHS[path]), objective, t)
+    assert abs(p) < 1e9
+    assert abs(r) < 1e9
+
+
+def test_stratified_times_cover_the_interval(backend):
+    s = fm.sample_path(data((64, 2)), t_sampler="stratified", seed=SEED, step=STEP, sample_ids=1000, backend=backend)
+    gaps = s.t.sort().values.diff()
+    assert float(gaps.max()) < 3.5 / 64
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (0, 5), (4, 0), (2, 3, 0)], ids=str)
+def test_empty_data(shape, backend):
+    s = fm.sample_path(data(shape), seed=SEED, step=STEP, backend=backend)
+    assert s.x_t.shape == shape
+    assert s.t.shape == shape[:1]
+
+
+def test_nan_in_the_data_stays_where_it_is(backend):
+    x1 = data((3, 3, 5, 5))
+    x1[1, 2, 3, 4] = float("nan")
+    s = fm.sample_path(x1, seed=SEED, step=STEP, backend=backend)
+    assert torch.equal(s.x_t.isnan(), x1.isnan())
+
+
+def test_points_do_not_depend_on_the_batch_or_the_thread_count(backend):
+    x1 = data((37, 3, 19, 19))
+    whole = fm.sample_path(x1, seed=SEED, step=STEP, backend=backend).x_t
+    parts = [fm.sample_path(x1[i : i + 9], seed=SEED, step=STEP, sample_ids=i, backend=backend).x_t for i in range(0, 37, 9)]
+    assert torch.equal(whole, torch.cat(parts))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(whole, fm.sample_path(x1, seed=SEED, step=STEP, backend=backend).x_t)
+    finally:
+        torch.set_num_threads(threads)

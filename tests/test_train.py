@@ -1,0 +1,211 @@
+"""The trainer: a step against closed forms and independent formulas, settings, log, report, and quality after 500 steps."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from trainer_helpers import CPU, assert_same_state, decode_png, flat, tiny
+
+from fm_fast import objectives
+from fm_fast.nn import Preconditioned
+from fm_fast.train import train
+from fm_fast.train.config import PRESETS, RECIPES, from_dict, to_dict
+from fm_fast.train.data import digits
+from fm_fast.train.evaluate import agreement, evaluate, median_distance, train_classifier
+from fm_fast.train.log import Logger
+from fm_fast.train.loop import advance, pick_device
+from fm_fast.train.step import batch_loss, build_model, drop_labels, ema_decay, learning_rate, new_state, update_average
+from fm_fast.train.times import importance_times
+
+# One step
+
+
+def test_learning_rate_rises_and_falls_linearly():
+    config = tiny(steps=100, warmup=10, learning_rate=1.0)
+    assert [learning_rate(config, step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert [learning_rate(config, step) for step in (55, 99, 100, 120)] == pytest.approx([0.5, 1 / 90, 0.0, 0.0])
+    assert learning_rate(tiny(warmup=0, learning_rate=1.0), 0) == 1.0
+
+
+def test_average_is_the_closed_form():
+    config, model = tiny(ema_decay=0.9), torch.nn.Linear(3, 2)
+    average = torch.nn.Linear(3, 2)
+    history = [flat(average).double()]
+    decays = [ema_decay(config, step) for step in range(120)]
+    assert decays[0] == 1 / 10 and decays[8] == 9 / 18 and decays[119] == 0.9
+    for step, decay in enumerate(decays):
+        with torch.no_grad():
+            model.weight.fill_(math.sin(step))
+        update_average(average, model, decay)
+        history.append(flat(model).double())
+    weights = [math.prod(decays)] + [(1 - d) * math.prod(decays[i + 1 :]) for i, d in enumerate(decays)]
+    assert sum(weights) == pytest.approx(1.0)
+    expected = sum(weight * value for weight, value in zip(weights, history, strict=True))
+    torch.testing.assert_close(flat(average).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_label_drop_has_the_right_rate_and_is_independent_of_the_batch_split():
+    labels = torch.arange(20_000) % 10
+    dropped = drop_labels(labels, 0.1, seed=5, step=7)
+    kept = dropped >= 0
+    assert torch.equal(dropped[kept], labels[kept]) and set(dropped[~kept].tolist()) == {-1}
+    assert abs(int((~kept).sum()) - 2000) < 4 * math.sqrt(20_000 * 0.1 * 0.9)
+    parts = [drop_labels(labels[first : first + 5000], 0.1, 5, 7, first) for first in range(0, 20_000, 5000)]
+    assert torch.equal(torch.cat(parts), dropped)
+    assert not torch.equal(drop_labels(labels, 0.1, seed=5, step=8), dropped)
+    assert torch.equal(drop_labels(labels, 0.0, 5, 7), labels) and (drop_labels(labels, 1.0, 5, 7) == -1).mean(dtype=torch.float32) > 0.999
+
+
+@pytest.mark.parametrize("objective", ["fm-ot", "scoreflow"])
+def test_loss_is_that_of_the_parts_of_the_batch(objective):
+    config, data = tiny(label_drop=0.3, objective=objective), digits()
+    state = new_state(config, CPU)
+    advance(state, config, data, 2)
+    whole = batch_loss(state, config, data.images[:16], data.labels[:16], data.levels)
+    parts = [batch_loss(state, config, data.images[i : i + 4], data.labels[i : i + 4], data.levels, i) for i in (0, 4, 8, 12)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-5, atol=0)
+
+
+def test_a_run_ignores_the_state_of_torchs_generator():
+    config, states = tiny(), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        states.append(new_state(config, CPU))
+        before = torch.get_rng_state()
+        advance(states[-1], config, digits(), 3)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert_same_state(*states)
+
+
+def test_first_loss_is_the_second_moment_of_the_target():
+    # The network starts at zero, so the loss is the mean of (x1 - x0)^2 = 1 + E[x1^2].
+    config, data = tiny(batch_size=1500), digits()
+    (loss,) = advance(new_state(config, CPU), config, data, 1)
+    second_moment = ((2 * (data.images.double() + 0.5) / 17 - 1) ** 2).mean()
+    assert float(loss) == pytest.approx(1 + float(second_moment), rel=0.02)
+
+
+@pytest.mark.parametrize("objective", list(RECIPES))
+def test_loss_falls_for_every_objective(objective):
+    config = tiny(objective=objective, steps=60, batch_size=32, learning_rate=4e-3)
+    losses = torch.stack(advance(new_state(config, CPU), config, digits(), 60))
+    assert torch.isfinite(losses).all()
+    # Close to the data the noise cannot be predicted, and ScoreFlow's weight dwells there: its loss has a high floor.
+    assert losses[-20:].mean() < (0.95 if objective == "scoreflow" else 0.85) * losses[:5].mean()
+
+
+def test_recipes_are_the_rows_of_table_1():
+    rows = {name: (type(recipe.path).__name__, recipe.objective) for name, recipe in RECIPES.items()}
+    assert rows["fm-ot"] == ("OT", "velocity") and rows["fm-vp"] == ("VP", "velocity") and rows["ddpm"] == ("VP", "noise")
+    assert rows["score"] == ("VP", "score") and rows["scoreflow"] == ("VP", "scoreflow") and len(rows) == 5
+    for name, recipe in RECIPES.items():
+        assert isinstance(build_model(tiny(objective=name)), Preconditioned) == recipe.preconditioned
+
+
+def test_importance_times_have_the_density_of_the_weight():
+    recipe = RECIPES["scoreflow"]
+    path, (t, factor) = recipe.path, importance_times(recipe, 4096, seed=0, step=3, first_id=0, device=CPU)
+    weight = objectives.loss_coefficients(path, objectives.as_objective("scoreflow"), t)[:, 5]
+    torch.testing.assert_close(weight * factor, (weight * factor).mean().expand(4096), rtol=0.01, atol=0)
+    # Any integral over uniform times is kept: of 1 (the factor alone), and of w t (1 - t) by the trapezium rule.
+    assert float(factor.mean()) == pytest.approx(1.0, rel=0.01)
+    grid = torch.linspace(path.t_min, path.t_max, 200_001, dtype=torch.float64)
+    on_grid = objectives.loss_coefficients(path, objectives.as_objective("scoreflow"), grid)[:, 5] * grid * (1 - grid)
+    assert float((factor * weight * t * (1 - t)).mean()) == pytest.approx(float(torch.trapezoid(on_grid, grid)), rel=0.01)
+
+
+def test_importance_times_are_independent_of_the_batch_split():
+    whole = importance_times(RECIPES["scoreflow"], 12, 1, 2, 0, CPU)[0]
+    parts = [importance_times(RECIPES["scoreflow"], 4, 1, 2, first, CPU)[0] for first in (0, 4, 8)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(importance_times(RECIPES["scoreflow"], 12, 1, 3, 0, CPU)[0], whole)
+
+
+# Configuration
+
+
+def test_configuration_survives_storage():
+    for preset in PRESETS.values():
+        assert from_dict(to_dict(preset)) == preset
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objective": "fm"}, "objective: expected one of fm-ot, fm-vp, ddpm, score, scoreflow, got 'fm'"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"clip": -1.0}, "clip: expected 0 or more"),
+        ({"label_drop": 1.5}, r"label_drop: expected a share in \[0, 1\], got 1.5"),
+        ({"ema_decay": 1.0}, r"ema_decay: expected a number in \[0, 1\)"),
+        ({"learning_rate": 0.0}, "learning_rate: expected a positive number"),
+        ({"sample_method": "heun"}, "sample_method: expected euler or midpoint"),
+    ],
+)
+def test_wrong_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**change)
+
+
+def test_devices():
+    assert pick_device("cpu") == CPU
+    with pytest.raises(ValueError, match="device: expected auto, cpu"):
+        pick_device("abacus")
+    if not torch.cuda.is_available():
+        assert pick_device("auto") == CPU
+        with pytest.raises(ValueError, match="torch finds no CUDA device"):
+            pick_device("cuda")
+
+
+# Log and report
+
+
+def test_log_reports_means_and_stops_at_a_loss_that_is_not_finite(tmp_path, capsys):
+    config = tiny(log_every=2, steps=5)
+    logger = Logger(tmp_path / "log.jsonl", config, first_step=0)
+    for step, loss in enumerate([1.0, 3.0, 5.0, 7.0, 9.0], start=1):
+        logger.step(step, torch.tensor(loss), rate=0.1)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["loss"]) for record in records] == [(2, 2.0), (4, 6.0), (5, 9.0)]
+    assert "step 4/5  loss 6.0000" in capsys.readouterr().out
+    logger.step(2, torch.tensor(1.0), rate=0.1)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 4"):
+        logger.step(4, torch.tensor(float("nan")), rate=0.1)
+
+
+def test_judges_know_real_digits_and_copies():
+    training, held_out = digits("train"), digits("test")
+    before = torch.get_rng_state()
+    classifier = train_classifier(training)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert agreement(classifier, held_out.images, held_out.labels) >= 0.97
+    assert median_distance(training.images[:50], training.images) == 0.0
+    assert 10 < median_distance(held_out.images, training.images) < 30
+
+
+def test_whole_run_writes_its_files_and_reports(tmp_path, capsys):
+    result = train(tiny(steps=3, out=str(tmp_path / "run"), sample_steps=2, samples_per_class=2, log_every=1))
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {"checkpoint.pt", "samples.png", "log.jsonl"}
+    width, height, pixel, _ = decode_png((tmp_path / "run" / "samples.png").read_bytes())
+    assert (width, height, pixel) == (2 * 102 + 6, 10 * 102 + 6, 1)
+    assert result.quality is not None and result.state.step == 3
+    assert "held-out real images" in capsys.readouterr().out
+
+
+# Quality after 500 steps: minutes each
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", list(RECIPES))
+def test_quality_after_500_steps(objective):
+    config = replace(PRESETS["digits"], objective=objective)
+    state, data = new_state(config, CPU), digits()
+    losses = torch.stack(advance(state, config, data, config.steps))
+    quality = evaluate(state.average, config.recipe, data, digits("test"), config.seed, config.guidance, config.sample_steps)
+    print(f"\n{objective}: loss {losses[-50:].mean():.4f}\n{quality}")
+    assert torch.isfinite(losses).all() and math.isfinite(quality.novelty)
+    assert quality.accuracy >= 0.97
+    assert quality.unguided >= (0.95 if objective == "fm-ot" else 0.85)
+    assert quality.guided >= (0.95 if objective == "fm-ot" else 0.85)
+    assert quality.novelty >= 0.8

@@ -1,0 +1,268 @@
+"""The reference U-Net: shapes, initial values, conditioning, dtypes, errors, and independent counts and formulas."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fm_fast as fm
+from fm_fast.nn import Preconditioned, UNet, UNetConfig
+from fm_fast.nn.embedding import sinusoidal_embedding
+from fm_fast.nn.layers import Attention, ResidualBlock
+
+TINY = UNetConfig(8, 1, 3, channels=8, multipliers=(1, 2), blocks=1, attention_sizes=(4,), head_channels=8, groups=4)
+COLOUR = UNetConfig(16, 3, 0, channels=8, multipliers=(1, 1, 2), blocks=2, head_channels=8, groups=4)
+
+
+def inputs(batch=2, size=8, channels=1):
+    x = fm.noise((batch, channels, size, size), seed=1, step=0)
+    return x, torch.linspace(0.1, 0.9, batch), torch.arange(batch) % 3
+
+
+def shaken(model, scale=0.1):
+    """The model with every parameter moved off its initial value, so that nothing is hidden behind a zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("config", [TINY, UNetConfig.digits(), COLOUR])
+def test_output_has_the_shape_of_the_input_and_starts_at_zero(config):
+    x, t, _ = inputs(3, config.image_size, config.image_channels)
+    output = UNet(config)(x, t)
+    assert output.shape == x.shape
+    assert torch.count_nonzero(output) == 0
+
+
+def test_other_sizes_and_non_square_images_work():
+    model = shaken(UNet(TINY))
+    x = fm.noise((2, 1, 6, 10), seed=0, step=0)
+    assert model(x, torch.rand(2)).shape == x.shape
+
+
+def test_presets():
+    small = UNet(UNetConfig.small())
+    assert small.config.classes == 10
+    assert 0.7e6 < sum(p.numel() for p in UNet(UNetConfig.digits()).parameters()) < 0.8e6
+    assert 6.5e6 < sum(p.numel() for p in small.parameters()) < 7.5e6
+    assert small(torch.zeros(1, 3, 32, 32), torch.zeros(1)).shape == (1, 3, 32, 32)
+
+
+def expected_parameters(c):
+    """Counted by hand from the description of the architecture, independently of the module tree."""
+    width = 4 * c.channels
+
+    def conv(i, o, k=3):
+        return i * o * k * k + o
+
+    def block(i, o):
+        skip = 0 if i == o else conv(i, o, 1)
+        return 2 * i + conv(i, o) + width * 2 * o + 2 * o + 2 * o + conv(o, o) + skip
+
+    def attention(o):
+        return 2 * o + conv(o, 3 * o, 1) + conv(o, o, 1)
+
+    low, high = c.widths
+    embedding = (c.channels * width + width) + (width * width + width) + (c.classes + 1) * width
+    encoder = block(low, low) + conv(low, low) + block(low, high) + attention(high)
+    middle = 2 * block(high, high) + attention(high)
+    fine = block(high + high, high) + block(high + low, high) + 2 * attention(high) + conv(high, high)
+    decoder = fine + block(high + low, low) + block(low + low, low)
+    ends = conv(c.image_channels, low) + 2 * low + conv(low, c.image_channels)
+    return embedding + encoder + middle + decoder + ends
+
+
+@pytest.mark.parametrize("config", [TINY, UNetConfig.digits()])
+def test_parameter_count(config):
+    assert sum(p.numel() for p in UNet(config).parameters()) == expected_parameters(config)
+
+
+def test_null_class_is_what_none_means_and_differs_from_every_class():
+    model = shaken(UNet(TINY))
+    x, t, _ = inputs(4)
+    outputs = [model(x, t, y=torch.full((4,), label)) for label in (-1, 0, 1, 2)]
+    torch.testing.assert_close(model(x, t), outputs[0], rtol=0, atol=0)
+    assert all((outputs[i] - outputs[j]).abs().max() > 1e-4 for i in range(4) for j in range(i))
+
+
+def test_time_matters():
+    model = shaken(UNet(TINY))
+    x, _, _ = inputs(1)
+    assert (model(x, torch.tensor([0.2])) - model(x, torch.tensor([0.201]))).abs().max() > 1e-5
+
+
+def test_sinusoidal_embedding_is_the_formula():
+    t = torch.tensor([0.0, 0.3, 1.0])
+    rows = [
+        [math.cos(1000 * float(v) * 10_000 ** (-k / 4)) for k in range(4)]
+        + [math.sin(1000 * float(v) * 10_000 ** (-k / 4)) for k in range(4)]
+        for v in t
+    ]
+    torch.testing.assert_close(sinusoidal_embedding(t, 8), torch.tensor(rows), rtol=0, atol=2e-4)
+
+
+def test_attention_is_softmax_of_scaled_products():
+    layer = shaken(Attention(8, head_channels=4, groups=2)).double()
+    x = torch.randn(2, 8, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    joint = layer.query_key_value(layer.norm(x)).flatten(2)
+    mixed = torch.empty(2, 8, 6, dtype=torch.float64)
+    for head in range(2):
+        q, k, v = (joint[:, part * 8 + head * 4 :][:, :4] for part in range(3))
+        weights = torch.softmax(torch.einsum("bcq,bck->bqk", q, k) / 2.0, dim=-1)
+        mixed[:, head * 4 : head * 4 + 4] = torch.einsum("bqk,bck->bcq", weights, v)
+    expected = x + layer.projection(mixed.reshape(2, 8, 3, 2))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_attention_is_where_asked_for_and_reaches_every_pixel():
+    model = shaken(UNet(TINY))
+    assert sum(isinstance(module, Attention) for module in model.modules()) == 1 + 1 + 2
+    x, t, _ = inputs(1)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x, t)[0, 0, 0, 0], x)
+    assert torch.count_nonzero(gradient) == gradient.numel()
+
+
+def test_residual_block_is_the_formula():
+    block = shaken(ResidualBlock(4, 8, width=6, groups=2)).double()
+    x, e = torch.randn(2, 4, 5, 5, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
+    scale, shift = block.scale_shift(e).chunk(2, dim=1)
+    h = block.first_conv(F.silu(F.group_norm(x, 2, block.first_norm.weight, block.first_norm.bias)))
+    h = F.group_norm(h, 2, block.second_norm.weight, block.second_norm.bias) * (1 + scale[..., None, None]) + shift[..., None, None]
+    torch.testing.assert_close(block(x, e), block.skip(x) + block.second_conv(F.silu(h)))
+
+
+def test_blocks_start_as_the_identity():
+    block, x = ResidualBlock(4, 4, width=6, groups=2), torch.randn(1, 4, 4, 4)
+    assert torch.equal(block(x, torch.randn(1, 6)), x)
+    assert torch.equal(Attention(4, 4, groups=2)(x), x)
+
+
+def test_every_parameter_gets_a_finite_gradient():
+    model = shaken(UNet(TINY))
+    x, t, y = inputs(6)
+    model(x, t, y=torch.cat([y[:3], torch.full((3,), -1)])).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_float64_gradients_by_finite_differences():
+    config = UNetConfig(2, 1, 2, channels=4, multipliers=(1, 1), blocks=1, attention_sizes=(2,), head_channels=4, groups=2)
+    model = shaken(UNet(config)).double()
+    x = torch.randn(2, 1, 2, 2, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradcheck(lambda x: model(x, torch.tensor([0.2, 0.7]), y=torch.tensor([0, -1])), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_of_another_dtype_takes_any_input(dtype):
+    reference, model = shaken(UNet(TINY)), shaken(UNet(TINY)).to(dtype)
+    model.load_state_dict(reference.state_dict())
+    x, t, y = inputs(3)
+    for given in (x, x.to(dtype)):
+        output = model(given, t, y=y)
+        assert output.dtype == dtype
+        torch.testing.assert_close(output.float(), reference(x, t, y=y), rtol=0.1, atol=0.1)
+
+
+def test_autocast_trains():
+    model = shaken(UNet(TINY))
+    x, t, y = inputs(3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(x, t, y=y)
+    assert output.dtype == torch.bfloat16
+    output.float().square().mean().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+    torch.testing.assert_close(output.float(), model(x, t, y=y), rtol=0.1, atol=0.1)
+
+
+def test_channels_last_gives_the_same():
+    model = shaken(UNet(TINY))
+    x, t, y = inputs(3)
+    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last), t, y=y), model(x, t, y=y), rtol=1e-4, atol=1e-4)
+
+
+class Constant(nn.Module):
+    """A network whose output is 1 and which remembers its input."""
+
+    def forward(self, x, t, y=None):
+        self.x = x
+        return torch.ones_like(x)
+
+
+@pytest.mark.parametrize("path", [fm.VP(), fm.VE(0.1, 5.0), fm.Cosine()])
+@pytest.mark.parametrize("objective", ["noise", "score", "scoreflow"])
+def test_preconditioned_is_the_formula(path, objective):
+    network, t = Constant(), torch.tensor([0.1, 0.5, 0.99])
+    x = fm.noise((3, 1, 2, 2), seed=0, step=0)
+    a, s = (value.reshape(3, 1, 1, 1) for value in (path.alpha(t.double()), path.sigma(t.double())))
+    expected = s * x / (a**2 + s**2) + a / (a**2 + s**2).sqrt()
+    if objective != "noise":
+        expected = -expected / s
+    output = Preconditioned(network, path, objective)(x, t, y=None)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(network.x.double(), x / (a**2 + s**2).sqrt(), rtol=1e-5, atol=1e-6)
+
+
+def test_preconditioned_network_has_a_target_of_unit_variance_uncorrelated_with_its_input():
+    # Data and noise of unit variance: what the wrapped network has left to predict is (x0 - c_skip x) / c_out.
+    path, t = fm.VE(0.1, 5.0), torch.tensor(0.3, dtype=torch.float64)
+    a, s = path.alpha(t), path.sigma(t)
+    x1, x0 = (fm.noise((1, 100_000), seed=0, step=0, index=index, dtype=torch.float64) for index in (0, 1))
+    x = a * x1 + s * x0
+    target = (x0 - s / (a**2 + s**2) * x) / (a / (a**2 + s**2).sqrt())
+    assert abs(float(target.var()) - 1) < 0.02 and abs(float((target * x).mean() / x.std())) < 0.02
+
+
+def test_preconditioned_is_finite_at_both_ends_and_refuses_other_objectives():
+    t = torch.tensor([0.0, 1.0])
+    assert torch.isfinite(Preconditioned(Constant(), fm.VP(), "score")(torch.zeros(2, 1, 2, 2), t)).all()
+    with pytest.raises(ValueError, match="objective: expected noise, score or scoreflow, got 'velocity'"):
+        Preconditioned(Constant(), fm.VP(), "velocity")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"groups": 5}, "groups: expected a divisor"),
+        ({"head_channels": 3}, "head_channels: expected a divisor"),
+        ({"dropout": 0.1}, "dropout: only 0.0"),
+        ({"multipliers": ()}, "multipliers"),
+        ({"channels": 9}, "channels: expected an even number"),
+        ({"blocks": 0}, "blocks: expected at least 1"),
+        ({"classes": -1}, "classes: expected 0 or more"),
+    ],
+)
+def test_wrong_configurations(change, message):
+    values = {"channels": 8, "multipliers": (1, 2), "groups": 4, "head_channels": 8} | change
+    with pytest.raises(ValueError, match=message):
+        UNetConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "t_shape", "y", "error", "message"),
+    [
+        ((2, 1, 7, 8), (2,), None, ValueError, "divisible by 2 .*got 7x8"),
+        ((2, 3, 8, 8), (2,), None, ValueError, r"x: expected shape \[B, 1, H, W\]"),
+        ((2, 8, 8), (2,), None, ValueError, "x: expected shape"),
+        ((2, 1, 8, 8), (3,), None, ValueError, r"t: expected shape \[2\], got \[3\]"),
+        ((2, 1, 8, 8), (), None, ValueError, "t: expected shape"),
+        ((2, 1, 8, 8), (2,), torch.zeros(3, dtype=torch.int64), ValueError, "y: expected shape"),
+        ((2, 1, 8, 8), (2,), torch.zeros(2), TypeError, "y: expected int64"),
+        ((2, 1, 8, 8), (2,), torch.tensor([0, 3]), IndexError, "index out of range"),
+        ((2, 1, 8, 8), (2,), torch.tensor([0, -2]), IndexError, "index out of range"),
+    ],
+)
+def test_wrong_inputs(x_shape, t_shape, y, error, message):
+    with pytest.raises(error, match=message):
+        UNet(TINY)(torch.zeros(x_shape), torch.zeros(t_shape), y=y)
+
+
+def test_labels_for_an_unconditional_network():
+    model = UNet(UNetConfig(8, 1, 0, channels=8, multipliers=(1,), groups=4, head_channels=8))
+    with pytest.raises(ValueError, match="y: expected None"):
+        model(torch.zeros(1, 1, 8, 8), torch.zeros(1), y=torch.zeros(1, dtype=torch.int64))

@@ -1,0 +1,89 @@
+"""What a launcher would run on a GPU, compiled ahead of time without one: registers, memory and instructions of the machine code."""
+
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.int64: "i64"}
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+class Recorder:
+    """Stands for a kernel and keeps the arguments of its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda *values, **options: self.launches.append((values, options))
+
+
+@dataclass(frozen=True)
+class Binary:
+    """One compiled kernel: what it takes and the opcodes of its listing."""
+
+    registers: int
+    stack: int
+    shared: int
+    local: int
+    opcodes: Counter
+    elements_per_thread: float
+
+    @property
+    def instructions_per_element(self):
+        return (self.opcodes.total() - self.opcodes["NOP"]) / self.elements_per_thread
+
+    def count(self, *prefixes):
+        return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(prefixes))
+
+
+def compiled(recorder, capability, folder):
+    """The binary of the recorded launch, specialised as the just-in-time compiler would."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    values, options = recorder.launches[0]
+    kernel = recorder.kernel
+    arguments = dict(zip(kernel.arg_names, values, strict=False)) | options
+    launch_options = {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    source = ASTSource(kernel, *_specialised(kernel.params, arguments))
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch_options).asm["cubin"])
+    registers, stack, shared, local = map(int, RESOURCES.search(_tool("cuobjdump", "-res-usage", cubin)).groups())
+    elements = options["ROWS"] * options["BLOCKS"] * 4 / (32 * options["num_warps"])
+    return Binary(registers, stack, shared, local, Counter(INSTRUCTION.findall(_tool("nvdisasm", cubin))), elements)
+
+
+def _specialised(parameters, arguments):
+    """(signature, constants, attributes): pointers and multiples of 16 are marked as such, ones become constants."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(parameters):
+        value, special = arguments[parameter.name], not parameter.do_not_specialize
+        constant = parameter.is_constexpr or value is None or (special and type(value) is int and value == 1)
+        signature[parameter.name] = "constexpr" if constant else _type(value, parameter)
+        if constant:
+            constants[(i,)] = value
+        elif isinstance(value, torch.Tensor) or (special and isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _type(value, parameter):
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, float):
+        return parameter.annotation_type or "fp32"
+    return "i32" if abs(value) < 2**31 else "i64"
+
+
+def _tool(name, *arguments):
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=True).stdout

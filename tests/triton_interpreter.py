@@ -1,0 +1,79 @@
+"""Triton kernels without a GPU: their checks run in Triton's interpreter, in a process of its own.
+
+The interpreter is chosen when a kernel's module is imported (TRITON_INTERPRET=1), so one process cannot both interpret and compile.
+A test file calls :func:`run_checks` on itself; its functions named ``check_*`` are then collected there.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+POISON = float("nan")
+
+
+def run_checks(file):
+    """Run the ``check_*`` functions of a test file in the interpreter, and show their report if one fails."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "python_functions=check_*", file]
+    done = subprocess.run(command, env=environment, cwd=Path(file).parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def round_bfloat16_as_a_gpu_does():
+    """Replace the interpreter's float conversion, which truncates to bfloat16, by rounding to the nearest even."""
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(values, from_dtype, to_dtype, mode):
+        if to_dtype.primitive_bitwidth != 16 or to_dtype.fp_mantissa_width != 7:
+            return convert(values, from_dtype, to_dtype, mode)
+        bits = values.astype(np.float32).view(np.uint32)
+        nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        return np.where(np.isnan(values.astype(np.float32)), np.uint32(0x7FC0), nearest).astype(np.uint16)
+
+    interpreter._convert_float = rounded
+
+
+def key(seed, step, ids):
+    """The key tensor of a first id, or of a list of ids."""
+    return torch.tensor([seed, step, *np.atleast_1d(ids)])
+
+
+def poisoned(x, dtype=None):
+    """A tensor of x's shape and layout that is NaN throughout."""
+    return torch.full_like(x, POISON, dtype=dtype)
+
+
+def wide_dtype(*tensors):
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors if x is not None) else torch.float32
+
+
+def array(x):
+    return x.numpy() if x.dtype == torch.uint8 else x.double().numpy()
+
+
+def data(shape, dtype=torch.float32, levels=256, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    if dtype == torch.uint8:
+        return torch.randint(levels, shape, generator=generator, dtype=dtype)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def layouts(shape):
+    """The same shape in every layout that the kernels address without a copy, by name."""
+    x = data(shape)
+    return {
+        "contiguous": x,
+        "channels_last": x.to(memory_format=torch.channels_last),
+        "batch slice": torch.stack([x, x], 1).flatten(0, 1)[::2],
+        "channel slice": torch.cat([x, x], 1)[:, : shape[1]],
+        "misaligned": torch.cat([torch.zeros(1), x.flatten()])[1:].view(shape),
+        "expanded": x[:1, :, :1, :1].expand(shape),
+    }
