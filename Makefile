@@ -1,7 +1,7 @@
-# Every target works in a virtual environment of its own and installs the tested set of constraints.txt.
+# Every target but gpu-report works in a virtual environment of its own and installs the tested set of constraints.txt.
 PYTHON ?= python3
 VENV ?= .venv
-STAGE ?= all
+STAGE ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
@@ -17,7 +17,7 @@ help:
 	@echo "make lint        ruff, pyright, clang-format"
 	@echo "make format      rewrite the sources with ruff and clang-format"
 	@echo "make bench       benchmarks on this machine"
-	@echo "make gpu-report  tests and benchmarks for a CUDA machine (STAGE=name runs one stage)"
+	@echo "make gpu-report  build, tests and benchmarks on a CUDA machine (STAGE=build|test|sanitize|bench for one of them)"
 	@echo "make clean       remove the environment and everything that was built"
 
 $(BIN)/python:
@@ -56,9 +56,9 @@ bench: $(BIN)/python
 	$(INSTALL) ".[test,train]"
 	$(BIN)/python -m benchmarks
 
-gpu-report: $(BIN)/python
-	$(INSTALL) ".[test,train]"
-	$(BIN)/python -m benchmarks.gpu_report $(STAGE)
+# In the Python that is there, whose torch knows the GPU; its first stage installs this checkout, without a network.
+gpu-report:
+	$(PYTHON) -m benchmarks.gpu_report $(STAGE)
 
 clean:
 	rm -rf $(VENV) build dist fm_fast/_native *.egg-info .pytest_cache .ruff_cache

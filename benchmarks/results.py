@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One number of one provider: ``metric`` is "ms", "ratio" (its time over ours, paired) or "copy_share" (of copy bandwidth)."""
+    """One number of one provider; ``metric`` is "ms", "cpu_ms", "ratio" (its time over ours, paired) or "copy_share" (of bandwidth)."""
 
     op: str
     provider: str

@@ -8,6 +8,7 @@ A provider whose results are wrong stops the run before any time is shown.
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--isa", choices=("avx512", "avx2", "portable"), help="instruction set of the C++ library (FM_FAST_CPU)")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch, on the CPU")
+    parser.add_argument(
+        "--clock", default="wall", choices=("wall", "cpu"), help="cpu: CPU time of the process, for a busy machine (with --threads 1)"
+    )
     parser.add_argument("--rounds", type=int, default=60, help="each round runs every provider once, in random order")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="other providers than ours to keep, by part of their names")
     parser.add_argument("--out", type=Path, help="JSON file of the rows; a CSV is written beside it (default: benchmarks/results/)")
@@ -81,11 +85,14 @@ def measure(op: "Op", setting: "Setting", options: argparse.Namespace) -> "list[
         return _rows(op, setting, timing.interleaved(replays, options.rounds, clock), timing.copy_bandwidth(setting.device))
     calls = {name: sets[0] for name, sets in steps.items()}
     timing.warm_up(calls, WARM_UP_SECONDS)
-    repeats = 1 if timing.wall_clock(3)(next(iter(calls.values()))) > SMALL_STEP_MS else 5
-    return _rows(op, setting, timing.interleaved(calls, options.rounds, timing.wall_clock(repeats)))
+    repeats = 1 if timing.host_clock(3)(next(iter(calls.values()))) > SMALL_STEP_MS else 5
+    clock = timing.host_clock(repeats, time.process_time if options.clock == "cpu" else time.perf_counter)
+    return _rows(op, setting, timing.interleaved(calls, options.rounds, clock), unit="cpu_ms" if options.clock == "cpu" else "ms")
 
 
-def _rows(op: "Op", setting: "Setting", times: dict[str, list[float]], copy_bandwidth: float | None = None) -> "list[Row]":
+def _rows(
+    op: "Op", setting: "Setting", times: dict[str, list[float]], copy_bandwidth: float | None = None, unit: str = "ms"
+) -> "list[Row]":
     from benchmarks import timing
     from benchmarks.results import Row
 
@@ -93,7 +100,7 @@ def _rows(op: "Op", setting: "Setting", times: dict[str, list[float]], copy_band
     common = (setting.mode, setting.size, str(setting.dtype).removeprefix("torch."))
     rows = []
     for name, values in times.items():
-        summaries = {"ms": timing.summarise(values), "ratio": timing.ratios(times, name, ours)}
+        summaries = {unit: timing.summarise(values), "ratio": timing.ratios(times, name, ours)}
         if copy_bandwidth:
             summaries["copy_share"] = timing.summarise([op.bytes_moved(setting) / ms / copy_bandwidth for ms in values])
         for metric, summary in summaries.items():
@@ -105,9 +112,10 @@ def table(rows: "list[Row]", ours: str) -> str:
     """One line a provider: its milliseconds, how many times ours it takes (20th and 80th percentiles), its share of copy bandwidth."""
     by_metric = {(row.provider, row.metric): row for row in rows}
     first = rows[0]
-    lines = [f"\n{first.op}, {first.size}, {first.dtype}, {first.mode}", f"{'provider':<26}{'ms':>28}{f'times {ours}':>32}"]
+    unit = first.metric
+    lines = [f"\n{first.op}, {first.size}, {first.dtype}, {first.mode}", f"{'provider':<26}{unit:>28}{f'times {ours}':>32}"]
     for name in dict.fromkeys(row.provider for row in rows):
-        cells = [by_metric[name, metric] for metric in ("ms", "ratio")]
+        cells = [by_metric[name, metric] for metric in (unit, "ratio")]
         text = [f"{cell.median:.3f} [{cell.p20:.3f}, {cell.p80:.3f}]" for cell in cells]
         share = f"   {by_metric[name, 'copy_share'].median:.0%} of copy" if (name, "copy_share") in by_metric else ""
         lines.append(f"{name:<26}{text[0]:>28}{text[1]:>32}{share}")

@@ -15,20 +15,20 @@ namespace fm {
 
 template <class To, class From>
 FM_HD To bit_cast(From value) {
-    static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
-    To result;
-    __builtin_memcpy(&result, &value, sizeof(To));
-    return result;
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To result;
+  __builtin_memcpy(&result, &value, sizeof(To));
+  return result;
 }
 
 // One rounding where the hardware has it. A library fma on a CPU without the instruction would cost hundreds of cycles.
 FM_HD float multiply_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
-    return fmaf(a, b, c);
+  return fmaf(a, b, c);
 #elif defined(__FMA__)
-    return __builtin_fmaf(a, b, c);
+  return __builtin_fmaf(a, b, c);
 #else
-    return a * b + c;
+  return a * b + c;
 #endif
 }
 

@@ -18,42 +18,40 @@ constexpr uint32_t kExponentBits = 0xff800000u;
 constexpr uint32_t kSignBit = 0x80000000u;
 constexpr float kTwoToMinus23 = 0x1p-23f;
 
-FM_HD float uniform_from_word(uint32_t word) {
-    return static_cast<float>(word) * 0x1p-32f + 0x1p-33f;
-}
+FM_HD float uniform_from_word(uint32_t word) { return static_cast<float>(word) * 0x1p-32f + 0x1p-33f; }
 
 // -2 ln u, never negative. u = 2^e m with m in [3/4, 3/2), so that u near 1 keeps its precision.
 FM_HD float minus_two_log(float u) {
-    uint32_t bits = bit_cast<uint32_t>(u);
-    uint32_t exponent = (bits - kThreeQuarters) & kExponentBits;  // e * 2^23
-    float f = bit_cast<float>(bits - exponent) - 1.0f;
-    float q = kLog[6];
-    for (int i = 5; i >= 0; --i) q = multiply_add(q, f, kLog[i]);
-    float s = multiply_add(f * f, multiply_add(q, f, 1.0f), -2.0f * f);
-    s = multiply_add(static_cast<float>(static_cast<int32_t>(exponent)), kMinusTwoLogTwo * kTwoToMinus23, s);
-    return s > 0.0f ? s : 0.0f;
+  uint32_t bits = bit_cast<uint32_t>(u);
+  uint32_t exponent = (bits - kThreeQuarters) & kExponentBits;  // e * 2^23
+  float f = bit_cast<float>(bits - exponent) - 1.0f;
+  float q = kLog[6];
+  for (int i = 5; i >= 0; --i) q = multiply_add(q, f, kLog[i]);
+  float s = multiply_add(f * f, multiply_add(q, f, 1.0f), -2.0f * f);
+  s = multiply_add(static_cast<float>(static_cast<int32_t>(exponent)), kMinusTwoLogTwo * kTwoToMinus23, s);
+  return s > 0.0f ? s : 0.0f;
 }
 
 // sin and cos of `word` / 2^32 turns. The two top bits (after rounding) are the quadrant, the rest is an angle in [-1/8, 1/8) turn.
 FM_HD void sin_cos_of_turn(uint32_t word, float* sine, float* cosine) {
-    uint32_t rounded = word + 0x20000000u;
-    float y = static_cast<float>(static_cast<int32_t>(word << 2)) * 0x1p-31f;
-    float y2 = y * y;
-    float a = y * multiply_add(y2, multiply_add(y2, multiply_add(y2, kSin[3], kSin[2]), kSin[1]), kSin[0]);
-    float b = multiply_add(y2, multiply_add(y2, multiply_add(y2, kCos[2], kCos[1]), kCos[0]), 1.0f);
-    bool odd = (rounded & 0x40000000u) != 0;
-    uint32_t sine_bits = bit_cast<uint32_t>(odd ? b : a) ^ (rounded & kSignBit);
-    uint32_t cosine_bits = bit_cast<uint32_t>(odd ? a : b) ^ ((rounded + 0x40000000u) & kSignBit);
-    *sine = bit_cast<float>(sine_bits);
-    *cosine = bit_cast<float>(cosine_bits);
+  uint32_t rounded = word + 0x20000000u;
+  float y = static_cast<float>(static_cast<int32_t>(word << 2)) * 0x1p-31f;
+  float y2 = y * y;
+  float a = y * multiply_add(y2, multiply_add(y2, multiply_add(y2, kSin[3], kSin[2]), kSin[1]), kSin[0]);
+  float b = multiply_add(y2, multiply_add(y2, multiply_add(y2, kCos[2], kCos[1]), kCos[0]), 1.0f);
+  bool odd = (rounded & 0x40000000u) != 0;
+  uint32_t sine_bits = bit_cast<uint32_t>(odd ? b : a) ^ (rounded & kSignBit);
+  uint32_t cosine_bits = bit_cast<uint32_t>(odd ? a : b) ^ ((rounded + 0x40000000u) & kSignBit);
+  *sine = bit_cast<float>(sine_bits);
+  *cosine = bit_cast<float>(cosine_bits);
 }
 
 FM_HD void normal_pair(uint32_t radius_word, uint32_t angle_word, float* even, float* odd) {
-    float radius = sqrtf(minus_two_log(uniform_from_word(radius_word)));
-    float sine, cosine;
-    sin_cos_of_turn(angle_word, &sine, &cosine);
-    *even = radius * cosine;
-    *odd = radius * sine;
+  float radius = sqrtf(minus_two_log(uniform_from_word(radius_word)));
+  float sine, cosine;
+  sin_cos_of_turn(angle_word, &sine, &cosine);
+  *even = radius * cosine;
+  *odd = radius * sine;
 }
 
 }  // namespace fm

@@ -12,89 +12,87 @@ enum Objective : int { kVelocity = 0, kNoise = 1, kScore = 2, kScoreFlow = 3, kD
 enum TimeSampler : int { kTimeGiven = -1, kTimeUniform = 0, kTimeStratified = 1, kTimeLogitNormal = 2 };
 
 struct Path {
-    int kind;
-    double a, b;  // OT: sigma_min, unused. VP: beta_min, beta_max. VE: sigma_min, sigma_max.
+  int kind;
+  double a, b;  // OT: sigma_min, unused. VP: beta_min, beta_max. VE: sigma_min, sigma_max.
 };
 
 struct Schedule {
-    double alpha, sigma, d_alpha, d_sigma;
+  double alpha, sigma, d_alpha, d_sigma;
 };
 
 struct Coefficients {
-    double a, s, c1, c0, k, w;
+  double a, s, c1, c0, k, w;
 };
 
 struct TimeLaw {
-    int sampler;
-    double mean, std, low, high;
+  int sampler;
+  double mean, std, low, high;
 };
 
 FM_HD Schedule schedule_vp(double beta_min, double beta_max, double t) {
-    double left = 1.0 - t;
-    double integral = beta_min * left + 0.5 * (beta_max - beta_min) * left * left;
-    double beta = beta_min + (beta_max - beta_min) * left;
-    double alpha = exp(-0.5 * integral), sigma = sqrt(-expm1(-integral)), d_alpha = 0.5 * beta * alpha;
-    return Schedule{alpha, sigma, d_alpha, -alpha * d_alpha / sigma};
+  double left = 1.0 - t;
+  double integral = beta_min * left + 0.5 * (beta_max - beta_min) * left * left;
+  double beta = beta_min + (beta_max - beta_min) * left;
+  double alpha = exp(-0.5 * integral), sigma = sqrt(-expm1(-integral)), d_alpha = 0.5 * beta * alpha;
+  return Schedule{alpha, sigma, d_alpha, -alpha * d_alpha / sigma};
 }
 
 FM_HD Schedule schedule_ve(double sigma_min, double sigma_max, double t) {
-    double ratio = sigma_max / sigma_min, sigma = sigma_min * pow(ratio, 1.0 - t);
-    return Schedule{1.0, sigma, 0.0, -sigma * log(ratio)};
+  double ratio = sigma_max / sigma_min, sigma = sigma_min * pow(ratio, 1.0 - t);
+  return Schedule{1.0, sigma, 0.0, -sigma * log(ratio)};
 }
 
 FM_HD Schedule schedule(const Path& path, double t) {
-    constexpr double kHalfPi = 1.57079632679489661923;
-    if (path.kind == kPathVP) return schedule_vp(path.a, path.b, t);
-    if (path.kind == kPathVE) return schedule_ve(path.a, path.b, t);
-    if (path.kind == kPathCosine) {
-        double alpha = sin(kHalfPi * t), sigma = cos(kHalfPi * t);
-        return Schedule{alpha, sigma, kHalfPi * sigma, -kHalfPi * alpha};
-    }
-    return Schedule{t, 1.0 - (1.0 - path.a) * t, 1.0, -(1.0 - path.a)};
+  constexpr double kHalfPi = 1.57079632679489661923;
+  if (path.kind == kPathVP) return schedule_vp(path.a, path.b, t);
+  if (path.kind == kPathVE) return schedule_ve(path.a, path.b, t);
+  if (path.kind == kPathCosine) {
+    double alpha = sin(kHalfPi * t), sigma = cos(kHalfPi * t);
+    return Schedule{alpha, sigma, kHalfPi * sigma, -kHalfPi * alpha};
+  }
+  return Schedule{t, 1.0 - (1.0 - path.a) * t, 1.0, -(1.0 - path.a)};
 }
 
 FM_HD Coefficients coefficients(const Path& path, int objective, double t) {
-    Schedule p = schedule(path, t);
-    if (objective == kVelocity) return Coefficients{p.alpha, p.sigma, p.d_alpha, p.d_sigma, 1.0, 1.0};
-    if (objective == kNoise) return Coefficients{p.alpha, p.sigma, 0.0, 1.0, 1.0, 1.0};
-    if (objective == kData) return Coefficients{p.alpha, p.sigma, 1.0, 0.0, 1.0, 1.0};
-    // The score's target is -x0 / sigma; multiplying by sigma keeps it finite at sigma = 0. ScoreFlow weighs by g^2 / sigma^2.
-    double weight = objective == kScoreFlow ? 2.0 * (p.d_alpha / p.alpha - p.d_sigma / p.sigma) : 1.0;
-    return Coefficients{p.alpha, p.sigma, 0.0, -1.0, p.sigma, weight};
+  Schedule p = schedule(path, t);
+  if (objective == kVelocity) return Coefficients{p.alpha, p.sigma, p.d_alpha, p.d_sigma, 1.0, 1.0};
+  if (objective == kNoise) return Coefficients{p.alpha, p.sigma, 0.0, 1.0, 1.0, 1.0};
+  if (objective == kData) return Coefficients{p.alpha, p.sigma, 1.0, 0.0, 1.0, 1.0};
+  // The score's target is -x0 / sigma; multiplying by sigma keeps it finite at sigma = 0. ScoreFlow weighs by g^2 / sigma^2.
+  double weight = objective == kScoreFlow ? 2.0 * (p.d_alpha / p.alpha - p.d_sigma / p.sigma) : 1.0;
+  return Coefficients{p.alpha, p.sigma, 0.0, -1.0, p.sigma, weight};
 }
 
 // Comparisons are written so that a NaN time stays NaN.
-FM_HD double clamp_time(const TimeLaw& law, double t) {
-    return t < law.low ? law.low : (t > law.high ? law.high : t);
-}
+FM_HD double clamp_time(const TimeLaw& law, double t) { return t < law.low ? law.low : (t > law.high ? law.high : t); }
 
 FM_HD float unit_time(const TimeLaw& law, const Stream& stream, uint32_t sample_id) {
-    if (law.sampler == kTimeStratified)  // an integer lattice: any run of consecutive ids is well spread
-        return uniform_from_word(stream_words(stream, 0, 0).w[0] + sample_id * 0x9E3779B9u);
-    return uniform_from_word(stream_words(stream, sample_id, 0).w[0]);
+  if (law.sampler == kTimeStratified)  // an integer lattice: any run of consecutive ids is well spread
+    return uniform_from_word(stream_words(stream, 0, 0).w[0] + sample_id * 0x9E3779B9u);
+  return uniform_from_word(stream_words(stream, sample_id, 0).w[0]);
 }
 
 FM_HD double draw_time(const TimeLaw& law, const Stream& stream, uint32_t sample_id) {
-    double raw;
-    if (law.sampler == kTimeLogitNormal) {
-        Words words = stream_words(stream, sample_id, 0);
-        float z, unused;
-        normal_pair(words.w[0], words.w[1], &z, &unused);
-        raw = 1.0 / (1.0 + exp(-(law.mean + law.std * static_cast<double>(z))));
-    } else {
-        raw = static_cast<double>(unit_time(law, stream, sample_id));
-    }
-    return law.low + (law.high - law.low) * raw;
+  double raw;
+  if (law.sampler == kTimeLogitNormal) {
+    Words words = stream_words(stream, sample_id, 0);
+    float z, unused;
+    normal_pair(words.w[0], words.w[1], &z, &unused);
+    raw = 1.0 / (1.0 + exp(-(law.mean + law.std * static_cast<double>(z))));
+  } else {
+    raw = static_cast<double>(unit_time(law, stream, sample_id));
+  }
+  return law.low + (law.high - law.low) * raw;
 }
 
 FM_HD bool flips(const Stream& stream, uint32_t sample_id, double probability) {
-    return uniform_from_word(stream_words(stream, sample_id, 0).w[0]) < static_cast<float>(probability);
+  return uniform_from_word(stream_words(stream, sample_id, 0).w[0]) < static_cast<float>(probability);
 }
 
 // The data map of integer data x in 0..levels-1 with u in (0, 1] (1/2 without dequantisation); two_over_levels = 2 / levels.
 template <class T>
 FM_HD T data_map(T x, T u, T two_over_levels) {
-    return (x + u) * two_over_levels - T(1);
+  return (x + u) * two_over_levels - T(1);
 }
 
 }  // namespace fm

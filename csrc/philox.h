@@ -17,34 +17,32 @@ constexpr uint32_t kStreamDequantise = 3;
 constexpr uint32_t kStreamFlip = 5;
 
 struct Words {
-    uint32_t w[4];
+  uint32_t w[4];
 };
 
 // The part of a counter and key that all draws of one stream share. `tag` holds stream | index << 8.
 struct Stream {
-    uint32_t key0, key1, step, tag;
+  uint32_t key0, key1, step, tag;
 };
 
-FM_HD uint32_t multiply_high(uint32_t a, uint32_t b) {
-    return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
-}
+FM_HD uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32); }
 
 FM_HD Words philox_round(Words c, uint32_t key0, uint32_t key1) {
-    return Words{{multiply_high(kPhiloxMultiplier1, c.w[2]) ^ c.w[1] ^ key0, kPhiloxMultiplier1 * c.w[2],
-                  multiply_high(kPhiloxMultiplier0, c.w[0]) ^ c.w[3] ^ key1, kPhiloxMultiplier0 * c.w[0]}};
+  return Words{{multiply_high(kPhiloxMultiplier1, c.w[2]) ^ c.w[1] ^ key0, kPhiloxMultiplier1 * c.w[2],
+                multiply_high(kPhiloxMultiplier0, c.w[0]) ^ c.w[3] ^ key1, kPhiloxMultiplier0 * c.w[0]}};
 }
 
 FM_HD Words philox(Words counter, uint32_t key0, uint32_t key1) {
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-        counter = philox_round(counter, key0, key1);
-        key0 += kPhiloxKeyBump0;
-        key1 += kPhiloxKeyBump1;
-    }
-    return counter;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    counter = philox_round(counter, key0, key1);
+    key0 += kPhiloxKeyBump0;
+    key1 += kPhiloxKeyBump1;
+  }
+  return counter;
 }
 
 FM_HD Words stream_words(const Stream& stream, uint32_t sample_id, uint32_t block) {
-    return philox(Words{{block, sample_id, stream.step, stream.tag}}, stream.key0, stream.key1);
+  return philox(Words{{block, sample_id, stream.step, stream.tag}}, stream.key0, stream.key1);
 }
 
 }  // namespace fm

@@ -55,79 +55,81 @@ namespace abi {
 constexpr uint64_t kTorchVersion = 0x020a000000000000u;  // 2.10, the oldest torch we run on
 
 inline void check(AOTITorchError error, const char* call) {
-    if (error) throw std::runtime_error(std::string("fm_fast: torch's C interface failed in ") + call);
+  if (error) throw std::runtime_error(std::string("fm_fast: torch's C interface failed in ") + call);
 }
 
 // A tensor owned by somebody else, with the name that error messages use.
 class Tensor {
-   public:
-    Tensor(AtenTensorHandle handle, const char* name) : handle_(handle), name_(name) {}
+ public:
+  Tensor(AtenTensorHandle handle, const char* name) : handle_(handle), name_(name) {}
 
-    AtenTensorHandle handle() const { return handle_; }
-    const char* name() const { return name_; }
+  AtenTensorHandle handle() const { return handle_; }
+  const char* name() const { return name_; }
 
-    void* data() const { return get<void*>(aoti_torch_get_data_ptr, "get_data_ptr"); }
-    int64_t dim() const { return get<int64_t>(aoti_torch_get_dim, "get_dim"); }
-    int64_t numel() const { return get<int64_t>(aoti_torch_get_numel, "get_numel"); }
-    int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype, "get_dtype"); }
-    int32_t device_type() const { return get<int32_t>(aoti_torch_get_device_type, "get_device_type"); }
-    const int64_t* sizes() const { return get<int64_t*>(aoti_torch_get_sizes, "get_sizes"); }
-    const int64_t* strides() const { return get<int64_t*>(aoti_torch_get_strides, "get_strides"); }
+  void* data() const { return get<void*>(aoti_torch_get_data_ptr, "get_data_ptr"); }
+  int64_t dim() const { return get<int64_t>(aoti_torch_get_dim, "get_dim"); }
+  int64_t numel() const { return get<int64_t>(aoti_torch_get_numel, "get_numel"); }
+  int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype, "get_dtype"); }
+  int32_t device_type() const { return get<int32_t>(aoti_torch_get_device_type, "get_device_type"); }
+  const int64_t* sizes() const { return get<int64_t*>(aoti_torch_get_sizes, "get_sizes"); }
+  const int64_t* strides() const { return get<int64_t*>(aoti_torch_get_strides, "get_strides"); }
 
-    [[noreturn]] void fail(const std::string& problem) const { throw std::runtime_error(std::string("fm_fast: argument ") + name_ + ": " + problem); }
+  [[noreturn]] void fail(const std::string& problem) const {
+    throw std::runtime_error(std::string("fm_fast: argument ") + name_ + ": " + problem);
+  }
 
-    // The C interface has no such question, but a view of a tensor that requires grad is not a leaf.
-    bool requires_grad() const {
-        StableIValue stack[1];
-        check(aoti_torch_new_tensor_handle(handle_, reinterpret_cast<AtenTensorHandle*>(stack)), "new_tensor_handle");
-        check(torch_call_dispatcher("aten::alias", "", stack, kTorchVersion), "alias");
-        check(torch_call_dispatcher("aten::is_leaf", "", stack, kTorchVersion), "is_leaf");
-        return (stack[0] & 0xff) == 0;
-    }
+  // The C interface has no such question, but a view of a tensor that requires grad is not a leaf.
+  bool requires_grad() const {
+    StableIValue stack[1];
+    check(aoti_torch_new_tensor_handle(handle_, reinterpret_cast<AtenTensorHandle*>(stack)), "new_tensor_handle");
+    check(torch_call_dispatcher("aten::alias", "", stack, kTorchVersion), "alias");
+    check(torch_call_dispatcher("aten::is_leaf", "", stack, kTorchVersion), "is_leaf");
+    return (stack[0] & 0xff) == 0;
+  }
 
-   private:
-    template <class T, class Getter>
-    T get(Getter getter, const char* call) const {
-        T value;
-        check(getter(handle_, &value), call);
-        return value;
-    }
+ private:
+  template <class T, class Getter>
+  T get(Getter getter, const char* call) const {
+    T value;
+    check(getter(handle_, &value), call);
+    return value;
+  }
 
-    AtenTensorHandle handle_;
-    const char* name_;
+  AtenTensorHandle handle_;
+  const char* name_;
 };
 
 // The arguments of one boxed call, read in schema order. Tensor slots own their handles: all of them are freed at the end,
 // also when an error is thrown halfway. `kinds`: one letter an argument, T for tensors.
 class Arguments {
-   public:
-    Arguments(StableIValue* stack, const char* kinds) : stack_(stack), kinds_(kinds) {}
-    Arguments(const Arguments&) = delete;
-    Arguments& operator=(const Arguments&) = delete;
+ public:
+  Arguments(StableIValue* stack, const char* kinds) : stack_(stack), kinds_(kinds) {}
+  Arguments(const Arguments&) = delete;
+  Arguments& operator=(const Arguments&) = delete;
 
-    ~Arguments() {
-        for (int i = 0; kinds_[i]; ++i)
-            if (kinds_[i] == 'T') aoti_torch_delete_tensor_object(handle(i));
-    }
+  ~Arguments() {
+    for (int i = 0; kinds_[i]; ++i)
+      if (kinds_[i] == 'T') aoti_torch_delete_tensor_object(handle(i));
+  }
 
-    Tensor tensor(const char* name) { return Tensor(handle(next_++), name); }
-    int64_t integer() { return read<int64_t>(); }
-    double number() { return read<double>(); }
-    bool flag() { return read<bool>(); }
+  Tensor tensor(const char* name) { return Tensor(handle(next_++), name); }
+  int64_t integer() { return read<int64_t>(); }
+  double number() { return read<double>(); }
+  bool flag() { return read<bool>(); }
 
-   private:
-    AtenTensorHandle handle(int i) const { return reinterpret_cast<AtenTensorHandle>(stack_[i]); }
+ private:
+  AtenTensorHandle handle(int i) const { return reinterpret_cast<AtenTensorHandle>(stack_[i]); }
 
-    template <class T>
-    T read() {
-        T value;
-        __builtin_memcpy(&value, stack_ + next_++, sizeof(T));
-        return value;
-    }
+  template <class T>
+  T read() {
+    T value;
+    __builtin_memcpy(&value, stack_ + next_++, sizeof(T));
+    return value;
+  }
 
-    StableIValue* stack_;
-    const char* kinds_;
-    int next_ = 0;
+  StableIValue* stack_;
+  const char* kinds_;
+  int next_ = 0;
 };
 
 }  // namespace abi

@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,12 +148,6 @@ def _triton_reason(op: str) -> str | None:
     if not any(Path(folder, "kernels", f"{op}.py").is_file() for folder in _package_path):
         return f"there is no Triton kernel for {op}"
     return None
-
-
-@functools.cache
-def triton_launch(op: str) -> Callable[..., None]:
-    """The launcher of an op's Triton kernel; importing it imports Triton."""
-    return importlib.import_module(f"fm_fast.kernels.{op}").launch
 
 
 # The choice

@@ -6,10 +6,12 @@ transform or forward-mode differentiation is active, or a gradient other than th
 (``reference.py``) runs.
 """
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from fm_fast import _backends, reference
 from fm_fast._philox import Kind
@@ -39,6 +41,8 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
     torch.library.register_fake(f"fm_fast::{_name}", lambda *arguments: None, lib=_library)
 _backends.load_native()
+# The name is imported late because type checkers do not see that the folder kernels/ is installed as fm_fast.kernels.
+_triton_library = importlib.import_module("fm_fast.kernels").register()  # registrations live as long as this value
 
 _noise = torch.ops.fm_fast.noise.default
 _path_sample = torch.ops.fm_fast.path_sample.default
@@ -162,7 +166,7 @@ def _is_one(grad_output: Tensor) -> bool:
 
 def _is_batched(grad_output: Tensor) -> bool:
     """Whether vmap runs over several grad_outputs (is_grads_batched=True); the guard does not see it from inside a backward pass."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad_output)
+    return not torch.compiler.is_compiling() and is_legacy_batchedtensor(grad_output)
 
 
 def _differentiable_gradient(inputs: list[Tensor], tail: tuple[Any, ...], grad_output: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ int64 tensors, because PyTorch has no uint32 arithmetic; a product of two words 
 
 import enum
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -152,7 +153,7 @@ def draw(key: Tensor, shape: tuple[int, ...], kind: Kind, stream: int, index: in
     return values.reshape(batch, channels, per_channel * lanes)[:, :, :positions].reshape(shape)
 
 
-def logical_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+def logical_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     """(B, C, P) of a sample's logical order: C is dimension 1 where there are more than two dimensions."""
     channels = shape[1] if len(shape) > 2 else 1
     return shape[0], channels, math.prod(shape[2:] if len(shape) > 2 else shape[1:])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 LAUNCHERS = {
+    "noise": ("noise", "launch"),
     "path_sample": ("path_sample", "launch"),
     "path_loss": ("path_loss", "launch"),
     "path_loss_backward": ("path_loss", "launch_backward"),

@@ -3,6 +3,9 @@
 A sample's row is (a, s, c1, c0, k, w): x_t = a x1 + s x0, loss = w ||k o - (c1 x1 + c0 x0)||^2 (paper equations 10, 16, 18, 20, Table 1).
 """
 
+# Device functions are written in Triton's own language.
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
+
 import triton
 import triton.language as tl
 
@@ -62,7 +65,7 @@ def _alternating_series(square, LAST: tl.constexpr):
 def _sin_cos_quarter(t):
     """sin(pi t / 2) and cos(pi t / 2) for t in [0, 1]: series up to an eighth of a turn, swapped beyond."""
     beyond = t > 0.5
-    angle = HALF_PI * tl.where(beyond, 1.0 - t, t)
+    angle = tl.where(beyond, 1.0 - t, t) * HALF_PI
     sine, cosine = angle * _alternating_series(angle * angle, 19), _alternating_series(angle * angle, 18)
     return tl.where(beyond, cosine, sine), tl.where(beyond, sine, cosine)
 
@@ -83,7 +86,7 @@ def schedule(t, path_a, path_b, PATH: tl.constexpr):
         return t * 0.0 + 1.0, sigma, t * 0.0, -path_b * sigma
     else:
         sine, cosine = _sin_cos_quarter(t)
-        return sine, cosine, HALF_PI * cosine, -HALF_PI * sine
+        return sine, cosine, cosine * HALF_PI, sine * -HALF_PI
 
 
 @triton.jit

@@ -111,12 +111,15 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def plan(like: Tensor, **tensors: Tensor) -> Plan:
-    """The launch geometry for tensors of ``like``'s shape, in the kernel's order; one without elements is not addressed."""
+def plan(like: Tensor, *, by_channel: bool = False, **tensors: Tensor) -> Plan:
+    """The launch geometry for tensors of ``like``'s shape, in the kernel's order; one without elements is not addressed.
+
+    ``by_channel`` keeps channels apart also where they lie end to end.
+    """
     batch, channels, positions = logical_shape(like.shape)
     present = {name: strides(name, x) for name, x in tensors.items() if x.numel()}
     addressed = list(present.values()) or [(0, 0, 1)]
-    flat = _is_flat(channels, positions, addressed)
+    flat = not by_channel and _is_flat(channels, positions, addressed)
     channel_fast = not flat and channels > 1 and addressed[0][1] < addressed[0][2]
     wide = _is_wide(channels, positions, addressed)
     elements = channels * 4 * -(-positions // 4)
@@ -147,11 +150,16 @@ def compute_dtype(*tensors: Tensor) -> Any:
     return tl.float64 if any(x.dtype == torch.float64 for x in tensors if x.numel()) else tl.float32
 
 
+def explicit_ids(key: Tensor, batch: int) -> bool:
+    """Whether the key tensor lists an id a sample, and not only the first."""
+    return key.numel() == batch + 2 != 3
+
+
 def data_options(x1: Tensor, x0: Tensor, key: Tensor, flip: float, levels: float, dequantise: bool) -> dict[str, Any]:
     """The compile-time options of how x1 and x0 are read, by kernel parameter."""
     integer = x1.dtype == torch.uint8
     return {
-        "EXPLICIT_IDS": key.numel() == x1.shape[0] + 2 != 3,
+        "EXPLICIT_IDS": explicit_ids(key, x1.shape[0]),
         "DRAW": x0.numel() == 0,
         "LEVELS": float(levels) if integer else 0.0,
         "DEQUANTISE": bool(integer and dequantise),
@@ -164,13 +172,13 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def arguments(plan: Plan, tensors: Sequence[Tensor], numbers: Sequence[float]) -> tuple[Any, ...]:
+def arguments(plan: Plan, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> tuple[Any, ...]:
     """A kernel's positional arguments: tensors, the strides of those in the plan, batch, channels, positions, numbers."""
     flattened = (stride for triple in plan.strides for stride in triple)
     return (*tensors, *flattened, plan.batch, plan.channels, plan.positions, *numbers)
 
 
-def run(kernel: Any, plan: Plan, tensors: Sequence[Tensor], numbers: Sequence[float], **options: Any) -> None:
+def run(kernel: Any, plan: Plan, tensors: Sequence[Tensor | None], numbers: Sequence[float], **options: Any) -> None:
     """Launch one program per chunk of each sample."""
     with on_device(plan.device):
         kernel[plan.grid](

@@ -4,6 +4,9 @@ A row of one or two counter blocks becomes four or eight neighbouring numbers, i
 nor ``tl.randn`` is used: their large-argument reduction doubles the instructions, and their numbers are not ours.
 """
 
+# Device functions are written in Triton's own language.
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
+
 import triton
 import triton.language as tl
 
@@ -13,6 +16,10 @@ X0_STREAM = tl.constexpr(int(contract.Stream.x0))
 TIME_STREAM = tl.constexpr(int(contract.Stream.t))
 DEQUANTISE_STREAM = tl.constexpr(int(contract.Stream.dequantise))
 FLIP_STREAM = tl.constexpr(int(contract.Stream.flip))
+
+NORMAL, UNIFORM, SIGN, WORD = (
+    tl.constexpr(int(kind)) for kind in (contract.Kind.normal, contract.Kind.uniform, contract.Kind.sign, contract.Kind.word)
+)
 
 MULTIPLIER_0 = tl.constexpr(contract.MULTIPLIERS[0])
 MULTIPLIER_1 = tl.constexpr(contract.MULTIPLIERS[1])
@@ -39,10 +46,10 @@ def read_key(key_ptr, sample, EXPLICIT_IDS: tl.constexpr):
 
 
 @triton.jit
-def words(block, identity, step, seed, STREAM: tl.constexpr):
-    """The four 32-bit words of the counters (block, identity, step, STREAM)."""
+def words(block, identity, step, seed, purpose):
+    """The four 32-bit words of the counters (block, identity, step, purpose); purpose is stream | index << 8."""
     key_0, key_1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    c0, c1, c2, c3 = block.to(tl.uint32), identity, step, tl.full((), STREAM, tl.uint32)
+    c0, c1, c2, c3 = block.to(tl.uint32), identity, step, tl.full((), purpose, tl.uint32)
     for _ in tl.static_range(ROUNDS):
         # One widening multiplication gives both halves of a product; a high and a low one are twice the instructions.
         product_0, product_1 = c0.to(tl.uint64) * MULTIPLIER_0, c2.to(tl.uint64) * MULTIPLIER_1
@@ -100,41 +107,43 @@ def normal_pair(word_a, word_b):
 
 
 @triton.jit
-def _normal_lanes(block, identity, step, seed, STREAM: tl.constexpr):
-    word_0, word_1, word_2, word_3 = words(block, identity, step, seed, STREAM)
-    z0, z1 = normal_pair(word_0, word_1)
-    z2, z3 = normal_pair(word_2, word_3)
-    return z0, z1, z2, z3
+def _four_lanes(block, identity, step, seed, purpose, KIND: tl.constexpr):
+    """The four numbers of each block."""
+    a, b, c, d = words(block, identity, step, seed, purpose)
+    if KIND == NORMAL:
+        a, b = normal_pair(a, b)
+        c, d = normal_pair(c, d)
+    elif KIND == UNIFORM:
+        a, b, c, d = uniform(a), uniform(b), uniform(c), uniform(d)
+    return a, b, c, d
 
 
 @triton.jit
-def _uniform_lanes(block, identity, step, seed, STREAM: tl.constexpr):
-    word_0, word_1, word_2, word_3 = words(block, identity, step, seed, STREAM)
-    return uniform(word_0), uniform(word_1), uniform(word_2), uniform(word_3)
-
-
-@triton.jit
-def _four_lanes(block, identity, step, seed, STREAM: tl.constexpr, NORMAL: tl.constexpr):
-    if NORMAL:
-        return _normal_lanes(block, identity, step, seed, STREAM)
-    else:
-        return _uniform_lanes(block, identity, step, seed, STREAM)
-
-
-@triton.jit
-def numbers(block, identity, step, seed, STREAM: tl.constexpr, NORMAL: tl.constexpr, BLOCKS: tl.constexpr):
-    """float32 normals or uniforms [R, 4 BLOCKS] of the BLOCKS counter blocks that start at each of ``block`` [R, 1].
+def numbers(block, identity, step, seed, purpose, KIND: tl.constexpr, BLOCKS: tl.constexpr):
+    """float32 normals or uniforms, or uint32 words [R, 4 BLOCKS], of the BLOCKS counter blocks that start at each of ``block`` [R, 1].
 
     The blocks of a row are drawn apart and joined in registers: as one tile [R, BLOCKS] they would cross threads.
     """
-    a, b, c, d = _four_lanes(block, identity, step, seed, STREAM, NORMAL)
+    a, b, c, d = _four_lanes(block, identity, step, seed, purpose, KIND)
     if BLOCKS == 2:
-        e, f, g, h = _four_lanes(block + 1, identity, step, seed, STREAM, NORMAL)
+        e, f, g, h = _four_lanes(block + 1, identity, step, seed, purpose, KIND)
         a, b, c, d = tl.join(a, e), tl.join(b, f), tl.join(c, g), tl.join(d, h)
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (block.shape[0], 4 * BLOCKS))
 
 
 @triton.jit
-def first_word(identity, step, seed, STREAM: tl.constexpr):
+def signs(channel, position, positions, identity, step, seed, purpose):
+    """+1 or -1 [R, 4] at four neighbouring positions a row: 128 bits a block, the least significant bit of word 0 first."""
+    first = tl.min(position, axis=1, keep_dims=True)
+    block = channel * ((positions + 127) // 128) + first // 128
+    a, b, c, d = words(block, identity, step, seed, purpose)
+    which = (first // 32) % 4
+    word = tl.where(which < 2, tl.where(which == 0, a, b), tl.where(which == 2, c, d))
+    bit = (word >> (position % 32).to(tl.uint32)) & 1
+    return 1 - 2 * bit.to(tl.int32)
+
+
+@triton.jit
+def first_word(identity, step, seed, purpose):
     """Word 0 of block 0: the one number a sample draws for its time or its flip."""
-    return words(tl.full((), 0, tl.uint32), identity, step, seed, STREAM)[0]
+    return words(tl.full((), 0, tl.uint32), identity, step, seed, purpose)[0]

@@ -7,7 +7,7 @@ a thread's lanes are one 128-bit access. Other tiles take one block a row and ad
 import triton
 import triton.language as tl
 
-from fm_fast.kernels._philox import DEQUANTISE_STREAM, FLIP_STREAM, X0_STREAM, first_word, numbers, uniform
+from fm_fast.kernels._philox import DEQUANTISE_STREAM, FLIP_STREAM, NORMAL, UNIFORM, X0_STREAM, first_word, numbers, uniform
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def data_scale(
     if LEVELS == 0:
         return value
     elif DEQUANTISE:
-        u = numbers(block, identity, step, seed, DEQUANTISE_STREAM, False, BLOCKS)
+        u = numbers(block, identity, step, seed, DEQUANTISE_STREAM, UNIFORM, BLOCKS)
         return (value + u.to(COMPUTE)) * (2.0 / LEVELS) - 1.0
     else:
         return (value + 0.5) * (2.0 / LEVELS) - 1.0
@@ -115,6 +115,6 @@ def source(
 ):
     """x0 in the compute dtype: drawn at its counters, or read."""
     if DRAW:
-        return numbers(block, identity, step, seed, X0_STREAM, True, BLOCKS).to(COMPUTE)
+        return numbers(block, identity, step, seed, X0_STREAM, NORMAL, BLOCKS).to(COMPUTE)
     else:
         return read(x0_ptr + x0_offset, inside, MASKED).to(COMPUTE)

@@ -4,6 +4,9 @@ One read of o and x1, one write of the gradient; the noise x0 is drawn again at 
 sum and a second kernel adds them in float64 in a fixed order, so the loss is bitwise repeatable.
 """
 
+# Device functions are written in Triton's own language.
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false, reportCallIssue=false
+
 import torch
 import triton
 import triton.language as tl

@@ -4,6 +4,9 @@ The noise x0 is drawn at its counters unless given, and so is the time t; t and 
 for the loss by the sample's first program.
 """
 
+# Device functions are written in Triton's own language.
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
+
 import math
 
 import triton

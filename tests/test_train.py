@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -172,6 +173,17 @@ def test_log_reports_means_and_stops_at_a_loss_that_is_not_finite(tmp_path, caps
     logger.step(2, torch.tensor(1.0), rate=0.1)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 4"):
         logger.step(4, torch.tensor(float("nan")), rate=0.1)
+
+
+def test_log_shows_a_bar_to_a_terminal(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    logger = Logger(tmp_path / "log.jsonl", tiny(log_every=1, steps=2), first_step=0)
+    logger.step(1, torch.tensor(0.5), rate=0.1)
+    logger.say("a line")
+    logger.close()
+    shown = capsys.readouterr().out
+    assert "1/2" in shown and "loss 0.5000" in shown and "a line" in shown
 
 
 def test_judges_know_real_digits_and_copies():

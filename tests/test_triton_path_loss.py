@@ -73,7 +73,7 @@ def assert_loss(found, wanted):
 
 
 @pytest.mark.parametrize("o_dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("x1_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("x1_dtype", DTYPES[::2], ids=str)
 def check_dtypes(o_dtype, x1_dtype):
     o, x1 = data((2, 3, 8, 4), o_dtype), data((2, 3, 8, 4), x1_dtype, seed=2)
     x0 = data((2, 3, 8, 4), torch.bfloat16, seed=3) if o_dtype == torch.float32 else None
@@ -82,9 +82,9 @@ def check_dtypes(o_dtype, x1_dtype):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("weight_shape", [None, (3,), (3, 3, 5, 7)], ids=str)
+@pytest.mark.parametrize("weight_shape", [None, (2,), (2, 3, 5, 7)], ids=str)
 def check_reductions_and_weights(reduction, weight_shape):
-    o, x1 = data((3, 3, 5, 7)), data((3, 3, 5, 7), seed=2)
+    o, x1 = data((2, 3, 5, 7)), data((2, 3, 5, 7), seed=2)
     weight = None if weight_shape is None else data(weight_shape, seed=4).abs()
     assert_loss(launch(o, x1, weight=weight, reduction=reduction), expected(o, x1, weight=weight, reduction=reduction))
 

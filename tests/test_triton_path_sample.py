@@ -65,30 +65,30 @@ def assert_point(out, x1, x0, rows, ids=None):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def check_times_and_coefficients(path, objective):
     sampler = ["uniform", "stratified", "logit-normal"][(OBJECTIVES.index(objective) + len(path)) % 3]
-    ids = np.arange(4) + 7
-    x1 = data((4, 1, 3, 5))
+    ids = np.arange(2) + 7
+    x1 = data((2, 1, 3, 5))
     out, t, rows = launch(x1, ids=7, path=path, objective=objective, sampler=sampler)
     low, high = oracle.time_range(path, objective)
-    np.testing.assert_allclose(array(t), low + (high - low) * oracle.raw_time(sampler, 4, SEED, STEP, ids), rtol=3e-7, atol=6e-8)
+    np.testing.assert_allclose(array(t), low + (high - low) * oracle.raw_time(sampler, 2, SEED, STEP, ids), rtol=3e-7, atol=6e-8)
     np.testing.assert_allclose(array(rows), oracle.coefficients(path, objective, array(t)), rtol=1e-6, atol=1e-7)
     assert_point(out, x1, None, rows, ids)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def check_float64_coefficients_are_exact(path):
-    t = torch.linspace(0, 0.95, 9, dtype=torch.float64)
-    _, t, rows = launch(data((9, 2), torch.float64), path=path, t=t)
+    t = torch.linspace(0, 0.95, 5, dtype=torch.float64)
+    _, t, rows = launch(data((5, 2), torch.float64), path=path, t=t)
     np.testing.assert_allclose(array(rows), oracle.coefficients(path, "velocity", array(t)), rtol=1e-13, atol=1e-15)
 
 
 def check_sigma_does_not_cancel_near_the_data():
-    t = 1 - torch.logspace(-4.9, -1, 8, dtype=torch.float64)
-    _, t, rows = launch(data((8, 1), torch.float64), path="vp", t=t)
+    t = 1 - torch.logspace(-4.9, -1, 4, dtype=torch.float64)
+    _, t, rows = launch(data((4, 1), torch.float64), path="vp", t=t)
     integral = 0.1 * (1 - array(t)) + 9.95 * (1 - array(t)) ** 2
     np.testing.assert_allclose(array(rows)[:, 1], np.sqrt(-np.expm1(-integral)), rtol=1e-14)
 
 
-@pytest.mark.parametrize("x1_dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("x1_dtype", [torch.uint8, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def check_dtypes(x1_dtype, out_dtype):
     x1 = data((2, 3, 8, 4), x1_dtype)
@@ -133,7 +133,7 @@ def check_offsets_beyond_32_bits_and_batches_beyond_the_grid(launch_plan, monkey
 
 
 @pytest.mark.parametrize("dequantise", [False, True])
-@pytest.mark.parametrize("shape", [(6, 3, 4, 8), (6, 1, 5, 7), (6, 10)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 3, 4, 8), (6, 1, 5, 7)], ids=str)
 def check_flip_and_data_map(shape, dequantise):
     x1 = data(shape, torch.uint8, levels=17)
     ids = np.arange(6) + 2

@@ -10,7 +10,7 @@ import torch
 
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.int64: "i64"}
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
-RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
 class Recorder:
@@ -54,10 +54,11 @@ def compiled(recorder, capability, folder):
     launch_options = {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     source = ASTSource(kernel, *_specialised(kernel.params, arguments))
     cubin = folder / "kernel.cubin"
-    cubin.write_bytes(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch_options).asm["cubin"])
-    registers, stack, shared, local = map(int, RESOURCES.search(_tool("cuobjdump", "-res-usage", cubin)).groups())
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch_options)
+    cubin.write_bytes(built.asm["cubin"])
+    registers, stack, local = map(int, RESOURCES.search(_tool("cuobjdump", "-res-usage", cubin)).groups())
     elements = options["ROWS"] * options["BLOCKS"] * 4 / (32 * options["num_warps"])
-    return Binary(registers, stack, shared, local, Counter(INSTRUCTION.findall(_tool("nvdisasm", cubin))), elements)
+    return Binary(registers, stack, built.metadata.shared, local, Counter(INSTRUCTION.findall(_tool("nvdisasm", cubin))), elements)
 
 
 def _specialised(parameters, arguments):

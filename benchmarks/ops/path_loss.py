@@ -154,10 +154,10 @@ def _memory_floor(given: Inputs, setting: Setting) -> Callable[[], None]:
 
 
 def _our_backends(setting: Setting) -> list[Provider]:
-    """The backends of this device that run both ops, the automatic choice first."""
+    """The backends of this device that run both ops, the automatic choice first; the reference only where nothing else can."""
     kind = setting.device.type
     first = _backends.resolve("path_loss", setting.device)
-    names = sorted(_backends.BACKENDS, key=lambda name: (name != first, name == "reference"))
+    names = [first, *(name for name in _backends.BACKENDS if name not in (first, "reference"))]
     able = [name for name in names if all(_backends.why_not(op, kind, name) is None for op in ("path_sample", "path_loss"))]
     return [Provider(f"fm_fast {name}", _ours(name)) for name in able]
 

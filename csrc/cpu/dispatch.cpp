@@ -10,18 +10,14 @@
 namespace fm {
 namespace {
 
-bool always() {
-    return true;
-}
+bool always() { return true; }
 
 #if defined(__x86_64__)
-bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
 bool has_avx512() {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
 }
 #endif
 
@@ -35,9 +31,9 @@ const KernelTable kTables[] = {
 };
 
 const KernelTable* find(const char* name) {
-    for (const KernelTable& table : kTables)
-        if ((!name || strcmp(table.name, name) == 0) && table.runs_here()) return &table;
-    return nullptr;
+  for (const KernelTable& table : kTables)
+    if ((!name || strcmp(table.name, name) == 0) && table.runs_here()) return &table;
+  return nullptr;
 }
 
 std::atomic<const KernelTable*> selected{nullptr};
@@ -45,22 +41,20 @@ std::atomic<const KernelTable*> selected{nullptr};
 }  // namespace
 
 const KernelTable& kernels() {
-    const KernelTable* table = selected.load(std::memory_order_relaxed);
-    if (!table) selected.store(table = find(nullptr), std::memory_order_relaxed);
-    return *table;
+  const KernelTable* table = selected.load(std::memory_order_relaxed);
+  if (!table) selected.store(table = find(nullptr), std::memory_order_relaxed);
+  return *table;
 }
 
 }  // namespace fm
 
 // Name of the instruction set in use: "avx512", "avx2" or "portable".
-FM_EXPORT const char* fm_fast_cpu_isa(void) {
-    return fm::kernels().name;
-}
+FM_EXPORT const char* fm_fast_cpu_isa(void) { return fm::kernels().name; }
 
 // Use this instruction set from now on. 0, or -1 where the name is unknown or this CPU cannot run it.
 FM_EXPORT int fm_fast_cpu_select(const char* name) {
-    const fm::KernelTable* table = name ? fm::find(name) : nullptr;
-    if (!table) return -1;
-    fm::selected.store(table, std::memory_order_relaxed);
-    return 0;
+  const fm::KernelTable* table = name ? fm::find(name) : nullptr;
+  if (!table) return -1;
+  fm::selected.store(table, std::memory_order_relaxed);
+  return 0;
 }

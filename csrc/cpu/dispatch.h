@@ -6,11 +6,11 @@
 namespace fm {
 
 struct KernelTable {
-    const char* name;
-    bool (*runs_here)();
-    NoiseKernel noise;
-    SampleKernel path_sample;
-    LossKernel path_loss;
+  const char* name;
+  bool (*runs_here)();
+  NoiseKernel noise;
+  SampleKernel path_sample;
+  LossKernel path_loss;
 };
 
 // The best this CPU can run, or what fm_fast_cpu_select chose.

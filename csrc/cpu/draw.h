@@ -13,13 +13,13 @@ namespace FM_ISA {
 
 // Float32 runs that will be read or written next, element by element beside the numbers being drawn: fetched meanwhile.
 struct Ahead {
-    const float* runs[4];
-    int count;
+  const float* runs[4];
+  int count;
 };
 
 FM_INLINE void fetch(const Ahead& ahead, int64_t element, int64_t elements) {
-    for (int i = 0; i < ahead.count; ++i)
-        for (int64_t line = 0; line < elements; line += kLineElements) __builtin_prefetch(ahead.runs[i] + element + line);
+  for (int i = 0; i < ahead.count; ++i)
+    for (int64_t line = 0; line < elements; line += kLineElements) __builtin_prefetch(ahead.runs[i] + element + line);
 }
 
 #if defined(FM_SIMD)
@@ -27,251 +27,267 @@ FM_INLINE void fetch(const Ahead& ahead, int64_t element, int64_t elements) {
 constexpr int kGroups = 2;
 
 struct HalfState {
-    Ints c0, c1, c2, c3;  // upper halves of the 64-bit lanes are ignored
+  Ints c0, c1, c2, c3;  // upper halves of the 64-bit lanes are ignored
 };
 
 // Everything that is the same for all blocks of a stream, as whole vectors in memory: compilers otherwise rebuild constants in the loop.
 struct Generator {
-    Ints key0[kPhiloxRounds], key1[kPhiloxRounds];
-    Ints multiplier0, multiplier1;
-    Ints after_first;  // c0 after round one, but for the sample id
-    Ints first_mask;   // tag ^ key1
-    Ints second_mask;  // c1 after round one ^ key0 of round two
-    Ints order;        // block of each lane, such that transposed groups of four come out in order
-    Ints three_quarters, exponent_bits, half_quadrant, quadrant;
-    Floats uniform_scale, uniform_shift, one, minus_two, exponent_scale, turn_scale, log[7], sin[4], cos[3];
+  Ints key0[kPhiloxRounds], key1[kPhiloxRounds];
+  Ints multiplier0, multiplier1;
+  Ints after_first;  // c0 after round one, but for the sample id
+  Ints first_mask;   // tag ^ key1
+  Ints second_mask;  // c1 after round one ^ key0 of round two
+  Ints order;        // block of each lane, such that transposed groups of four come out in order
+  Ints three_quarters, exponent_bits, word_exponent, half_quadrant, quadrant;
+  Floats uniform_scale, uniform_shift, half, one, exponent_scale, turn_scale, log[7], sin[4], cos[3];
 };
 
 static Generator make_generator(const Stream& stream) {
-    Generator g;
-    for (uint32_t i = 0; i < kPhiloxRounds; ++i) {
-        g.key0[i] = all_ints(stream.key0 + i * kPhiloxKeyBump0);
-        g.key1[i] = all_ints(stream.key1 + i * kPhiloxKeyBump1);
-    }
-    g.multiplier0 = all_ints(kPhiloxMultiplier0);
-    g.multiplier1 = all_ints(kPhiloxMultiplier1);
-    g.after_first = all_ints(multiply_high(kPhiloxMultiplier1, stream.step) ^ stream.key0);
-    g.first_mask = all_ints(stream.tag ^ stream.key1);
-    g.second_mask = all_ints((kPhiloxMultiplier1 * stream.step) ^ (stream.key0 + kPhiloxKeyBump0));
-    alignas(64) uint32_t order[kLanes];
-    for (uint32_t lane = 0; lane < kLanes; ++lane) order[lane] = (kLanes / 4) * (lane % 4) + lane / 4;
-    g.order = load_ints(order);
-    g.three_quarters = all_ints(kThreeQuarters);
-    g.exponent_bits = all_ints(kExponentBits);
-    g.half_quadrant = all_ints(0x20000000u);
-    g.quadrant = all_ints(0x40000000u);
-    g.uniform_scale = all_floats(0x1p-32f);
-    g.uniform_shift = all_floats(0x1p-33f);
-    g.one = all_floats(1.0f);
-    g.minus_two = all_floats(-2.0f);
-    g.exponent_scale = all_floats(kMinusTwoLogTwo * kTwoToMinus23);
-    g.turn_scale = all_floats(0x1p-31f);
-    for (int i = 0; i < 7; ++i) g.log[i] = all_floats(kLog[i]);
-    for (int i = 0; i < 4; ++i) g.sin[i] = all_floats(kSin[i]);
-    for (int i = 0; i < 3; ++i) g.cos[i] = all_floats(kCos[i]);
-    return g;
+  Generator g;
+  for (uint32_t i = 0; i < kPhiloxRounds; ++i) {
+    g.key0[i] = all_ints(stream.key0 + i * kPhiloxKeyBump0);
+    g.key1[i] = all_ints(stream.key1 + i * kPhiloxKeyBump1);
+  }
+  g.multiplier0 = all_ints(kPhiloxMultiplier0);
+  g.multiplier1 = all_ints(kPhiloxMultiplier1);
+  g.after_first = all_ints(multiply_high(kPhiloxMultiplier1, stream.step) ^ stream.key0);
+  g.first_mask = all_ints(stream.tag ^ stream.key1);
+  g.second_mask = all_ints((kPhiloxMultiplier1 * stream.step) ^ (stream.key0 + kPhiloxKeyBump0));
+  alignas(64) uint32_t order[kLanes];
+  for (uint32_t lane = 0; lane < kLanes; ++lane) order[lane] = (kLanes / 4) * (lane % 4) + lane / 4;
+  g.order = load_ints(order);
+  g.three_quarters = all_ints(kThreeQuarters);
+  g.exponent_bits = all_ints(kExponentBits);
+  g.word_exponent = all_ints(32u << 23);
+  g.half_quadrant = all_ints(0x20000000u);
+  g.quadrant = all_ints(0x40000000u);
+  g.uniform_scale = all_floats(0x1p-32f);
+  g.uniform_shift = all_floats(0x1p-33f);
+  g.half = all_floats(0.5f);
+  g.one = all_floats(1.0f);
+  g.exponent_scale = all_floats(kMinusTwoLogTwo * kTwoToMinus23);
+  g.turn_scale = all_floats(0x1p-31f);
+  for (int i = 0; i < 7; ++i) g.log[i] = all_floats(kLog[i]);
+  for (int i = 0; i < 4; ++i) g.sin[i] = all_floats(kSin[i]);
+  for (int i = 0; i < 3; ++i) g.cos[i] = all_floats(kCos[i]);
+  return g;
 }
 
 // The same generator, but the compiler does not know that: it reads the vectors as memory operands.
 FM_INLINE const Generator& reread(const Generator& generator) {
-    const Generator* g = &generator;
-    asm volatile("" : "+r"(g));
-    return *g;
+  const Generator* g = &generator;
+  asm volatile("" : "+r"(g));
+  return *g;
 }
 
 FM_INLINE HalfState half_round(const Generator& g, int round, const HalfState& c) {
-    Ints product1 = multiply_even(c.c2, g.multiplier1), product0 = multiply_even(c.c0, g.multiplier0);
-    return HalfState{exclusive_or(high_halves(product1), c.c1, g.key0[round]), product1,
-                     exclusive_or(high_halves(product0), c.c3, g.key1[round]), product0};
+  Ints product1 = multiply_even(c.c2, g.multiplier1), product0 = multiply_even(c.c0, g.multiplier0);
+  return HalfState{exclusive_or(high_halves(product1), c.c1, g.key0[round]), product1,
+                   exclusive_or(high_halves(product0), c.c3, g.key1[round]), product0};
 }
 
 // The sample's share of round two: (hi ^ key1, lo) of M0 * c0.
 struct SampleShare {
-    Ints masked_high, low;
+  Ints masked_high, low;
 };
 
 FM_INLINE SampleShare sample_share(const Generator& g, Ints ids) {
-    Ints product = multiply_even(exclusive_or(ids, g.after_first), g.multiplier0);
-    return SampleShare{exclusive_or(high_halves(product), g.key1[1]), product};
+  Ints product = multiply_even(exclusive_or(ids, g.after_first), g.multiplier0);
+  return SampleShare{exclusive_or(high_halves(product), g.key1[1]), product};
 }
 
 FM_INLINE HalfState first_two_rounds(const Generator& g, const SampleShare& share, Ints blocks) {
-    Ints product0 = multiply_even(blocks, g.multiplier0);
-    Ints product1 = multiply_even(exclusive_or(high_halves(product0), g.first_mask), g.multiplier1);
-    return HalfState{exclusive_or(high_halves(product1), g.second_mask), product1, exclusive_or(product0, share.masked_high), share.low};
+  Ints product0 = multiply_even(blocks, g.multiplier0);
+  Ints product1 = multiply_even(exclusive_or(high_halves(product0), g.first_mask), g.multiplier1);
+  return HalfState{exclusive_or(high_halves(product1), g.second_mask), product1, exclusive_or(product0, share.masked_high), share.low};
 }
 
-// words[i]: word i of the block of each lane, for N independent groups of lanes side by side: one group alone would wait for
-// its own products. A group's even and odd lanes have their own blocks and shares.
+// N independent groups of lanes side by side: one group alone would wait for its own products.
+// A group's even and odd lanes have their own blocks and shares.
 template <int N>
 struct GroupInput {
-    Ints blocks[2 * N];
-    SampleShare shares[2 * N];
+  Ints blocks[2 * N];
+  SampleShare shares[2 * N];
 };
 
+// The block's words of each lane, as the two pairs that Box-Muller takes: first[n] and second[n] are words 0 and 1 of group n,
+// first[N + n] and second[N + n] words 2 and 3.
 template <int N>
-FM_INLINE void philox_lanes(const Generator& g, const GroupInput<N>& input, Ints words[4][N]) {
-    HalfState half[2 * N];
-    for (int n = 0; n < 2 * N; ++n) half[n] = first_two_rounds(g, input.shares[n], input.blocks[n]);
-    for (int round = 2; round < kPhiloxRounds; ++round)
-        for (int n = 0; n < 2 * N; ++n) half[n] = half_round(g, round, half[n]);
-    for (int n = 0; n < N; ++n) {
-        words[0][n] = interleave_low_halves(half[2 * n].c0, half[2 * n + 1].c0);
-        words[1][n] = interleave_low_halves(half[2 * n].c1, half[2 * n + 1].c1);
-        words[2][n] = interleave_low_halves(half[2 * n].c2, half[2 * n + 1].c2);
-        words[3][n] = interleave_low_halves(half[2 * n].c3, half[2 * n + 1].c3);
-    }
+struct GroupWords {
+  Ints first[2 * N], second[2 * N];
+};
+
+// The last round puts the even and odd lanes together again.
+template <int N>
+FM_INLINE void last_round(const Generator& g, const HalfState half[2 * N], GroupWords<N>* words) {
+  constexpr int kLast = kPhiloxRounds - 1;
+  for (int n = 0; n < N; ++n) {
+    const HalfState &even = half[2 * n], &odd = half[2 * n + 1];
+    Ints even1 = multiply_even(even.c2, g.multiplier1), odd1 = multiply_even(odd.c2, g.multiplier1);
+    Ints even0 = multiply_even(even.c0, g.multiplier0), odd0 = multiply_even(odd.c0, g.multiplier0);
+    words->first[n] = exclusive_or(interleave_high_halves(even1, odd1), interleave_low_halves(even.c1, odd.c1), g.key0[kLast]);
+    words->second[n] = interleave_low_halves(even1, odd1);
+    words->first[N + n] = exclusive_or(interleave_high_halves(even0, odd0), interleave_low_halves(even.c3, odd.c3), g.key1[kLast]);
+    words->second[N + n] = interleave_low_halves(even0, odd0);
+  }
 }
 
-FM_INLINE Floats uniform_lanes(const Generator& g, Ints word) {
-    return fma(unsigned_to_floats(word), g.uniform_scale, g.uniform_shift);
+template <int N>
+FM_INLINE GroupWords<N> philox_lanes(const Generator& g, const GroupInput<N>& input) {
+  HalfState half[2 * N];
+  GroupWords<N> words;
+  for (int n = 0; n < 2 * N; ++n) half[n] = first_two_rounds(g, input.shares[n], input.blocks[n]);
+  for (int round = 2; round < kPhiloxRounds - 1; ++round)
+    for (int n = 0; n < 2 * N; ++n) half[n] = half_round(g, round, half[n]);
+  last_round<N>(g, half, &words);
+  return words;
 }
+
+FM_INLINE Floats uniform_lanes(const Generator& g, Ints word) { return fma(unsigned_to_floats(word), g.uniform_scale, g.uniform_shift); }
 
 // normal.h, line by line, N vectors abreast.
 template <int N>
 FM_INLINE void minus_two_log_lanes(const Generator& g, const Ints words[N], Floats s[N]) {
-    Ints exponent[N];
-    Floats f[N], q[N];
-    for (int n = 0; n < N; ++n) {
-        Ints bits = as_ints(uniform_lanes(g, words[n]));
-        exponent[n] = bits_and(subtract_ints(bits, g.three_quarters), g.exponent_bits);
-        f[n] = as_floats(subtract_ints(bits, exponent[n])) - g.one;
-        q[n] = fma(f[n], g.log[6], g.log[5]);
-    }
-    for (int i = 4; i >= 0; --i)
-        for (int n = 0; n < N; ++n) q[n] = fma(q[n], f[n], g.log[i]);
-    for (int n = 0; n < N; ++n) {
-        s[n] = fma(times(f[n], f[n]), fma(q[n], f[n], g.one), times(f[n], g.minus_two));
-        s[n] = fma(to_floats(exponent[n]), g.exponent_scale, s[n]);
-    }
+  Ints exponent[N];
+  Floats f[N], q[N];
+  for (int n = 0; n < N; ++n) {
+    Ints bits = as_ints(unsigned_to_floats(words[n]) + g.half);  // of 2^32 u: an addition is cheaper here than uniform_lanes' fma
+    exponent[n] = bits_and(subtract_ints(bits, g.three_quarters), g.exponent_bits);
+    f[n] = as_floats(subtract_ints(bits, exponent[n])) - g.one;
+    q[n] = fma(f[n], g.log[6], g.log[5]);
+  }
+  for (int i = 4; i >= 0; --i)
+    for (int n = 0; n < N; ++n) q[n] = fma(q[n], f[n], g.log[i]);
+  for (int n = 0; n < N; ++n) {
+    s[n] = fma_minus(times(f[n], f[n]), fma(q[n], f[n], g.one), f[n] + f[n]);
+    s[n] = fma(to_floats(subtract_ints(exponent[n], g.word_exponent)), g.exponent_scale, s[n]);
+  }
 }
 
 template <int N>
 FM_INLINE void sin_cos_lanes(const Generator& g, const Ints words[N], Floats sine[N], Floats cosine[N]) {
-    Floats y[N], y2[N], a[N], b[N];
-    for (int n = 0; n < N; ++n) {
-        y[n] = times(to_floats(times_four(words[n])), g.turn_scale);
-        y2[n] = times(y[n], y[n]);
-        a[n] = fma(y2[n], g.sin[3], g.sin[2]);
-        b[n] = fma(y2[n], g.cos[2], g.cos[1]);
-    }
-    for (int n = 0; n < N; ++n) a[n] = fma(y2[n], a[n], g.sin[1]);
-    for (int n = 0; n < N; ++n) b[n] = fma(y2[n], b[n], g.cos[0]);
-    for (int n = 0; n < N; ++n) a[n] = fma(y2[n], a[n], g.sin[0]);
-    for (int n = 0; n < N; ++n) b[n] = fma(y2[n], b[n], g.one);
-    for (int n = 0; n < N; ++n) {
-        Ints rounded = add_ints(words[n], g.half_quadrant);
-        a[n] = times(y[n], a[n]);
-        swap_where_bit_30(rounded, g.quadrant, &a[n], &b[n]);
-        sine[n] = flip_sign(a[n], rounded);
-        cosine[n] = flip_sign(b[n], add_ints(rounded, g.quadrant));
-    }
+  Floats y[N], y2[N], a[N], b[N];
+  for (int n = 0; n < N; ++n) {
+    y[n] = times(to_floats(times_four(words[n])), g.turn_scale);
+    y2[n] = times(y[n], y[n]);
+    a[n] = fma(y2[n], g.sin[3], g.sin[2]);
+    b[n] = fma(y2[n], g.cos[2], g.cos[1]);
+  }
+  for (int n = 0; n < N; ++n) a[n] = fma(y2[n], a[n], g.sin[1]);
+  for (int n = 0; n < N; ++n) b[n] = fma(y2[n], b[n], g.cos[0]);
+  for (int n = 0; n < N; ++n) a[n] = fma(y2[n], a[n], g.sin[0]);
+  for (int n = 0; n < N; ++n) b[n] = fma(y2[n], b[n], g.one);
+  for (int n = 0; n < N; ++n) {
+    Ints rounded = add_ints(words[n], g.half_quadrant);
+    a[n] = times(y[n], a[n]);
+    swap_where_bit_30(rounded, g.quadrant, &a[n], &b[n]);
+    sine[n] = flip_sign(a[n], rounded);
+    cosine[n] = flip_sign(b[n], add_ints(rounded, g.quadrant));
+  }
 }
 
 template <int N>
 FM_INLINE void normal_lanes(const Generator& g, const Ints radius_words[N], const Ints angle_words[N], Floats even[N], Floats odd[N]) {
-    Floats radius[N], sine[N], cosine[N];
-    minus_two_log_lanes<N>(g, radius_words, radius);
-    sin_cos_lanes<N>(g, angle_words, sine, cosine);
-    for (int n = 0; n < N; ++n) {
-        radius[n] = root_of_positive(radius[n]);
-        even[n] = times(radius[n], cosine[n]);
-        odd[n] = times(radius[n], sine[n]);
-    }
+  Floats radius[N], sine[N], cosine[N];
+  minus_two_log_lanes<N>(g, radius_words, radius);
+  sin_cos_lanes<N>(g, angle_words, sine, cosine);
+  for (int n = 0; n < N; ++n) {
+    radius[n] = root_of_positive(radius[n]);
+    even[n] = times(radius[n], cosine[n]);
+    odd[n] = times(radius[n], sine[n]);
+  }
 }
 
 struct ToNormals {
-    template <int N>
-    FM_INLINE void finish(const Generator& g, const Ints words[4][N], Floats z[4][N]) {
-        normal_lanes<N>(g, words[0], words[1], z[0], z[1]);
-        normal_lanes<N>(g, words[2], words[3], z[2], z[3]);
-    }
+  template <int N>
+  FM_INLINE void finish(const Generator& g, const GroupWords<N>& words, Floats even[2 * N], Floats odd[2 * N]) {
+    constexpr int kAbreast = kLanes == 16 ? N : 2 * N;  // measured
+    for (int n = 0; n < 2 * N; n += kAbreast) normal_lanes<kAbreast>(g, words.first + n, words.second + n, even + n, odd + n);
+  }
 };
 
 struct ToUniforms {
-    template <int N>
-    FM_INLINE void finish(const Generator& g, const Ints words[4][N], Floats z[4][N]) {
-        for (int i = 0; i < 4; ++i)
-            for (int n = 0; n < N; ++n) z[i][n] = uniform_lanes(g, words[i][n]);
+  template <int N>
+  FM_INLINE void finish(const Generator& g, const GroupWords<N>& words, Floats even[2 * N], Floats odd[2 * N]) {
+    for (int n = 0; n < 2 * N; ++n) {
+      even[n] = uniform_lanes(g, words.first[n]);
+      odd[n] = uniform_lanes(g, words.second[n]);
     }
+  }
 };
 
 template <class Finish, int N>
 FM_INLINE void fill_groups(const Generator& g, const GroupInput<N>& input, float* out) {
-    Ints words[4][N];
-    Floats z[4][N];
-    philox_lanes<N>(g, input, words);
-    Finish::template finish<N>(g, words, z);
-    for (int n = 0; n < N; ++n, out += 4 * kLanes) {
-        Floats columns[4] = {z[0][n], z[1][n], z[2][n], z[3][n]};
-        transpose_groups(columns);
-        for (int i = 0; i < 4; ++i) store_floats(out + i * kLanes, columns[i]);
-    }
+  Floats even[2 * N], odd[2 * N];
+  Finish::template finish<N>(g, philox_lanes<N>(g, input), even, odd);
+  for (int n = 0; n < N; ++n, out += 4 * kLanes) {
+    Floats columns[4] = {even[n], odd[n], even[N + n], odd[N + n]};
+    transpose_groups(columns);
+    for (int i = 0; i < 4; ++i) store_floats(out + i * kLanes, columns[i]);
+  }
 }
 
 template <int N>
 FM_INLINE GroupInput<N> run_input(const Generator& g, const SampleShare& share, uint32_t block) {
-    GroupInput<N> input;
-    for (int n = 0; n < N; ++n) {
-        input.blocks[2 * n] = add_ints(g.order, all_ints(block + n * kLanes));
-        input.blocks[2 * n + 1] = high_halves(input.blocks[2 * n]);
-        input.shares[2 * n] = input.shares[2 * n + 1] = share;
-    }
-    return input;
+  GroupInput<N> input;
+  for (int n = 0; n < N; ++n) {
+    input.blocks[2 * n] = add_ints(g.order, all_ints(block + n * kLanes));
+    input.blocks[2 * n + 1] = high_halves(input.blocks[2 * n]);
+    input.shares[2 * n] = input.shares[2 * n + 1] = share;
+  }
+  return input;
 }
 
 template <class Finish>
 static void fill_run(const Generator& generator, uint32_t id, uint32_t block, int64_t blocks, const Ahead& ahead, float* out) {
-    SampleShare share = sample_share(generator, all_ints(id));
-    int64_t i = 0;
-    for (; i + kLanes < blocks; i += kGroups * kLanes) {
-        const Generator& g = reread(generator);
-        fetch(ahead, 4 * i, 4 * kGroups * kLanes);
-        fill_groups<Finish>(g, run_input<kGroups>(g, share, block + static_cast<uint32_t>(i)), out + 4 * i);
-    }
-    if (i < blocks) fill_groups<Finish>(generator, run_input<1>(generator, share, block + static_cast<uint32_t>(i)), out + 4 * i);
+  SampleShare share = sample_share(generator, all_ints(id));
+  int64_t i = 0;
+  for (; i + kLanes < blocks; i += kGroups * kLanes) {
+    const Generator& g = reread(generator);
+    fetch(ahead, 4 * i, 4 * kGroups * kLanes);
+    fill_groups<Finish>(g, run_input<kGroups>(g, share, block + static_cast<uint32_t>(i)), out + 4 * i);
+  }
+  if (i < blocks) fill_groups<Finish>(generator, run_input<1>(generator, share, block + static_cast<uint32_t>(i)), out + 4 * i);
 }
 
 // ids and blocks must be readable up to the next multiple of kLanes.
 template <class Finish>
 static void fill_listed(const Generator& generator, const uint32_t* ids, const uint32_t* blocks, int64_t count, float* out) {
-    for (int64_t i = 0; i < count; i += kLanes, out += 4 * kLanes) {
-        const Generator& g = reread(generator);
-        Ints id = pick(load_ints(ids + i), g.order), block = pick(load_ints(blocks + i), g.order);
-        GroupInput<1> input = {{block, high_halves(block)}, {sample_share(g, id), sample_share(g, high_halves(id))}};
-        fill_groups<Finish>(g, input, out);
-    }
+  for (int64_t i = 0; i < count; i += kLanes, out += 4 * kLanes) {
+    const Generator& g = reread(generator);
+    Ints id = pick(load_ints(ids + i), g.order), block = pick(load_ints(blocks + i), g.order);
+    GroupInput<1> input = {{block, high_halves(block)}, {sample_share(g, id), sample_share(g, high_halves(id))}};
+    fill_groups<Finish>(g, input, out);
+  }
 }
 
 #else
 
 struct ToNormals {
-    FM_INLINE void finish(const Words& words, float* out) {
-        normal_pair(words.w[0], words.w[1], out, out + 1);
-        normal_pair(words.w[2], words.w[3], out + 2, out + 3);
-    }
+  FM_INLINE void finish(const Words& words, float* out) {
+    normal_pair(words.w[0], words.w[1], out, out + 1);
+    normal_pair(words.w[2], words.w[3], out + 2, out + 3);
+  }
 };
 
 struct ToUniforms {
-    FM_INLINE void finish(const Words& words, float* out) {
-        for (int i = 0; i < 4; ++i) out[i] = uniform_from_word(words.w[i]);
-    }
+  FM_INLINE void finish(const Words& words, float* out) {
+    for (int i = 0; i < 4; ++i) out[i] = uniform_from_word(words.w[i]);
+  }
 };
 
 using Generator = Stream;
 
-static Generator make_generator(const Stream& stream) {
-    return stream;
-}
+static Generator make_generator(const Stream& stream) { return stream; }
 
 template <class Finish>
 static void fill_run(const Generator& stream, uint32_t id, uint32_t block, int64_t blocks, const Ahead&, float* out) {
-    for (int64_t i = 0; i < blocks; ++i) Finish::finish(stream_words(stream, id, block + static_cast<uint32_t>(i)), out + 4 * i);
+  for (int64_t i = 0; i < blocks; ++i) Finish::finish(stream_words(stream, id, block + static_cast<uint32_t>(i)), out + 4 * i);
 }
 
 template <class Finish>
 static void fill_listed(const Generator& stream, const uint32_t* ids, const uint32_t* blocks, int64_t count, float* out) {
-    for (int64_t i = 0; i < count; ++i) Finish::finish(stream_words(stream, ids[i], blocks[i]), out + 4 * i);
+  for (int64_t i = 0; i < count; ++i) Finish::finish(stream_words(stream, ids[i], blocks[i]), out + 4 * i);
 }
 
 #endif

@@ -9,56 +9,55 @@ const auto nothing_ahead = [](const Tile&) { return Ahead{}; };
 
 template <class Finish>
 void float_units(const NoiseArgs& args, int64_t begin, int64_t end) {
-    for_each_tile<Finish>(args.shape, args.tiling, args.key, args.tag, true, begin, end, nothing_ahead,
-                          [&](const Tile& tile, const float* noise) { scatter_any<float>(noise, tile, args.out); });
+  for_each_tile<Finish>(args.shape, args.tiling, args.key, args.tag, true, begin, end, nothing_ahead,
+                        [&](const Tile& tile, const float* noise) { scatter_any<float>(noise, tile, args.out); });
 }
 
 // One bit a value, 128 values a block, least significant bit of the first word first.
 FM_INLINE void sign_row(const Stream& stream, uint32_t id, uint32_t first_block, int64_t point, int64_t points, float* out) {
-    Words words = {};
-    for (int64_t i = 0; i < points; ++i) {
-        int64_t p = point + i;
-        if (i == 0 || p % 128 == 0) words = stream_words(stream, id, first_block + static_cast<uint32_t>(p / 128));
-        out[i] = 1.0f - 2.0f * static_cast<float>((words.w[p % 128 / 32] >> (p % 32)) & 1u);
-    }
+  Words words = {};
+  for (int64_t i = 0; i < points; ++i) {
+    int64_t p = point + i;
+    if (i == 0 || p % 128 == 0) words = stream_words(stream, id, first_block + static_cast<uint32_t>(p / 128));
+    out[i] = 1.0f - 2.0f * static_cast<float>((words.w[p % 128 / 32] >> (p % 32)) & 1u);
+  }
 }
 
 void sign_units(const NoiseArgs& args, int64_t begin, int64_t end) {
-    Stream stream = stream_of(args.key, args.tag);
-    int64_t blocks = divide_up(args.shape.points, 128);
-    for_each_tile<ToUniforms>(args.shape, args.tiling, args.key, 0, false, begin, end, nothing_ahead, [&](const Tile& tile, const float*) {
-        float rows[kTileBuffer];
-        for (int64_t c = 0; c < tile.channels; ++c) {
-            uint32_t block = static_cast<uint32_t>((tile.channel + c) * blocks);
-            sign_row(stream, sample_id(args.key, tile.sample), block, tile.point, tile.points, rows + c * tile.pitch);
-        }
-        scatter_any<float>(rows, tile, args.out);
-    });
+  Stream stream = stream_of(args.key, args.tag);
+  int64_t blocks = divide_up(args.shape.points, 128);
+  for_each_tile<ToUniforms>(args.shape, args.tiling, args.key, 0, false, begin, end, nothing_ahead, [&](const Tile& tile, const float*) {
+    float rows[kTileBuffer];
+    for (int64_t c = 0; c < tile.channels; ++c) {
+      uint32_t block = static_cast<uint32_t>((tile.channel + c) * blocks);
+      sign_row(stream, sample_id(args.key, tile.sample), block, tile.point, tile.points, rows + c * tile.pitch);
+    }
+    scatter_any<float>(rows, tile, args.out);
+  });
 }
 
 void word_units(const NoiseArgs& args, int64_t begin, int64_t end) {
-    Stream stream = stream_of(args.key, args.tag);
-    int64_t blocks = divide_up(args.shape.points, 4);
-    const View& out = args.out;
-    for_each_tile<ToUniforms>(args.shape, args.tiling, args.key, 0, false, begin, end, nothing_ahead, [&](const Tile& tile, const float*) {
-        int64_t* to = static_cast<int64_t*>(out.data) + offset_of(out, tile);
-        for (int64_t c = 0; c < tile.channels; ++c)
-            for (int64_t p = 0; p < tile.points; p += 4) {
-                uint32_t block = static_cast<uint32_t>((tile.channel + c) * blocks + (tile.point + p) / 4);
-                Words words = stream_words(stream, sample_id(args.key, tile.sample), block);
-                for (int64_t i = p; i < lesser(p + 4, tile.points); ++i)
-                    to[c * out.channel_stride + i * out.point_stride] = words.w[i - p];
-            }
-    });
+  Stream stream = stream_of(args.key, args.tag);
+  int64_t blocks = divide_up(args.shape.points, 4);
+  const View& out = args.out;
+  for_each_tile<ToUniforms>(args.shape, args.tiling, args.key, 0, false, begin, end, nothing_ahead, [&](const Tile& tile, const float*) {
+    int64_t* to = static_cast<int64_t*>(out.data) + offset_of(out, tile);
+    for (int64_t c = 0; c < tile.channels; ++c)
+      for (int64_t p = 0; p < tile.points; p += 4) {
+        uint32_t block = static_cast<uint32_t>((tile.channel + c) * blocks + (tile.point + p) / 4);
+        Words words = stream_words(stream, sample_id(args.key, tile.sample), block);
+        for (int64_t i = p; i < lesser(p + 4, tile.points); ++i) to[c * out.channel_stride + i * out.point_stride] = words.w[i - p];
+      }
+  });
 }
 
 }  // namespace
 
 void noise_units(const NoiseArgs& args, int64_t begin, int64_t end) {
-    if (args.kind == DrawKind::normal) float_units<ToNormals>(args, begin, end);
-    if (args.kind == DrawKind::uniform) float_units<ToUniforms>(args, begin, end);
-    if (args.kind == DrawKind::sign) sign_units(args, begin, end);
-    if (args.kind == DrawKind::word) word_units(args, begin, end);
+  if (args.kind == DrawKind::normal) float_units<ToNormals>(args, begin, end);
+  if (args.kind == DrawKind::uniform) float_units<ToUniforms>(args, begin, end);
+  if (args.kind == DrawKind::sign) sign_units(args, begin, end);
+  if (args.kind == DrawKind::word) word_units(args, begin, end);
 }
 
 }  // namespace FM_ISA

@@ -9,55 +9,53 @@ namespace FM_ISA {
 
 // Channels [channel, channel + channels) and points [point, point + points) of one sample. Rows of buffers are `pitch` apart.
 struct Tile {
-    int64_t sample, index, channel, channels, point, points, pitch;
+  int64_t sample, index, channel, channels, point, points, pitch;
 };
 
 // Rows of a tile in the compute type, either in the tensor itself or in a buffer.
 template <class T>
 struct Rows {
-    T* data;
-    int64_t pitch;
+  T* data;
+  int64_t pitch;
 
-    T* row(int64_t channel) const { return data + channel * pitch; }
+  T* row(int64_t channel) const { return data + channel * pitch; }
 };
 
 FM_INLINE Tile tile_of(const Shape& shape, const Tiling& tiling, int64_t sample, int64_t index) {
-    int64_t channel = index / tiling.point_tiles * tiling.tile_channels, point = index % tiling.point_tiles * tiling.tile_points;
-    int64_t channels = lesser(tiling.tile_channels, shape.channels - channel), points = lesser(tiling.tile_points, shape.points - point);
-    return Tile{sample, index, channel, channels, point, points, padded(points)};
+  int64_t channel = index / tiling.point_tiles * tiling.tile_channels, point = index % tiling.point_tiles * tiling.tile_points;
+  int64_t channels = lesser(tiling.tile_channels, shape.channels - channel), points = lesser(tiling.tile_points, shape.points - point);
+  return Tile{sample, index, channel, channels, point, points, padded(points)};
 }
 
 FM_INLINE uint32_t sample_id(const Key& key, int64_t sample) {
-    return static_cast<uint32_t>(key.ids ? key.ids[sample] : key.first_id + sample);
+  return static_cast<uint32_t>(key.ids ? key.ids[sample] : key.first_id + sample);
 }
 
-FM_INLINE Stream stream_of(const Key& key, uint32_t tag) {
-    return Stream{key.seed_low, key.seed_high, key.step, tag};
-}
+FM_INLINE Stream stream_of(const Key& key, uint32_t tag) { return Stream{key.seed_low, key.seed_high, key.step, tag}; }
 
 FM_INLINE int64_t offset_of(const View& view, const Tile& tile) {
-    return tile.sample * view.batch_stride + tile.channel * view.channel_stride + tile.point * view.point_stride;
+  return tile.sample * view.batch_stride + tile.channel * view.channel_stride + tile.point * view.point_stride;
 }
 
 template <class T>
 struct DtypeOf;
 template <>
 struct DtypeOf<float> {
-    static constexpr Dtype value = Dtype::float32;
+  static constexpr Dtype value = Dtype::float32;
 };
 template <>
 struct DtypeOf<double> {
-    static constexpr Dtype value = Dtype::float64;
+  static constexpr Dtype value = Dtype::float64;
 };
 
 template <class T>
 FM_INLINE bool usable_in_place(const View& view) {
-    return view.dtype == DtypeOf<T>::value && view.point_stride == 1;
+  return view.dtype == DtypeOf<T>::value && view.point_stride == 1;
 }
 
 // A float32 or float64 number.
 FM_INLINE double number_at(const void* data, Dtype dtype, int64_t index) {
-    return dtype == Dtype::float64 ? static_cast<const double*>(data)[index] : static_cast<double>(static_cast<const float*>(data)[index]);
+  return dtype == Dtype::float64 ? static_cast<const double*>(data)[index] : static_cast<double>(static_cast<const float*>(data)[index]);
 }
 
 // --- noise ---------------------------------------------------------------------------------------------------------------------------
@@ -65,106 +63,147 @@ FM_INLINE double number_at(const void* data, Dtype dtype, int64_t index) {
 // Draws of one tile: whole rows are one run of counters, parts of rows one run each.
 template <class Finish>
 static void draw_tile(const Generator& generator, const Shape& shape, const Key& key, const Tile& tile, const Ahead& ahead, float* out) {
-    int64_t blocks = divide_up(shape.points, 4), runs = tile.points == shape.points ? 1 : tile.channels;
-    int64_t run = tile.pitch / 4 * (tile.channels / runs);
-    for (int64_t i = 0; i < runs; ++i) {
-        uint32_t block = static_cast<uint32_t>((tile.channel + i) * blocks + tile.point / 4);
-        fill_run<Finish>(generator, sample_id(key, tile.sample), block, run, ahead, out + i * tile.pitch);
-    }
+  int64_t blocks = divide_up(shape.points, 4), runs = tile.points == shape.points ? 1 : tile.channels;
+  int64_t run = tile.pitch / 4 * (tile.channels / runs);
+  for (int64_t i = 0; i < runs; ++i) {
+    uint32_t block = static_cast<uint32_t>((tile.channel + i) * blocks + tile.point / 4);
+    fill_run<Finish>(generator, sample_id(key, tile.sample), block, run, ahead, out + i * tile.pitch);
+  }
 }
 
 // Draws of `samples` whole small samples from `first` on, one after the other.
 template <class Finish>
 static void draw_samples(const Generator& generator, const Shape& shape, const Key& key, int64_t first, int64_t samples, float* out) {
-    uint32_t ids[kTileElements / 4 + kLineElements], blocks[kTileElements / 4 + kLineElements];
-    int64_t each = shape.channels * divide_up(shape.points, 4), count = 0;
-    for (int64_t b = first; b < first + samples; ++b)
-        for (int64_t i = 0; i < each; ++i, ++count) {
-            ids[count] = sample_id(key, b);
-            blocks[count] = static_cast<uint32_t>(i);
-        }
-    for (int64_t i = count; i < count + kLineElements; ++i) ids[i] = blocks[i] = 0;
-    fill_listed<Finish>(generator, ids, blocks, count, out);
+  uint32_t ids[kTileElements / 4 + kLineElements], blocks[kTileElements / 4 + kLineElements];
+  int64_t each = shape.channels * divide_up(shape.points, 4), count = 0;
+  for (int64_t b = first; b < first + samples; ++b)
+    for (int64_t i = 0; i < each; ++i, ++count) {
+      ids[count] = sample_id(key, b);
+      blocks[count] = static_cast<uint32_t>(i);
+    }
+  for (int64_t i = count; i < count + kLineElements; ++i) ids[i] = blocks[i] = 0;
+  fill_listed<Finish>(generator, ids, blocks, count, out);
 }
 
 // --- rows ----------------------------------------------------------------------------------------------------------------------------
 
-// Point by point where channels are the faster dimension, so that every line of memory is read once; else row by row.
+// Points of all channels side by side, as channels_last keeps images, to and from one row a channel.
+// kChannels = 0: any number of them.
+template <int kChannels, class T>
+static void split_channels(const T* packed, const Tile& tile, T* rows) {
+  const int64_t channels = kChannels ? kChannels : tile.channels, pitch = tile.pitch;
+#pragma GCC ivdep
+  for (int64_t p = 0; p < tile.points; ++p)
+    for (int64_t c = 0; c < channels; ++c) rows[c * pitch + p] = packed[p * channels + c];
+}
+
+template <int kChannels, class T>
+static void join_channels(const T* rows, const Tile& tile, T* packed) {
+  const int64_t channels = kChannels ? kChannels : tile.channels, pitch = tile.pitch;
+#pragma GCC ivdep
+  for (int64_t p = 0; p < tile.points; ++p)
+    for (int64_t c = 0; c < channels; ++c) packed[p * channels + c] = rows[c * pitch + p];
+}
+
+FM_INLINE bool row_by_row(const View& view, const Tile& tile) { return view.channel_stride >= view.point_stride || tile.channels == 1; }
+
+FM_INLINE bool is_packed(const View& view, const Tile& tile) { return view.channel_stride == 1 && view.point_stride == tile.channels; }
+
+// Where channels are the faster dimension every line of memory is read once: in one run, or point by point.
 template <class T, class S>
 static void gather(const View& view, const Tile& tile, T* out) {
-    const S* from = static_cast<const S*>(view.data) + offset_of(view, tile);
-    if (view.channel_stride >= view.point_stride || tile.channels == 1) {
-        for (int64_t c = 0; c < tile.channels; ++c)
-            load_run<T, S>(from + c * view.channel_stride, view.point_stride, tile.points, out + c * tile.pitch);
-        return;
-    }
+  const S* from = static_cast<const S*>(view.data) + offset_of(view, tile);
+  if (row_by_row(view, tile)) {
+    for (int64_t c = 0; c < tile.channels; ++c)
+      load_run<T, S>(from + c * view.channel_stride, view.point_stride, tile.points, out + c * tile.pitch);
+  } else if (is_packed(view, tile)) {
+    T packed[kTileElements];
+    load_run<T, S>(from, 1, tile.points * tile.channels, packed);
+    tile.channels == 3 ? split_channels<3>(packed, tile, out) : split_channels<0>(packed, tile, out);
+  } else {
     for (int64_t p = 0; p < tile.points; ++p)
-        for (int64_t c = 0; c < tile.channels; ++c)
-            out[c * tile.pitch + p] = load_as<T>(from[c * view.channel_stride + p * view.point_stride]);
+      for (int64_t c = 0; c < tile.channels; ++c)
+        out[c * tile.pitch + p] = load_as<T>(from[c * view.channel_stride + p * view.point_stride]);
+  }
 }
 
 template <class T, class S>
 static void scatter(const T* rows, const Tile& tile, const View& view) {
-    S* to = static_cast<S*>(view.data) + offset_of(view, tile);
-    if (view.channel_stride >= view.point_stride || tile.channels == 1) {
-        for (int64_t c = 0; c < tile.channels; ++c)
-            store_run<T, S>(rows + c * tile.pitch, view.point_stride, tile.points, to + c * view.channel_stride);
-        return;
-    }
+  S* to = static_cast<S*>(view.data) + offset_of(view, tile);
+  if (row_by_row(view, tile)) {
+    for (int64_t c = 0; c < tile.channels; ++c)
+      store_run<T, S>(rows + c * tile.pitch, view.point_stride, tile.points, to + c * view.channel_stride);
+  } else if (is_packed(view, tile)) {
+    T packed[kTileElements];
+    tile.channels == 3 ? join_channels<3>(rows, tile, packed) : join_channels<0>(rows, tile, packed);
+    store_run<T, S>(packed, 1, tile.points * tile.channels, to);
+  } else {
     for (int64_t p = 0; p < tile.points; ++p)
-        for (int64_t c = 0; c < tile.channels; ++c) store_as(rows[c * tile.pitch + p], to + c * view.channel_stride + p * view.point_stride);
+      for (int64_t c = 0; c < tile.channels; ++c) store_as(rows[c * tile.pitch + p], to + c * view.channel_stride + p * view.point_stride);
+  }
 }
 
 template <class T>
 static void gather_any(const View& view, const Tile& tile, T* out) {
-    switch (view.dtype) {
-        case Dtype::float32: return gather<T, float>(view, tile, out);
-        case Dtype::float64: return gather<T, double>(view, tile, out);
-        case Dtype::bfloat16: return gather<T, Bfloat16>(view, tile, out);
-        case Dtype::float16: return gather<T, Float16>(view, tile, out);
-        case Dtype::uint8: return gather<T, uint8_t>(view, tile, out);
-        case Dtype::int64: return;
-    }
+  switch (view.dtype) {
+    case Dtype::float32:
+      return gather<T, float>(view, tile, out);
+    case Dtype::float64:
+      return gather<T, double>(view, tile, out);
+    case Dtype::bfloat16:
+      return gather<T, Bfloat16>(view, tile, out);
+    case Dtype::float16:
+      return gather<T, Float16>(view, tile, out);
+    case Dtype::uint8:
+      return gather<T, uint8_t>(view, tile, out);
+    case Dtype::int64:
+      return;
+  }
 }
 
 template <class T>
 static void scatter_any(const T* rows, const Tile& tile, const View& view) {
-    switch (view.dtype) {
-        case Dtype::float32: return scatter<T, float>(rows, tile, view);
-        case Dtype::float64: return scatter<T, double>(rows, tile, view);
-        case Dtype::bfloat16: return scatter<T, Bfloat16>(rows, tile, view);
-        case Dtype::float16: return scatter<T, Float16>(rows, tile, view);
-        default: return;
-    }
+  switch (view.dtype) {
+    case Dtype::float32:
+      return scatter<T, float>(rows, tile, view);
+    case Dtype::float64:
+      return scatter<T, double>(rows, tile, view);
+    case Dtype::bfloat16:
+      return scatter<T, Bfloat16>(rows, tile, view);
+    case Dtype::float16:
+      return scatter<T, Float16>(rows, tile, view);
+    default:
+      return;
+  }
 }
 
 template <class T>
 FM_INLINE Rows<const T> read_rows(const View& view, const Tile& tile, T* buffer) {
-    if (usable_in_place<T>(view)) return Rows<const T>{static_cast<const T*>(view.data) + offset_of(view, tile), view.channel_stride};
-    gather_any<T>(view, tile, buffer);
-    return Rows<const T>{buffer, tile.pitch};
+  if (usable_in_place<T>(view)) return Rows<const T>{static_cast<const T*>(view.data) + offset_of(view, tile), view.channel_stride};
+  gather_any<T>(view, tile, buffer);
+  return Rows<const T>{buffer, tile.pitch};
 }
 
 // Where results go: the tensor itself or a buffer, which `finish_rows` then stores.
 template <class T>
 FM_INLINE Rows<T> result_rows(const View& view, const Tile& tile, T* buffer) {
-    if (usable_in_place<T>(view)) return Rows<T>{static_cast<T*>(view.data) + offset_of(view, tile), view.channel_stride};
-    return Rows<T>{buffer, tile.pitch};
+  if (usable_in_place<T>(view)) return Rows<T>{static_cast<T*>(view.data) + offset_of(view, tile), view.channel_stride};
+  return Rows<T>{buffer, tile.pitch};
 }
 
 template <class T>
 FM_INLINE void finish_rows(const View& view, const Tile& tile, const T* buffer) {
-    if (!usable_in_place<T>(view)) scatter_any<T>(buffer, tile, view);
+  if (!usable_in_place<T>(view)) scatter_any<T>(buffer, tile, view);
 }
 
 // What is worth fetching early: runs used in place.
 template <int N>
 FM_INLINE Ahead runs_ahead(const Tile& tile, const View* const (&views)[N]) {
-    Ahead ahead = {};
-    for (const View* view : views)
-        if (tile.channels == 1 && view->data && usable_in_place<float>(*view))
-            ahead.runs[ahead.count++] = static_cast<const float*>(view->data) + offset_of(*view, tile);
-    return ahead;
+  Ahead ahead = {};
+  for (const View* view : views)
+    if (tile.channels == 1 && view->data && usable_in_place<float>(*view))
+      ahead.runs[ahead.count++] = static_cast<const float*>(view->data) + offset_of(*view, tile);
+  return ahead;
 }
 
 // --- x1 ------------------------------------------------------------------------------------------------------------------------------
@@ -172,41 +211,41 @@ FM_INLINE Ahead runs_ahead(const Tile& tile, const View* const (&views)[N]) {
 // The tile of a sample mirrored along its last dimension, one piece of each image line at a time.
 template <class T>
 static void gather_mirrored(const Shape& shape, const View& view, const Tile& tile, T* out) {
-    View reversed = view;
-    reversed.point_stride = -view.point_stride;
-    for (int64_t done = 0; done < tile.points;) {
-        int64_t point = tile.point + done, column = point % shape.width, piece = lesser(shape.width - column, tile.points - done);
-        Tile part = tile;
-        part.points = piece;
-        part.point = -(point - column + shape.width - 1 - column);  // times the negated stride: the mirrored position
-        gather_any<T>(reversed, part, out + done);
-        done += piece;
-    }
+  View reversed = view;
+  reversed.point_stride = -view.point_stride;
+  for (int64_t done = 0; done < tile.points;) {
+    int64_t point = tile.point + done, column = point % shape.width, piece = lesser(shape.width - column, tile.points - done);
+    Tile part = tile;
+    part.points = piece;
+    part.point = -(point - column + shape.width - 1 - column);  // times the negated stride: the mirrored position
+    gather_any<T>(reversed, part, out + done);
+    done += piece;
+  }
 }
 
 template <class T>
 static void map_data(const Shape& shape, const Key& key, const DataTransform& transform, const Tile& tile, T* rows) {
-    alignas(64) float u[kTileBuffer];
-    int64_t count = tile.channels * tile.pitch;
-    if (transform.dequantise)
-        draw_tile<ToUniforms>(make_generator(stream_of(key, kStreamDequantise)), shape, key, tile, Ahead{}, u);
-    else
-        for (int64_t i = 0; i < count; ++i) u[i] = 0.5f;
-    T scale = static_cast<T>(2.0 / transform.levels);
-    for (int64_t i = 0; i < count; ++i) rows[i] = data_map<T>(rows[i], static_cast<T>(u[i]), scale);
+  alignas(64) float u[kTileBuffer];
+  int64_t count = tile.channels * tile.pitch;
+  if (transform.dequantise)
+    draw_tile<ToUniforms>(make_generator(stream_of(key, kStreamDequantise)), shape, key, tile, Ahead{}, u);
+  else
+    for (int64_t i = 0; i < count; ++i) u[i] = 0.5f;
+  T scale = static_cast<T>(2.0 / transform.levels);
+  for (int64_t i = 0; i < count; ++i) rows[i] = data_map<T>(rows[i], static_cast<T>(u[i]), scale);
 }
 
 template <class T>
 FM_INLINE Rows<const T> read_data(const Shape& shape, const View& x1, const Key& key, const DataTransform& transform, const Tile& tile,
                                   T* buffer) {
-    bool mirror = transform.flip > 0 && flips(stream_of(key, kStreamFlip), sample_id(key, tile.sample), transform.flip);
-    if (!mirror && x1.dtype != Dtype::uint8) return read_rows<T>(x1, tile, buffer);
-    if (mirror)
-        gather_mirrored<T>(shape, x1, tile, buffer);
-    else
-        gather_any<T>(x1, tile, buffer);
-    if (x1.dtype == Dtype::uint8) map_data<T>(shape, key, transform, tile, buffer);
-    return Rows<const T>{buffer, tile.pitch};
+  bool mirror = transform.flip > 0 && flips(stream_of(key, kStreamFlip), sample_id(key, tile.sample), transform.flip);
+  if (!mirror && x1.dtype != Dtype::uint8) return read_rows<T>(x1, tile, buffer);
+  if (mirror)
+    gather_mirrored<T>(shape, x1, tile, buffer);
+  else
+    gather_any<T>(x1, tile, buffer);
+  if (x1.dtype == Dtype::uint8) map_data<T>(shape, key, transform, tile, buffer);
+  return Rows<const T>{buffer, tile.pitch};
 }
 
 // --- the walk over units -------------------------------------------------------------------------------------------------------------
@@ -216,23 +255,23 @@ FM_INLINE Rows<const T> read_data(const Shape& shape, const View& x1, const Key&
 template <class Finish, class NextRuns, class Body>
 FM_INLINE void for_each_tile(const Shape& shape, const Tiling& tiling, const Key& key, uint32_t tag, bool draw, int64_t begin, int64_t end,
                              const NextRuns& ahead, const Body& body) {
-    alignas(64) float noise[kTileBuffer];
-    Generator generator = make_generator(stream_of(key, tag));
-    int64_t tiles = tiles_per_sample(tiling);
-    for (int64_t unit = begin; unit < end; ++unit) {
-        if (tiles > 1 || tiling.samples_per_unit == 1) {
-            Tile tile = tile_of(shape, tiling, unit / tiles, unit % tiles);
-            if (draw) draw_tile<Finish>(generator, shape, key, tile, ahead(tile), noise);
-            body(tile, noise);
-            continue;
-        }
-        int64_t first = unit * tiling.samples_per_unit, samples = lesser(tiling.samples_per_unit, shape.batch - first);
-        if (draw) draw_samples<Finish>(generator, shape, key, first, samples, noise);
-        for (int64_t b = 0; b < samples; ++b) {
-            Tile tile = tile_of(shape, tiling, first + b, 0);
-            body(tile, noise + b * tile.channels * tile.pitch);
-        }
+  alignas(64) float noise[kTileBuffer];
+  Generator generator = make_generator(stream_of(key, tag));
+  int64_t tiles = tiles_per_sample(tiling);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    if (tiles > 1 || tiling.samples_per_unit == 1) {
+      Tile tile = tile_of(shape, tiling, unit / tiles, unit % tiles);
+      if (draw) draw_tile<Finish>(generator, shape, key, tile, ahead(tile), noise);
+      body(tile, noise);
+      continue;
     }
+    int64_t first = unit * tiling.samples_per_unit, samples = lesser(tiling.samples_per_unit, shape.batch - first);
+    if (draw) draw_samples<Finish>(generator, shape, key, first, samples, noise);
+    for (int64_t b = 0; b < samples; ++b) {
+      Tile tile = tile_of(shape, tiling, first + b, 0);
+      body(tile, noise + b * tile.channels * tile.pitch);
+    }
+  }
 }
 
 }  // namespace FM_ISA

@@ -9,72 +9,62 @@ constexpr int64_t kTileElements = 1024;
 constexpr int64_t kTileBuffer = kTileElements + 64;  // the generators write whole groups of 64
 constexpr int64_t kLineElements = 16;
 
-static inline int64_t divide_up(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-static inline int64_t lesser(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
+static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static inline int64_t greater(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
+static inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Points a row takes in a tile's buffer: whole Philox blocks.
-static inline int64_t padded(int64_t points) {
-    return divide_up(points, 4) * 4;
-}
+static inline int64_t padded(int64_t points) { return divide_up(points, 4) * 4; }
 
-static inline int64_t tiles_per_sample(const Tiling& tiling) {
-    return tiling.channel_tiles * tiling.point_tiles;
-}
+static inline int64_t tiles_per_sample(const Tiling& tiling) { return tiling.channel_tiles * tiling.point_tiles; }
 
 // Channels lie next to each other in memory (channels_last).
 static inline bool channels_first_in_memory(const Shape& shape, const View& view) {
-    return view.data && shape.channels > 1 && shape.points > 1 && view.channel_stride < view.point_stride;
+  return view.data && shape.channels > 1 && shape.points > 1 && view.channel_stride < view.point_stride;
 }
 
 // A sample whose channels follow each other without a gap is one long row, if its noise blocks do too.
 static inline bool channels_merge(const Shape& shape, const View& view) {
-    return !view.data || shape.channels == 1 || view.channel_stride == shape.points * view.point_stride;
+  return !view.data || shape.channels == 1 || view.channel_stride == shape.points * view.point_stride;
 }
 
 static inline void set_tile_size(const Shape& shape, bool channels_last, Tiling* tiling) {
-    int64_t row = padded(shape.points);
-    if (shape.channels * row <= kTileElements) {
-        tiling->tile_points = greater(shape.points, 1);
-        tiling->tile_channels = greater(shape.channels, 1);
-        return;
-    }
-    int64_t wanted = channels_last ? kTileElements / lesser(shape.channels, kLineElements) / 64 * 64 : kTileElements;
-    tiling->tile_points = wanted < shape.points ? wanted : shape.points;
-    tiling->tile_channels = lesser(shape.channels, kTileElements / padded(tiling->tile_points));
+  int64_t row = padded(shape.points);
+  if (shape.channels * row <= kTileElements) {
+    tiling->tile_points = greater(shape.points, 1);
+    tiling->tile_channels = greater(shape.channels, 1);
+    return;
+  }
+  int64_t wanted = channels_last ? kTileElements / lesser(shape.channels, kLineElements) / 64 * 64 : kTileElements;
+  tiling->tile_points = wanted < shape.points ? wanted : shape.points;
+  tiling->tile_channels = lesser(shape.channels, kTileElements / padded(tiling->tile_points));
 }
 
 static inline Tiling make_tiling(const Shape& shape, bool channels_last) {
-    Tiling tiling = {};
-    int64_t sample = greater(shape.channels * padded(shape.points), 1);
-    set_tile_size(shape, channels_last, &tiling);
-    tiling.channel_tiles = divide_up(shape.channels, tiling.tile_channels);
-    tiling.point_tiles = divide_up(shape.points, tiling.tile_points);
-    tiling.samples_per_unit = greater(kTileElements / sample, 1);
-    int64_t tiles = tiles_per_sample(tiling);
-    tiling.units = tiles > 1 ? shape.batch * tiles : divide_up(shape.batch, tiling.samples_per_unit) * tiles;
-    return tiling;
+  Tiling tiling = {};
+  int64_t sample = greater(shape.channels * padded(shape.points), 1);
+  set_tile_size(shape, channels_last, &tiling);
+  tiling.channel_tiles = divide_up(shape.channels, tiling.tile_channels);
+  tiling.point_tiles = divide_up(shape.points, tiling.tile_points);
+  tiling.samples_per_unit = greater(kTileElements / sample, 1);
+  int64_t tiles = tiles_per_sample(tiling);
+  tiling.units = tiles > 1 ? shape.batch * tiles : divide_up(shape.batch, tiling.samples_per_unit) * tiles;
+  return tiling;
 }
 
 // Merges channels where every view and the noise blocks (of `block_points` points) allow it, and cuts the result. Edits the shape in place.
 template <int N>
 static inline Tiling plan(Shape* shape, const View* const (&views)[N], int64_t block_points) {
-    bool merge = shape->points % block_points == 0, channels_last = false;
-    for (const View* view : views) merge = merge && channels_merge(*shape, *view);
-    if (merge) {
-        shape->points *= shape->channels;
-        shape->channels = 1;
-    }
-    for (const View* view : views) channels_last = channels_last || channels_first_in_memory(*shape, *view);
-    return make_tiling(*shape, channels_last);
+  bool merge = shape->points % block_points == 0, channels_last = false;
+  for (const View* view : views) merge = merge && channels_merge(*shape, *view);
+  if (merge) {
+    shape->points *= shape->channels;
+    shape->channels = 1;
+  }
+  for (const View* view : views) channels_last = channels_last || channels_first_in_memory(*shape, *view);
+  return make_tiling(*shape, channels_last);
 }
 
 }  // namespace fm

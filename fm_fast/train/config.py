@@ -21,6 +21,7 @@ class Recipe:
     preconditioned: bool = False
 
 
+# Preconditioned, "score" minimises the very loss of "ddpm": its weight sigma^2 turns the error of the score into that of the noise.
 RECIPES = {
     "fm-ot": Recipe(OT(), "velocity"),
     "fm-vp": Recipe(VP(), "velocity"),
@@ -59,7 +60,7 @@ class TrainConfig:
     guidance: float = _option(2.0, "guidance weight w of the sample pictures: v_u + w (v_c - v_u); 1 is no guidance", resumable=True)
     sample_method: str = _option("midpoint", "solver of the sample pictures: euler or midpoint", resumable=True)
     sample_steps: int = _option(20, "solver steps of the sample pictures", resumable=True)
-    sample_every: int = _option(100, "training steps between two sample pictures, 0 for one at the end", resumable=True)
+    sample_every: int = _option(250, "training steps between two sample pictures, 0 for one at the end", resumable=True)
     samples_per_class: int = _option(10, "columns of the sample picture", resumable=True)
     checkpoint_every: int = _option(250, "training steps between two checkpoints, 0 for one at the end", resumable=True)
     log_every: int = _option(20, "training steps between two lines of the log", resumable=True)

@@ -10,7 +10,7 @@ from fm_fast.train.config import Recipe
 from fm_fast.train.data import DataOrder, Dataset
 from fm_fast.train.sample import sample, starting_noise, to_integers
 
-EPOCHS = 25
+EPOCHS = 15
 BATCH = 100
 PER_CLASS = 20
 

@@ -10,6 +10,7 @@ from fm_fast.train.checkpoint import resume, save_checkpoint
 from fm_fast.train.config import TrainConfig, fit_to_data
 from fm_fast.train.data import DataOrder, Dataset, load_dataset
 from fm_fast.train.evaluate import Quality, evaluate
+from fm_fast.train.interrupt import deferred_interrupt
 from fm_fast.train.log import Logger
 from fm_fast.train.picture import image_grid, to_8_bit, write_png
 from fm_fast.train.sample import sample, starting_noise, to_integers
@@ -34,7 +35,7 @@ def train(config: TrainConfig, resuming: bool = False) -> Result:
     """Train as configured; writes checkpoint.pt, samples.png and log.jsonl into `config.out`.
 
     resuming: continue from `config.out`/checkpoint.pt, bit by bit as if the run had not been interrupted (same machine, same
-    number of threads). An interruption by the keyboard writes a checkpoint first.
+    number of threads). Ctrl-C lets the step finish and writes a checkpoint.
     Raises FileNotFoundError or ValueError for missing or damaged data and checkpoints, FloatingPointError if the loss is not finite.
     """
     device = pick_device(config.device)
@@ -71,20 +72,26 @@ def advance(state: TrainState, config: TrainConfig, dataset: Dataset, steps: int
 
 
 def _run(state: TrainState, config: TrainConfig, dataset: Dataset, out: Path) -> float:
-    order, logger = DataOrder(len(dataset), config.seed), Logger(out / "log.jsonl", config, state.step)
-    started, paused = time.perf_counter(), 0.0
+    """All remaining steps; returns the seconds they took, without pictures and checkpoints."""
+    logger, started = Logger(out / "log.jsonl", config, state.step), time.perf_counter()
     try:
+        return _steps(state, config, dataset, out, logger) - started
+    finally:
+        logger.close()
+
+
+def _steps(state: TrainState, config: TrainConfig, dataset: Dataset, out: Path, logger: Logger) -> float:
+    order, paused = DataOrder(len(dataset), config.seed), 0.0
+    with deferred_interrupt() as interrupted:
         while state.step < config.steps:
             rate = learning_rate(config, state.step)
             logger.step(state.step + 1, training_step(state, config, dataset, order), rate)
             paused += logger.without_timing(lambda: _interval_files(state, config, dataset, out))
-    except KeyboardInterrupt:
-        save_checkpoint(out / "checkpoint.pt", state, config)
-        logger.say(f"interrupted after step {state.step}; continue with --resume")
-        raise
-    finally:
-        logger.close()
-    return time.perf_counter() - started - paused
+            if interrupted() and state.step < config.steps:
+                save_checkpoint(out / "checkpoint.pt", state, config)
+                logger.say(f"interrupted after step {state.step}; continue with --resume")
+                raise KeyboardInterrupt
+    return time.perf_counter() - paused
 
 
 def _interval_files(state: TrainState, config: TrainConfig, dataset: Dataset, out: Path) -> None:

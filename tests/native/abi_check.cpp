@@ -1,0 +1,7 @@
+// Compiles only while our declarations of torch's C interface equal torch's own: a changed signature is a conflicting declaration.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
+
+#include "torch_abi.h"
+
+int main() { return 0; }

@@ -1,0 +1,4 @@
+// All kernels of one instruction set in one translation unit (FM_ISA is given on the command line).
+#include "cpu/noise.cpp"
+#include "cpu/path_loss.cpp"
+#include "cpu/path_sample.cpp"

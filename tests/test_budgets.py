@@ -1,0 +1,70 @@
+"""What a fused step may cost: ops, passes over full-size memory, and full-size tensors that ever exist."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fm_fast as fm
+from fm_fast import _backends
+
+NATIVE = _backends.why_not("path_sample", "cpu", "cpp")
+pytestmark = pytest.mark.skipif(NATIVE is not None, reason=f"the C++ backend cannot run: {NATIVE}")
+
+SHAPE = (16, 3, 8, 8)
+ALLOCATIONS = ("aten.empty", "aten.new_empty")
+
+
+class Recorder(TorchDispatchMode):
+    """Names the ops that touch a full-size tensor and collects the full-size memory they allocate."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.ops, self.memory = size, [], {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        full = [x for x in (*args, result) if isinstance(x, torch.Tensor) and x.numel() >= self.size]
+        if full and not str(op).startswith((*ALLOCATIONS, "aten.detach", "aten.view")):
+            self.ops.append(str(op))
+        if isinstance(result, torch.Tensor) and result.numel() >= self.size:
+            # the tensor itself is kept, so that no address is used twice
+            self.memory.setdefault(result.untyped_storage().data_ptr(), result)
+        return result
+
+
+def record(dtype=torch.float32, x1=None, **arguments):
+    x1 = torch.zeros(SHAPE) if x1 is None else x1
+    o = torch.zeros(SHAPE, dtype=dtype).requires_grad_()
+    inputs = {x1.untyped_storage().data_ptr(), o.untyped_storage().data_ptr()}
+    with Recorder(o.numel()) as recorder:
+        s = fm.sample_path(x1, seed=1, step=2, **arguments)
+        s.loss(o).backward()
+    expected = {s.x_t.untyped_storage().data_ptr(), o.grad.untyped_storage().data_ptr()}
+    return recorder.ops, set(recorder.memory) - inputs, expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("path", ["ot", "vp"])
+def test_a_step_is_two_ops_of_five_passes_and_stores_only_its_results(dtype, path):
+    """path_sample reads x1 and writes x_t; path_loss reads o and x1 and writes the gradient. Noise and target are never in memory."""
+    ops, memory, expected = record(dtype, path=path)
+    assert ops == ["fm_fast.path_sample.default", "fm_fast.path_loss.default"]
+    assert memory == expected
+
+
+def test_float16_adds_the_op_that_computes_its_gradient_late():
+    ops, memory, expected = record(torch.float16)
+    assert ops == ["fm_fast.path_sample.default", "fm_fast.path_loss.default", "fm_fast.path_loss_backward.default"]
+    assert memory == expected
+
+
+def test_bytes_are_read_as_they_are():
+    ops, memory, expected = record(x1=torch.zeros(SHAPE, dtype=torch.uint8), flip=0.5, dequantise=True)
+    assert ops == ["fm_fast.path_sample.default", "fm_fast.path_loss.default"]
+    assert memory == expected
+
+
+def test_channels_last_needs_no_copy():
+    ops, memory, expected = record(x1=torch.zeros(SHAPE).to(memory_format=torch.channels_last))
+    assert ops == ["fm_fast.path_sample.default", "fm_fast.path_loss.default"]
+    assert memory == expected
