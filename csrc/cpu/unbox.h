@@ -36,11 +36,11 @@ template <class Args>
 void run_units(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t units, int64_t grain) {
   struct Call {
     void (*kernel)(const Args&, int64_t, int64_t);
-    const Args* args;
-  } call = {kernel, &args};
+    const Args& args;
+  } call = {kernel, args};
   auto body = [](int64_t begin, int64_t end, void* context) {
-    const Call* c = static_cast<const Call*>(context);
-    c->kernel(*c->args, begin, end);
+    const Call& c = *static_cast<const Call*>(context);
+    c.kernel(c.args, begin, end);
   };
   if (units > 0) abi::check(torch_parallel_for(0, units, grain, body, &call), "parallel_for");
 }
