@@ -92,7 +92,8 @@ def path_sample(
     rows = x1.new_empty(x1.shape[0], 6, dtype=wide) if coefficients is None else coefficients
     code, a, b = kernel_form(spec.path) if coefficients is None else (GIVEN_TIME, 0.0, 0.0)
     path_arguments = (code, a, b, spec.objective.code, sampler, spec.t_sampler.mean, spec.t_sampler.std, *spec.t_range)
-    _path_sample(x_t, times, rows, x1, _or_empty(x0, x1), key, *path_arguments, *_data_map(spec))
+    x0 = rows.new_empty(0) if x0 is None else native_layout(x0)
+    _path_sample(x_t, times, rows, x1, x0, key, *path_arguments, *_data_map(spec))
     return x_t, times, rows
 
 
@@ -101,10 +102,13 @@ def path_loss(
 ) -> Tensor:
     """The reduced loss, differentiable in ``o`` (twice); float32, or float64 for float64 data."""
     # The copy of an unusual layout happens here, where autograd sees it, and not inside the Function.
-    inputs = (native_layout(o), native_layout(x1), _or_empty(x0, x1), key, coefficients, _kernel_weight(weight, o, coefficients))
+    # Each absent tensor is an empty one of its own, because torch.compile refuses the same tensor twice.
+    x0 = coefficients.new_empty(0) if x0 is None else native_layout(x0)
+    mask = coefficients.new_empty(0) if weight is None else _kernel_weight(weight, o, coefficients.dtype)
+    inputs = (native_layout(o), native_layout(x1), x0, key, coefficients, mask)
     tail = (reference.REDUCTIONS.index(reduction), *_data_map(spec))
     if torch.is_grad_enabled() and o.requires_grad:
-        return _PathLoss.apply(*inputs, *tail)[0]
+        return _PathLoss.apply(*inputs, *tail)
     return _fused_loss(inputs, tail, with_gradient=False)[0]
 
 
@@ -128,18 +132,14 @@ class _PathLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
         inputs, ctx.tail = arguments[:6], arguments[6:]
         loss, gradient = _fused_loss(inputs, ctx.tail, with_gradient=inputs[0].dtype != torch.float16)
         ctx.save_for_backward(*inputs, gradient)
-        ctx.mark_non_differentiable(gradient)
-        ctx.set_materialize_grads(False)
-        return loss, gradient
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if grad_output is None:
-            return (None,) * 10
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *inputs, gradient = ctx.saved_tensors
         if torch.is_grad_enabled() or (gradient.dtype == torch.float16 and _is_batched(grad_output)):
             result = _differentiable_gradient(inputs, ctx.tail, grad_output)
@@ -180,16 +180,9 @@ def _differentiable_gradient(inputs: list[Tensor], tail: tuple[Any, ...], grad_o
         return torch.autograd.grad(loss, o, grad_output, create_graph=True)[0]
 
 
-def _or_empty(x0: Tensor | None, x1: Tensor) -> Tensor:
-    return x1.new_empty(0, dtype=torch.float32) if x0 is None else native_layout(x0)
-
-
-def _kernel_weight(weight: Tensor | None, o: Tensor, coefficients: Tensor) -> Tensor:
-    if weight is None:
-        return coefficients.new_empty(0)
-    if weight.dim() > 1:
-        weight = weight.expand(o.shape)
-    return weight.to(coefficients.dtype).contiguous()
+def _kernel_weight(weight: Tensor, o: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as kernels read it: contiguous, one value a sample or one an element."""
+    return (weight if weight.dim() == 1 else weight.expand(o.shape)).to(dtype).contiguous()
 
 
 def native_layout(x: Tensor) -> Tensor:
