@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from benchmarks.registry import Op, Setting
+    from benchmarks.op import Op, Setting
     from benchmarks.results import Row
 
 WARM_UP_SECONDS = 0.5
@@ -42,7 +42,7 @@ def settings(op: "Op", options: argparse.Namespace) -> "Iterator[Setting]":
     """Every size and mode that was asked for."""
     import torch
 
-    from benchmarks.registry import Setting
+    from benchmarks.op import Setting
 
     sizes = op.sizes if options.size == "all" else {options.size: op.sizes[options.size]}
     for size, shape in sizes.items():
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from benchmarks import registry, results
 
     torch.set_num_threads(options.threads)
-    ops = registry.load().ops
+    ops = registry.OPS
     if options.op not in ops:
         sys.exit(f"--op must be one of {', '.join(ops)}, got {options.op!r}")
     surroundings = results.environment(torch.device(options.device), options.threads if options.device == "cpu" else None)

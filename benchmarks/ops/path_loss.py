@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fm_fast as fm
-from benchmarks.registry import Op, Provider, Setting
+from benchmarks.op import Op, Provider, Setting
 from fm_fast import _backends
 
 SIZES = {"small": (128, 3, 32, 32), "large": (32, 3, 256, 256)}

@@ -1,0 +1,35 @@
+"""The benchmark's correctness gate: a wrong kernel gets no time printed."""
+
+import pytest
+import torch
+
+import fm_fast as fm
+from benchmarks.op import Setting
+from benchmarks.ops import path_loss
+from benchmarks.run import gate
+
+SETTING = Setting(torch.device("cpu"), "tiny", (64, 3, 16, 16), torch.float32, "x0 drawn")
+
+
+def test_the_right_result_passes():
+    assert "naive eager" in gate(path_loss.OP, SETTING, ["naive", "best"])
+
+
+def test_a_wrong_loss_stops_the_run(monkeypatch):
+    right = fm.PathSample.loss
+    monkeypatch.setattr(fm.PathSample, "loss", lambda *arguments: right(*arguments) * (1 + 1e-4))
+    with pytest.raises(SystemExit, match=r"is wrong, so nothing is timed: loss is off by 1.0e-04"):
+        gate(path_loss.OP, SETTING, ["naive"])
+
+
+def test_a_wrong_point_stops_the_run(monkeypatch):
+    right = fm.sample_path
+
+    def shifted(*arguments, **settings):
+        sample = right(*arguments, **settings)
+        sample.x_t.add_(1e-3)
+        return sample
+
+    monkeypatch.setattr(fm, "sample_path", shifted)
+    with pytest.raises(SystemExit, match=r"x_t is off by"):
+        gate(path_loss.OP, SETTING, ["naive"])
