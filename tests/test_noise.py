@@ -202,20 +202,3 @@ def test_no_two_draws_of_a_large_run_share_their_words(backend):
     words = torch.cat(draws)
     assert words.shape[0] == 2**17
     assert len(torch.unique(words, dim=0)) == len(words)
-
-
-def draw_on_a_rank(rank, store, results):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    results[rank] = fm.sample_path(torch.zeros(4, 64)).x0.tolist()
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_seeded_alike_draw_different_noise(tmp_path):
-    with torch.multiprocessing.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(draw_on_a_rank, (tmp_path / "store", results), nprocs=2)
-        first, second = torch.tensor(results[0]), torch.tensor(results[1])
-    assert not bool((first == second).any())
-    torch.manual_seed(0)
-    assert torch.equal(first, fm.sample_path(torch.zeros(4, 64)).x0)
