@@ -1,6 +1,6 @@
 """Errors that users see: each names the argument, what was expected and what came."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ def values_readable(*tensors: Tensor) -> bool:
     """Whether values may be looked at: eager CPU tensors only, because a look at a device tensor waits for the device."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return all(x.device.type == "cpu" for x in tensors)
+    # A subclass may hold no values at all, as fake tensors do.
+    return all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors)
 
 
 def tensor(name: str, x: object) -> None:
@@ -45,6 +46,11 @@ def like(name: str, x: object, x1: Tensor) -> None:
     if x.shape != x1.shape:
         raise ValueError(f"{name} must have the shape of x1, {tuple(x1.shape)}, got {tuple(x.shape)}")
     same_device(name, x, x1)
+
+
+def condition(cond: object) -> None:
+    if cond is not None and not isinstance(cond, Mapping):
+        raise TypeError(f"cond must be a mapping of keyword arguments of the model, got {type(cond).__name__}")
 
 
 def same_device(name: str, x: Tensor, x1: Tensor) -> None:
@@ -89,7 +95,9 @@ def whole(name: str, value: object, limit: int) -> None:
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or value.numel() != 1:
             raise TypeError(f"{name} must be a whole number or an int64 scalar tensor, got {value.dtype} of shape {tuple(value.shape)}")
-        return
+        if not values_readable(value):
+            return
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be a whole number or an int64 scalar tensor, got {type(value).__name__}")
     if not 0 <= value < limit:
@@ -99,7 +107,7 @@ def whole(name: str, value: object, limit: int) -> None:
 def sample_ids(ids: object, batch: int, device: torch.device) -> None:
     """None, a whole number (the first id) or an int64 tensor [B]."""
     if not isinstance(ids, Tensor):
-        return whole("sample_ids", ids, WORD) if ids is not None else None
+        return whole("sample_ids", ids, WORD - batch + 1) if ids is not None else None
     if ids.dtype != torch.int64 or ids.shape != (batch,):
         raise ValueError(f"sample_ids must be a whole number or int64 of shape [{batch}], got {ids.dtype} of shape {tuple(ids.shape)}")
     if ids.device != device:
@@ -117,7 +125,9 @@ def data_map(x1: Tensor, flip: float, levels: int, dequantise: bool) -> None:
     """The arguments that say how x1 is read: flip needs rows, levels and dequantise need uint8."""
     if flip > 0.0 and x1.dim() < 3:
         raise ValueError(f"flip mirrors the last dimension of [B, C, ..., W] data, got x1 of shape {tuple(x1.shape)}")
-    if not 2 <= levels <= 256:
-        raise ValueError(f"levels must lie in [2, 256], got {levels}")
+    if not isinstance(levels, int) or not 2 <= levels <= 256:
+        raise ValueError(f"levels must be a whole number in [2, 256], got {levels}")
+    if x1.dtype == torch.uint8 and levels < 256 and x1.numel() and values_readable(x1) and int(x1.max()) >= levels:
+        raise ValueError(f"x1 must lie in 0..{levels - 1} for levels={levels}, got values up to {int(x1.max())}")
     if dequantise and x1.dtype != torch.uint8:
         raise ValueError(f"dequantise needs uint8 x1, got {x1.dtype}")

@@ -7,16 +7,16 @@ transform or forward-mode differentiation is active, or a gradient other than th
 """
 
 import importlib
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from fm_fast import _backends, reference
 from fm_fast._philox import Kind
 from fm_fast._spec import PathSpec
-from fm_fast.paths import kernel_form
 
 SCHEMAS = {
     "noise": "(Tensor(a!) out, Tensor key, int kind, int stream, int index) -> ()",
@@ -90,7 +90,7 @@ def path_sample(
     sampler = spec.t_sampler.code if t is None else GIVEN_TIME
     times = x1.new_empty(x1.shape[0], dtype=wide) if t is None else t
     rows = x1.new_empty(x1.shape[0], 6, dtype=wide) if coefficients is None else coefficients
-    code, a, b = kernel_form(spec.path) if coefficients is None else (GIVEN_TIME, 0.0, 0.0)
+    code, a, b = spec.kernel_path if coefficients is None else (GIVEN_TIME, 0.0, 0.0)
     path_arguments = (code, a, b, spec.objective.code, sampler, spec.t_sampler.mean, spec.t_sampler.std, *spec.t_range)
     x0 = rows.new_empty(0) if x0 is None else native_layout(x0)
     _path_sample(x_t, times, rows, x1, x0, key, *path_arguments, *_data_map(spec))
@@ -108,8 +108,13 @@ def path_loss(
     inputs = (native_layout(o), native_layout(x1), x0, key, coefficients, mask)
     tail = (reference.REDUCTIONS.index(reduction), *_data_map(spec))
     if torch.is_grad_enabled() and o.requires_grad:
-        return _PathLoss.apply(*inputs, *tail)
+        return _PathLoss.apply(*(_savable(x) for x in inputs), *tail)
     return _fused_loss(inputs, tail, with_gradient=False)[0]
+
+
+def _savable(x: Tensor) -> Tensor:
+    """x, or a copy of data made under inference mode, which autograd refuses to keep for the backward pass."""
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 def _data_map(spec: PathSpec) -> tuple[float, int, bool]:
@@ -159,14 +164,14 @@ def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
 
 def _is_one(grad_output: Tensor) -> bool:
     """Whether the usual loss.backward() runs, which needs no multiplication. Not asked where the answer would mean waiting for a device."""
-    if grad_output.device.type != "cpu" or grad_output.dim() or torch.compiler.is_compiling() or _is_batched(grad_output):
+    if torch.compiler.is_compiling() or type(grad_output) is not Tensor or _is_batched(grad_output):
         return False
-    return grad_output.item() == 1
+    return grad_output.device.type == "cpu" and grad_output.dim() == 0 and grad_output.item() == 1
 
 
 def _is_batched(grad_output: Tensor) -> bool:
-    """Whether vmap runs over several grad_outputs (is_grads_batched=True); the guard does not see it from inside a backward pass."""
-    return not torch.compiler.is_compiling() and is_legacy_batchedtensor(grad_output)
+    """Whether a vmap runs over several grad_outputs; the guard does not see it from inside a backward pass."""
+    return not torch.compiler.is_compiling() and (is_legacy_batchedtensor(grad_output) or is_batchedtensor(grad_output))
 
 
 def _differentiable_gradient(inputs: list[Tensor], tail: tuple[Any, ...], grad_output: Tensor) -> Tensor:
@@ -189,7 +194,6 @@ def native_layout(x: Tensor) -> Tensor:
     """x itself where its memory is (batch stride, channel stride, position stride), as contiguous and channels_last are; else a copy."""
     if x.dim() <= 3 or x.is_contiguous():
         return x
-    for i in range(2, x.dim() - 1):
-        if x.shape[i] != 1 and x.stride(i) != x.stride(i + 1) * x.shape[i + 1]:
-            return x.contiguous()
-    return x
+    dims = [(size, stride) for size, stride in zip(x.shape[2:], x.stride()[2:], strict=True) if size != 1]
+    collapses = all(outer == size * inner for (_, outer), (size, inner) in itertools.pairwise(dims))
+    return x if collapses else x.contiguous()

@@ -1,7 +1,7 @@
 """Philox4x32-10 and the distributions drawn from it, in plain PyTorch: the arithmetic that ``random.py`` specifies.
 
 Every function is pure and works on any device, under ``torch.compile`` and under ``torch.func`` transforms. 32-bit words travel in
-int64 tensors, because PyTorch has no uint32 arithmetic; a product of two words wraps modulo 2^64, which is what Philox wants.
+int64 tensors, because PyTorch has no uint32 arithmetic.
 """
 
 import enum
@@ -67,14 +67,17 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tupl
     c0, c1, c2, c3 = counter
     k0, k1 = seed & MASK, (seed >> 32) & MASK
     for _ in range(ROUNDS):
-        low, high = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = _high(high) ^ c1 ^ k0, high & MASK, _high(low) ^ c3 ^ k1, low & MASK
+        (high0, low0), (high1, low1) = _product(c0, MULTIPLIERS[0]), _product(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + KEY_BUMPS[0]) & MASK, (k1 + KEY_BUMPS[1]) & MASK
     return c0, c1, c2, c3
 
 
-def _high(product: Tensor) -> Tensor:
-    return (product >> 32) & MASK
+def _product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of the 64-bit product. In 16-bit halves, because compilers may assume that int64 never overflows."""
+    low = word * (multiplier & 0xFFFF)
+    middle = word * (multiplier >> 16) + (low >> 16)
+    return middle >> 16, (middle & 0xFFFF) << 16 | low & 0xFFFF
 
 
 def sample_ids(key: Tensor, batch: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from fm_fast.objectives import Objective, as_objective, time_range
-from fm_fast.paths import Path, as_path
+from fm_fast.objectives import Objective, as_objective, is_built_in, time_range
+from fm_fast.paths import Path, as_path, kernel_form
 from fm_fast.time_samplers import TimeSampler, as_time_sampler
 
 
@@ -19,6 +19,11 @@ class PathSpec:
     levels: int = 256
     dequantise: bool = False
 
+    @property
+    def kernel_path(self) -> tuple[int, float, float]:
+        """(path code, a, b) by which kernels evaluate the coefficients; code -1 where only Python knows the path or objective."""
+        return kernel_form(self.path) if is_built_in(self.objective) else (-1, 0.0, 0.0)
+
 
 def path_spec(
     path: str | Path, objective: str | Objective, t_sampler: str | TimeSampler, flip: float, levels: int, dequantise: bool
@@ -26,4 +31,4 @@ def path_spec(
     """The spec of a call's arguments, names resolved; unknown names and values out of range are errors."""
     chosen_path, chosen_objective = as_path(path), as_objective(objective)
     limits = time_range(chosen_path, chosen_objective)
-    return PathSpec(chosen_path, chosen_objective, as_time_sampler(t_sampler), limits, float(flip), int(levels), bool(dequantise))
+    return PathSpec(chosen_path, chosen_objective, as_time_sampler(t_sampler), limits, float(flip), levels, bool(dequantise))

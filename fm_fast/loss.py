@@ -13,12 +13,12 @@ from torch import Tensor
 from fm_fast import _backends, _checks, _ops, random, reference
 from fm_fast._spec import PathSpec, path_spec
 from fm_fast.objectives import Objective, loss_coefficients
-from fm_fast.paths import Path, kernel_form
+from fm_fast.paths import Path
 from fm_fast.random import Whole
 from fm_fast.time_samplers import TimeSampler
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PathSample:
     """A point on the path for every sample, and the loss of a prediction made there.
 
@@ -36,11 +36,14 @@ class PathSample:
     _key: Tensor = field(repr=False)
     _spec: PathSpec = field(repr=False)
     _backend: str = field(repr=False)
+    _versions: tuple[int, ...] = field(default=(), repr=False)
 
     def loss(self, o: Tensor, weight: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """The loss of the network's output ``o`` [B, ...], as in :func:`flow_matching_loss`."""
         _checks.like("o", o, self._x1)
         _checks.one_of("reduction", reduction, reference.REDUCTIONS)
+        if _changed(self._versions, _versions(self._x1, self._x0)):
+            raise RuntimeError("x1 or x0 was changed in place between sample_path and the loss, which reads it again; give it a copy")
         if weight is not None:
             _checks.weight(weight, self._x1)
         if _ops.needs_reference(self._backend, self._x1, self._x0, self.coef, weight):
@@ -62,6 +65,17 @@ class PathSample:
         return reference.plain_inputs(
             self._x1, self._x0, self._key, spec.flip, spec.levels, spec.dequantise, self.coef.dtype, _ops.drawer(_noise_backend(self))
         )
+
+
+def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
+    """How often each tensor was written to in place, where torch counts it."""
+    if torch.compiler.is_compiling() or _ops.transforms_active():
+        return ()
+    return tuple(x._version for x in tensors if x is not None and not x.is_inference())
+
+
+def _changed(before: tuple[int, ...], now: tuple[int, ...]) -> bool:
+    return bool(before and now) and before != now
 
 
 def _noise_backend(sample: PathSample) -> str:
@@ -95,7 +109,7 @@ def sample_path(
         x_t = t * x1 + (1 - t) * x0        # t shaped to broadcast
     """
     _check_inputs(x1, x0, t, dtype, flip, levels, dequantise)
-    _require_step(seed, step, x0 is None or t is None)
+    _require_step(seed, step, x0 is None or t is None or flip > 0.0 or dequantise)
     spec = path_spec(path, objective, t_sampler, flip, levels, dequantise)
     key = random.make_key(seed, step, sample_ids, x1.shape[0], x1.device)
     chosen = _backends.resolve("path_sample", x1.device, backend)
@@ -105,7 +119,7 @@ def sample_path(
     if _ops.needs_reference(chosen, x1, x0, times):
         return _plain_sample(x1, x0, times, key, spec, out, wide)
     coefficients = None
-    if kernel_form(spec.path)[0] < 0:
+    if spec.kernel_path[0] < 0:
         if times is None:
             draw = _ops.drawer(_backends.resolve("noise", x1.device, None))
             times = reference.draw_time(key, x1.shape[0], spec.t_sampler, spec.t_range, wide, draw)
@@ -113,7 +127,7 @@ def sample_path(
         if _ops.needs_reference(chosen, coefficients):
             return _plain_sample(x1, x0, times, key, spec, out, wide)
     x_t, times, coefficients = _ops.path_sample(x1, x0, times, coefficients, key, spec, out)
-    return PathSample(x_t, times, coefficients, x1, x0, key, spec, chosen)
+    return PathSample(x_t, times, coefficients, x1, x0, key, spec, chosen, _versions(x1, x0))
 
 
 def _plain_sample(
@@ -126,7 +140,7 @@ def _plain_sample(
     coefficients = loss_coefficients(spec.path, spec.objective, t).to(wide)
     x_t = reference.path_sample(data, noise_x0, coefficients, dtype)
     mapped = PathSpec(spec.path, spec.objective, spec.t_sampler, spec.t_range)
-    return PathSample(x_t, t, coefficients, data, noise_x0, key, mapped, "reference")
+    return PathSample(x_t, t, coefficients, data, noise_x0, key, mapped, "reference", _versions(data, noise_x0))
 
 
 def flow_matching_loss(
@@ -169,7 +183,9 @@ def flow_matching_loss(
         dequantise: replace the 1/2 of the data map by u ~ U(0, 1).
         seed, step, sample_ids: what the noise is a function of (see ``fm_fast.random``). A seed needs a step. Without a seed, one is drawn
             from torch's generator. sample_ids are the positions in the step's global batch: None (0..B-1), the first id, or int64 [B].
-        backend: "reference", "cpp", "triton" or "cuda"; by default the fastest one that can run.
+        backend: "reference", "cpp", "triton" or "cuda"; by default the fastest one that can run. Whatever is chosen, the plain PyTorch
+            formula runs under ``torch.func`` transforms and forward-mode differentiation, and where x1, x0, t, weight or the path's
+            own parameters require a gradient.
 
     Returns:
         A scalar ([B] for "none"), float32 (float64 for float64 data), differentiable in everything that requires a gradient.
@@ -184,6 +200,7 @@ def flow_matching_loss(
         x_t = t * x1 + (1 - t) * x0        # t shaped to broadcast
         loss = F.mse_loss(model(x_t, t), x1 - x0)
     """
+    _checks.condition(cond)
     sample = sample_path(
         x1, x0=x0, t=t, path=path, objective=objective, t_sampler=t_sampler, dtype=dtype, flip=flip, levels=levels,
         dequantise=dequantise, seed=seed, step=step, sample_ids=sample_ids, backend=backend,
@@ -203,13 +220,25 @@ class FlowMatchingLoss(torch.nn.Module):
         unknown = set(settings) - SETTINGS
         if unknown:
             raise TypeError(f"FlowMatchingLoss got unknown settings {', '.join(sorted(unknown))}; known are {', '.join(sorted(SETTINGS))}")
+        _check_settings(settings)
         self.settings = settings
+        for name, value in settings.items():
+            if isinstance(value, torch.nn.Module):  # a path with trainable parameters
+                self.add_module(name, value)
 
     def forward(self, model: Callable[..., Tensor], x1: Tensor, **arguments: Any) -> Tensor:
         return flow_matching_loss(model, x1, **{**self.settings, **arguments})
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Names are checked when the module is made, not at its first call."""
+    defaults = flow_matching_loss.__kwdefaults__ or {}
+    chosen = {name: settings.get(name, defaults[name]) for name in ("path", "objective", "t_sampler", "flip", "levels", "dequantise")}
+    path_spec(**chosen)
+    _checks.one_of("reduction", settings.get("reduction", "mean"), reference.REDUCTIONS)
 
 
 SETTINGS = set(flow_matching_loss.__kwdefaults__ or ())

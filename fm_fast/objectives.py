@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fm_fast.paths import EDGE, Path
+from fm_fast.paths import EDGE, Path, as_path
 
 
 class Schedule(NamedTuple):
@@ -49,7 +49,8 @@ class Objective:
 
 def schedule(path: Path, t: Tensor) -> Schedule:
     """The path at times t (any shape), in t's dtype."""
-    return Schedule(path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t))
+    values = (path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t))
+    return Schedule(*(value if isinstance(value, Tensor) else torch.full_like(t, value) for value in values))
 
 
 def _velocity_target(p: Schedule) -> Target:
@@ -115,6 +116,11 @@ def as_objective(objective: str | Objective) -> Objective:
     return OBJECTIVES[objective]
 
 
+def is_built_in(objective: Objective) -> bool:
+    """Whether this is one of the objectives above, whose coefficients the kernels know; a changed copy is not."""
+    return OBJECTIVES.get(objective.name) is objective
+
+
 def time_range(path: Path, objective: Objective) -> tuple[float, float]:
     """(t_min, t_max) of training: the path's own limits, kept off an end where the objective's weight is infinite."""
     return _range(path, objective.weight_is_singular, objective.weight_is_singular)
@@ -140,12 +146,14 @@ def loss_coefficients(path: Path, objective: Objective, t: Tensor) -> Tensor:
     return torch.stack([p.a, p.s, *objective.target(p)], dim=-1)
 
 
-def velocity_coefficients(path: Path, objective: str | Objective, t: float) -> tuple[float, float]:
+def velocity_coefficients(path: str | Path, objective: str | Objective, t: float) -> tuple[float, float]:
     """(p, r) with velocity = p x + r o at time t, which is kept inside :func:`velocity_range`.
 
-    Raises ValueError where the path gives no finite value there.
+    Raises ValueError for a time outside [0, 1] and where the path gives no finite value.
     """
-    objective = as_objective(objective)
+    if not 0.0 <= t <= 1.0:
+        raise ValueError(f"t must lie in [0, 1], got {t}")
+    path, objective = as_path(path), as_objective(objective)
     low, high = velocity_range(path, objective)
     time = torch.tensor(min(max(t, low), high), dtype=torch.float64)
     p, r = (float(value) for value in objective.velocity(schedule(path, time)))

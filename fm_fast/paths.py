@@ -17,6 +17,15 @@ from torch import Tensor
 EDGE = 1e-5  # how far from a singular end a quantity is evaluated; the paper's eps (appendix E.1)
 
 
+def _require_numbers(**values: object) -> None:
+    """Parameters of built-in paths are constants; a path with trainable parameters is a custom one."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}; write a path object of your own to train it")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+
+
 @runtime_checkable
 class Path(Protocol):
     """What every path offers: the schedules and their derivatives at times t, as tensors of t's shape."""
@@ -41,6 +50,7 @@ class OT:
     starts_at_noise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        _require_numbers(sigma_min=self.sigma_min)
         if not 0.0 <= self.sigma_min < 1.0:
             raise ValueError(f"sigma_min must lie in [0, 1), got {self.sigma_min}")
 
@@ -74,6 +84,7 @@ class VP:
     ends_at_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        _require_numbers(beta_min=self.beta_min, beta_max=self.beta_max)
         if not 0.0 < self.beta_min <= self.beta_max:
             raise ValueError(f"beta_min and beta_max must satisfy 0 < beta_min <= beta_max, got {self.beta_min} and {self.beta_max}")
 
@@ -112,6 +123,7 @@ class VE:
     ends_at_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        _require_numbers(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
         if not 0.0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
 
@@ -162,7 +174,7 @@ def as_path(path: "str | Path") -> Path:
     """The path that a name or an object stands for; anything else is an error that lists the names."""
     if isinstance(path, str) and path in NAMED:
         return NAMED[path]
-    if not isinstance(path, str) and isinstance(path, Path):
+    if not isinstance(path, (str, type)) and isinstance(path, Path):
         return path
     raise ValueError(f"path must be one of {', '.join(NAMED)} or an object with alpha, sigma, d_alpha and d_sigma, got {path!r}")
 

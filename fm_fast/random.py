@@ -81,6 +81,8 @@ def _check_noise_arguments(shape: tuple[int, ...], stream: str, index: int, dtyp
     if kind is not None:
         _checks.one_of("kind", kind, list(Kind.__members__))
     _checks.one_of("dtype", dtype, [None, *_checks.FLOATING])
+    if isinstance(index, Tensor):
+        raise TypeError("index must be a whole number, got a tensor")
     _checks.whole("index", index, 2**24)
     if len(shape) == 0 or any(size < 0 for size in shape):
         raise ValueError(f"shape must be [B, ...] of whole numbers, got {tuple(shape)}")
@@ -99,7 +101,7 @@ def make_key(seed: Whole | None, step: Whole | None, sample_ids: Whole | None, b
     _checks.sample_ids(sample_ids, batch, device)
     parts = (_fresh_seed(device) if seed is None else seed, 0 if step is None else step, 0 if sample_ids is None else sample_ids)
     if device.type == "cpu" and not any(isinstance(part, Tensor) for part in parts):
-        return torch.tensor(parts, dtype=torch.int64)
+        return torch.tensor(parts, dtype=torch.int64, device=device)
     return torch.cat([_as_vector(part, device) for part in parts])
 
 

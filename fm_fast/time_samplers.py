@@ -1,7 +1,8 @@
 """How training times are drawn: frozen value objects whose raw values in (0, 1] are spread over the path's own range."""
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,10 @@ class LogitNormal:
     code: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        if not self.std > 0.0:
-            raise ValueError(f"std must be positive, got {self.std}")
+        if not math.isfinite(self.mean):
+            raise ValueError(f"mean must be finite, got {self.mean}")
+        if not 0.0 < self.std < math.inf:
+            raise ValueError(f"std must be positive and finite, got {self.std}")
 
 
 TimeSampler = Uniform | Stratified | LogitNormal
@@ -41,8 +44,8 @@ NAMED: dict[str, TimeSampler] = {"uniform": Uniform(), "stratified": Stratified(
 
 def as_time_sampler(t_sampler: str | TimeSampler) -> TimeSampler:
     """The sampler of that name; anything else is an error that lists the names."""
-    if isinstance(t_sampler, TimeSampler):
-        return t_sampler
-    if t_sampler not in NAMED:
+    if type(t_sampler) in get_args(TimeSampler):
+        return t_sampler  # type: ignore[return-value]
+    if not isinstance(t_sampler, str) or t_sampler not in NAMED:
         raise ValueError(f"t_sampler must be one of {', '.join(NAMED)} or a time sampler object, got {t_sampler!r}")
     return NAMED[t_sampler]

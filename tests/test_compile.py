@@ -75,6 +75,14 @@ def test_a_dynamic_batch_compiles_at_most_twice(backend):
     assert counting.count <= 2
 
 
+def test_channels_last_data_compile_without_a_break(backend):
+    x1, o = (tensor(2, 3, 4, 5, seed=i).to(memory_format=torch.channels_last) for i in (1, 2))
+    compiled = torch.compile(
+        lambda x1, o: fm.sample_path(x1, seed=SEED, step=1, backend=backend).loss(o), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(x1, o), fm.sample_path(x1, seed=SEED, step=1, backend=backend).loss(o), rtol=1e-5, atol=1e-6)
+
+
 def test_drawing_the_seed_inside_the_graph(backend):
     compiled = torch.compile(lambda x1: fm.sample_path(x1, backend=backend).x_t, fullgraph=True, backend="aot_eager")
     a, b = compiled(tensor(4, 6)), compiled(tensor(4, 6))

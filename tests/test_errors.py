@@ -31,7 +31,13 @@ BAD_SAMPLE_ARGUMENTS = [
     ({"dtype": torch.int8}, ValueError, r"dtype must be one of .*, got torch.int8"),
     ({"flip": 1.5}, ValueError, r"flip must lie in \[0, 1\], got 1.5"),
     ({"x1": torch.zeros(4, 3), "flip": 0.5}, ValueError, r"flip mirrors the last dimension .* got x1 of shape \(4, 3\)"),
-    ({"levels": 1}, ValueError, r"levels must lie in \[2, 256\], got 1"),
+    ({"levels": 1}, ValueError, r"levels must be a whole number in \[2, 256\], got 1"),
+    ({"levels": 17.9}, ValueError, r"levels must be a whole number in \[2, 256\], got 17.9"),
+    (
+        {"x1": torch.full((4, 3), 255, dtype=torch.uint8), "levels": 17},
+        ValueError,
+        r"x1 must lie in 0..16 for levels=17, got values up to 255",
+    ),
     ({"dequantise": True}, ValueError, r"dequantise needs uint8 x1, got torch.float32"),
     ({"seed": -1}, ValueError, r"seed must lie in \[0, 9223372036854775808\), got -1"),
     ({"seed": 2**63}, ValueError, r"seed must lie in"),
@@ -39,6 +45,11 @@ BAD_SAMPLE_ARGUMENTS = [
     ({"seed": True}, TypeError, r"seed must be a whole number .*, got bool"),
     ({"seed": torch.tensor(1.0)}, TypeError, r"seed must be a whole number or an int64 scalar tensor, got torch.float32"),
     ({"step": 2**32}, ValueError, r"step must lie in \[0, 4294967296\), got 4294967296"),
+    ({"seed": torch.tensor(-1)}, ValueError, r"seed must lie in .*, got -1"),
+    ({"step": torch.tensor(2**32)}, ValueError, r"step must lie in .*, got 4294967296"),
+    ({"sample_ids": 2**32 - 2}, ValueError, r"sample_ids must lie in \[0, 4294967293\), got 4294967294"),
+    ({"x0": X1, "t": 0.5, "step": None, "flip": 0.5}, ValueError, r"seed was given without a step"),
+    ({"path": fm.OT}, ValueError, r"path must be one of .*, got <class"),
     ({"step": None}, ValueError, r"seed was given without a step"),
     ({"seed": None}, ValueError, r"step was given without a seed"),
     ({"sample_ids": -1}, ValueError, r"sample_ids must lie in"),
@@ -102,6 +113,7 @@ def test_a_seed_alone_is_enough_when_nothing_is_drawn():
     [
         ({"stream": "eps"}, ValueError, r"stream must be one of x0, t, probe"),
         ({"kind": "gauss"}, ValueError, r"kind must be one of normal, uniform, sign, word, got 'gauss'"),
+        ({"index": torch.tensor(1)}, TypeError, r"index must be a whole number, got a tensor"),
         ({"index": 2**24}, ValueError, r"index must lie in \[0, 16777216\), got 16777216"),
         ({"shape": ()}, ValueError, r"shape must be \[B, ...\] of whole numbers, got \(\)"),
         ({"shape": (2, -1)}, ValueError, r"shape must be \[B, ...\] of whole numbers, got \(2, -1\)"),
@@ -122,7 +134,12 @@ def test_bad_arguments_of_noise(arguments, error, message):
         (lambda: fm.OT(sigma_min=-0.1), r"sigma_min must lie in \[0, 1\), got -0.1"),
         (lambda: fm.VP(beta_min=0.0), r"beta_min and beta_max must satisfy 0 < beta_min <= beta_max, got 0.0 and 20.0"),
         (lambda: fm.VE(sigma_min=3.0, sigma_max=2.0), r"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got 3.0 and 2.0"),
-        (lambda: fm.LogitNormal(std=0.0), r"std must be positive, got 0.0"),
+        (lambda: fm.VE(sigma_max=float("inf")), r"sigma_max must be finite, got inf"),
+        (lambda: fm.LogitNormal(mean=float("nan")), r"mean must be finite, got nan"),
+        (lambda: fm.LogitNormal(std=0.0), r"std must be positive and finite, got 0.0"),
+        (lambda: fm.objectives.velocity_coefficients("ot", "velocity", 5.0), r"t must lie in \[0, 1\], got 5.0"),
+        (lambda: fm.FlowMatchingLoss(path="typo"), r"path must be one of"),
+        (lambda: fm.FlowMatchingLoss(reduction="average"), r"reduction must be one of"),
     ],
 )
 def test_bad_parameters_of_value_objects(make, message):
@@ -137,3 +154,13 @@ def test_a_velocity_that_is_nowhere_finite_is_an_error():
 
     with pytest.raises(ValueError, match="no finite velocity"):
         fm.objectives.velocity_coefficients(Standing(), "noise", 0.5)
+
+
+def test_parameters_of_built_in_paths_are_numbers():
+    with pytest.raises(TypeError, match="beta_min must be a number, got Tensor; write a path object of your own to train it"):
+        fm.VP(beta_min=torch.tensor(0.1, requires_grad=True))
+
+
+def test_a_condition_must_be_keyword_arguments():
+    with pytest.raises(TypeError, match="cond must be a mapping of keyword arguments of the model, got Tensor"):
+        fm.flow_matching_loss(lambda x, t: x, X1, cond=torch.arange(4), **SEEDED)

@@ -11,6 +11,7 @@ import fm_fast as fm
 from fm_fast import _philox
 from fm_fast.random import make_key
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 SHAPES = [
     (3,),
     (5, 1),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import fm_fast as fm
 
 SEED, STEP = 21, 4
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 OBJECTIVES = ["velocity", "noise", "score", "scoreflow", "data"]
 SHAPES = [(3,), (5, 1), (4, 2), (3, 7), (2, 3, 5), (2, 3, 17, 16), (2, 3, 2, 3, 5), (3, 4099), (130, 2)]
 
@@ -274,3 +275,35 @@ def test_the_numbers_of_the_bf16_defect_of_dividing_targets(backend):
     assert bool(loss.isfinite())
     assert bool(gradient.isfinite().all())
     assert float(loss) == pytest.approx(float(expected(s, o, x1)[0]), rel=1e-5)
+
+
+def test_data_made_under_inference_mode_trains(backend):
+    """Latents of a frozen encoder, say."""
+    with torch.inference_mode():
+        x1, x0 = tensor((4, 6)), tensor((4, 6), seed=3)
+    o = tensor((4, 6), seed=2)
+    for noise in (None, x0):
+        s = fm.sample_path(x1, x0=noise, seed=SEED, step=STEP, backend=backend)
+        plain = fm.sample_path(x1.clone(), x0=None if noise is None else noise.clone(), seed=SEED, step=STEP, backend=backend)
+        assert torch.equal(loss_and_gradient(s, o)[1], loss_and_gradient(plain, o)[1])
+
+
+def test_data_overwritten_before_the_loss_are_noticed(backend):
+    x1 = tensor((4, 6))
+    s = fm.sample_path(x1, x0=tensor((4, 6), seed=3), seed=SEED, step=STEP, backend=backend)
+    if s._x1 is not x1:
+        pytest.skip("the reference keeps a copy of its own")
+    x1.zero_()
+    with pytest.raises(RuntimeError, match="changed in place between sample_path and the loss"):
+        s.loss(tensor((4, 6)))
+
+
+def test_modules_hold_the_parameters_of_their_path(backend):
+    path = torch.nn.Module()
+    path.scale = torch.nn.Parameter(torch.ones(()))
+    path.alpha, path.d_alpha = (lambda t: t), torch.ones_like
+    path.sigma, path.d_sigma = (lambda t: (1 - t) * path.scale), (lambda t: -path.scale * torch.ones_like(t))
+    module = fm.FlowMatchingLoss(path=path, backend=backend)
+    module(lambda x, t: x, tensor((4, 6)), seed=SEED, step=STEP).backward()
+    assert list(module.parameters()) == [path.scale]
+    assert abs(float(path.scale.grad)) > 0

@@ -1,5 +1,7 @@
 """path_sample against the independent float64 model: every path, objective, time sampler, dtype, layout and data map."""
 
+import dataclasses
+
 import numpy as np
 import oracle
 import pytest
@@ -11,6 +13,7 @@ PATHS = {"ot": "ot", "ot-0.1": fm.OT(sigma_min=0.1), "vp": fm.VP(), "ve": "ve", 
 OBJECTIVES = ["velocity", "noise", "score", "scoreflow", "data"]
 SHAPES = [(3,), (5, 1), (4, 2), (3, 7), (2, 3, 5), (2, 3, 4, 5), (2, 3, 17, 16), (2, 3, 2, 3, 5), (3, 4099), (1, 2, 9)]
 SEED, STEP = 21, 4
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 def data(shape, dtype=torch.float32, levels=256):
@@ -224,3 +227,38 @@ def test_points_do_not_depend_on_the_batch_or_the_thread_count(backend):
         assert torch.equal(whole, fm.sample_path(x1, seed=SEED, step=STEP, backend=backend).x_t)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_changed_objective_is_not_mistaken_for_the_built_in_one(backend):
+    velocity = fm.objectives.OBJECTIVES["velocity"]
+    heavier = dataclasses.replace(velocity, target=lambda p: velocity.target(p)._replace(w=100 * torch.ones_like(p.s)))
+    s, plain = (fm.sample_path(data((4, 6)), objective=o, seed=SEED, step=STEP, backend=backend) for o in (heavier, velocity))
+    assert torch.equal(s.x_t, plain.x_t)
+    torch.testing.assert_close(s.loss(s.x_t), 100 * plain.loss(s.x_t))
+
+
+def test_a_schedule_may_return_numbers():
+    class Constant(Linear):
+        def d_alpha(self, t):
+            return 1.0
+
+    custom, built_in = (fm.sample_path(data((4, 6)), path=p, seed=SEED, step=STEP) for p in (Constant(), "ot"))
+    torch.testing.assert_close(custom.coef, built_in.coef)
+
+
+@pytest.mark.parametrize("t", [None, 0.5])
+def test_layouts_of_nothing_and_with_sizes_of_one(t, backend):
+    for x1 in (data((4, 3, 8, 8))[:0][..., :6], data((2, 3, 8, 1, 7))[..., :6], data((2, 3, 1, 1, 7))):
+        s = fm.sample_path(x1, t=t, seed=SEED, step=STEP, backend=backend)
+        plain = fm.sample_path(x1.contiguous(), t=t, seed=SEED, step=STEP, backend=backend)
+        assert torch.equal(s.x_t, plain.x_t)
+        assert torch.equal(s.loss(x1, reduction="none"), plain.loss(x1.contiguous(), reduction="none"))
+
+
+def test_the_default_device_does_not_matter(backend):
+    x1 = data((4, 6))
+    expected = fm.sample_path(x1, seed=SEED, step=STEP, backend=backend).x_t
+    with torch.device("meta"):
+        assert torch.equal(fm.sample_path(x1, seed=SEED, step=STEP, backend=backend).x_t, expected)
+        assert fm.noise((2, 3), seed=0, step=0, device="cpu").device.type == "cpu"
+        assert fm.noise((2, 3), seed=0, step=0).device.type == "meta"

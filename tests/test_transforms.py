@@ -160,6 +160,9 @@ def test_batched_grad_outputs(dtype, backend):
     rows = torch.autograd.grad(s.loss(o, reduction="none"), o, torch.eye(3), is_grads_batched=True, retain_graph=True)[0]
     whole = torch.autograd.grad(s.loss(o, reduction="none"), o, torch.ones(3))[0]
     assert torch.equal(rows, torch.diag_embed(whole.T).permute(1, 2, 0))
+    loss = s.loss(o, reduction="none")
+    mapped = torch.vmap(lambda v: torch.autograd.grad(loss, o, v, retain_graph=True)[0])(torch.eye(3))
+    assert torch.equal(mapped, rows)
     multiples = torch.autograd.grad(s.loss(o), o, torch.tensor([1.0, 2.0]), is_grads_batched=True)[0]
     assert torch.equal(multiples[1], 2 * multiples[0])
 
@@ -229,3 +232,11 @@ def test_loader_workers(method):
     expected = [Points()[i] for i in range(4)]
     loader = torch.utils.data.DataLoader(Points(), batch_size=None, num_workers=1, multiprocessing_context=method)
     assert all(torch.equal(a, b) for a, b in zip(loader, expected, strict=True))
+
+
+def test_fake_tensors_pass_through(backend):
+    with torch._subclasses.FakeTensorMode():
+        o = torch.empty(4, 6, requires_grad=True)
+        s = fm.sample_path(torch.empty(4, 6), t=torch.empty(4), backend=backend, **ARGUMENTS)
+        s.loss(o).backward()
+        assert o.grad.shape == (4, 6)

@@ -12,13 +12,20 @@ using abi::Tensor;
 constexpr int64_t kGrain = 16;           // units of a thread, of about a microsecond each
 constexpr int64_t kScheduleGrain = 256;  // samples of a thread
 
+// An enumerated argument: values that no kernel knows must not run as something else.
+int code(int64_t value, int64_t least, int64_t most, const char* name) {
+  if (value < least || value > most)
+    throw std::runtime_error(std::string("fm_fast: argument ") + name + ": unknown code " + std::to_string(value));
+  return static_cast<int>(value);
+}
+
 // --- noise ---------------------------------------------------------------------------------------------------------------------------
 
 void noise(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack, "TTiii");
   Tensor out = in.tensor("out"), key = in.tensor("key");
   NoiseArgs args = {};
-  args.kind = static_cast<DrawKind>(in.integer());
+  args.kind = static_cast<DrawKind>(code(in.integer(), 0, 3, "kind"));
   uint32_t stream = static_cast<uint32_t>(in.integer()), index = static_cast<uint32_t>(in.integer());
   args.tag = stream | index << 8;
   args.shape = shape_of(out);
@@ -85,7 +92,7 @@ void path_sample(StableIValue* stack, uint64_t, uint64_t) {
   SampleInputs inputs = {in.tensor("x_t"), in.tensor("t"), in.tensor("coef"), in.tensor("x1"), in.tensor("x0"), in.tensor("key")};
   refuse_grad({&inputs.t, &inputs.coef, &inputs.x1, &inputs.x0});
   Path path = {static_cast<int>(in.integer()), in.number(), in.number()};
-  int objective = static_cast<int>(in.integer());
+  int objective = code(in.integer(), kVelocity, kData, "objective");
   TimeLaw law = {static_cast<int>(in.integer()), in.number(), in.number(), in.number(), in.number()};
   SampleArgs args = sample_args(inputs, read_transform(&in));
   int64_t batch = args.shape.batch;
@@ -179,7 +186,7 @@ void path_loss(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack, "TTTTTTTTiffb");
   Tensor loss = in.tensor("loss"), grad = in.tensor("grad");
   LossInputs inputs = read_inputs(&in);
-  int reduction = static_cast<int>(in.integer());
+  int reduction = code(in.integer(), kMean, kNone, "reduction");
   refuse_grad({&inputs.o, &inputs.x1, &inputs.x0, &inputs.coef, &inputs.weight});
   LossArgs args = loss_args(inputs, reduction, read_transform(&in));
   args.grad = float_view_or_absent(grad, inputs.o);
@@ -196,7 +203,7 @@ void path_loss_backward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor grad = in.tensor("grad");
   LossInputs inputs = read_inputs(&in);
   Tensor grad_output = in.tensor("grad_output");
-  int reduction = static_cast<int>(in.integer());
+  int reduction = code(in.integer(), kMean, kNone, "reduction");
   refuse_grad({&inputs.o, &inputs.x1, &inputs.x0, &inputs.coef, &inputs.weight, &grad_output});
   LossArgs args = loss_args(inputs, reduction, read_transform(&in));
   args.grad = float_view(grad, inputs.o);

@@ -33,6 +33,7 @@ void check_same_sizes(const abi::Tensor& tensor, const abi::Tensor& like) {
 int64_t collapsed_stride(const abi::Tensor& tensor, int64_t first) {
   const int64_t *sizes = tensor.sizes(), *strides = tensor.strides();
   int64_t stride = 1, expected = -1;
+  if (tensor.numel() == 0) return stride;  // strides of no elements mean nothing
   for (int64_t i = tensor.dim() - 1; i >= first; --i) {
     if (sizes[i] == 1) continue;
     if (expected < 0) stride = expected = strides[i];
@@ -45,6 +46,7 @@ int64_t collapsed_stride(const abi::Tensor& tensor, int64_t first) {
 bool is_dense(const abi::Tensor& tensor) {
   const int64_t *sizes = tensor.sizes(), *strides = tensor.strides();
   int64_t expected = 1;
+  if (tensor.numel() == 0) return true;
   for (int64_t i = tensor.dim() - 1; i >= 0; --i) {
     if (sizes[i] != 1 && strides[i] != expected) return false;
     expected *= sizes[i];

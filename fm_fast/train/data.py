@@ -147,7 +147,7 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
 
     The ranks of the words of stream data_order, whose step is the epoch and whose sample ids are the indices.
     """
-    words = noise((size,), seed=seed, step=epoch, stream="data_order", kind="word")
+    words = noise((size,), seed=seed, step=epoch, stream="data_order", kind="word", device="cpu")
     return words.argsort(stable=True)
 
 
