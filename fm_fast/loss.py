@@ -39,7 +39,10 @@ class PathSample:
     _versions: tuple[int, ...] = field(default=(), repr=False)
 
     def loss(self, o: Tensor, weight: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """The loss of the network's output ``o`` [B, ...], as in :func:`flow_matching_loss`."""
+        """The loss of the network's output ``o`` [B, ...], as in :func:`flow_matching_loss`.
+
+        Reads x1 (and a given x0) again: RuntimeError if either was changed in place since the draw.
+        """
         _checks.like("o", o, self._x1)
         _checks.one_of("reduction", reduction, reference.REDUCTIONS)
         if _changed(self._versions, _versions(self._x1, self._x0)):

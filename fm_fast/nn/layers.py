@@ -14,10 +14,12 @@ def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """Keeps the size of [B, C, H, W]; divides it with stride > 1."""
     return nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1)
 
 
 def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
+    """The same linear map at every pixel."""
     return nn.Conv2d(inputs, outputs, kernel_size=1)
 
 

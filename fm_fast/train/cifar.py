@@ -26,6 +26,7 @@ ALLOWED_GLOBALS = {
 
 
 def is_cifar_folder(folder: Path) -> bool:
+    """Whether the folder holds CIFAR-10's first training batch, pickled or binary."""
     return any((folder / (TRAIN_BATCHES[0] + suffix)).is_file() for suffix in ("", ".bin"))
 
 
