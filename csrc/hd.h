@@ -32,4 +32,14 @@ FM_HD float multiply_add(float a, float b, float c) {
 #endif
 }
 
+FM_HD double multiply_add(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+  return fma(a, b, c);
+#elif defined(__FMA__)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 }  // namespace fm

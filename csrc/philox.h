@@ -13,6 +13,7 @@ constexpr int kPhiloxRounds = 10;
 
 constexpr uint32_t kStreamX0 = 0;
 constexpr uint32_t kStreamTime = 1;
+constexpr uint32_t kStreamProbe = 2;
 constexpr uint32_t kStreamDequantise = 3;
 constexpr uint32_t kStreamFlip = 5;
 

@@ -2,6 +2,7 @@
 // and small owners around them. tests/native compiles this file together with torch's own headers: a changed signature is an error there.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include <stdexcept>
@@ -11,6 +12,8 @@ struct AtenTensorOpaque;
 using AtenTensorHandle = AtenTensorOpaque*;
 class TorchLibraryOpaque;
 using TorchLibraryHandle = TorchLibraryOpaque*;
+struct StableListOpaque;
+using StableListHandle = StableListOpaque*;
 using AOTITorchError = int32_t;
 using StableIValue = uint64_t;
 
@@ -33,7 +36,6 @@ FM_TORCH AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor)
 FM_TORCH AOTITorchError aoti_torch_new_tensor_handle(AtenTensorHandle orig_handle, AtenTensorHandle* new_handle);
 FM_TORCH AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** ret_data_ptr);
 FM_TORCH AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* ret_dim);
-FM_TORCH AOTITorchError aoti_torch_get_numel(AtenTensorHandle tensor, int64_t* ret_numel);
 FM_TORCH AOTITorchError aoti_torch_get_sizes(AtenTensorHandle tensor, int64_t** ret_sizes);
 FM_TORCH AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** ret_strides);
 FM_TORCH AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* ret_dtype);
@@ -45,6 +47,9 @@ FM_TORCH AOTITorchError torch_library_impl(TorchLibraryHandle self, const char* 
                                            uint64_t extension_build_version);
 FM_TORCH AOTITorchError torch_call_dispatcher(const char* opName, const char* overloadName, StableIValue* stack,
                                               uint64_t extension_build_version);
+FM_TORCH AOTITorchError torch_list_size(StableListHandle list_handle, size_t* size);
+FM_TORCH AOTITorchError torch_list_get_item(StableListHandle list_handle, size_t index, StableIValue* element);
+FM_TORCH AOTITorchError torch_delete_list(StableListHandle list_handle);
 FM_TORCH AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, ParallelFunc func, void* ctx);
 
 }  // extern "C"
@@ -58,21 +63,38 @@ inline void check(AOTITorchError error, const char* call) {
   if (error) throw std::runtime_error(std::string("fm_fast: torch's C interface failed in ") + call);
 }
 
-// A tensor owned by somebody else, with the name that error messages use.
+// A tensor owned by somebody else, with the name that error messages use. Its geometry is asked for once: every question is a call.
 class Tensor {
  public:
-  Tensor(AtenTensorHandle handle, const char* name) : handle_(handle), name_(name) {}
+  Tensor(AtenTensorHandle handle, const char* name) : handle_(handle), name_(name) {
+    dim_ = get<int64_t>(aoti_torch_get_dim, "get_dim");
+    sizes_ = get<int64_t*>(aoti_torch_get_sizes, "get_sizes");
+    strides_ = get<int64_t*>(aoti_torch_get_strides, "get_strides");
+  }
 
-  AtenTensorHandle handle() const { return handle_; }
+  // The first entry of the first dimension: what torch calls tensor[0].
+  Tensor entry() const {
+    Tensor result = *this;
+    if (dim_ < 1) fail("expected at least one dimension");
+    --result.dim_;
+    ++result.sizes_;
+    ++result.strides_;
+    return result;
+  }
+
   const char* name() const { return name_; }
+  int64_t dim() const { return dim_; }
+  const int64_t* sizes() const { return sizes_; }
+  const int64_t* strides() const { return strides_; }
+  int64_t numel() const {
+    int64_t numel = 1;
+    for (int64_t i = 0; i < dim_; ++i) numel *= sizes_[i];
+    return numel;
+  }
 
   void* data() const { return get<void*>(aoti_torch_get_data_ptr, "get_data_ptr"); }
-  int64_t dim() const { return get<int64_t>(aoti_torch_get_dim, "get_dim"); }
-  int64_t numel() const { return get<int64_t>(aoti_torch_get_numel, "get_numel"); }
   int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype, "get_dtype"); }
   int32_t device_type() const { return get<int32_t>(aoti_torch_get_device_type, "get_device_type"); }
-  const int64_t* sizes() const { return get<int64_t*>(aoti_torch_get_sizes, "get_sizes"); }
-  const int64_t* strides() const { return get<int64_t*>(aoti_torch_get_strides, "get_strides"); }
 
   [[noreturn]] void fail(const std::string& problem) const {
     throw std::runtime_error(std::string("fm_fast: argument ") + name_ + ": " + problem);
@@ -97,10 +119,35 @@ class Tensor {
 
   AtenTensorHandle handle_;
   const char* name_;
+  int64_t dim_;
+  const int64_t *sizes_, *strides_;
 };
 
-// The arguments of one boxed call, read in schema order. Tensor slots own their handles: all of them are freed at the end,
-// also when an error is thrown halfway. `kinds`: one letter an argument, T for tensors.
+// A list of tensors owned by somebody else.
+class TensorList {
+ public:
+  TensorList(StableListHandle handle, const char* name) : handle_(handle), name_(name) {
+    check(torch_list_size(handle, &size_), "list_size");
+  }
+
+  int64_t size() const { return static_cast<int64_t>(size_); }
+  const char* name() const { return name_; }
+  AtenTensorHandle handle(int64_t i) const {
+    StableIValue item;
+    check(torch_list_get_item(handle_, static_cast<size_t>(i), &item), "list_get_item");
+    return reinterpret_cast<AtenTensorHandle>(item);
+  }
+  Tensor operator[](int64_t i) const { return Tensor(handle(i), name_); }
+
+ private:
+  StableListHandle handle_;
+  const char* name_;
+  size_t size_;
+};
+
+// The arguments of one boxed call, read in schema order. Slots of tensors and of tensor lists own their handles, and a list's items are
+// handles of their own: all of them are freed at the end, also when an error is thrown halfway.
+// `kinds`: one letter an argument, T for tensors, L for lists of them.
 class Arguments {
  public:
   Arguments(StableIValue* stack, const char* kinds) : stack_(stack), kinds_(kinds) {}
@@ -108,17 +155,30 @@ class Arguments {
   Arguments& operator=(const Arguments&) = delete;
 
   ~Arguments() {
-    for (int i = 0; kinds_[i]; ++i)
+    for (int i = 0; kinds_[i]; ++i) {
       if (kinds_[i] == 'T') aoti_torch_delete_tensor_object(handle(i));
+      if (kinds_[i] == 'L') free_list(list(i));
+    }
   }
 
   Tensor tensor(const char* name) { return Tensor(handle(next_++), name); }
+  TensorList tensors(const char* name) { return TensorList(list(next_++), name); }
   int64_t integer() { return read<int64_t>(); }
   double number() { return read<double>(); }
   bool flag() { return read<bool>(); }
 
  private:
   AtenTensorHandle handle(int i) const { return reinterpret_cast<AtenTensorHandle>(stack_[i]); }
+  StableListHandle list(int i) const { return reinterpret_cast<StableListHandle>(stack_[i]); }
+
+  static void free_list(StableListHandle list) {
+    size_t size = 0;
+    StableIValue item;
+    torch_list_size(list, &size);
+    for (size_t i = 0; i < size; ++i)
+      if (!torch_list_get_item(list, i, &item)) aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(item));
+    torch_delete_list(list);
+  }
 
   template <class T>
   T read() {

@@ -9,31 +9,48 @@ if not (pathlib.Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(pathlib.Path(__file__).parent.parent))
 __path__ = pkgutil.extend_path(__path__, __name__)
 
-from fm_fast import objectives, paths, random, time_samplers
+from fm_fast import grids, objectives, paths, random, solvers, time_samplers
 from fm_fast._backends import info
 from fm_fast._version import __version__
+from fm_fast.bits import BitsPerDim, bits_per_dim
+from fm_fast.likelihood import Divergence, Likelihood, SampleWithLogProb, divergence, log_likelihood, sample_with_log_prob
 from fm_fast.loss import FlowMatchingLoss, PathSample, flow_matching_loss, sample_path
 from fm_fast.paths import OT, VE, VP, Cosine
 from fm_fast.random import noise
+from fm_fast.sampling import Guidance, Sample, encode, sample
 from fm_fast.time_samplers import LogitNormal, Stratified, Uniform
 
 __all__ = [
     "OT",
     "VE",
     "VP",
+    "BitsPerDim",
     "Cosine",
+    "Divergence",
     "FlowMatchingLoss",
+    "Guidance",
+    "Likelihood",
     "LogitNormal",
     "PathSample",
+    "Sample",
+    "SampleWithLogProb",
     "Stratified",
     "Uniform",
     "__version__",
+    "bits_per_dim",
+    "divergence",
+    "encode",
     "flow_matching_loss",
+    "grids",
     "info",
+    "log_likelihood",
     "noise",
     "objectives",
     "paths",
     "random",
+    "sample",
     "sample_path",
+    "sample_with_log_prob",
+    "solvers",
     "time_samplers",
 ]

@@ -1,5 +1,6 @@
 """Errors that users see: each names the argument, what was expected and what came."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -53,13 +54,13 @@ def condition(cond: object) -> None:
         raise TypeError(f"cond must be a mapping of keyword arguments of the model, got {type(cond).__name__}")
 
 
-def same_device(name: str, x: Tensor, x1: Tensor) -> None:
+def same_device(name: str, x: Tensor, x1: Tensor, other: str = "x1") -> None:
     if x.device != x1.device:
-        raise ValueError(f"{name} must be on the device of x1, {x1.device}, got {x.device}")
+        raise ValueError(f"{name} must be on the device of {other}, {x1.device}, got {x.device}")
 
 
-def time(t: object, x1: Tensor) -> None:
-    """A number in [0, 1] or a floating tensor [] or [B] on x1's device."""
+def time(t: object, x1: Tensor, name: str = "x1") -> None:
+    """A number in [0, 1] or a floating tensor [] or [B] on the device of x1, which messages call ``name``."""
     if isinstance(t, (int, float)):
         if not 0.0 <= t <= 1.0:
             raise ValueError(f"t must lie in [0, 1], got {t}")
@@ -70,7 +71,7 @@ def time(t: object, x1: Tensor) -> None:
         raise TypeError(f"t must be a floating tensor, got {t.dtype}")
     if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != x1.shape[0]):
         raise ValueError(f"t must be a number, a scalar tensor or have shape [{x1.shape[0]}], got {tuple(t.shape)}")
-    same_device("t", t, x1)
+    same_device("t", t, x1, name)
     if values_readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(f"t must lie in [0, 1], got values from {float(t.min())} to {float(t.max())}")
 
@@ -131,3 +132,35 @@ def data_map(x1: Tensor, flip: float, levels: int, dequantise: bool) -> None:
         raise ValueError(f"x1 must lie in 0..{levels - 1} for levels={levels}, got values up to {int(x1.max())}")
     if dequantise and x1.dtype != torch.uint8:
         raise ValueError(f"dequantise needs uint8 x1, got {x1.dtype}")
+
+
+def finite_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def state(name: str, x: object) -> None:
+    """A floating tensor [B, ...], the state of a solve."""
+    tensor(name, x)
+    assert isinstance(x, Tensor)
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError(f"{name} must have a batch dimension [B, ...], got a scalar")
+
+
+def count(name: str, value: object) -> None:
+    """A whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def positive_number(name: str, value: object) -> None:
+    finite_number(name, value)
+    assert isinstance(value, (int, float))
+    if value <= 0.0:
+        raise ValueError(f"{name} must be positive, got {value}")

@@ -6,16 +6,20 @@ transform or forward-mode differentiation is active, or a gradient other than th
 (``reference.py``) runs.
 """
 
+import contextlib
 import importlib
 import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fm_fast import _backends, reference
-from fm_fast._philox import Kind
+from fm_fast._philox import Kind, Stream
 from fm_fast._spec import PathSpec
 
 SCHEMAS = {
@@ -33,8 +37,15 @@ SCHEMAS = {
         "(Tensor(a!) grad, Tensor o, Tensor x1, Tensor x0, Tensor key, Tensor coef, Tensor weight, Tensor grad_output, int reduction, "
         "float flip, float levels, bool dequantise) -> ()"
     ),
+    "linear_step": "(Tensor(a!) out, Tensor(b!) copy, Tensor x, Tensor[] k, Tensor table, int row, float guidance) -> ()",
+    "probe": "(Tensor(a!) out, Tensor key, Tensor codes, Tensor rows, int index, int first, int share) -> ()",
+    "divergence_step": (
+        "(Tensor(a!) sums, Tensor(b!) dots, Tensor g, Tensor key, Tensor codes, Tensor rows, int kind, int index, int first, int share, "
+        "int groups, float bias, float factor) -> ()"
+    ),
 }
 GIVEN_TIME = -1
+PROBE_KINDS = {Kind.sign: 0, Kind.normal: 1}
 
 _library = torch.library.Library("fm_fast", "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -48,11 +59,19 @@ _noise = torch.ops.fm_fast.noise.default
 _path_sample = torch.ops.fm_fast.path_sample.default
 _path_loss = torch.ops.fm_fast.path_loss.default
 _path_loss_backward = torch.ops.fm_fast.path_loss_backward.default
+_linear_step = torch.ops.fm_fast.linear_step.default
+_probe = torch.ops.fm_fast.probe.default
+_divergence_step = torch.ops.fm_fast.divergence_step.default
 
 
 def transforms_active() -> bool:
     """Whether a ``torch.func`` transform or forward-mode differentiation is running, which only plain PyTorch supports."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def outside_transforms() -> contextlib.AbstractContextManager[Any]:
+    """Where the host computes numbers of its own, which a running ``torch.func`` transform would wrap."""
+    return temporarily_clear_interpreter_stack() if torch._C._are_functorch_transforms_active() else contextlib.nullcontext()
 
 
 def needs_reference(backend: str, *tensors: Tensor | None) -> bool:
@@ -188,6 +207,94 @@ def _differentiable_gradient(inputs: list[Tensor], tail: tuple[Any, ...], grad_o
 def _kernel_weight(weight: Tensor, o: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight as kernels read it: contiguous, one value a sample or one an element."""
     return (weight if weight.dim() == 1 else weight.expand(o.shape)).to(dtype).contiguous()
+
+
+def linear_step(backend: str) -> Callable[..., None]:
+    """Op ``linear_step`` itself, for loops without gradients: (out, copy, x, outputs, table, row, guidance) -> None.
+
+    Writes table[row, 0] x + sum_j table[row, 1 + j] m(outputs[j]) into out, which may be x, and once or twice into copy where it is not
+    empty; see :func:`fm_fast.reference.linear_step`.
+    """
+    return _plain_linear_step if backend == "reference" else _linear_step
+
+
+def _plain_linear_step(out: Tensor, copy: Tensor, x: Tensor, outputs: Sequence[Tensor], table: Tensor, row: int, guidance: float) -> None:
+    wide = reference.accumulation_dtype(x, out)
+    # Scalars on the device, so that nothing waits for it.
+    first, *others = table[row].to(wide).unbind()
+    result = x.to(wide) * first
+    for output, coefficient in zip(outputs, others, strict=True):
+        result = result + coefficient * reference.mixed(output.to(wide), x, guidance)
+    out.copy_(result)
+    for half in copy.split(x.shape[0]) if copy.numel() else ():
+        half.copy_(result)
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeSet:
+    """Which probes one evaluation of a divergence uses; :func:`fm_fast.reference.probes` says how the numbers make signs.
+
+    normal: normal vectors instead of signs. codes int64 [D] and rows int64 [total] may be empty. Probe q draws with index + q // share.
+    """
+
+    key: Tensor
+    codes: Tensor
+    rows: Tensor
+    index: int
+    total: int
+    share: int
+    normal: bool
+
+    @property
+    def groups(self) -> int:
+        """Groups of consecutive probes that are independent of each other."""
+        return self.total // self.share
+
+
+def probe(like: Tensor, probes: ProbeSet, first: int, count: int, backend: str) -> Tensor:
+    """Probes first .. first + count - 1 in the dtype and memory format of ``like`` [B, ...]: [count, B, ...]."""
+    shape = tuple(like.shape)
+    if probes.normal:
+        drawn = [
+            noise(probes.key, shape, Kind.normal, Stream.probe, probes.index + q, like.dtype, backend) for q in range(first, first + count)
+        ]
+        return torch.stack(drawn)
+    if needs_reference(backend):
+        signs = reference.probes(probes.key, shape, probes.codes, probes.rows, probes.index, first, probes.share, count)
+        return signs.to(like.dtype)
+    out = torch.empty((count * shape[0], *shape[1:]), dtype=like.dtype, device=like.device, memory_format=memory_format(like))
+    out = out.unflatten(0, (count, shape[0])) if shape[0] else out.reshape(count, *shape)
+    _probe(out, probes.key, probes.codes, probes.rows, probes.index, first, probes.share)
+    return out
+
+
+def divergence_step(
+    sums: Tensor, dots: Tensor, products: Tensor, probes: ProbeSet, first: int, bias: float, factor: float, backend: str
+) -> None:
+    """sum_i z_i (J^T z)_i into dots [K, B] for probes first, first + 1, ... whose ``products`` J^T z are [k, B, ...].
+
+    With the last probe, adds bias + factor mean to sums[0] and factor^2 times the variance of that mean to sums[1]; sums is [2, B].
+    The probes are drawn again, not read.
+    """
+    if not needs_reference(backend):
+        kind = Kind.normal if probes.normal else Kind.sign
+        tail = (PROBE_KINDS[kind], probes.index, first, probes.share, probes.groups, bias, factor)
+        _divergence_step(sums, dots, products, probes.key, probes.codes, probes.rows, *tail)
+        return
+    count = products.shape[0]
+    z = probe(products[0], probes, first, count, "reference")
+    dots[first : first + count] = reference.probe_products(z, products)
+    if first + count == probes.total:
+        mean, variance = reference.group_statistics(dots, probes.groups)
+        sums += torch.stack([bias + factor * mean, factor * factor * variance])
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last for images and volumes that lie so, else contiguous."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if x.dim() in formats and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.dim()]):
+        return formats[x.dim()]
+    return torch.contiguous_format
 
 
 def native_layout(x: Tensor) -> Tensor:

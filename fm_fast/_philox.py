@@ -48,6 +48,7 @@ class Stream(enum.IntEnum):
     data_order = 7
     init = 8
     bridge = 9
+    probe_rows = 10
 
 
 class Kind(enum.IntEnum):

@@ -1,4 +1,4 @@
-"""The command line: fm-fast train | info."""
+"""The command line: fm-fast train | sample | likelihood | info."""
 
 import argparse
 import sys
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import Field, fields, is_dataclass, replace
 from typing import Any, get_args, get_type_hints
 
+from fm_fast.cli_likelihood import add_likelihood
+from fm_fast.cli_sample import add_sample
 from fm_fast.train.config import PRESETS, TrainConfig
 
 # Fields of the network that the data decides.
@@ -17,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
         print(f"fm-fast: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -30,6 +32,8 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="fm-fast", description="Flow matching for PyTorch.", allow_abbrev=False)
     commands = root.add_subparsers(required=True, metavar="command")
     _add_train(commands)
+    add_sample(commands)
+    add_likelihood(commands)
     info = commands.add_parser("info", help="print versions and which backend runs here, and why", allow_abbrev=False)
     info.set_defaults(run=_info)
     return root

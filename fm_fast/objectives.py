@@ -146,17 +146,25 @@ def loss_coefficients(path: Path, objective: Objective, t: Tensor) -> Tensor:
     return torch.stack([p.a, p.s, *objective.target(p)], dim=-1)
 
 
-def velocity_coefficients(path: str | Path, objective: str | Objective, t: float) -> tuple[float, float]:
-    """(p, r) with velocity = p x + r o at time t, which is kept inside :func:`velocity_range`.
+def velocity_coefficients(path: str | Path, objective: str | Objective, t: float | Tensor) -> tuple[Tensor, Tensor]:
+    """(p, r) with velocity = p x + r o at times t (a number, or a tensor of any shape), float64 on the CPU.
 
-    Raises ValueError for a time outside [0, 1] and where the path gives no finite value.
+    Times are kept inside :func:`velocity_range`. Raises ValueError for a time outside [0, 1] and where the path gives no finite value.
     """
-    if not 0.0 <= t <= 1.0:
-        raise ValueError(f"t must lie in [0, 1], got {t}")
+    times = torch.as_tensor(t, dtype=torch.float64).detach().cpu()
+    outside = ~((times >= 0.0) & (times <= 1.0))
+    if bool(outside.any()):
+        raise ValueError(f"t must lie in [0, 1], got {float(times[outside][0])}")
     path, objective = as_path(path), as_objective(objective)
-    low, high = velocity_range(path, objective)
-    time = torch.tensor(min(max(t, low), high), dtype=torch.float64)
-    p, r = (float(value) for value in objective.velocity(schedule(path, time)))
-    if not abs(p) + abs(r) < float("inf"):
-        raise ValueError(f"objective {objective.name!r} has no finite velocity on path {path!r} at t = {t}")
+    p, r = velocity_factors(path, objective, times)
+    infinite = ~(torch.isfinite(p) & torch.isfinite(r))
+    if bool(infinite.any()):
+        raise ValueError(f"objective {objective.name!r} has no finite velocity on path {path!r} at t = {float(times[infinite][0])}")
     return p, r
+
+
+def velocity_factors(path: Path, objective: Objective, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(p, r) at times t on t's device, float64, without looking at any value."""
+    low, high = velocity_range(path, objective)
+    p, r = objective.velocity(schedule(path, t.detach().to(torch.float64).clamp(low, high)))
+    return p.detach(), r.detach()

@@ -32,6 +32,7 @@ DEFAULT_KIND = {
     Stream.bridge: Kind.normal,
     Stream.probe: Kind.sign,
     Stream.data_order: Kind.word,
+    Stream.probe_rows: Kind.word,
 }
 Whole = int | Tensor
 
@@ -99,7 +100,7 @@ def make_key(seed: Whole | None, step: Whole | None, sample_ids: Whole | None, b
     if step is not None:
         _checks.whole("step", step, _checks.WORD)
     _checks.sample_ids(sample_ids, batch, device)
-    parts = (_fresh_seed(device) if seed is None else seed, 0 if step is None else step, 0 if sample_ids is None else sample_ids)
+    parts = (fresh_seed(device) if seed is None else seed, 0 if step is None else step, 0 if sample_ids is None else sample_ids)
     if device.type == "cpu" and not any(isinstance(part, Tensor) for part in parts):
         return torch.tensor(parts, dtype=torch.int64, device=device)
     return torch.cat([_as_vector(part, device) for part in parts])
@@ -111,7 +112,8 @@ def _as_vector(part: Whole, device: torch.device) -> Tensor:
     return torch.full((1,), part, dtype=torch.int64, device=device)
 
 
-def _fresh_seed(device: torch.device) -> Tensor:
+def fresh_seed(device: torch.device) -> Tensor:
+    """A seed from torch's generator, int64 [1], with the process-group rank folded in."""
     seed = torch.randint(_checks.MAX_SEED - 1, (1,), dtype=torch.int64, device=device)
     return seed ^ (_rank() * GOLDEN)
 

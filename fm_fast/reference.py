@@ -3,7 +3,7 @@
 These functions are differentiable in all their tensors and work under every ``torch.func`` transform.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -94,3 +94,75 @@ def path_loss(o: Tensor, x1: Tensor, x0: Tensor, coefficients: Tensor, weight: T
     if reduction == "none":
         return error.flatten(1).mean(1) if o.dim() > 1 else error
     return error.mean() if reduction == "mean" else error.sum()
+
+
+def linear_step(x: Tensor, outputs: Sequence[Tensor], coefficients: Sequence[float], guidance: float = 1.0) -> Tensor:
+    """coefficients[0] x + sum_j coefficients[1 + j] m(outputs[j]): every update of a fixed-step solver, in x's dtype.
+
+    m is the identity for outputs of x's shape; outputs [2B, ...] hold a conditional and an unconditional half, mixed by :func:`guided`.
+    """
+    result = x if coefficients[0] == 1.0 else coefficients[0] * x
+    for output, coefficient in zip(outputs, coefficients[1:], strict=True):
+        result = torch.add(result, mixed(output.to(x.dtype), x, guidance), alpha=coefficient)
+    return result
+
+
+def mixed(output: Tensor, x: Tensor, guidance: float) -> Tensor:
+    """An output of x's shape itself, or the guided mix of one [2B, ...]; ValueError for any other shape, which must not be broadcast."""
+    if output.shape == x.shape:
+        return output
+    if output.dim() == 0 or output.shape != (2 * x.shape[0], *x.shape[1:]):
+        raise ValueError(f"model must return the shape of its input each time, {tuple(x.shape)} once or twice, got {tuple(output.shape)}")
+    return guided(output, guidance)
+
+
+def guided(output: Tensor, scale: float) -> Tensor:
+    """u + scale (c - u) for the halves (c, u) of a doubled batch [2B, ...]."""
+    conditional, unconditional = output.chunk(2)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def probes(key: Tensor, shape: tuple[int, ...], codes: Tensor, rows: Tensor, index: int, first: int, share: int, count: int) -> Tensor:
+    """Sign vectors first .. first + count - 1, float32 [count, B, ...]: signs of stream ``probe``, index + q // share for probe q.
+
+    codes int64 [D], one an element in logical order, and rows int64, one a probe, multiply them by (-1)^popcount(code & row):
+    rows of a Hadamard matrix. Without codes the signs are all there is.
+    """
+    drawn = {q // share: noise(key, shape, Kind.sign, Stream.probe, index + q // share) for q in range(first, first + count)}
+    signs = torch.stack([drawn[q // share] for q in range(first, first + count)])
+    if codes.numel() == 0:
+        return signs
+    hadamard = 1.0 - 2.0 * _parity(codes[None, :] & rows[first : first + count, None]).to(signs.dtype)
+    return signs * hadamard.reshape(count, 1, *shape[1:])
+
+
+def _parity(word: Tensor) -> Tensor:
+    """1 where the number of set bits of an int64 >= 0 is odd."""
+    for shift in (32, 16, 8, 4, 2, 1):
+        word = word ^ (word >> shift)
+    return word & 1
+
+
+def normal_probes(key: Tensor, shape: tuple[int, ...], index: int, first: int, count: int) -> Tensor:
+    """Normal vectors first .. first + count - 1, float32 [count, B, ...]."""
+    return torch.stack([noise(key, shape, Kind.normal, Stream.probe, index + q) for q in range(first, first + count)])
+
+
+def probe_products(z: Tensor, products: Tensor) -> Tensor:
+    """sum_i z_i (J^T z)_i for each probe and sample, float64 [K, B]; z and products are [K, B, ...]."""
+    terms = z.to(products.dtype).to(torch.float64) * products.to(torch.float64)
+    return terms.flatten(2).sum(2) if terms.dim() > 2 else terms
+
+
+def group_means(dots: Tensor, groups: int) -> Tensor:
+    """Means [groups, B] of consecutive probes; dots is [K, B]."""
+    return dots.reshape(groups, dots.shape[0] // groups, dots.shape[1]).mean(1)
+
+
+def group_statistics(dots: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean over probes [B] and the variance of that mean [B], from ``groups`` independent groups of consecutive probes; dots [K, B]."""
+    means = group_means(dots, groups)
+    mean = means.mean(0)
+    if groups < 2:
+        return mean, torch.zeros_like(mean)
+    return mean, (means - mean).square().sum(0) / ((groups - 1) * groups)

@@ -16,6 +16,9 @@ LAUNCHERS = {
     "path_sample": ("path_sample", "launch"),
     "path_loss": ("path_loss", "launch"),
     "path_loss_backward": ("path_loss", "launch_backward"),
+    "linear_step": ("linear_step", "launch"),
+    "probe": ("probe", "launch"),
+    "divergence_step": ("divergence_step", "launch"),
 }
 
 
@@ -28,11 +31,17 @@ def launcher(op: str) -> Any:
 
 def _lazily(op: str) -> Any:
     def run(*arguments: Any) -> None:
-        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
+        if torch.is_grad_enabled() and any(_requires_grad(x) for x in arguments):
             raise RuntimeError(f"fm_fast::{op}: an input requires grad, but the raw op has no derivative: call the public function")
         launcher(op)(*arguments)
 
     return run
+
+
+def _requires_grad(argument: Any) -> bool:
+    if isinstance(argument, list | tuple):
+        return any(_requires_grad(x) for x in argument)
+    return isinstance(argument, torch.Tensor) and argument.requires_grad
 
 
 def register() -> torch.library.Library | None:

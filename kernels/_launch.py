@@ -2,9 +2,9 @@
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton.language as tl
@@ -17,6 +17,33 @@ WORD_LIMIT = 2**31
 GRID_LIMIT = 2**16 - 1  # of a grid's second and third axis
 
 Strides = tuple[int, int, int]
+UNADDRESSED = (0, 0, 1)
+
+
+def grid_of(programs: int, samples: int) -> tuple[int, int, int]:
+    """A grid of programs a sample by samples, which may be more than its second axis holds."""
+    across = min(samples, GRID_LIMIT)
+    return programs, across, -(-samples // across)
+
+
+class Geometry(Protocol):
+    """What a launch must know, whatever its tiles look like; ``strides`` as in :class:`Plan`."""
+
+    @property
+    def batch(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def positions(self) -> int: ...
+    @property
+    def strides(self) -> tuple[Strides, ...]: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def grid(self) -> tuple[int, int, int]: ...
+    @property
+    def warps(self) -> int: ...
+    def options(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -35,6 +62,7 @@ class Plan:
     masked: bool
     wide: bool
     device: torch.device
+    probes: int = 1  # batches that one launch runs over
 
     @property
     def programs(self) -> int:
@@ -44,8 +72,7 @@ class Plan:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        samples = min(self.batch, GRID_LIMIT)
-        return self.programs, samples, -(-self.batch // samples)
+        return grid_of(self.programs, self.probes * self.batch)
 
     @property
     def warps(self) -> int:
@@ -101,39 +128,85 @@ def tiles_of(elements: int) -> int:
     return 1 if elements < 2**13 else 2 if elements < 2**16 else 4
 
 
-def _is_wide(channels: int, positions: int, all_strides: Sequence[Strides]) -> bool:
+def is_wide(channels: int, positions: int, all_strides: Sequence[Strides]) -> bool:
     """Whether an offset inside a sample can pass 2^31."""
     reach = max(channels * abs(channel) + positions * abs(position) for _, channel, position in all_strides)
     return max(reach, channels * (positions + 3)) + 8 * TILE >= WORD_LIMIT
+
+
+def is_channel_fast(channels: int, strides: Strides) -> bool:
+    """Whether neighbours in memory are the channels of one position."""
+    return channels > 1 and strides[1] < strides[2]
 
 
 def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def plan(like: Tensor, *, by_channel: bool = False, **tensors: Tensor) -> Plan:
+def plan(like: Tensor, *, by_channel: bool = False, probes: int = 1, **tensors: Tensor) -> Plan:
     """The launch geometry for tensors of ``like``'s shape, in the kernel's order; one without elements is not addressed.
 
     ``by_channel`` keeps channels apart also where they lie end to end.
     """
+    all_strides = [strides(name, x) if x.numel() else None for name, x in tensors.items()]
     batch, channels, positions = logical_shape(like.shape)
-    present = {name: strides(name, x) for name, x in tensors.items() if x.numel()}
-    addressed = list(present.values()) or [(0, 0, 1)]
+    tiles = tiles_of(channels * 4 * -(-positions // 4))
+    shape = (batch, channels, positions)
+    return _plan(shape, all_strides, _all_half(tensors.values()), by_channel=by_channel, tiles=tiles, probes=probes, device=like.device)
+
+
+def elementwise_plan(batch: int, shape: Sequence[int], tensors: Mapping[str, Tensor]) -> Plan:
+    """The geometry of an op without noise on samples of ``shape``: tensors may hold one or more batches of them.
+
+    Where all lie alike without gaps, they are one long sample, followed by that of the next batch.
+    """
+    present, half = [x for x in tensors.values() if x.numel()], _all_half(tensors.values())
+    device, (_, channels, positions) = present[0].device, logical_shape((batch, *shape))
+    if _lie_alike(present):
+        count = batch * channels * positions
+        flat = [(count, count, 1) if x.numel() else None for x in tensors.values()]
+        return _plan((1, 1, count), flat, half, tiles=1, device=device)
+    all_strides = [strides(name, x) if x.numel() else None for name, x in tensors.items()]
+    return _plan((batch, channels, positions), all_strides, half, tiles=1, device=device)
+
+
+def _lie_alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors are contiguous, or all channels last."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if all(x.is_contiguous() for x in tensors):
+        return True
+    last = formats.get(tensors[0].dim())
+    return last is not None and all(x.is_contiguous(memory_format=last) for x in tensors)
+
+
+def _all_half(tensors: Iterable[Tensor]) -> bool:
+    return all(x.element_size() < 4 for x in tensors if x.numel())
+
+
+def _plan(
+    shape: Strides,
+    all_strides: Sequence[Strides | None],
+    half: bool,
+    *,
+    tiles: int,
+    device: torch.device,
+    by_channel: bool = False,
+    probes: int = 1,
+) -> Plan:
+    batch, channels, positions = shape
+    addressed = [triple for triple in all_strides if triple is not None] or [UNADDRESSED]
     flat = not by_channel and _is_flat(channels, positions, addressed)
-    channel_fast = not flat and channels > 1 and addressed[0][1] < addressed[0][2]
-    wide = _is_wide(channels, positions, addressed)
-    elements = channels * 4 * -(-positions // 4)
-    tile = max(SMALLEST_TILE, min(TILE, power_of_two(elements)))
-    tiles = tiles_of(elements)
+    channel_fast = not flat and is_channel_fast(channels, addressed[0])
+    wide = is_wide(channels, positions, addressed)
+    tile = max(SMALLEST_TILE, min(TILE, power_of_two(channels * 4 * -(-positions // 4))))
     if flat:
         channels, positions = 1, channels * positions
-    half = all(x.element_size() < 4 for x in tensors.values() if x.numel())
     blocks = 2 if flat and half else 1
     return Plan(
         batch=batch,
         channels=channels,
         positions=positions,
-        strides=tuple(present.get(name, (0, 0, 1)) for name in tensors),
+        strides=tuple(triple or UNADDRESSED for triple in all_strides),
         rows=tile // (4 * blocks),
         blocks=blocks,
         tiles=tiles,
@@ -141,7 +214,8 @@ def plan(like: Tensor, *, by_channel: bool = False, **tensors: Tensor) -> Plan:
         channel_fast=channel_fast,
         masked=not flat or positions == 0 or positions % (tile * tiles) != 0,
         wide=wide,
-        device=like.device,
+        device=device,
+        probes=probes,
     )
 
 
@@ -172,15 +246,18 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def arguments(plan: Plan, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> tuple[Any, ...]:
+def arguments(plan: Geometry, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> tuple[Any, ...]:
     """A kernel's positional arguments: tensors, the strides of those in the plan, batch, channels, positions, numbers."""
     flattened = (stride for triple in plan.strides for stride in triple)
     return (*tensors, *flattened, plan.batch, plan.channels, plan.positions, *numbers)
 
 
-def run(kernel: Any, plan: Plan, tensors: Sequence[Tensor | None], numbers: Sequence[float], **options: Any) -> None:
+def run(kernel: Any, plan: Geometry, tensors: Sequence[Tensor | None], numbers: Sequence[float], **options: Any) -> None:
     """Launch one program per chunk of each sample."""
+    start(kernel, plan, arguments(plan, tensors, numbers), **options)
+
+
+def start(kernel: Any, plan: Geometry, positional: Sequence[Any], **options: Any) -> None:
+    """The same with arguments already in the kernel's order."""
     with on_device(plan.device):
-        kernel[plan.grid](
-            *arguments(plan, tensors, numbers), **options, **plan.options(), num_warps=plan.warps, num_stages=1, enable_fp_fusion=True
-        )
+        kernel[plan.grid](*positional, **options, **plan.options(), num_warps=plan.warps, num_stages=1, enable_fp_fusion=True)

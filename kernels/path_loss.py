@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fm_fast.kernels import _launch
+from fm_fast.kernels._combine import combine
 from fm_fast.kernels._philox import read_key
 from fm_fast.kernels._tile import data_scale, mirror, offset, place, read, sample_and_chunk, source, write
 
 MEAN, SUM = 0, 1
 NO_WEIGHT, SAMPLE_WEIGHT, ELEMENT_WEIGHT = (tl.constexpr(code) for code in range(3))
-COMBINE_TILE = 1024
 
 
 @triton.jit
@@ -116,25 +116,6 @@ def path_loss_kernel(
         tl.store(partial_ptr + sample * tl.num_programs(0) + chunk, w * tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["count"])
-def combine_kernel(
-    loss_ptr,  # [outputs]
-    partial_ptr,  # [outputs, count]
-    count,
-    scale: tl.float64,
-    TILE: tl.constexpr,
-):
-    """loss = scale * sum of the partials, added in float64 from the first to the last."""
-    output = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((TILE,), tl.float64)
-    start = 0
-    while start < count:
-        index = start + tl.arange(0, TILE)
-        total += tl.load(partial_ptr + output * count + index, mask=index < count, other=0.0).to(tl.float64)
-        start += TILE
-    tl.store(loss_ptr + output, tl.sum(total) * scale)
-
-
 def _averaged(o: Tensor, reduction: int) -> int:
     """How many elements one loss value averages."""
     if reduction == SUM:
@@ -150,13 +131,6 @@ def _plan(grad: Tensor, o: Tensor, x1: Tensor, x0: Tensor, weight: Tensor) -> _l
     """The geometry; the weight is addressed only where it has a value an element."""
     elementwise = _weight_code(weight, o.shape[0]) == 2
     return _launch.plan(o, grad=grad, o=o, x1=x1, x0=x0, weight=weight.reshape(o.shape) if elementwise else weight.new_empty(0))
-
-
-def _combine(loss: Tensor, partial: Tensor, scale: float) -> None:
-    count = partial.numel() // loss.numel()
-    tile = max(32, min(COMBINE_TILE, _launch.power_of_two(count)))
-    with _launch.on_device(loss.device):
-        combine_kernel[(loss.numel(),)](loss, partial, count, scale, TILE=tile, num_warps=max(1, tile // 256))
 
 
 def launch(
@@ -191,7 +165,7 @@ def launch(
         COMPUTE=_launch.compute_dtype(o, coef),
         **_launch.data_options(x1, x0, key, flip, levels, dequantise),
     )
-    _combine(loss, partial, scale)
+    combine(loss, partial, scale)
 
 
 def launch_backward(

@@ -135,3 +135,40 @@ def loss(o, x1, x0, rows, weight=None, reduction="mean"):
     values = w * error**2
     total = values.reshape(o.shape[0], -1).sum(1) / count if reduction == "none" else values.sum() / count
     return total, np.broadcast_to(2 * w * k * error / count, o.shape)
+
+
+def guided(output, scale):
+    """v_u + scale (v_c - v_u) of the conditional and the unconditional half of a doubled batch."""
+    conditional, unconditional = np.split(output, 2)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def linear_step(x, outputs, coefficients, guidance=1.0):
+    """(a x + sum_j c_j m(k_j), the sum of the magnitudes that were added): the second is what rounding errors are measured in."""
+    total, size = coefficients[0] * x, abs(coefficients[0]) * np.abs(x)
+    for output, c in zip(outputs, coefficients[1:], strict=True):
+        halves = len(output) != len(x)
+        total = total + c * (guided(output, guidance) if halves else output)
+        parts = np.split(np.abs(output), 2) if halves else [np.abs(output)]
+        size = size + abs(c) * (parts[0] if not halves else parts[1] + abs(guidance) * (parts[0] + parts[1]))
+    return total, size
+
+
+def hadamard_sign(codes, row):
+    """(-1)^(number of ones that code and row have in common), one number a code."""
+    return np.array([-1.0 if bin(int(code) & int(row) & (2**64 - 1)).count("1") % 2 else 1.0 for code in codes])
+
+
+def probes(shape, seed, step, first, count, index=0, share=1, codes=(), rows=(), ids=None):
+    """Signs of probes first, first + 1, ...: [count, B, ...]."""
+    z = np.stack([sign(shape, seed, step, "probe", ids, index + q // share) for q in range(first, first + count)])
+    if len(codes):
+        z = z * np.stack([hadamard_sign(codes, rows[q]) for q in range(first, first + count)]).reshape(count, 1, *shape[1:])
+    return z
+
+
+def divergence_sums(dots, groups, bias, factor):
+    """[2, B]: the mean over probes and the variance of that mean, scaled, from independent groups of consecutive probes; dots [K, B]."""
+    means = np.stack([group.mean(0) for group in np.split(dots, groups)])
+    variance = means.var(0, ddof=1) / groups if groups > 1 else np.zeros(dots.shape[1])
+    return np.stack([bias + factor * means.mean(0), factor**2 * variance])

@@ -66,6 +66,7 @@ def test_wrong_command_lines(arguments, message, capsys):
         (["train", "--data", "no/such/folder"], "no/such/folder: no such file or folder"),
         (["train", "digits", "--model.groups", "7"], "groups: expected a divisor"),
         (["train", "digits", "--device", "abacus"], "device: expected auto, cpu"),
+        (["train", "digits", "--sample-method", "dopri5"], "sample_method: expected one of euler, midpoint"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_1(arguments, message, capsys, tmp_path, monkeypatch):

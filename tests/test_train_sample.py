@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from trainer_helpers import CPU, decode_png
+from trainer_helpers import CPU, decode_png, tiny
 
 import fm_fast as fm
+from fm_fast.solvers import METHODS
 from fm_fast.train.config import RECIPES, Recipe
 from fm_fast.train.picture import image_grid, to_8_bit, write_png
-from fm_fast.train.sample import sample, starting_noise, to_integers
+from fm_fast.train.sample import sample, sample_classes, starting_noise, to_integers
+from fm_fast.train.step import build_model
 
 DATA_SD = 0.5
 EXACT = {
@@ -50,6 +52,58 @@ def test_orders_of_the_solvers():
 
     assert 1.8 < error("euler", 40) / error("euler", 80) < 2.2
     assert error("midpoint", 20) / error("midpoint", 40) > 3.4, "at least second order"
+
+
+def by_hand(model, x, labels, steps, method, guidance):
+    """Euler or midpoint steps on a uniform grid, guided by two separate calls."""
+
+    def velocity(x, t):
+        times = torch.full((len(x),), t)
+        one, other = model(x, times, y=labels), model(x, times, y=torch.full_like(labels, -1))
+        return other + guidance * (one - other)
+
+    for step in range(steps):
+        t, h = step / steps, 1 / steps
+        slope = velocity(x, t)
+        if method == "midpoint":
+            slope = velocity(x + 0.5 * h * slope, t + 0.5 * h)
+        x = x + h * slope
+    return x
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0, 0.0])
+def test_pictures_are_those_of_a_loop_by_hand(method, guidance):
+    network, labels = build_model(tiny()).eval(), torch.tensor([3, 0, 7])
+    with torch.no_grad():
+        for weight in network.parameters():  # the last layer starts at zero
+            weight.add_(torch.sin(torch.arange(weight.numel(), dtype=torch.float32)).reshape(weight.shape), alpha=0.1)
+        x0 = starting_noise((3, 1, 8, 8), RECIPES["fm-ot"], seed=5, index=1, device=CPU)
+        expected = by_hand(network, x0, labels, 4, method, guidance)
+    assert float((expected - x0).abs().max()) > 0.1
+    torch.testing.assert_close(sample(network, x0, labels, RECIPES["fm-ot"], 4, method, guidance), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "dopri5"])
+def test_every_solver_by_name(method):
+    recipe, x0 = RECIPES["fm-ot"], starting_noise((2, 1, 4, 4), RECIPES["fm-ot"], seed=0, index=1, device=CPU)
+    x1 = sample(exact_model(recipe), x0, torch.zeros(2, dtype=torch.int64), recipe, 200, method)
+    torch.testing.assert_close(x1, DATA_SD * x0, rtol=0.02, atol=1e-3)
+    if method != "dopri5":
+        assert tiny(sample_method=method).sample_method == method
+    else:
+        with pytest.raises(ValueError, match=r"sample_method: expected one of euler, midpoint, .*, ab3, got 'dopri5'"):
+            tiny(sample_method=method)
+
+
+def test_samples_of_classes_do_not_depend_on_the_batches():
+    network, config = build_model(tiny()).eval(), tiny()
+    arguments = {"steps": 2, "method": "euler", "guidance": 2.0}
+    images, labels = sample_classes(network, config, [4, 1], 3, seed=7, batch_size=100, levels=17, **arguments)
+    assert labels.tolist() == [4, 4, 4, 1, 1, 1] and images.dtype == torch.uint8 and images.shape == (6, 1, 8, 8)
+    assert int(images.max()) <= 16 and len(images.unique(dim=0)) == 6
+    again, _ = sample_classes(network, config, [4, 1], 3, seed=7, batch_size=4, levels=17, **arguments)
+    assert (images.float() - again.float()).abs().max() <= 1 and float((images == again).float().mean()) > 0.99
 
 
 def test_guidance_mixes_the_velocities_and_one_means_none():

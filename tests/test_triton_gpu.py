@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import fm_fast as fm
+from fm_fast import _ops
+from fm_fast.random import make_key
 
 pytestmark = [
     pytest.mark.gpu,
@@ -145,3 +147,129 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(s.x_t[-2:], last.x_t)
     losses = s.loss(torch.zeros_like(x1), reduction="none")
     assert torch.equal(losses[-2:], last.loss(torch.zeros_like(x1[-2:]), reduction="none"))
+
+
+def table_of(*rows):
+    return torch.tensor(rows, dtype=torch.float64, device="cuda")
+
+
+def step(x, k, row, out=None, copy=None, guidance=2.5):
+    out = torch.full_like(x, float("nan")) if out is None else out
+    with torch.no_grad():
+        _ops.linear_step("triton")(out, x.new_empty(0) if copy is None else copy, x, k, table_of([9.0] * len(row), row), 1, guidance)
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("terms", [1, 2, 4, 9])
+def test_linear_step_matches_the_model(shape, dtype, terms):
+    doubled = (2 * shape[0], *shape[1:])
+    x, row = data(shape), [0.75, -0.5, 0.3, 1.25, -2.0, 0.01, 3.0, 0.5, -1.5, 0.125][: 1 + terms]
+    k = [data(doubled if j % 2 else shape, dtype, seed=2 + j) for j in range(terms)]
+    copy = torch.full(doubled, float("nan"), dtype=dtype, device="cuda")
+    out = step(x, k, row, copy=copy)
+    wanted, size = oracle.linear_step(array(x), [array(term) for term in k], row, 2.5)
+    np.testing.assert_array_less(np.abs(array(out) - wanted), 30 * 2.0**-24 * size + 1e-30)
+    close(copy, np.concatenate([wanted, wanted]), size.max())
+    assert torch.equal(step(x, k, row, out=x), out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_step_in_mixed_layouts(dtype):
+    shape, row = (4, 3, 17, 16), [0.5, 0.25, -1.0]
+    x, k = data(shape), [data(shape, dtype, seed=2), data((8, *shape[1:]), dtype, seed=3)]
+    wanted = step(x, k, row)
+    last = torch.channels_last
+    assert torch.equal(step(x.to(memory_format=last), k, row), wanted)
+    assert torch.equal(step(x, [term.to(memory_format=last) for term in k], row), wanted)
+    state = x.to(memory_format=last)
+    assert torch.equal(step(state, [term.to(memory_format=last) for term in k], row, out=state), wanted)
+
+
+def probe_set(kind, shape, total, share=1):
+    words = torch.randint(2**62, (int(np.prod(shape[1:])) + total,), generator=torch.Generator().manual_seed(3))
+    codes, rows = words.cuda().split([len(words) - total, total]) if kind == "hadamard" else (words[:0].cuda(), words[:0].cuda())
+    key = make_key(SEED, STEP, None, shape[0], torch.device("cuda"))
+    return _ops.ProbeSet(key, codes.contiguous(), rows.contiguous(), 5, total, share, kind == "gaussian")
+
+
+def model_probes(probes, shape):
+    if probes.normal:
+        return np.stack([oracle.normal(shape, SEED, STEP, "probe", index=5 + q) for q in range(probes.total)])
+    return oracle.probes(shape, SEED, STEP, 0, probes.total, 5, probes.share, probes.codes.tolist(), probes.rows.tolist())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["rademacher", "hadamard"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_probes_are_those_of_the_model(shape, kind, channels_last):
+    probes = probe_set(kind, shape, 6, share=3)
+    for dtype in DTYPES:
+        like = data(shape, dtype)
+        like = like.to(memory_format=torch.channels_last) if channels_last and like.dim() == 4 else like
+        np.testing.assert_array_equal(array(_ops.probe(like, probes, 0, 6, "triton")), model_probes(probes, shape))
+
+
+def evaluate(g, probes):
+    dots = torch.full(g.shape[:2], float("nan"), dtype=torch.float64, device="cuda")
+    sums = torch.zeros(2, g.shape[1], dtype=torch.float64, device="cuda")
+    with torch.no_grad():
+        for first in range(0, probes.total, 3):
+            _ops.divergence_step(sums, dots, g[first : first + 3], probes, first, 0.5, -2.0, "triton")
+    return dots, sums
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 256, 256)], ids=str)
+@pytest.mark.parametrize("kind", ["rademacher", "hadamard", "gaussian"])
+def test_divergence_step_matches_the_model_and_repeats(shape, kind):
+    g, probes = data((6, *shape)), probe_set(kind, shape, 6, share=1 if kind == "gaussian" else 3)
+    dots, sums = evaluate(g, probes)
+    terms = (model_probes(probes, shape) * array(g)).reshape(6, shape[0], -1)
+    np.testing.assert_array_less(np.abs(array(dots) - terms.sum(2)), 1e-5 * np.abs(array(g)).reshape(6, shape[0], -1).sum(2) + 1e-30)
+    np.testing.assert_allclose(array(sums), oracle.divergence_sums(array(dots), probes.groups, 0.5, -2.0), rtol=1e-12, atol=1e-12)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(evaluate(g, probes), (dots, sums), strict=True))
+
+
+def test_solver_and_divergence_neither_wait_nor_resist_a_graph():
+    """One captured step replays to the same numbers; nothing in it waits for the device."""
+    shape, probes = (8, 3, 32, 32), probe_set("hadamard", (8, 3, 32, 32), 4, share=4)
+    x, k, table = data(shape), [data((16, *shape[1:]), torch.bfloat16, seed=2)], table_of([1.0, 0.5])
+    copy, dots = torch.empty(16, *shape[1:], dtype=torch.bfloat16, device="cuda"), torch.empty(4, 8, dtype=torch.float64, device="cuda")
+    sums = torch.zeros(2, 8, dtype=torch.float64, device="cuda")
+
+    def once():
+        with torch.no_grad():
+            _ops.linear_step("triton")(x, copy, x, k, table, 0, 1.5)
+            z = _ops.probe(x, probes, 0, 4, "triton")
+            _ops.divergence_step(sums, dots, z, probes, 0, 0.0, 1.0, "triton")
+
+    once()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        once()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    start = x.clone()
+    once()
+    wanted = x.clone(), copy.clone()
+    assert torch.equal(dots, torch.full_like(dots, 3072.0))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        once()
+    x.copy_(start)
+    before = sums.clone()
+    graph.replay()
+    assert torch.equal(x, wanted[0]) and torch.equal(copy, wanted[1])
+    assert torch.equal(sums[0], before[0] + 3072.0)
+
+
+def test_linear_step_on_more_than_two_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    x = torch.zeros(2**31 + 4096, dtype=torch.bfloat16, device="cuda")
+    k = torch.ones_like(x)
+    step(x, [k], [1.0, 0.5], out=x)
+    assert bool((x[-8192:] == 0.5).all()) and bool((x[:8192] == 0.5).all())

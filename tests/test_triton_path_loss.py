@@ -114,9 +114,9 @@ def check_many_programs_add_up_and_repeat(launch_plan, monkeypatch):
 
 
 def check_second_stage_with_more_partials_than_a_tile(monkeypatch):
-    from fm_fast.kernels import path_loss
+    from fm_fast.kernels import _combine
 
-    monkeypatch.setattr(path_loss, "COMBINE_TILE", 32)
+    monkeypatch.setattr(_combine, "COMBINE_TILE", 32)
     o, x1 = data((40, 3)), data((40, 3), seed=2)
     assert_loss(launch(o, x1), expected(o, x1))
 

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import torch
 
-TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.int64: "i64"}
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
@@ -51,28 +59,37 @@ def compiled(recorder, capability, folder):
     values, options = recorder.launches[0]
     kernel = recorder.kernel
     arguments = dict(zip(kernel.arg_names, values, strict=False)) | options
-    launch_options = {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    launch_options = {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in options}
     source = ASTSource(kernel, *_specialised(kernel.params, arguments))
     cubin = folder / "kernel.cubin"
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch_options)
     cubin.write_bytes(built.asm["cubin"])
     registers, stack, local = map(int, RESOURCES.search(_tool("cuobjdump", "-res-usage", cubin)).groups())
-    elements = options["ROWS"] * options["BLOCKS"] * 4 / (32 * options["num_warps"])
-    return Binary(registers, stack, built.metadata.shared, local, Counter(INSTRUCTION.findall(_tool("nvdisasm", cubin))), elements)
+    # Counter blocks of 4 numbers, or of 128 signs; kernels without blocks are not counted by the element.
+    elements = options.get("ROWS", 1) * (options["BLOCKS"] * 4 if "BLOCKS" in options else 128)
+    opcodes = Counter(INSTRUCTION.findall(_tool("nvdisasm", cubin)))
+    return Binary(registers, stack, built.metadata.shared, local, opcodes, elements / (32 * options["num_warps"]))
 
 
 def _specialised(parameters, arguments):
     """(signature, constants, attributes): pointers and multiples of 16 are marked as such, ones become constants."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(parameters):
-        value, special = arguments[parameter.name], not parameter.do_not_specialize
-        constant = parameter.is_constexpr or value is None or (special and type(value) is int and value == 1)
-        signature[parameter.name] = "constexpr" if constant else _type(value, parameter)
-        if constant:
-            constants[(i,)] = value
-        elif isinstance(value, torch.Tensor) or (special and isinstance(value, int) and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = _specialise((i,), arguments[parameter.name], parameter, constants, attributes)
     return signature, constants, attributes
+
+
+def _specialise(path, value, parameter, constants, attributes):
+    """The type of an argument, or of each element of a tuple; its constants and attributes are entered under its path."""
+    if isinstance(value, tuple):
+        return tuple(_specialise((*path, i), element, parameter, constants, attributes) for i, element in enumerate(value))
+    special = not parameter.do_not_specialize
+    if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor) or (special and isinstance(value, int) and value % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+    return _type(value, parameter)
 
 
 def _type(value, parameter):

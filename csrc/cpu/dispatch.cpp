@@ -21,14 +21,19 @@ bool has_avx512() {
 }
 #endif
 
+#define FM_KERNELS(isa)                                                                                                        \
+  isa::noise_units, isa::path_sample_units, isa::path_loss_units, isa::linear_step_units, isa::parity_units, isa::probe_units, \
+      isa::divergence_step_units
+
 // Best first.
 const KernelTable kTables[] = {
 #if defined(__x86_64__)
-    {"avx512", has_avx512, avx512::noise_units, avx512::path_sample_units, avx512::path_loss_units},
-    {"avx2", has_avx2, avx2::noise_units, avx2::path_sample_units, avx2::path_loss_units},
+    {"avx512", has_avx512, FM_KERNELS(avx512)},
+    {"avx2", has_avx2, FM_KERNELS(avx2)},
 #endif
-    {"portable", always, portable::noise_units, portable::path_sample_units, portable::path_loss_units},
+    {"portable", always, FM_KERNELS(portable)},
 };
+#undef FM_KERNELS
 
 const KernelTable* find(const char* name) {
   for (const KernelTable& table : kTables)

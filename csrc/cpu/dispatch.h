@@ -11,6 +11,10 @@ struct KernelTable {
   NoiseKernel noise;
   SampleKernel path_sample;
   LossKernel path_loss;
+  StepKernel linear_step;
+  ParityKernel parity;
+  ProbeKernel probe;
+  DivergenceKernel divergence_step;
 };
 
 // The best this CPU can run, or what fm_fast_cpu_select chose.

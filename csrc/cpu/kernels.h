@@ -8,6 +8,11 @@ namespace fm {
 
 enum class Dtype : int { float32, float64, float16, bfloat16, uint8, int64 };
 
+static inline int64_t element_size(Dtype dtype) {
+  constexpr int64_t kSizes[] = {4, 8, 2, 2, 1, 8};
+  return kSizes[static_cast<int>(dtype)];
+}
+
 // A [B, C, P] tensor by element strides. data == nullptr: absent.
 struct View {
   void* data;
@@ -77,16 +82,71 @@ struct LossArgs {
   bool wide;
 };
 
+// A tensor [B, ...], or the two halves of a tensor [2B, ...] (second == nullptr: one tensor).
+struct HalvedView {
+  View first;
+  void* second;
+};
+
+struct StepTerm {
+  HalvedView k;  // the conditional half first
+  double coefficient;
+};
+
+// y = coefficient x + sum_j coefficient_j k_j. Shape and views may have been merged: elementwise work has no logical order.
+struct StepArgs {
+  Shape shape;
+  Tiling tiling;
+  View out, x;
+  HalvedView copy;  // may be absent
+  const StepTerm* terms;
+  int64_t count;
+  double coefficient, guidance;
+  bool wide;
+};
+
+// Bit p % 128 of block c * ceil(P / 128) + p / 128 of a probe: the parity of codes[c * P + p] & its row.
+struct ParityArgs {
+  const int64_t *codes, *rows;
+  int64_t channels, points;
+  uint32_t* parities;  // four words a block
+};
+
+// Probes first, first + 1, ... of stream "probe". Units count those of all probes, `tiling` cuts one.
+struct ProbeArgs {
+  Shape shape;
+  Tiling tiling;
+  View view;  // of the first probe
+  int64_t probe_stride;
+  Key key;
+  int64_t index, first, share;
+  const uint32_t* parities;  // or nullptr
+};
+
+struct DivergenceArgs {
+  ProbeArgs probes;
+  bool normals;
+  double* partial;  // [probes, B, tiles of a sample]
+};
+
 // Run units begin <= i < end.
 using NoiseKernel = void (*)(const NoiseArgs&, int64_t begin, int64_t end);
 using SampleKernel = void (*)(const SampleArgs&, int64_t begin, int64_t end);
 using LossKernel = void (*)(const LossArgs&, int64_t begin, int64_t end);
+using StepKernel = void (*)(const StepArgs&, int64_t begin, int64_t end);
+using ParityKernel = void (*)(const ParityArgs&, int64_t begin, int64_t end);
+using ProbeKernel = void (*)(const ProbeArgs&, int64_t begin, int64_t end);
+using DivergenceKernel = void (*)(const DivergenceArgs&, int64_t begin, int64_t end);
 
-#define FM_DECLARE_KERNELS(isa)                                               \
-  namespace isa {                                                             \
-  void noise_units(const NoiseArgs& args, int64_t begin, int64_t end);        \
-  void path_sample_units(const SampleArgs& args, int64_t begin, int64_t end); \
-  void path_loss_units(const LossArgs& args, int64_t begin, int64_t end);     \
+#define FM_DECLARE_KERNELS(isa)                                                       \
+  namespace isa {                                                                     \
+  void noise_units(const NoiseArgs& args, int64_t begin, int64_t end);                \
+  void path_sample_units(const SampleArgs& args, int64_t begin, int64_t end);         \
+  void path_loss_units(const LossArgs& args, int64_t begin, int64_t end);             \
+  void linear_step_units(const StepArgs& args, int64_t begin, int64_t end);           \
+  void parity_units(const ParityArgs& args, int64_t begin, int64_t end);              \
+  void probe_units(const ProbeArgs& args, int64_t begin, int64_t end);                \
+  void divergence_step_units(const DivergenceArgs& args, int64_t begin, int64_t end); \
   }
 FM_DECLARE_KERNELS(portable)
 #if defined(__x86_64__)

@@ -1,11 +1,9 @@
 // Normals, uniforms, signs and raw words of a stream, in the logical order of the noise contract, into any layout and dtype.
-#include "tile.h"
+#include "signs.h"
 
 namespace fm {
 namespace FM_ISA {
 namespace {
-
-const auto nothing_ahead = [](const Tile&) { return Ahead{}; };
 
 template <class Finish>
 void float_units(const NoiseArgs& args, int64_t begin, int64_t end) {
@@ -13,27 +11,9 @@ void float_units(const NoiseArgs& args, int64_t begin, int64_t end) {
                         [&](const Tile& tile, const float* noise) { scatter_any<float>(noise, tile, args.out); });
 }
 
-// One bit a value, 128 values a block, least significant bit of the first word first.
-FM_INLINE void sign_row(const Stream& stream, uint32_t id, uint32_t first_block, int64_t point, int64_t points, float* out) {
-  Words words = {};
-  for (int64_t i = 0; i < points; ++i) {
-    int64_t p = point + i;
-    if (i == 0 || p % 128 == 0) words = stream_words(stream, id, first_block + static_cast<uint32_t>(p / 128));
-    out[i] = 1.0f - 2.0f * static_cast<float>((words.w[p % 128 / 32] >> (p % 32)) & 1u);
-  }
-}
-
 void sign_units(const NoiseArgs& args, int64_t begin, int64_t end) {
-  Stream stream = stream_of(args.key, args.tag);
-  int64_t blocks = divide_up(args.shape.points, 128);
-  for_each_tile<ToUniforms>(args.shape, args.tiling, args.key, 0, false, begin, end, nothing_ahead, [&](const Tile& tile, const float*) {
-    float rows[kTileBuffer];
-    for (int64_t c = 0; c < tile.channels; ++c) {
-      uint32_t block = static_cast<uint32_t>((tile.channel + c) * blocks);
-      sign_row(stream, sample_id(args.key, tile.sample), block, tile.point, tile.points, rows + c * tile.pitch);
-    }
-    scatter_any<float>(rows, tile, args.out);
-  });
+  for_each_tile<ToSigns>(args.shape, args.tiling, args.key, args.tag, true, begin, end, nothing_ahead,
+                         [&](const Tile& tile, const float* drawn) { store_signs(drawn_words(drawn), tile, args.out); });
 }
 
 void word_units(const NoiseArgs& args, int64_t begin, int64_t end) {

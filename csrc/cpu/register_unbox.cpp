@@ -21,11 +21,12 @@ void check_device(const abi::Tensor& tensor) {
   if (tensor.device_type() != cpu) tensor.fail("expected a CPU tensor");
 }
 
-void check_same_sizes(const abi::Tensor& tensor, const abi::Tensor& like) {
+// The sizes of `like`, but for the batch.
+void check_sizes(const abi::Tensor& tensor, const abi::Tensor& like, int64_t batch) {
   int64_t dim = like.dim();
-  bool same = tensor.dim() == dim;
   const int64_t *a = tensor.sizes(), *b = like.sizes();
-  for (int64_t i = 0; same && i < dim; ++i) same = a[i] == b[i];
+  bool same = tensor.dim() == dim && (dim == 0 || a[0] == batch);
+  for (int64_t i = 1; same && i < dim; ++i) same = a[i] == b[i];
   if (!same) tensor.fail(std::string("expected the shape of ") + like.name());
 }
 
@@ -56,6 +57,19 @@ bool is_dense(const abi::Tensor& tensor) {
 
 }  // namespace
 
+int code(int64_t value, int64_t least, int64_t most, const char* name) {
+  if (value < least || value > most)
+    throw std::runtime_error(std::string("fm_fast: argument ") + name + ": unknown code " + std::to_string(value));
+  return static_cast<int>(value);
+}
+
+int64_t whole(int64_t value, int64_t least, int64_t most, const char* name) {
+  if (value < least || value > most)
+    throw std::runtime_error(std::string("fm_fast: argument ") + name + ": expected " + std::to_string(least) + " to " +
+                             std::to_string(most) + ", got " + std::to_string(value));
+  return value;
+}
+
 Dtype dtype_of(const abi::Tensor& tensor) {
   int32_t code = tensor.dtype();
   const DtypeCode* codes = dtype_codes();
@@ -74,18 +88,37 @@ Shape shape_of(const abi::Tensor& tensor) {
   return Shape{sizes[0], dim > 2 ? sizes[1] : 1, points, dim > 1 ? sizes[dim - 1] : 1};
 }
 
-View view_of(const abi::Tensor& tensor, const abi::Tensor& like) {
+namespace {
+
+View view_of_batch(const abi::Tensor& tensor, const abi::Tensor& like, int64_t batch) {
   check_device(tensor);
-  check_same_sizes(tensor, like);
+  check_sizes(tensor, like, batch);
   int64_t dim = tensor.dim();
   const int64_t* strides = tensor.strides();
   return View{tensor.data(), dtype_of(tensor), strides[0], dim > 2 ? strides[1] : 0, collapsed_stride(tensor, dim > 2 ? 2 : 1)};
 }
 
+void check_float(const abi::Tensor& tensor, const View& view) {
+  if (view.dtype == Dtype::uint8 || view.dtype == Dtype::int64) tensor.fail("expected a floating-point tensor");
+}
+
+}  // namespace
+
+View view_of(const abi::Tensor& tensor, const abi::Tensor& like) { return view_of_batch(tensor, like, like.sizes()[0]); }
+
 View float_view(const abi::Tensor& tensor, const abi::Tensor& like) {
   View view = view_of(tensor, like);
-  if (view.dtype == Dtype::uint8 || view.dtype == Dtype::int64) tensor.fail("expected a floating-point tensor");
+  check_float(tensor, view);
   return view;
+}
+
+HalvedView halved_view(const abi::Tensor& tensor, const abi::Tensor& like) {
+  int64_t batch = like.sizes()[0];
+  bool halves = batch > 0 && tensor.dim() > 0 && tensor.sizes()[0] == 2 * batch;
+  View view = view_of_batch(tensor, like, halves ? 2 * batch : batch);
+  check_float(tensor, view);
+  int64_t offset = batch * view.batch_stride * element_size(view.dtype);
+  return HalvedView{view, halves ? static_cast<char*>(view.data) + offset : nullptr};
 }
 
 View float_view_or_absent(const abi::Tensor& tensor, const abi::Tensor& like) {
@@ -101,6 +134,17 @@ void* dense_floats(const abi::Tensor& tensor, int64_t numel) {
   return tensor.data();
 }
 
+double* dense_doubles(const abi::Tensor& tensor, int64_t numel) {
+  if (dtype_of(tensor) != Dtype::float64) tensor.fail("expected float64");
+  return static_cast<double*>(dense_floats(tensor, numel));
+}
+
+const int64_t* dense_integers(const abi::Tensor& tensor) {
+  check_device(tensor);
+  if (dtype_of(tensor) != Dtype::int64 || !is_dense(tensor)) tensor.fail("expected a contiguous int64 tensor");
+  return static_cast<const int64_t*>(tensor.data());
+}
+
 Key key_of(const abi::Tensor& key, int64_t batch) {
   check_device(key);
   int64_t numel = key.numel();
@@ -113,11 +157,29 @@ Key key_of(const abi::Tensor& key, int64_t batch) {
              listed ? words + 2 : nullptr};
 }
 
+namespace {
+
+void refuse_grad(const abi::Tensor& input) {
+  if (input.numel() > 0 && input.requires_grad())
+    input.fail("requires grad, but the raw op has no derivative: call the public function, or use no_grad");
+}
+
+}  // namespace
+
 void refuse_grad(std::initializer_list<const abi::Tensor*> inputs) {
   if (!aoti_torch_grad_mode_is_enabled()) return;
-  for (const abi::Tensor* input : inputs)
-    if (input->numel() > 0 && input->requires_grad())
-      input->fail("requires grad, but the raw op has no derivative: call the public function, or use no_grad");
+  for (const abi::Tensor* input : inputs) refuse_grad(*input);
+}
+
+void refuse_grad(const abi::TensorList& inputs) {
+  if (!aoti_torch_grad_mode_is_enabled()) return;
+  for (int64_t i = 0; i < inputs.size(); ++i) refuse_grad(inputs[i]);
+}
+
+double sum_in_order(const double* values, int64_t count) {
+  double lanes[4] = {0, 0, 0, 0};
+  for (int64_t i = 0; i < count; ++i) lanes[i % 4] += values[i];
+  return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
 }
 
 }  // namespace fm

@@ -60,14 +60,20 @@ FM_INLINE double number_at(const void* data, Dtype dtype, int64_t index) {
 
 // --- noise ---------------------------------------------------------------------------------------------------------------------------
 
+// Blocks that a row of a tile touches.
+template <class Finish>
+FM_INLINE int64_t row_blocks(const Tile& tile) {
+  return divide_up(tile.point + tile.points, Finish::kPoints) - tile.point / Finish::kPoints;
+}
+
 // Draws of one tile: whole rows are one run of counters, parts of rows one run each.
 template <class Finish>
 static void draw_tile(const Generator& generator, const Shape& shape, const Key& key, const Tile& tile, const Ahead& ahead, float* out) {
-  int64_t blocks = divide_up(shape.points, 4), runs = tile.points == shape.points ? 1 : tile.channels;
-  int64_t run = tile.pitch / 4 * (tile.channels / runs);
+  int64_t blocks = divide_up(shape.points, Finish::kPoints), row = row_blocks<Finish>(tile);
+  int64_t runs = tile.points == shape.points ? 1 : tile.channels;
   for (int64_t i = 0; i < runs; ++i) {
-    uint32_t block = static_cast<uint32_t>((tile.channel + i) * blocks + tile.point / 4);
-    fill_run<Finish>(generator, sample_id(key, tile.sample), block, run, ahead, out + i * tile.pitch);
+    uint32_t block = static_cast<uint32_t>((tile.channel + i) * blocks + tile.point / Finish::kPoints);
+    fill_run<Finish>(generator, sample_id(key, tile.sample), block, row * (tile.channels / runs), ahead, out + i * 4 * row);
   }
 }
 
@@ -75,7 +81,7 @@ static void draw_tile(const Generator& generator, const Shape& shape, const Key&
 template <class Finish>
 static void draw_samples(const Generator& generator, const Shape& shape, const Key& key, int64_t first, int64_t samples, float* out) {
   uint32_t ids[kTileElements / 4 + kLineElements], blocks[kTileElements / 4 + kLineElements];
-  int64_t each = shape.channels * divide_up(shape.points, 4), count = 0;
+  int64_t each = shape.channels * divide_up(shape.points, Finish::kPoints), count = 0;
   for (int64_t b = first; b < first + samples; ++b)
     for (int64_t i = 0; i < each; ++i, ++count) {
       ids[count] = sample_id(key, b);
@@ -250,6 +256,18 @@ FM_INLINE Rows<const T> read_data(const Shape& shape, const View& x1, const Key&
 
 // --- the walk over units -------------------------------------------------------------------------------------------------------------
 
+const auto nothing_ahead = [](const Tile&) { return Ahead{}; };
+
+// Calls body(tile) for every tile of the units.
+template <class Body>
+FM_INLINE void walk_tiles(const Shape& shape, const Tiling& tiling, int64_t begin, int64_t end, const Body& body) {
+  int64_t tiles = tiles_per_sample(tiling), samples = tiles > 1 ? 1 : tiling.samples_per_unit;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    int64_t first = unit / tiles * samples, last = lesser(first + samples, shape.batch);
+    for (int64_t b = first; b < last; ++b) body(tile_of(shape, tiling, b, unit % tiles));
+  }
+}
+
 // Calls body(tile, noise) for every tile of the units. Noise of several small samples is drawn in one go, for full vectors.
 // ahead(tile) names what the body will touch.
 template <class Finish, class NextRuns, class Body>
@@ -269,7 +287,7 @@ FM_INLINE void for_each_tile(const Shape& shape, const Tiling& tiling, const Key
     if (draw) draw_samples<Finish>(generator, shape, key, first, samples, noise);
     for (int64_t b = 0; b < samples; ++b) {
       Tile tile = tile_of(shape, tiling, first + b, 0);
-      body(tile, noise + b * tile.channels * tile.pitch);
+      body(tile, noise + b * tile.channels * 4 * row_blocks<Finish>(tile));
     }
   }
 }

@@ -10,6 +10,14 @@
 
 namespace fm {
 
+constexpr int64_t kGrain = 16;         // units of a thread, of about a microsecond each
+constexpr int64_t kInlineSums = 2048;  // doubles that a call may keep on its stack
+
+// An enumerated argument: values that no kernel knows must not run as something else.
+int code(int64_t value, int64_t least, int64_t most, const char* name);
+// A whole number in a range.
+int64_t whole(int64_t value, int64_t least, int64_t most, const char* name);
+
 // Dtype of a tensor; fails for those we do not know.
 Dtype dtype_of(const abi::Tensor& tensor);
 bool is_wide(const abi::Tensor& tensor);
@@ -22,8 +30,14 @@ View view_of(const abi::Tensor& tensor, const abi::Tensor& like);
 View float_view(const abi::Tensor& tensor, const abi::Tensor& like);
 View float_view_or_absent(const abi::Tensor& tensor, const abi::Tensor& like);
 
+// A tensor of the sizes of `like`, or with twice its batch.
+HalvedView halved_view(const abi::Tensor& tensor, const abi::Tensor& like);
+
 // Dense float32 or float64 tensors of `numel` elements: t, coef, weights.
 void* dense_floats(const abi::Tensor& tensor, int64_t numel);
+
+double* dense_doubles(const abi::Tensor& tensor, int64_t numel);
+const int64_t* dense_integers(const abi::Tensor& tensor);
 
 // (seed, step, first id) or (seed, step, one id a sample).
 Key key_of(const abi::Tensor& key, int64_t batch);
@@ -31,9 +45,16 @@ Key key_of(const abi::Tensor& key, int64_t batch);
 // Fails if gradients are being recorded and one of the inputs wants its own: raw ops have no derivative.
 void refuse_grad(std::initializer_list<const abi::Tensor*> inputs);
 
+// The same for a list.
+void refuse_grad(const abi::TensorList& inputs);
+
+// Sum in fixed order.
+double sum_in_order(const double* values, int64_t count);
+
 // Runs kernel(args, begin, end) over `units` on torch's threads, at least `grain` of them on each.
 template <class Args>
 void run_units(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t units, int64_t grain) {
+  if (units <= grain) return units > 0 ? kernel(args, 0, units) : void();
   struct Call {
     void (*kernel)(const Args&, int64_t, int64_t);
     const Args& args;
@@ -42,7 +63,7 @@ void run_units(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, 
     const Call& c = *static_cast<const Call*>(context);
     c.kernel(c.args, begin, end);
   };
-  if (units > 0) abi::check(torch_parallel_for(0, units, grain, body, &call), "parallel_for");
+  abi::check(torch_parallel_for(0, units, grain, body, &call), "parallel_for");
 }
 
 }  // namespace fm

@@ -69,9 +69,16 @@ def resume(path: Path, state: TrainState, config: TrainConfig) -> None:
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, TrainConfig]:
-    """The averaged network of a checkpoint, ready for sampling (evaluation mode, no gradients), and its configuration."""
-    content = read_checkpoint(Path(path))
-    config = from_dict(content["config"])
-    model = build_model(config)
-    model.load_state_dict(content["state"]["average"])
+    """The averaged network of a checkpoint, ready for sampling (evaluation mode, no gradients), and its configuration.
+
+    path: the file, or the folder of the run. Raises FileNotFoundError or ValueError as :func:`read_checkpoint` does.
+    """
+    file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    content = read_checkpoint(file)
+    try:
+        config = from_dict(content["config"])
+        model = build_model(config)
+        model.load_state_dict(content["state"]["average"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{file}: expected the settings and weights of a network, got others ({_first_line(error)})") from error
     return model.eval().requires_grad_(False), config

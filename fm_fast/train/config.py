@@ -5,6 +5,7 @@ from typing import Any
 
 from fm_fast.nn import UNetConfig
 from fm_fast.paths import OT, VP, Path
+from fm_fast.solvers import METHODS
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class TrainConfig:
     seed: int = _option(0, "the run is a function of this number and the settings")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...", resumable=True)
     guidance: float = _option(2.0, "guidance weight w of the sample pictures: v_u + w (v_c - v_u); 1 is no guidance", resumable=True)
-    sample_method: str = _option("midpoint", "solver of the sample pictures: euler or midpoint", resumable=True)
+    sample_method: str = _option("midpoint", f"solver of the sample pictures: {', '.join(METHODS)}", resumable=True)
     sample_steps: int = _option(20, "solver steps of the sample pictures", resumable=True)
     sample_every: int = _option(250, "training steps between two sample pictures, 0 for one at the end", resumable=True)
     samples_per_class: int = _option(10, "columns of the sample picture", resumable=True)
@@ -87,7 +88,7 @@ def _check(config: TrainConfig) -> None:
     for name in ("beta1", "beta2", "ema_decay"):
         _require(name, 0.0 <= getattr(config, name) < 1.0, "a number in [0, 1)", getattr(config, name))
     _require("learning_rate", config.learning_rate > 0.0, "a positive number", config.learning_rate)
-    _require("sample_method", config.sample_method in ("euler", "midpoint"), "euler or midpoint", config.sample_method)
+    _require("sample_method", config.sample_method in METHODS, f"one of {', '.join(METHODS)}", config.sample_method)
 
 
 def _require(name: str, holds: bool, expected: str, got: object) -> None:

@@ -13,6 +13,8 @@ from fm_fast.train.npz import read_npz
 
 DIGITS = Path(__file__).parent.parent / "datasets" / "digits.npz"
 DIGITS_TRAIN = 1500
+DIGITS_LEVELS = 17
+LEVELS = 256
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 
 
@@ -24,7 +26,7 @@ class Dataset:
     images: Tensor
     labels: Tensor
     classes: int
-    levels: int = 256
+    levels: int = LEVELS
 
     def __len__(self) -> int:
         return len(self.images)
@@ -52,14 +54,19 @@ def load_dataset(source: str | Path, split: str = "train") -> Dataset:
     return _from_folder(path, split) if path.is_dir() else _from_file(path, split)
 
 
+def levels_of(source: str) -> int:
+    """The number of grey levels of the data at `source`, without reading them."""
+    return DIGITS_LEVELS if source == "digits" else LEVELS
+
+
 def digits(split: str = "train") -> Dataset:
     """The shipped 8x8 digits, 17 levels: 1500 to train on, 297 held out ("test"); see datasets/digits.txt."""
     images, labels = read_npz(DIGITS, ("images", "labels"))
     rows = slice(0, DIGITS_TRAIN) if split == "train" else slice(DIGITS_TRAIN, None)
-    return make_dataset("digits", images[rows], labels[rows], levels=17, classes=10)
+    return make_dataset("digits", images[rows], labels[rows], levels=DIGITS_LEVELS, classes=10)
 
 
-def make_dataset(name: str, images: Tensor, labels: Tensor, levels: int = 256, classes: int | None = None) -> Dataset:
+def make_dataset(name: str, images: Tensor, labels: Tensor, levels: int = LEVELS, classes: int | None = None) -> Dataset:
     """Checked data set: images uint8 [N, H, W] or [N, C, H, W], labels of any integer dtype [N]."""
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.numel() == 0:
         raise ValueError(f"{name}: expected images uint8 [N, H, W] or [N, C, H, W], not empty, got {images.dtype} {list(images.shape)}")

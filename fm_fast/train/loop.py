@@ -12,12 +12,10 @@ from fm_fast.train.data import DataOrder, Dataset, load_dataset
 from fm_fast.train.evaluate import Quality, evaluate
 from fm_fast.train.interrupt import deferred_interrupt
 from fm_fast.train.log import Logger
-from fm_fast.train.picture import image_grid, to_8_bit, write_png
+from fm_fast.train.picture import write_images
 from fm_fast.train.sample import sample, starting_noise, to_integers
 from fm_fast.train.step import TrainState, learning_rate, new_state, training_step
 
-# Pictures are enlarged to about this many pixels an image.
-PICTURE_SIZE = 96
 PICTURE_CLASSES = 10
 
 
@@ -112,8 +110,7 @@ def _write_picture(state: TrainState, config: TrainConfig, dataset: Dataset, pat
     labels = torch.arange(min(dataset.classes, PICTURE_CLASSES), device=device).repeat_interleave(columns)
     x0 = starting_noise((len(labels), *dataset.images.shape[1:]), config.recipe, config.seed, index=1, device=device)
     x = sample(state.average, x0, labels, config.recipe, config.sample_steps, config.sample_method, config.guidance)
-    images = to_8_bit(to_integers(x, dataset.levels), dataset.levels)
-    write_png(path, image_grid(images.cpu(), columns, scale=max(PICTURE_SIZE // images.shape[-1], 1)))
+    write_images(path, to_integers(x, dataset.levels), dataset.levels, columns)
 
 
 def _headline(config: TrainConfig, dataset: Dataset, state: TrainState, device: torch.device) -> str:

@@ -10,6 +10,8 @@ from torch import Tensor
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 COLOUR_TYPES = {1: 0, 3: 2}
 BACKGROUND = 96
+# Images are enlarged to about this many pixels.
+PICTURE_SIZE = 96
 
 
 def image_grid(images: Tensor, columns: int, scale: int, padding: int = 6) -> Tensor:
@@ -27,6 +29,11 @@ def image_grid(images: Tensor, columns: int, scale: int, padding: int = 6) -> Te
 def to_8_bit(images: Tensor, levels: int) -> Tensor:
     """Stretch integer images with values 0..levels-1 to 0..255: uint8 of the same shape."""
     return (images.float() * (255.0 / (levels - 1))).round().to(torch.uint8)
+
+
+def write_images(path: Path, images: Tensor, levels: int, columns: int) -> None:
+    """Integer images [N, C, H, W] with values 0..levels-1 in rows of `columns`, enlarged to about PICTURE_SIZE pixels, as a PNG."""
+    write_png(path, image_grid(to_8_bit(images, levels).cpu(), columns, scale=max(PICTURE_SIZE // images.shape[-1], 1)))
 
 
 def write_png(path: Path, image: Tensor) -> None:

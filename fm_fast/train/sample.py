@@ -1,60 +1,61 @@
-"""Plain PyTorch sampling for the trainer's pictures and its quality report: Euler or midpoint on a uniform grid, with guidance.
+"""Sampling as the trainer's pictures, its quality report and the command line do it: a recipe's noise, solve and data map."""
 
-The loop a fused solver replaces: only `sample` is called from elsewhere.
-"""
-
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fm_fast.objectives import velocity_coefficients
+from fm_fast import sampling
 from fm_fast.paths import prior_scale
 from fm_fast.random import noise
-from fm_fast.train.config import Recipe
-
-Velocity = Callable[[Tensor, float], Tensor]
-
-
-def starting_noise(shape: tuple[int, ...], recipe: Recipe, seed: int, index: int, device: torch.device) -> Tensor:
-    """Noise of the path's prior, float32. `index` >= 1 keeps the draws apart from those of training, which have index 0."""
-    return prior_scale(recipe.path) * noise(shape, seed=seed, step=0, stream="x0", index=index, device=device)
+from fm_fast.sampling import Guidance
+from fm_fast.solvers import is_adaptive
+from fm_fast.train.config import Recipe, TrainConfig
+from fm_fast.train.step import NULL_CLASS
 
 
-@torch.no_grad()
+def starting_noise(shape: tuple[int, ...], recipe: Recipe, seed: int, index: int, device: torch.device, first_id: int = 0) -> Tensor:
+    """Noise of the path's prior, float32, of samples first_id, first_id + 1, ... `index` >= 1 keeps it apart from training's, index 0."""
+    return prior_scale(recipe.path) * noise(shape, seed=seed, step=0, stream="x0", index=index, sample_ids=first_id, device=device)
+
+
 def sample(
-    model: nn.Module, x0: Tensor, labels: Tensor, recipe: Recipe, steps: int, method: str = "midpoint", guidance: float = 1.0
+    model: nn.Module,
+    x0: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    steps: int | None,
+    method: str = "midpoint",
+    guidance: float = 1.0,
+    **options: Any,
 ) -> Tensor:
-    """Integrate dx/dt = v(x, t) from noise x0 [B, ...] at t = 0 to data at t = 1; float32 of x0's shape.
+    """Samples [B, ...] from noise x0, float32, for int64 labels [B]: :func:`fm_fast.sample` with the recipe's path and objective.
 
-    labels: int64 [B]. guidance w: v = v_u + w (v_c - v_u), with v_u for the null class; 1 evaluates the conditional network only.
+    guidance w: v = v_u + w (v_c - v_u), with v_u for the null class; 1 evaluates the conditional network only. Adaptive methods take no
+    steps. options: other arguments of :func:`fm_fast.sample`.
     """
-    velocity = _velocity(model, labels, recipe, guidance)
-    x, width = x0.float(), 1.0 / steps
-    for step in range(steps):
-        time = step * width
-        slope = velocity(x, time)
-        if method == "midpoint":
-            slope = velocity(x + 0.5 * width * slope, time + 0.5 * width)
-        x = x + width * slope
-    return x
+    guided = Guidance(guidance, {"y": NULL_CLASS}) if guidance != 1.0 else None
+    return sampling.sample(
+        model, x0, cond={"y": labels}, path=recipe.path, objective=recipe.objective, method=method,
+        steps=None if is_adaptive(method) else steps, guidance=guided, **options,
+    ).x  # fmt: skip
 
 
-def _velocity(model: nn.Module, labels: Tensor, recipe: Recipe, guidance: float) -> Velocity:
-    def output(x: Tensor, t: float) -> Tensor:
-        times = torch.full((len(x),), t, device=x.device)
-        if guidance == 1.0:
-            return model(x, times, y=labels).float()
-        both = torch.cat([labels, torch.full_like(labels, -1)])
-        conditional, unconditional = model(x.repeat(2, 1, 1, 1), times.repeat(2), y=both).float().chunk(2)
-        # The velocity is linear in the output, so that mixing the outputs mixes the velocities.
-        return unconditional + guidance * (conditional - unconditional)
+def sample_classes(
+    model: nn.Module, config: TrainConfig, classes: Sequence[int], count: int, seed: int, batch_size: int, levels: int, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """(images uint8 [N, C, H, W], labels int64 [N]), on the CPU: ``count`` samples of each class; ``options`` are those of `sample`.
 
-    def velocity(x: Tensor, t: float) -> Tensor:
-        x_factor, output_factor = velocity_coefficients(recipe.path, recipe.objective, t)
-        return x_factor * x + output_factor * output(x, t)
-
-    return velocity
+    A sample depends on the seed and its position only. With the run's own seed and settings they are those of its picture.
+    """
+    device, side = next(model.parameters()).device, config.model.image_size
+    labels, parts = torch.tensor(classes).repeat_interleave(count), []
+    for first in range(0, len(labels), batch_size):
+        rows = labels[first : first + batch_size].to(device)
+        x0 = starting_noise((len(rows), config.model.image_channels, side, side), config.recipe, seed, 1, device, first)
+        parts.append(to_integers(sample(model, x0, rows, config.recipe, **options), levels).cpu())
+    return torch.cat(parts), labels
 
 
 def to_integers(y: Tensor, levels: int) -> Tensor:

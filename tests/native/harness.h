@@ -25,19 +25,34 @@ struct Isa {
   fm::NoiseKernel noise;
   fm::SampleKernel sample;
   fm::LossKernel loss;
+  fm::StepKernel step;
+  fm::ParityKernel parity;
+  fm::ProbeKernel probe;
+  fm::DivergenceKernel divergence;
 };
 
+#define FM_KERNELS(isa)        \
+  {#isa,                       \
+   fm::isa::noise_units,       \
+   fm::isa::path_sample_units, \
+   fm::isa::path_loss_units,   \
+   fm::isa::linear_step_units, \
+   fm::isa::parity_units,      \
+   fm::isa::probe_units,       \
+   fm::isa::divergence_step_units}
+
 inline std::vector<Isa> instruction_sets() {
-  std::vector<Isa> found = {{"portable", fm::portable::noise_units, fm::portable::path_sample_units, fm::portable::path_loss_units}};
+  std::vector<Isa> found = {FM_KERNELS(portable)};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    found.push_back({"avx2", fm::avx2::noise_units, fm::avx2::path_sample_units, fm::avx2::path_loss_units});
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) found.push_back(FM_KERNELS(avx2));
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    found.push_back({"avx512", fm::avx512::noise_units, fm::avx512::path_sample_units, fm::avx512::path_loss_units});
+    found.push_back(FM_KERNELS(avx512));
 #endif
   return found;
 }
+
+#undef FM_KERNELS
 
 inline int failures = 0;
 

@@ -1,0 +1,25 @@
+// Working memory of one call: a fixed amount on the stack, more on the heap. Not initialised.
+#pragma once
+
+#include <stdint.h>
+
+namespace fm {
+
+template <class T, int64_t kInline>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : data_(count > kInline ? new T[static_cast<size_t>(count)] : inline_) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    if (data_ != inline_) delete[] data_;
+  }
+  T* data() { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+
+ private:
+  T inline_[kInline];
+  T* data_;
+};
+
+}  // namespace fm

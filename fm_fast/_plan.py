@@ -1,0 +1,192 @@
+"""The host's part of a fixed-step solve: every time, coefficient and weight as float64 numbers before the first step.
+
+The velocity is p(t) x + r(t) o for the network's output o, so each stage of a Runge-Kutta step is a combination of the state and the
+outputs so far, whatever the objective: A x + sum_l C_l o_l. The tables built here hold those coefficients, one row a step, and the
+loop only looks them up. The log-density is a quadrature along the same trajectory: its weights are the method's own, and evaluations
+of weight 0 (midpoint's first stage) need no divergence.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fm_fast.objectives import Objective, velocity_coefficients, velocity_range
+from fm_fast.paths import Path
+from fm_fast.solvers import AdamsBashforth, RungeKutta, Table
+
+Array = np.ndarray
+
+
+class Stage(NamedTuple):
+    """One evaluation of the network and the update that follows it.
+
+    lags: which outputs enter, counted back from the newest (0). coefficients: float64 [steps, 1 + len(lags)], of x and of those outputs.
+    ends_step: the update yields the next state, not the next stage's input. velocity: float64 [steps, 2], (p, r), where the output is
+    turned into a velocity before it is kept.
+    """
+
+    lags: tuple[int, ...]
+    coefficients: Array
+    ends_step: bool
+    velocity: Array | None = None
+
+
+class Segment(NamedTuple):
+    """Consecutive steps of the same stages."""
+
+    steps: int
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole solve. Of the E evaluations in their order: times, weights of the divergence in the integral of div v dt, and (p, r)."""
+
+    nodes: Array
+    segments: tuple[Segment, ...]
+    times: Array
+    weights: Array
+    x_factors: Array
+    output_factors: Array
+
+    @property
+    def evaluations(self) -> int:
+        return len(self.times)
+
+    @property
+    def longest_lag(self) -> int:
+        return max(lag for segment in self.segments for stage in segment.stages for lag in stage.lags)
+
+    @property
+    def stages_in_a_step(self) -> int:
+        return max(len(segment.stages) for segment in self.segments)
+
+    def places(self) -> list[tuple[int, int]]:
+        """(step, stage within it) of each evaluation."""
+        shapes = [range(len(segment.stages)) for segment in self.segments for _ in range(segment.steps)]
+        return [(step, stage) for step, stages in enumerate(shapes) for stage in stages]
+
+
+def make_plan(table: Table, nodes: Array, path: Path, objective: Objective) -> Plan:
+    """The plan of a solve through these nodes, float64 [N + 1], rising or falling.
+
+    Raises ValueError where the path and the objective give no finite velocity.
+    """
+    if isinstance(table, RungeKutta):
+        return _runge_kutta(table, nodes, path, objective)
+    return _adams_bashforth(table, nodes, path, objective)
+
+
+class Factors(NamedTuple):
+    """(p, r) of the velocity p x + r o, each of the times' shape."""
+
+    p: Array
+    r: Array
+
+    @property
+    def trivial(self) -> bool:
+        """Whether the output is the velocity."""
+        return bool(np.all(self.p == 0.0) and np.all(self.r == 1.0))
+
+
+def _factors(path: Path, objective: Objective, times: Array) -> Factors:
+    p, r = velocity_coefficients(path, objective, torch.from_numpy(times))
+    return Factors(p.numpy(), r.numpy())
+
+
+def _stage_times(table: RungeKutta, nodes: Array, path: Path, objective: Objective) -> Array:
+    """[steps, stages], inside the range where the velocity is finite."""
+    times = nodes[:-1, None] + np.array(table.c) * np.diff(nodes)[:, None]
+    return np.clip(times, *velocity_range(path, objective))
+
+
+def _runge_kutta(table: RungeKutta, nodes: Array, path: Path, objective: Objective) -> Plan:
+    times = _stage_times(table, nodes, path, objective)
+    factors, widths = _factors(path, objective, times), np.diff(nodes)
+    segment = Segment(len(widths), _folded_stages(table, widths, factors))
+    weights = widths[:, None] * np.array(table.b)
+    return Plan(nodes, (segment,), times.ravel(), weights.ravel(), factors.p.ravel(), factors.r.ravel())
+
+
+def _folded_stages(table: RungeKutta, widths: Array, factors: Factors) -> tuple[Stage, ...]:
+    """The updates of a Runge-Kutta step with p and r multiplied out; factors [steps, stages]."""
+    rows = [*table.a[1:], table.b]
+    steps, velocities = len(widths), []
+    # X = [A, C_0, C_1, ...]: the stage's input as a combination of (x, o_0, o_1, ...), float64 [steps, 1 + stages].
+    x = np.zeros((steps, 1 + table.stages))
+    x[:, 0] = 1.0
+    stages = []
+    for i, row in enumerate(rows):
+        velocity = factors.p[:, i, None] * x
+        velocity[:, 1 + i] += factors.r[:, i]
+        velocities.append(velocity)
+        x = widths[:, None] * sum(weight * k for weight, k in zip(row, velocities, strict=True) if weight != 0.0)
+        x[:, 0] += 1.0
+        stages.append(_stage(x, i, ends_step=i == len(rows) - 1))
+    return tuple(stages)
+
+
+def _stage(combination: Array, newest: int, ends_step: bool) -> Stage:
+    """The combination without the outputs that no step uses, which are then not read."""
+    used = [i for i in range(newest + 1) if np.any(combination[:, 1 + i] != 0.0)] or [newest]
+    columns = [0, *(1 + i for i in used)]
+    return Stage(tuple(newest - i for i in used), np.ascontiguousarray(combination[:, columns]), ends_step)
+
+
+def _adams_bashforth(table: AdamsBashforth, nodes: Array, path: Path, objective: Objective) -> Plan:
+    """The starting steps, then one segment for each step that still reaches back into them, then the rest."""
+    started = min(table.history - 1, len(nodes) - 1)
+    factors = _factors(path, objective, np.clip(nodes[:-1], *velocity_range(path, objective)))
+    first, evaluations = _starting_steps(table.start, nodes[: started + 1], path, objective, factors)
+    node_evaluations = [*range(0, started * table.start.stages, table.start.stages)]
+    node_evaluations += range(evaluations.times.size, evaluations.times.size + len(nodes) - 1 - started)
+    weights = np.concatenate([evaluations.weights, np.zeros(len(nodes) - 1 - started)])
+    segments = [first]
+    if len(nodes) - 1 > started:
+        segments += _history_segments(table, nodes, started, node_evaluations, factors, weights)
+    later = slice(started, None)
+    return Plan(
+        nodes, tuple(segments), np.concatenate([evaluations.times, np.clip(nodes[:-1], *velocity_range(path, objective))[later]]), weights,
+        np.concatenate([evaluations.x_factors, factors.p[later]]), np.concatenate([evaluations.output_factors, factors.r[later]]),
+    )  # fmt: skip
+
+
+def _starting_steps(start: RungeKutta, nodes: Array, path: Path, objective: Objective, at_nodes: Factors) -> tuple[Segment, Plan]:
+    """Runge-Kutta steps whose first stage keeps its velocity for the history, and the plan that these steps alone would be."""
+    plan = _runge_kutta(start, nodes, path, objective)
+    if at_nodes.trivial:
+        return plan.segments[0], plan
+    shape = (len(nodes) - 1, start.stages)
+    p, r = plan.x_factors.reshape(shape).copy(), plan.output_factors.reshape(shape).copy()
+    p[:, 0], r[:, 0] = 0.0, 1.0
+    first, *others = _folded_stages(start, np.diff(nodes), Factors(p, r))
+    kept = first._replace(velocity=_velocity_table(at_nodes, 0, len(nodes) - 1))
+    return Segment(len(nodes) - 1, (kept, *others)), plan
+
+
+def _velocity_table(factors: Factors, begin: int, end: int) -> Array:
+    return np.stack([factors.p[begin:end], factors.r[begin:end]], axis=1)
+
+
+def _history_segments(
+    table: AdamsBashforth, nodes: Array, started: int, evaluation_of: list[int], factors: Factors, weights: Array
+) -> list[Segment]:
+    """Segments of the steps from ``started`` on; adds their quadrature weights to ``weights``."""
+    steps = np.arange(started, len(nodes) - 1)
+    behind = steps[:, None] - np.arange(table.history)
+    rule = table.weights(nodes[behind], nodes[steps + 1])
+    sources = np.array(evaluation_of)[behind]
+    np.add.at(weights, sources, rule)
+    lags = sources[:, :1] - sources
+    coefficients = np.concatenate([np.ones((len(steps), 1)), rule], axis=1)
+    irregular = min(table.history - 1, len(steps))
+    cuts = [*range(irregular), *([irregular] if irregular < len(steps) else []), len(steps)]
+    return [_history_segment(cuts[i], cuts[i + 1], started, lags, coefficients, factors) for i in range(len(cuts) - 1)]
+
+
+def _history_segment(begin: int, end: int, started: int, lags: Array, coefficients: Array, factors: Factors) -> Segment:
+    velocity = None if factors.trivial else _velocity_table(factors, started + begin, started + end)
+    stage = Stage(tuple(lags[begin].tolist()), np.ascontiguousarray(coefficients[begin:end]), True, velocity)
+    return Segment(end - begin, (stage,))

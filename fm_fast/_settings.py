@@ -1,0 +1,113 @@
+"""The checked arguments of a solve, which sampling and likelihoods share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fm_fast import _backends, _checks, _ops
+from fm_fast._plan import Plan, make_plan
+from fm_fast.grids import Grid, grid_nodes, with_times
+from fm_fast.objectives import Objective, as_objective, velocity_range
+from fm_fast.paths import Path, as_path
+from fm_fast.solvers import Table, as_table, is_adaptive
+
+Save = None | str | Sequence[float]
+GRADIENTS = ("none", "direct", "checkpoint")
+NONFINITE = ("raise", "mark")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a solve is: names resolved, values checked. ``nodes`` run in the direction of the solve; ``saved`` are positions in them."""
+
+    path: Path
+    objective: Objective
+    table: Table | None
+    adaptive: str | None
+    nodes: np.ndarray
+    saved: tuple[int, ...]
+    rtol: float
+    atol: float
+    max_steps: int
+    dtype: torch.dtype
+    grad: str
+    backend: str
+
+    def plan(self) -> Plan:
+        assert self.table is not None
+        with _ops.outside_transforms():
+            return make_plan(self.table, self.nodes, self.path, self.objective)
+
+
+def make_settings(
+    start: Tensor, path: str | Path, objective: str | Objective, method: str | Table, steps: int | None,
+    grid: str | Grid | Sequence[float], t0: float, t1: float, save: Save, rtol: float, atol: float, max_steps: int,
+    dtype: torch.dtype | None, grad: str, backend: str | None, reverse: bool,
+) -> Settings:  # fmt: skip
+    """The arguments of a solve, checked and with names resolved."""
+    _checks.one_of("dtype", dtype, (None, *_checks.FLOATING))
+    _checks.one_of("grad", grad, GRADIENTS)
+    _checks.positive_number("rtol", rtol)
+    _checks.positive_number("atol", atol)
+    _checks.count("max_steps", max_steps)
+    for name, value in (("t0", t0), ("t1", t1)):
+        _checks.finite_number(name, value)
+    chosen_path, chosen_objective = as_path(path), as_objective(objective)
+    limits = velocity_range(chosen_path, chosen_objective)
+    if is_adaptive(method):
+        nodes = _adaptive_nodes(method, steps, grid, t0, t1, chosen_path, limits)
+    else:
+        as_table(method)
+        with _ops.outside_transforms():
+            nodes = grid_nodes(grid, steps, t0, t1, chosen_path, limits)
+    nodes, saved = _with_saved(nodes, save, adaptive=is_adaptive(method))
+    if reverse:
+        nodes = nodes[::-1].copy()
+        saved = saved if isinstance(save, str) else tuple(len(nodes) - 1 - position for position in saved)
+    table, adaptive = (None, str(method)) if is_adaptive(method) else (as_table(method), None)
+    resolved = _backends.resolve("linear_step", start.device, backend)
+    return Settings(
+        chosen_path, chosen_objective, table, adaptive, nodes, saved, rtol, atol, max_steps, dtype or start.dtype, grad, resolved
+    )
+
+
+def _adaptive_nodes(
+    method: object, steps: int | None, grid: object, t0: float, t1: float, path: Path, limits: tuple[float, float]
+) -> np.ndarray:
+    if steps is not None:
+        raise ValueError(f"steps must be None for the adaptive method {method!r}, which chooses its own (see rtol and atol), got {steps}")
+    if not isinstance(grid, str) or grid != "uniform":
+        raise ValueError(f"grid must be left out for the adaptive method {method!r}; use save=<times> to get states on the way")
+    return grid_nodes("uniform", 1, t0, t1, path, limits)
+
+
+def _with_saved(nodes: np.ndarray, save: Save, adaptive: bool) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The nodes, with the times to save among them, and which of them are saved."""
+    if save is None:
+        return nodes, ()
+    if not isinstance(save, str):
+        merged, positions = with_times(nodes, save)
+        return merged, tuple(positions)
+    if save != "steps" or adaptive:
+        raise ValueError(f'save must be None, "steps" (fixed-step methods) or a sequence of times, got {save!r}')
+    return nodes, tuple(range(len(nodes)))
+
+
+def check_finite(values: Tensor, what: str, settings: Settings, on_nonfinite: str) -> Tensor:
+    """bool [B], which samples are finite at the end of the solve; the only look at values, after the loop.
+
+    Raises FloatingPointError if one is not and ``on_nonfinite`` is "raise".
+    """
+    _checks.one_of("on_nonfinite", on_nonfinite, NONFINITE)
+    finite = torch.isfinite(values.detach())
+    finite = finite.flatten(1).all(1) if finite.dim() > 1 else finite
+    unreadable = torch.compiler.is_compiling() or _ops.transforms_active()
+    if on_nonfinite == "raise" and not unreadable and not bool(finite.all()):
+        raise FloatingPointError(
+            f"{int((~finite).sum())} of {len(finite)} {what} are not finite after the solve to t = {settings.nodes[-1]}; take more steps "
+            'or check the model (on_nonfinite="mark" returns them)'
+        )
+    return finite

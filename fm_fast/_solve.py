@@ -1,0 +1,208 @@
+"""The loop of every fixed-step solve: evaluate the network, combine, repeat. No arithmetic on the host and no wait for the device.
+
+Two kinds of state share the loop. `FusedState` updates private buffers in place, one op and the fewest memory passes an evaluation.
+`PlainState` makes new tensors by plain PyTorch, which gradients and ``torch.func`` transforms follow.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fm_fast import _ops, reference
+from fm_fast._field import check_output
+from fm_fast._plan import Plan, Stage
+
+# (input of the network, number of the evaluation) -> output
+Evaluate = Callable[[Tensor, int], Tensor]
+# (number of the finished step, state)
+AfterStep = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the network is given: its dtype, on a doubled batch or not, and the guidance scale that mixes a doubled output."""
+
+    dtype: torch.dtype
+    doubled: bool = False
+    scale: float = 1.0
+
+
+class State(Protocol):
+    """x, the network's next input (which holds the batch twice where the layout says so), and an update for each stage of the plan.
+
+    ``advance[stage](row, output)`` takes the newest output and makes the next input, with the coefficients of that row.
+    """
+
+    x: Tensor
+    input: Tensor
+    advance: Sequence[Callable[[int, Tensor], None]]
+
+
+def run(plan: Plan, state: State, evaluate: Evaluate, after_step: AfterStep | None = None) -> Tensor:
+    """The state at the last node; ``state`` must have been made for ``plan``."""
+    number, first_stage, finished = 0, 0, 0
+    for segment in plan.segments:
+        stages = state.advance[first_stage : first_stage + len(segment.stages)]
+        for row in range(segment.steps):
+            for advance in stages:
+                advance(row, evaluate(state.input, number))
+                number += 1
+            finished += 1
+            if after_step is not None:
+                after_step(finished, state.x)
+        first_stage += len(segment.stages)
+    return state.x
+
+
+def all_stages(plan: Plan) -> list[Stage]:
+    """Every stage of the plan once, in the order by which `run` numbers them."""
+    return [stage for segment in plan.segments for stage in segment.stages]
+
+
+class FusedState:
+    """Buffers that one op an evaluation updates in place.
+
+    x is float32 or float64. Without another dtype for the network its input is x itself; a doubled input keeps x as its first half.
+    """
+
+    def __init__(self, x0: Tensor, plan: Plan, layout: Layout, backend: str) -> None:
+        self._step = _ops.linear_step(backend)
+        self._scale = layout.scale
+        self._none = x0.new_empty(0)
+        self._history: deque[Tensor] = deque(maxlen=plan.longest_lag + 1)
+        self._allocate(x0, plan, layout)
+        self.input = self._node_input
+        self._buffers = {x.untyped_storage().data_ptr() for x in (self.x, self._node_input, self._stage_input)}
+        # One update in place, or updates that read earlier outputs: neither bears an output that lies in the state's own memory.
+        self._copies = plan.longest_lag > 0 or plan.stages_in_a_step == 1
+        self.advance = [self._addition(stage) if self._is_addition(stage) else self._combination(stage) for stage in all_stages(plan)]
+
+    def _allocate(self, x0: Tensor, plan: Plan, layout: Layout) -> None:
+        dtype = reference.accumulation_dtype(x0)
+        same, batch = layout.dtype == dtype, x0.shape[0]
+        self._node_input = _input_buffer(x0, layout)
+        self.x = self._node_input[:batch] if same else _input_buffer(x0, Layout(dtype))
+        self.x.copy_(x0)
+        self._node_copy = self._none
+        if not same:
+            self._node_copy = self._node_input
+        elif layout.doubled:
+            self._node_copy = self._node_input[batch:]
+        for half in self._node_input.split(batch) if self._node_copy.numel() else ():
+            half.copy_(x0)
+        self._stage_input = _input_buffer(x0, layout) if plan.stages_in_a_step > 1 else self._none
+        self._stage_x = self._stage_input[:batch]
+        self._stage_copy = self._stage_input[batch:] if layout.doubled else self._none
+
+    def _is_addition(self, stage: Stage) -> bool:
+        """Whether the update is x + c o in x's dtype, for which PyTorch's own add is the best kernel: as many passes, less to call."""
+        copy = self._node_copy if stage.ends_step else self._stage_copy
+        plain = stage.lags == (0,) and stage.velocity is None and bool((stage.coefficients[:, 0] == 1.0).all())
+        same_dtype = stage.ends_step or self._stage_x.dtype == self.x.dtype
+        return plain and same_dtype and copy.numel() == 0 and self._scale == 1.0 and self._history.maxlen == 1
+
+    def _addition(self, stage: Stage) -> Callable[[int, Tensor], None]:
+        x, factors, copies, size = self.x, stage.coefficients[:, 1].tolist(), self._copies, self.x.numel()
+        target, following = self._destination(stage)[::2]
+
+        def advance(row: int, output: Tensor) -> None:
+            if copies:
+                output = self._own(output)
+            if output.numel() != size:
+                check_output(output, x)
+            torch.add(x, output, alpha=factors[row], out=target)
+            self.input = following
+
+        return advance
+
+    def _combination(self, stage: Stage) -> Callable[[int, Tensor], None]:
+        history, lags, scale, step, x = self._history, stage.lags, self._scale, self._step, self.x
+        table, to_velocity = torch.from_numpy(stage.coefficients).to(x.device), self._velocity(stage)
+        target, copy, following = self._destination(stage)
+
+        def advance(row: int, output: Tensor) -> None:
+            history.appendleft(to_velocity(row, output))
+            outputs = [history[lag] for lag in lags]
+            if len(outputs) > 1:
+                _require_distinct(outputs)
+            step(target, copy, x, outputs, table, row, scale)
+            self.input = following
+
+        return advance
+
+    def _destination(self, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the update goes, where it is copied, and the input that holds it."""
+        if stage.ends_step:
+            return self.x, self._node_copy, self._node_input
+        return self._stage_x, self._stage_copy, self._stage_input
+
+    def _velocity(self, stage: Stage) -> Callable[[int, Tensor], Tensor]:
+        """p x + r o in new memory where the stage asks for it, else the output as it can be kept."""
+        if stage.velocity is None:
+            return (lambda row, output: self._own(output)) if self._copies else (lambda row, output: output)
+        table = torch.from_numpy(stage.velocity).to(self.x.device)
+
+        def velocity(row: int, output: Tensor) -> Tensor:
+            result = torch.empty_like(self.x)
+            self._step(result, self._none, self.x, [output], table, row, self._scale)
+            return result
+
+        return velocity
+
+    def _own(self, output: Tensor) -> Tensor:
+        """The output, or a copy where it lies in a buffer of ours: a model may return its input, or a view of it."""
+        return output.clone() if output.untyped_storage().data_ptr() in self._buffers else output
+
+
+def _require_distinct(outputs: Sequence[Tensor]) -> None:
+    """A model that writes every output into the same memory has overwritten those that this update still needs."""
+    # An address of 0 is that of no memory: of an empty batch, or a device without values.
+    if len({output.data_ptr() for output in outputs}) < len(outputs) and outputs[0].data_ptr():
+        raise RuntimeError("model returned the memory of an earlier output, which this method still needs; return a new tensor")
+
+
+def _input_buffer(x0: Tensor, layout: Layout) -> Tensor:
+    """An uninitialised input of the network in x0's memory format, holding the batch once or twice."""
+    batch = 2 * x0.shape[0] if layout.doubled else x0.shape[0]
+    return torch.empty((batch, *x0.shape[1:]), dtype=layout.dtype, device=x0.device, memory_format=_ops.memory_format(x0))
+
+
+class PlainState:
+    """The same in plain PyTorch: differentiable in x0 and in every output."""
+
+    def __init__(self, x0: Tensor, plan: Plan, layout: Layout) -> None:
+        self._layout = layout
+        self._history: deque[Tensor] = deque(maxlen=plan.longest_lag + 1)
+        self.x = x0.to(reference.accumulation_dtype(x0))
+        self.input = self._as_input(self.x)
+        self.advance = [self._combination(stage) for stage in all_stages(plan)]
+
+    def _as_input(self, x: Tensor) -> Tensor:
+        x = x.to(self._layout.dtype)
+        return torch.cat([x, x]) if self._layout.doubled else x
+
+    def _combination(self, stage: Stage) -> Callable[[int, Tensor], None]:
+        scale, coefficients = self._layout.scale, stage.coefficients.tolist()
+        factors = None if stage.velocity is None else stage.velocity.tolist()
+
+        def advance(row: int, output: Tensor) -> None:
+            self._history.appendleft(output if factors is None else reference.linear_step(self.x, [output], factors[row], scale))
+            outputs = [self._history[lag] for lag in stage.lags]
+            if len(outputs) > 1 and not _ops.transforms_active():
+                _require_distinct(outputs)
+            x = reference.linear_step(self.x, outputs, coefficients[row], scale)
+            self.x = x if stage.ends_step else self.x
+            self.input = self._as_input(x)
+
+        return advance
+
+
+def make_state(x0: Tensor, plan: Plan, layout: Layout, backend: str, plain: bool) -> State:
+    """The state of a loop: fused, unless plain PyTorch is needed: gradients are recorded, a transform is active, or it was asked for."""
+    if plain or _ops.needs_reference(backend):
+        return PlainState(x0, plan, layout)
+    return FusedState(x0, plan, layout, backend)

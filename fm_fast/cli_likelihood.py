@@ -1,0 +1,108 @@
+"""fm-fast likelihood: bits per dimension of a data set under a checkpoint, with its standard error."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fm_fast.cli_sample import add_run, add_solver, positive, require_folder
+from fm_fast.solvers import ADAPTIVE, METHODS, is_adaptive
+
+if TYPE_CHECKING:
+    from fm_fast.train.config import TrainConfig
+    from fm_fast.train.data import Dataset
+    from fm_fast.train.likelihood import DatasetBits
+
+SPLITS = ("train", "test")
+KINDS = ("auto", "exact", "rademacher", "gaussian", "hadamard", "coloured")
+STEPS = 100
+
+
+def add_likelihood(commands: Any) -> None:
+    """The command's options."""
+    parser = commands.add_parser(
+        "likelihood", allow_abbrev=False, help="bits per dimension of data under a checkpoint",
+        description="Bits per dimension of data under the averaged weights of a checkpoint, by the paper's protocol: dequantisation, the"
+        " flow's ODE back to noise, the divergence by random probes. The network should have been trained with --dequantise.",
+    )  # fmt: skip
+    add_run(parser)
+    parser.add_argument("--data", metavar="SOURCE", help="digits:train, digits:test or PATH[:train|:test] [the run's data, :test]")
+    parser.add_argument("--limit", type=positive, metavar="INT", help="the first so many images only [all]")
+    parser.add_argument("--unconditional", action="store_true", help="do not tell the network the labels")
+    parser.add_argument("--method", choices=[*METHODS, *ADAPTIVE], metavar="NAME", default="midpoint",
+                        help=f"solver: {', '.join(METHODS)}; adaptive: {', '.join(ADAPTIVE)} [midpoint]")  # fmt: skip
+    add_solver(parser, steps_help=f"steps of a fixed-step method [{STEPS}]", steps=None)
+    parser.add_argument("--probes", type=positive, default=1, metavar="INT", help="probe vectors an evaluation of the divergence [1]")
+    parser.add_argument("--kind", choices=KINDS, default="auto", metavar="NAME", help=f"kind of probes: {', '.join(KINDS)} [auto]")
+    parser.add_argument("--replicates", type=positive, default=1, metavar="INT", help="independent repetitions of all probes [1]")
+    parser.add_argument(
+        "--draws", type=positive, default=1, metavar="INT", help="dequantisation draws an image; the paper uses 10 to 50 [1]"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result, with every image's, to this file")
+    parser.add_argument("--progress", action="store_true", help="show a progress bar (needs tqdm; fixed-step methods)")
+    parser.set_defaults(run=_likelihood)
+
+
+def _likelihood(options: argparse.Namespace) -> None:
+    from fm_fast.train.checkpoint import load_model
+    from fm_fast.train.likelihood import dataset_bits
+    from fm_fast.train.loop import pick_device
+
+    device, solver = pick_device(options.device), _solver(options)
+    model, config = load_model(options.checkpoint)
+    dataset = _dataset(options.data or f"{config.data}:test", options.limit)
+    if not config.dequantise:
+        print("fm-fast: warning: the network was not trained with --dequantise, so its bits/dim say little", file=sys.stderr)
+    if options.json is not None:
+        require_folder(options.json)
+    print(_headline(options, config, dataset, solver), flush=True)
+    result = dataset_bits(model.to(device), config, dataset.to(device), options.batch_size, options.seed, options.unconditional, **solver)
+    print(_report(result))
+    if options.json is not None:
+        options.json.write_text(json.dumps(_record(options, dataset, solver, result)) + "\n", encoding="utf-8")
+
+
+def _solver(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of bits_per_dim."""
+    if is_adaptive(options.method) and options.steps is not None:
+        raise ValueError(f"steps: expected none for the adaptive method {options.method}, got {options.steps}")
+    steps = None if is_adaptive(options.method) else options.steps or STEPS
+    names = ("method", "grid", "rtol", "atol", "probes", "kind", "replicates", "draws", "progress")
+    return {"steps": steps, **{name: getattr(options, name) for name in names}}
+
+
+def _dataset(source: str, limit: int | None) -> "Dataset":
+    from fm_fast.train.data import load_dataset
+
+    path, _, split = source.rpartition(":")
+    dataset = load_dataset(path, split) if path and split in SPLITS else load_dataset(source, "test")
+    return replace(dataset, name=source, images=dataset.images[:limit], labels=dataset.labels[:limit])
+
+
+def _headline(options: argparse.Namespace, config: "TrainConfig", dataset: "Dataset", solver: dict[str, Any]) -> str:
+    channels, height, width = dataset.images.shape[1:]
+    steps = "" if solver["steps"] is None else f", {solver['steps']} steps"
+    condition = "without labels" if options.unconditional else "given their labels"
+    return (
+        f"{dataset.name}: {len(dataset)} images {channels}x{height}x{width} with {dataset.levels} levels, {condition}; {config.objective};"
+        f" {solver['method']}{steps}; probes: {solver['kind']}, {solver['probes']} x {solver['replicates']}; draws: {solver['draws']}"
+    )
+
+
+def _report(result: "DatasetBits") -> str:
+    probes = "" if result.probe_std_err is None else f"; {result.probe_std_err:.2g} of it by the probes"
+    return (
+        f"bits/dim: {result.mean:.4f} +- {result.mean_std_err:.4f} (standard error of the mean over the images{probes})\n"
+        f"{result.nfe:g} evaluations and {result.nvjp:g} vector-Jacobian products an image; {result.seconds:.1f} s"
+    )
+
+
+def _record(options: argparse.Namespace, dataset: "Dataset", solver: dict[str, Any], result: "DatasetBits") -> dict[str, Any]:
+    return {
+        "checkpoint": str(options.checkpoint), "data": dataset.name, "images": len(dataset), "levels": dataset.levels,
+        "unconditional": options.unconditional, "seed": options.seed, **solver, "bits_per_dim": result.mean,
+        "std_err": result.mean_std_err if len(dataset) > 1 else None, "probe_std_err": result.probe_std_err, "nfe": result.nfe, "nvjp": result.nvjp,
+        "seconds": result.seconds, "bits_per_dim_of_images": result.bpd.tolist(),
+    }  # fmt: skip

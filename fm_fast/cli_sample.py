@@ -1,0 +1,126 @@
+"""fm-fast sample: pictures or arrays of samples from a checkpoint."""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fm_fast.grids import NAMED as GRIDS
+from fm_fast.solvers import ADAPTIVE, METHODS, is_adaptive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fm_fast.train.config import TrainConfig
+
+# Classes of one picture are put in rows of at most this many samples.
+LONGEST_ROW = 20
+NO_CLASS = -1
+
+
+def add_sample(commands: Any) -> None:
+    """The command's options."""
+    parser = commands.add_parser(
+        "sample", allow_abbrev=False, help="draw samples from a checkpoint",
+        description="Draw samples with the averaged weights of a checkpoint, as a picture or as an array.",
+    )  # fmt: skip
+    add_run(parser)
+    parser.add_argument("--classes", nargs="+", default=["all"], metavar="CLASS", help="class numbers, all, or none (no condition) [all]")
+    parser.add_argument("--count", type=positive, default=10, metavar="INT", help="samples of each class [10]")
+    parser.add_argument("--out", type=_output_file, default=Path("samples.png"), metavar="FILE",
+                        help="a .png picture, one row a class, or an .npz archive with images (uint8 [N, C, H, W]) and labels"
+                        " [samples.png]")  # fmt: skip
+    parser.add_argument("--guidance", type=float, metavar="FLOAT", help="guidance weight; 1 is no guidance [that of the run's pictures]")
+    parser.add_argument("--method", choices=[*METHODS, *ADAPTIVE], metavar="NAME",
+                        help=f"solver: {', '.join(METHODS)}; adaptive: {', '.join(ADAPTIVE)} [that of the run's pictures]")  # fmt: skip
+    add_solver(parser, steps_help="steps of a fixed-step method [as for the run's pictures]", steps=None)
+    parser.set_defaults(run=_sample)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """What every command that reads a checkpoint takes."""
+    parser.add_argument("checkpoint", metavar="RUN", help="a checkpoint.pt, or the folder of a run that holds one")
+    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="the result is a function of this number and the settings [0]")
+    parser.add_argument("--batch-size", type=positive, default=256, metavar="INT", help="images at a time; changes no result [256]")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... [auto]")
+
+
+def add_solver(parser: argparse.ArgumentParser, steps_help: str, steps: int | None) -> None:
+    """The solver's options but for its name."""
+    parser.add_argument("--steps", type=positive, default=steps, metavar="INT", help=steps_help)
+    parser.add_argument("--grid", choices=list(GRIDS), metavar="NAME", default="uniform", help=f"time grid: {', '.join(GRIDS)} [uniform]")
+    parser.add_argument("--rtol", type=float, default=1e-5, metavar="FLOAT", help="relative tolerance of an adaptive method [1e-5]")
+    parser.add_argument("--atol", type=float, default=1e-5, metavar="FLOAT", help="absolute tolerance of an adaptive method [1e-5]")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def require_folder(file: Path) -> None:
+    """Told before the work that would be lost, not after it."""
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file}: there is no folder {file.parent}")
+
+
+def _output_file(text: str) -> Path:
+    if Path(text).suffix not in (".png", ".npz"):
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .png or .npz, got {text!r}")
+    return Path(text)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from fm_fast.train.checkpoint import load_model
+    from fm_fast.train.data import levels_of
+    from fm_fast.train.loop import pick_device
+    from fm_fast.train.sample import sample_classes
+
+    device = pick_device(options.device)
+    model, config = load_model(options.checkpoint)
+    classes, solver, levels = _classes(options.classes, config.model.classes), _solver(options, config), levels_of(config.data)
+    require_folder(options.out)
+    started = time.perf_counter()
+    images, labels = sample_classes(model.to(device), config, classes, options.count, options.seed, options.batch_size, levels, **solver)
+    _write(options.out, images, labels, levels, options.count)
+    seconds = time.perf_counter() - started
+    print(f"{options.out}: {len(images)} samples by {solver['method']}, guidance {solver['guidance']:g}, in {seconds:.1f} s")
+
+
+def _classes(names: Sequence[str], known: int) -> list[int]:
+    """The class numbers that were asked for; [-1] for none."""
+    if names == ["all"]:
+        return list(range(known))
+    if names == ["none"]:
+        return [NO_CLASS]
+    if not all(name.isdecimal() and int(name) < known for name in names):
+        raise ValueError(f"classes: expected numbers in 0..{known - 1}, all, or none, got {' '.join(names)}")
+    return [int(name) for name in names]
+
+
+def _solver(options: argparse.Namespace, config: "TrainConfig") -> dict[str, Any]:
+    """The solve that was asked for, with that of the run's pictures for what was left out."""
+    method, without_class = options.method or config.sample_method, options.classes == ["none"]
+    if is_adaptive(method) and options.steps is not None:
+        raise ValueError(f"steps: expected none for the adaptive method {method}, got {options.steps}")
+    guidance = options.guidance if options.guidance is not None else 1.0 if without_class else config.guidance
+    if without_class and guidance != 1.0:
+        raise ValueError(f"guidance: expected 1 without a class, got {guidance}")
+    steps = options.steps or config.sample_steps
+    return {"method": method, "steps": steps, "guidance": guidance, "grid": options.grid, "rtol": options.rtol, "atol": options.atol}
+
+
+def _write(out: Path, images: "Tensor", labels: "Tensor", levels: int, count: int) -> None:
+    if out.suffix == ".npz":
+        import numpy as np
+
+        np.savez_compressed(out, images=images.numpy(), labels=labels.numpy())
+    else:
+        from fm_fast.train.picture import write_images
+
+        # Rows of equal length, so that each belongs to one class.
+        write_images(out, images, levels, columns=-(-count // -(-count // LONGEST_ROW)))

@@ -1,0 +1,191 @@
+"""Time grids: where a fixed-step solver places its steps. Frozen value objects; times are float64 numbers on the host.
+
+A grid maps evenly spaced u in [0, 1] to times in [0, 1], from noise to data; an interval [t0, t1] receives the same pattern, scaled.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from fm_fast.paths import EDGE, Path
+
+Times = np.ndarray
+
+
+@runtime_checkable
+class Grid(Protocol):
+    """Anything with ``nodes(steps, path)``: steps + 1 increasing float64 times from 0 to 1."""
+
+    def nodes(self, steps: int, path: Path) -> Times: ...
+
+
+@dataclass(frozen=True)
+class UniformGrid:
+    """Equal steps."""
+
+    def nodes(self, steps: int, path: Path) -> Times:
+        return np.arange(steps + 1) / steps
+
+
+@dataclass(frozen=True)
+class CosineGrid:
+    """t = (1 - cos(pi u)) / 2: short steps at both ends."""
+
+    def nodes(self, steps: int, path: Path) -> Times:
+        return _pinned(0.5 * (1.0 - np.cos(math.pi * np.arange(steps + 1) / steps)))
+
+
+@dataclass(frozen=True)
+class ShiftGrid:
+    """The timestep shift of Stable Diffusion 3 (Esser et al., 2024, equation 23).
+
+    The noise level s = 1 - t becomes shift s / (1 + (shift - 1) s).
+
+    shift > 1 spends more steps near the noise; 1 is the uniform grid.
+    """
+
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.shift < math.inf:
+            raise ValueError(f"shift must be positive and finite, got {self.shift}")
+
+    def nodes(self, steps: int, path: Path) -> Times:
+        level = 1.0 - np.arange(steps + 1) / steps
+        return _pinned(1.0 - self.shift * level / (1.0 + (self.shift - 1.0) * level))
+
+
+@dataclass(frozen=True)
+class KarrasGrid:
+    """Noise-to-signal ratios sigma(t) / alpha(t) with evenly spaced rho-th roots (Karras et al., 2022, equation 5).
+
+    Ratios run from sigma_max down to sigma_min, or between the path's own largest and smallest ratio where these are closer (VE); the
+    first and the last node are then moved to the ends of the interval.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        if not 0.0 < self.rho < math.inf:
+            raise ValueError(f"rho must be positive and finite, got {self.rho}")
+
+    def nodes(self, steps: int, path: Path) -> Times:
+        high, low = self._range(path)
+        ratios = np.linspace(high ** (1.0 / self.rho), low ** (1.0 / self.rho), steps + 1) ** self.rho
+        return _pinned(_time_of_ratio(ratios, path))
+
+    def _range(self, path: Path) -> tuple[float, float]:
+        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        first, last = (path.sigma(ends) / path.alpha(ends)).tolist()
+        return min(self.sigma_max, first), max(self.sigma_min, last)
+
+
+NAMED: dict[str, Grid] = {"uniform": UniformGrid(), "cosine": CosineGrid(), "shift": ShiftGrid(), "karras": KarrasGrid()}
+BISECTIONS = 60
+
+
+def _pinned(times: Times) -> Times:
+    """The times with their ends exactly 0 and 1."""
+    times[0], times[-1] = 0.0, 1.0
+    return times
+
+
+def _time_of_ratio(ratios: Times, path: Path) -> Times:
+    """Times at which sigma / alpha, which falls with t, has these values."""
+    low, high = np.zeros_like(ratios), np.ones_like(ratios)
+    for _ in range(BISECTIONS):
+        middle = 0.5 * (low + high)
+        t = torch.from_numpy(middle)
+        too_noisy = (path.sigma(t) > torch.from_numpy(ratios) * path.alpha(t)).numpy()
+        low, high = np.where(too_noisy, middle, low), np.where(too_noisy, high, middle)
+    return 0.5 * (low + high)
+
+
+def grid_nodes(
+    grid: "str | Grid | Sequence[float]", steps: int | None, t0: float, t1: float, path: Path, limits: tuple[float, float]
+) -> Times:
+    """The nodes of a solve from t0 to t1 (t0 < t1), kept inside ``limits``; float64 [steps + 1], strictly increasing.
+
+    Raises ValueError for a missing or contradictory number of steps, unknown grids, and times that do not increase inside [0, 1].
+    """
+    _check_interval(t0, t1)
+    if isinstance(grid, (str, type, Grid)):
+        pattern = _as_grid(grid).nodes(_required(steps), path)
+        low, high = max(t0, limits[0]), min(t1, limits[1])
+        if low >= high:
+            raise ValueError(f"t0 and t1 must leave room inside [{limits[0]}, {limits[1]}], where the path is solved, got {t0} and {t1}")
+        return _increasing(np.asarray(pattern * (high - low) + low, dtype=np.float64), "grid")
+    return _increasing(np.clip(_explicit(grid, steps, t0, t1), *limits), f"grid, kept inside [{limits[0]}, {limits[1]}],")
+
+
+def _check_interval(t0: float, t1: float) -> None:
+    if not (0.0 <= t0 < t1 <= 1.0):
+        raise ValueError(f"t0 and t1 must satisfy 0 <= t0 < t1 <= 1, got {t0} and {t1}; use encode to go from data to noise")
+
+
+def _as_grid(grid: "str | type | Grid") -> Grid:
+    if not isinstance(grid, (str, type)):
+        return grid
+    if not isinstance(grid, str) or grid not in NAMED:
+        raise ValueError(f"grid must be one of {', '.join(NAMED)}, a grid object or a sequence of times, got {grid!r}")
+    return NAMED[grid]
+
+
+def _required(steps: int | None) -> int:
+    if steps is None:
+        raise ValueError("steps must be given for a fixed-step method: the number of steps, a whole number of at least 1")
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps must be a whole number, got {type(steps).__name__}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return steps
+
+
+def _explicit(grid: Sequence[float], steps: int | None, t0: float, t1: float) -> Times:
+    times = _times("grid", grid)
+    if len(times) < 2:
+        raise ValueError(f"grid must hold at least two times, got {len(times)}")
+    if steps is not None and _required(steps) != len(times) - 1:
+        raise ValueError(f"steps must be left out or equal the {len(times) - 1} steps of grid, got {steps}")
+    if (t0, t1) != (0.0, 1.0) and (t0, t1) != (times[0], times[-1]):
+        raise ValueError(f"t0 and t1 must be left out or equal the ends of grid, {times[0]} and {times[-1]}, got {t0} and {t1}")
+    return _increasing(times, "grid")
+
+
+def _times(name: str, values: Sequence[float]) -> Times:
+    try:
+        times = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a sequence of times, got {values!r}") from None
+    if times.ndim != 1 or not np.all((times >= 0.0) & (times <= 1.0)):
+        raise ValueError(f"{name} must be a sequence of times in [0, 1], got {values!r}")
+    return times
+
+
+def _increasing(times: Times, name: str) -> Times:
+    falls = np.flatnonzero(~(np.diff(times) > 0.0))
+    if falls.size:
+        raise ValueError(f"{name} must be strictly increasing, got {times[falls[0] + 1]} after {times[falls[0]]}")
+    return times
+
+
+def with_times(nodes: Times, wanted: Sequence[float]) -> tuple[Times, list[int]]:
+    """The nodes with the wanted times added, and the position of each of these: a step that contains one is split there.
+
+    Ends that the path keeps a little inside [0, 1] may be asked for as 0 and 1.
+    """
+    given = _times("save", wanted)
+    extra = np.clip(given, nodes[0], nodes[-1])
+    outside = given[abs(given - extra) > 2.0 * EDGE]
+    if outside.size:
+        raise ValueError(f"save must lie inside the solve, [{nodes[0]}, {nodes[-1]}], got {outside.tolist()}")
+    merged = np.unique(np.concatenate([nodes, extra]))
+    return merged, np.searchsorted(merged, extra).tolist()

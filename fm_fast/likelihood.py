@@ -1,0 +1,348 @@
+"""Likelihoods by the instantaneous change of variables: log p1(x1) = log p0(x0) - the integral of div v along the flow (appendix C).
+
+The log-density is a quadrature along the trajectory with the solver's own weights, so an evaluation of weight 0 needs no divergence
+(midpoint: one a step instead of two). Probes are drawn afresh at every evaluation of a fixed-step method: the mean is the same, and the
+variance falls with the number of steps, because the errors of different steps are independent.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fm_fast import _backends, _checks, _ops, random, reference
+from fm_fast._divergence import Estimator, frozen
+from fm_fast._field import Guidance, Model, check_output, make_field
+from fm_fast._integrate import Integral, Task, integrate, integrate_coarsely, leaf
+from fm_fast._probes import make_probes
+from fm_fast._settings import check_finite, make_settings
+from fm_fast.grids import Grid
+from fm_fast.objectives import Objective, as_objective, velocity_factors
+from fm_fast.paths import Path, as_path, prior_scale
+from fm_fast.random import Whole
+from fm_fast.solvers import Table
+
+__all__ = ["Divergence", "Likelihood", "SampleWithLogProb", "divergence", "log_likelihood", "sample_with_log_prob"]
+
+Prior = Callable[[Tensor], Tensor]
+LARGE_ERROR = 0.01  # bits a dimension: what published figures are rounded to
+
+
+@dataclass(frozen=True, eq=False)
+class Divergence:
+    """The divergence of a velocity at one time.
+
+    Attributes:
+        v: [B, ...], the velocity.
+        div: [B], its divergence in x.
+        std_err: [B], standard error of div from the probes: 0 if exact; None where a single group of probes cannot tell.
+    """
+
+    v: Tensor
+    div: Tensor
+    std_err: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Likelihood:
+    """Log-densities of data.
+
+    Attributes:
+        logp: [B], nats, float64.
+        std_err: [B], standard error of logp from the probes: 0 if exact; None where a single group of probes cannot tell.
+        disc_err: [B], estimate of the error of logp from the finite number of steps, or None.
+        x0: [B, ...], the noise that the data flows back to.
+        nfe: calls of the model.
+        nvjp: vector-Jacobian products.
+    """
+
+    logp: Tensor
+    std_err: Tensor | None
+    disc_err: Tensor | None
+    x0: Tensor
+    nfe: int
+    nvjp: int
+
+
+@dataclass(frozen=True, eq=False)
+class SampleWithLogProb:
+    """Samples x [B, ...] with their log-densities; the other fields are those of :class:`Likelihood`."""
+
+    x: Tensor
+    logp: Tensor
+    std_err: Tensor | None
+    nfe: int
+    nvjp: int
+
+
+def divergence(
+    model: Model,
+    x: Tensor,
+    t: Tensor | float,
+    *,
+    cond: Mapping[str, Any] | None = None,
+    path: str | Path = "ot",
+    objective: str | Objective = "velocity",
+    guidance: Guidance | None = None,
+    probes: int = 1,
+    kind: str = "auto",
+    mode: str = "auto",
+    memory_budget: int | None = None,
+    replicates: int = 1,
+    seed: Whole | None = None,
+    step: Whole = 0,
+    sample_ids: Whole | None = None,
+    create_graph: bool = False,
+    backend: str | None = None,
+) -> Divergence:
+    """The velocity of a model and its divergence at time t, by Hutchinson's estimator or exactly (equation 34).
+
+    Args:
+        model, cond, path, objective, guidance: as in :func:`fm_fast.sample`. The parameters of a module are frozen meanwhile, unless
+            ``create_graph``.
+        x: [B, ...], float64, float32, bfloat16 or float16: the model's input.
+        t: a number in [0, 1], a scalar tensor or [B]. With guidance, one time for the batch.
+        probes: probe vectors a sample and replicate.
+        kind: "auto" (exact where a sample has at most max(4, probes) elements, else rademacher), "exact", "rademacher", "gaussian",
+            "hadamard" or "coloured" (images; a power of two of probes, one for each colour); see ``fm_fast/_probes.py``.
+        mode: "loop" (one vector-Jacobian product after another: least memory), "batched" (all at once: fewest launches), or "auto":
+            batches that keep the graph times their size within ``memory_budget``.
+        memory_budget: bytes; by default 2 MiB on the CPU, about its cache, and 1 GiB elsewhere.
+        replicates: independent repetitions of all probes; hadamard and coloured probes depend on each other, and two replicates or more
+            give them a standard error.
+        seed, step, sample_ids: what the probes are a function of (see ``fm_fast.random``); without a seed, one is drawn from torch's
+            generator.
+        create_graph: make the result differentiable; costs the memory of all graphs.
+
+    Raises:
+        ValueError, TypeError: for any argument out of range or of wrong shape or dtype, naming it.
+        RuntimeError: the model's output does not depend on x, or not in a way that autograd sees.
+
+    Naive equivalent with one probe::
+
+        x.requires_grad_()
+        v, z = model(x, t), torch.randint_like(x, 2) * 2 - 1
+        div = (torch.autograd.grad(v, x, z)[0] * z).flatten(1).sum(1)
+    """
+    _checks.state("x", x)
+    _checks.time(t, x, "x")
+    chosen_path, chosen_objective = as_path(path), as_objective(objective)
+    field = make_field(model, chosen_path, chosen_objective, len(x), cond, guidance)
+    chosen = make_probes(kind, probes, replicates, tuple(x.shape), x.device)
+    key = random.make_key(seed, step, sample_ids, len(x), x.device)
+    resolved = _backends.resolve("divergence_step", x.device, backend)
+    estimator = Estimator(chosen, key, len(x), mode, memory_budget, create_graph, resolved)
+    times = _as_times(t, x)
+    with torch.set_grad_enabled(create_graph), frozen(model, not create_graph):
+        with estimator.recording():
+            given = leaf(x)
+            output = field.output_at(given, times, _guided(guidance, t))
+            check_output(output, given)
+            output = _ops.native_layout(output)
+        estimator.add(output, given, 0, 0.0, 1.0)
+        output = output if create_graph else output.detach()
+        return _divergence(
+            estimator, field.velocity(x.to(times.dtype), times, output), velocity_factors(chosen_path, chosen_objective, times)
+        )
+
+
+def _as_times(t: Tensor | float, x: Tensor) -> Tensor:
+    wide = reference.accumulation_dtype(x)
+    times = t.to(wide) if isinstance(t, Tensor) else torch.full((), t, dtype=wide, device=x.device)
+    return times.expand(len(x))
+
+
+def _guided(guidance: Guidance | None, t: Tensor | float) -> bool:
+    if guidance is None:
+        return False
+    if isinstance(t, Tensor) and t.numel() != 1:
+        raise ValueError(f"t must be one number for the whole batch where guidance is given, got shape {tuple(t.shape)}")
+    return guidance.applies(float(t))
+
+
+def _divergence(estimator: Estimator, v: Tensor, factors: tuple[Tensor, Tensor]) -> Divergence:
+    """div v = p D + r div o."""
+    (p, r), size, dtype = factors, math.prod(v.shape[1:]), v.dtype
+    mean, variance = estimator.sums
+    error = (r.abs() * variance.sqrt()).to(dtype) if estimator.probes.known_variance else None
+    return Divergence(v, (p * size + r * mean).to(dtype), error)
+
+
+def log_likelihood(
+    model: Model,
+    x1: Tensor,
+    *,
+    cond: Mapping[str, Any] | None = None,
+    path: str | Path = "ot",
+    objective: str | Objective = "velocity",
+    method: str | Table = "midpoint",
+    steps: int | None = None,
+    grid: str | Grid | Sequence[float] = "uniform",
+    t0: float = 0.0,
+    t1: float = 1.0,
+    guidance: Guidance | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    max_steps: int = 10_000,
+    dtype: torch.dtype | None = None,
+    probes: int = 1,
+    kind: str = "auto",
+    mode: str = "auto",
+    memory_budget: int | None = None,
+    replicates: int = 1,
+    prior: Prior | None = None,
+    error_estimate: bool = False,
+    seed: Whole | None = None,
+    step: Whole = 0,
+    sample_ids: Whole | None = None,
+    create_graph: bool = False,
+    on_nonfinite: str = "raise",
+    progress: bool = False,
+    backend: str | None = None,
+) -> Likelihood:
+    """Log-density of data under the model: back to the noise at t0, the divergence carried along (appendix C, equations 31-35).
+
+    Args:
+        model, cond, path, objective, method, steps, grid, t0, t1, guidance, rtol, atol, max_steps, dtype, on_nonfinite, progress,
+            backend: as in :func:`fm_fast.sample`.
+        x1: data [B, ...] in the model's space.
+        probes, kind, mode, memory_budget, replicates, seed, step, sample_ids, create_graph: as in :func:`fm_fast.divergence`. Fixed-step
+            methods draw new probes at every evaluation that counts, adaptive ones hold theirs for the whole solve.
+        prior: log-density [B] of x0 [B, ...]; by default that of N(0, prior_scale^2) of the path.
+        error_estimate: solve again with half the steps, each with the probes of the two steps that it replaces, and report
+            ``disc_err`` = |difference| / (2^order - 1), an overestimate where the steps' own error is far below the probes'. Needs an even number of steps; half as many calls of the model again and as many
+            vector-Jacobian products. Warns where the mean error exceeds 0.01 bits a dimension.
+
+    Raises:
+        ValueError, TypeError: for any argument out of range or of wrong shape or dtype, naming it.
+        FloatingPointError: a result is not finite (see ``on_nonfinite``). RuntimeError: as in :func:`fm_fast.divergence`.
+
+    Naive equivalent with Euler steps, for a model that predicts the velocity::
+
+        x, integral = x1, 0.0
+        for n in range(steps, 0, -1):
+            d = fm_fast.divergence(model, x, n / steps)
+            x, integral = x - d.v / steps, integral + d.div / steps
+        logp = Normal(0, 1).log_prob(x).flatten(1).sum(1) - integral
+    """
+    _checks.state("x1", x1)
+    settings = make_settings(
+        x1, path, objective, method, steps, grid, t0, t1, None, rtol, atol, max_steps, dtype, "none", backend, reverse=True
+    )
+    _check_halving(settings.nodes, error_estimate, settings.adaptive)
+    task = Task(
+        field=make_field(model, settings.path, settings.objective, len(x1), cond, guidance),
+        settings=settings,
+        probes=make_probes(kind, probes, replicates, tuple(x1.shape), x1.device),
+        key=random.make_key(seed, step, sample_ids, len(x1), x1.device),
+        mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
+    )  # fmt: skip
+    fine = integrate(task, x1)
+    logp = log_prior(prior, fine.x, settings.path) + fine.value
+    check_finite(logp, "log-densities", settings, on_nonfinite)
+    error, coarse = None, None
+    if error_estimate:
+        coarse = integrate_coarsely(task, x1)
+        error = (logp - log_prior(prior, coarse.x, settings.path) - coarse.value).detach().abs() / (2.0 ** _order(settings.table) - 1.0)
+        _warn_if_large(error, x1)
+    return Likelihood(logp, standard_error(fine), error, fine.x, _total("nfe", fine, coarse), _total("nvjp", fine, coarse))
+
+
+def _check_halving(nodes: Any, error_estimate: bool, adaptive: str | None) -> None:
+    if error_estimate and adaptive is not None:
+        raise ValueError(f"error_estimate needs a fixed-step method, got {adaptive!r}, which controls its error by rtol and atol")
+    if error_estimate and len(nodes) % 2 == 0:
+        raise ValueError(f"steps must be even for error_estimate, which solves again with half of them, got {len(nodes) - 1}")
+
+
+def _order(table: Table | None) -> int:
+    assert table is not None
+    return table.order()
+
+
+def _total(name: str, *parts: Integral | None) -> int:
+    return sum(getattr(part, name) for part in parts if part is not None)
+
+
+def _warn_if_large(error: Tensor, x1: Tensor) -> None:
+    size = math.prod(x1.shape[1:])
+    bits = float(error.mean()) / (size * math.log(2.0)) if error.numel() and size else 0.0
+    if bits > LARGE_ERROR:
+        warnings.warn(f"the finite number of steps costs about {bits:.2g} bits a dimension; take more steps", stacklevel=3)
+
+
+def standard_error(integral: Integral) -> Tensor | None:
+    """[B], from the variance that the probes cause; None where it is unknown."""
+    return None if integral.variance is None else integral.variance.detach().sqrt()
+
+
+def log_prior(prior: Prior | None, x0: Tensor, path: Path) -> Tensor:
+    """log p0(x0), float64 [B]."""
+    if prior is not None:
+        value = prior(x0)
+        if not isinstance(value, Tensor) or value.shape != x0.shape[:1]:
+            raise ValueError(f"prior must return a tensor of shape [{len(x0)}], got {getattr(value, 'shape', type(value).__name__)}")
+        return value.to(torch.float64)
+    scale, size = prior_scale(path), math.prod(x0.shape[1:])
+    squares = x0.square().flatten(1).sum(1, dtype=torch.float64) if x0.dim() > 1 else x0.square().to(torch.float64)
+    return -0.5 * squares / scale**2 - size * (math.log(scale) + 0.5 * math.log(2.0 * math.pi))
+
+
+def sample_with_log_prob(
+    model: Model,
+    noise: Tensor,
+    *,
+    cond: Mapping[str, Any] | None = None,
+    path: str | Path = "ot",
+    objective: str | Objective = "velocity",
+    method: str | Table = "midpoint",
+    steps: int | None = None,
+    grid: str | Grid | Sequence[float] = "uniform",
+    t0: float = 0.0,
+    t1: float = 1.0,
+    guidance: Guidance | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    max_steps: int = 10_000,
+    dtype: torch.dtype | None = None,
+    probes: int = 1,
+    kind: str = "auto",
+    mode: str = "auto",
+    memory_budget: int | None = None,
+    replicates: int = 1,
+    prior: Prior | None = None,
+    seed: Whole | None = None,
+    step: Whole = 0,
+    sample_ids: Whole | None = None,
+    create_graph: bool = False,
+    on_nonfinite: str = "raise",
+    progress: bool = False,
+    backend: str | None = None,
+) -> SampleWithLogProb:
+    """Samples and their log-densities in one pass: from noise [B, ...] at t0 to data at t1 (equations 1 and 31).
+
+    Arguments and errors are those of :func:`fm_fast.sample` and :func:`log_likelihood`; ``prior`` is the density that ``noise`` was drawn
+    from.
+
+    Naive equivalent: Euler steps as in :func:`fm_fast.sample` with ``integral += fm_fast.divergence(model, x, t).div * h`` and
+    ``logp = Normal(0, 1).log_prob(noise).flatten(1).sum(1) - integral``.
+    """
+    _checks.state("noise", noise)
+    settings = make_settings(
+        noise, path, objective, method, steps, grid, t0, t1, None, rtol, atol, max_steps, dtype, "none", backend, reverse=False
+    )
+    task = Task(
+        field=make_field(model, settings.path, settings.objective, len(noise), cond, guidance),
+        settings=settings,
+        probes=make_probes(kind, probes, replicates, tuple(noise.shape), noise.device),
+        key=random.make_key(seed, step, sample_ids, len(noise), noise.device),
+        mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
+    )  # fmt: skip
+    integral = integrate(task, noise)
+    logp = log_prior(prior, noise, settings.path) - integral.value
+    check_finite(logp, "log-densities", settings, on_nonfinite)
+    return SampleWithLogProb(integral.x, logp, standard_error(integral), integral.nfe, integral.nvjp)

@@ -1,0 +1,251 @@
+"""Solving the flow's ODE dx/dt = v(x, t): from noise to samples, and from data back to noise.
+
+A fixed-step method costs one fused op an evaluation beside the network, nothing on the host that waits, and memory for the state and one
+input. What the network predicts does not matter: the velocity p(t) x + r(t) o is folded into the solver's coefficients.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fm_fast import _checks, reference
+from fm_fast._adaptive import solve_adaptive
+from fm_fast._evaluate import make_evaluate
+from fm_fast._field import Field, Guidance, Model, check_output, make_field
+from fm_fast._progress import step_counter
+from fm_fast._settings import NONFINITE, Save, Settings, check_finite, make_settings
+from fm_fast._solve import AfterStep, Layout, make_state, run
+from fm_fast.grids import Grid
+from fm_fast.objectives import Objective
+from fm_fast.paths import Path
+from fm_fast.solvers import Table
+
+__all__ = ["Guidance", "Sample", "encode", "sample"]
+
+Callback = Callable[[int, float, Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """The result of a solve.
+
+    Attributes:
+        x: [B, ...], the state at the end; float32 (float64 for float64 noise).
+        nfe: calls of the model.
+        saved: [S, B, ...], the states that were asked for, or None.
+        saved_t: their S times, or None.
+        finite: bool [B], whether the sample is finite.
+    """
+
+    x: Tensor
+    nfe: int
+    saved: Tensor | None
+    saved_t: tuple[float, ...] | None
+    finite: Tensor
+
+
+def sample(
+    model: Model,
+    noise: Tensor,
+    *,
+    cond: Mapping[str, Any] | None = None,
+    path: str | Path = "ot",
+    objective: str | Objective = "velocity",
+    method: str | Table = "midpoint",
+    steps: int | None = None,
+    grid: str | Grid | Sequence[float] = "uniform",
+    t0: float = 0.0,
+    t1: float = 1.0,
+    guidance: Guidance | None = None,
+    save: Save = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    max_steps: int = 10_000,
+    dtype: torch.dtype | None = None,
+    grad: str = "none",
+    on_nonfinite: str = "raise",
+    backend: str | None = None,
+) -> Sample:
+    """Samples of a trained model: the flow's ODE solved from noise at t0 to data at t1 (equation 1).
+
+    Args:
+        model: called as ``model(x, t, **cond)`` with x [B, ...] and t [B]; returns a tensor of x's shape. It must not keep or change
+            x, a buffer that the next step overwrites.
+        noise: [B, ...], drawn from N(0, prior_scale^2) of the path (1 but for VE): ``fm.noise(shape, seed=0, step=0)``.
+        cond: keyword arguments passed on to the model untouched.
+        path, objective: those of training. Models trained to predict noise, score or data sample like any other.
+        method: fixed-step: "euler", "midpoint", "heun2", "ralston", "rk4", "rk4_38", "ab2", "ab3" or a table of ``fm_fast.solvers``;
+            adaptive, by torchdiffeq: "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun".
+        steps: number of steps of a fixed-step method (required); None for an adaptive one.
+        grid: where the steps are: "uniform", "karras", "shift", "cosine", an object of ``fm_fast.grids``, or increasing times.
+        t0, t1: ends of the solve, kept inside the range in which the path's velocity is finite (VP ends at 1 - 1e-5).
+        guidance: a :class:`Guidance`; evaluated on one doubled batch.
+        save: None, "steps" (every state in the order of the solve, the first included), or times in [t0, t1]; a step that contains such a
+            time is split there.
+        callback: called as ``callback(step, t, x)`` after each step of a fixed-step method, with a copy of the state.
+        progress: show a progress bar (needs tqdm; fixed-step methods).
+        rtol, atol, max_steps: of adaptive methods; the norm is over the whole batch, so a sample depends on its neighbours there.
+        dtype: of the model's input; by default the noise's. The state is float32 (float64 for float64 noise) throughout, so a bfloat16
+            model loses no accuracy to the solver.
+        grad: "none" (nothing is recorded), "direct" (the whole graph is), "checkpoint" (the model runs again in backward).
+        on_nonfinite: "raise" a FloatingPointError if a sample is not finite at the end, or "mark" it in the result.
+        backend: as in :func:`fm_fast.flow_matching_loss`.
+
+    Raises:
+        ValueError, TypeError: for any argument out of range or of wrong shape or dtype, naming it.
+        FloatingPointError: see ``on_nonfinite``. RuntimeError: an adaptive method failed, or ``backend`` cannot run here.
+
+    Naive equivalent of the Euler method, for a model that predicts the velocity::
+
+        x = noise
+        for n in range(steps):
+            x = x + model(x, torch.full((len(x),), n / steps)) / steps
+    """
+    _checks.state("noise", noise)
+    settings = make_settings(
+        noise, path, objective, method, steps, grid, t0, t1, save, rtol, atol, max_steps, dtype, grad, backend, reverse=False
+    )
+    field = make_field(model, settings.path, settings.objective, noise.shape[0], cond, guidance)
+    return _solve(field, noise, settings, save, callback, progress, on_nonfinite)
+
+
+def encode(
+    model: Model,
+    x1: Tensor,
+    *,
+    cond: Mapping[str, Any] | None = None,
+    path: str | Path = "ot",
+    objective: str | Objective = "velocity",
+    method: str | Table = "midpoint",
+    steps: int | None = None,
+    grid: str | Grid | Sequence[float] = "uniform",
+    t0: float = 0.0,
+    t1: float = 1.0,
+    guidance: Guidance | None = None,
+    save: Save = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    max_steps: int = 10_000,
+    dtype: torch.dtype | None = None,
+    grad: str = "none",
+    on_nonfinite: str = "raise",
+    backend: str | None = None,
+) -> Sample:
+    """The noise that data comes from: :func:`sample` backwards, from x1 [B, ...] at t1 to t0 through the same nodes.
+
+    ``encode(sample(x).x)`` returns to x up to the method's error. Arguments and errors are those of :func:`sample`.
+
+    Naive equivalent of the Euler method::
+
+        x = x1
+        for n in range(steps, 0, -1):
+            x = x - model(x, torch.full((len(x),), n / steps)) / steps
+    """
+    _checks.state("x1", x1)
+    settings = make_settings(
+        x1, path, objective, method, steps, grid, t0, t1, save, rtol, atol, max_steps, dtype, grad, backend, reverse=True
+    )
+    field = make_field(model, settings.path, settings.objective, x1.shape[0], cond, guidance)
+    return _solve(field, x1, settings, save, callback, progress, on_nonfinite)
+
+
+def _solve(
+    field: Field, start: Tensor, settings: Settings, save: Save, callback: Callback | None, progress: bool, on_nonfinite: str
+) -> Sample:
+    _checks.one_of("on_nonfinite", on_nonfinite, NONFINITE)
+    _check_callback(settings, callback, progress)
+    with torch.no_grad() if settings.grad == "none" else contextlib.nullcontext():
+        if settings.adaptive is not None:
+            x, saved, nfe = _adaptive(field, start, settings)
+        else:
+            x, saved, nfe = _fixed(field, start, settings, callback, progress)
+    finite = check_finite(x, "samples", settings, on_nonfinite)
+    if save is None:
+        return Sample(x, nfe, None, None, finite)
+    times = tuple(float(settings.nodes[position]) for position in settings.saved)
+    return Sample(x, nfe, saved if saved is not None else x.new_empty(0, *x.shape), times, finite)
+
+
+def _check_callback(settings: Settings, callback: Callback | None, progress: bool) -> None:
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable as callback(step, t, x), got {type(callback).__name__}")
+    if settings.adaptive is not None and (callback is not None or progress):
+        raise ValueError(f"callback and progress need a fixed-step method, got {settings.adaptive!r}")
+
+
+# Fixed steps
+
+
+def _fixed(field: Field, start: Tensor, settings: Settings, callback: Callback | None, progress: bool) -> tuple[Tensor, Tensor | None, int]:
+    plan = settings.plan()
+    evaluate = make_evaluate(field, plan, start, rerun=settings.grad == "checkpoint" and torch.is_grad_enabled())
+    layout = Layout(settings.dtype, field.doubled is not None, field.guidance.scale if field.guidance else 1.0)
+    states: dict[int, Tensor] = {}
+    with step_counter(len(plan.nodes) - 1, progress) as count:
+        after = _after_step(states, settings, callback, count if progress else None)
+        x = run(
+            plan,
+            make_state(start, plan, layout, settings.backend, plain=settings.grad != "none" and torch.is_grad_enabled()),
+            evaluate,
+            after,
+        )
+    if 0 in settings.saved:
+        states[0] = start.to(x.dtype)
+    saved = torch.stack([states[position] for position in settings.saved]) if settings.saved else None
+    return x, saved, plan.evaluations
+
+
+def _after_step(
+    states: dict[int, Tensor], settings: Settings, callback: Callback | None, count: Callable[[], None] | None
+) -> AfterStep | None:
+    """What happens after a step; None where nothing does, which keeps the loop free of it. States are copied: the buffer is reused."""
+    if not settings.saved and callback is None and count is None:
+        return None
+    wanted, nodes = set(settings.saved), settings.nodes.tolist()
+
+    def after(step: int, x: Tensor) -> None:
+        if step in wanted:
+            states[step] = x.clone()
+        if callback is not None:
+            callback(step, nodes[step], x.clone())
+        if count is not None:
+            count()
+
+    return after
+
+
+# Adaptive steps
+
+
+def _adaptive(field: Field, start: Tensor, settings: Settings) -> tuple[Tensor, Tensor | None, int]:
+    x0 = start.to(reference.accumulation_dtype(start))
+    velocity = velocity_function(field, settings)
+    assert settings.adaptive is not None
+    (states,), nfe = solve_adaptive(
+        lambda t, parts: (velocity(parts[0], t),), (x0,), settings.nodes.tolist(), settings.adaptive,
+        settings.rtol, settings.atol, settings.max_steps,
+    )  # fmt: skip
+    return states[-1], states[list(settings.saved)] if settings.saved else None, nfe
+
+
+def velocity_function(field: Field, settings: Settings) -> Callable[[Tensor, Tensor], Tensor]:
+    """The velocity at (x [B, ...], t scalar) in x's dtype, for adaptive methods."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        times = t.to(x.dtype).expand(x.shape[0])
+        output = field.output_at(x.to(settings.dtype), times, field.guided_at(float(t.detach())))
+        check_output(output, x)
+        return field.velocity(x, times, output)
+
+    if settings.grad == "checkpoint" and torch.is_grad_enabled():
+        return lambda x, t: checkpoint(velocity, x, t, use_reentrant=False)  # type: ignore[return-value]
+    return velocity

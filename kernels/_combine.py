@@ -1,0 +1,39 @@
+"""The second stage of the reductions: partial sums of programs, added in float64 in a fixed order."""
+
+# Device functions are written in Triton's own language.
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fm_fast.kernels import _launch
+
+COMBINE_TILE = 1024
+
+
+@triton.jit(do_not_specialize=["count"])
+def combine_kernel(
+    output_ptr,  # [outputs]
+    partial_ptr,  # [outputs, count]
+    count,
+    scale: tl.float64,
+    TILE: tl.constexpr,
+):
+    """output = scale * sum of its partials, added in float64 from the first to the last."""
+    output = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((TILE,), tl.float64)
+    start = 0
+    while start < count:
+        index = start + tl.arange(0, TILE)
+        total += tl.load(partial_ptr + output * count + index, mask=index < count, other=0.0).to(tl.float64)
+        start += TILE
+    tl.store(output_ptr + output, tl.sum(total) * scale)
+
+
+def combine(outputs: Tensor, partial: Tensor, scale: float) -> None:
+    """Fill contiguous ``outputs`` with scale times the sums of equal runs of ``partial``."""
+    count = partial.numel() // outputs.numel()
+    tile = max(32, min(COMBINE_TILE, _launch.power_of_two(count)))
+    with _launch.on_device(outputs.device):
+        combine_kernel[(outputs.numel(),)](outputs, partial, count, scale, TILE=tile, num_warps=max(1, tile // 256))

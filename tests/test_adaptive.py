@@ -1,0 +1,157 @@
+"""Adaptive methods: right answers on every path, evaluations counted, and an error in words where a solve cannot succeed."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sampling_helpers import Counted, network, noise64, schedule, solve, velocity_of
+from torch import nn
+
+import fm_fast as fm
+from fm_fast.solvers import ADAPTIVE
+
+X0 = noise64(3, 2, 4)
+TIGHT = {"rtol": 1e-8, "atol": 1e-8}
+LOOSE = {"rtol": 1e-5, "atol": 1e-5}
+FINE = np.arange(1001) / 1000
+
+
+def tolerances(method):
+    return LOOSE if method in ("adaptive_heun", "fehlberg2") else TIGHT
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+@pytest.mark.parametrize("direction", ["sample", "encode"])
+def test_each_method_and_its_count(method, direction):
+    model = Counted()
+    found = getattr(fm, direction)(model, X0, method=method, **tolerances(method))
+    expected = solve("rk4", network, X0, FINE if direction == "sample" else FINE[::-1])
+    error = 1000 * tolerances(method)["rtol"]
+    torch.testing.assert_close(found.x, expected, rtol=error, atol=error)
+    assert found.nfe == len(model.times) > 4 and set(model.batches) == {3}
+    assert min(model.times) >= 0.0 and max(model.times) <= 1.0
+
+
+@pytest.mark.parametrize("objective", ["velocity", "noise", "score", "data"])
+@pytest.mark.parametrize("path", ["vp", "ot", "cosine"])
+def test_times_never_leave_the_range_of_the_path(path, objective):
+    """Exact networks for data N(0, 0.25): the ends, where torchdiffeq alone would look outside, do no harm."""
+    spread = 0.5
+
+    def exact(x, t):
+        a, s, da, ds = schedule(path, float(t[0]))
+        factors = {"velocity": a * da * spread**2 + s * ds, "noise": s, "score": -1.0, "data": a * spread**2}
+        return factors[objective] / (a * a * spread**2 + s * s) * x
+
+    model = Counted(exact)
+    found = fm.sample(model, X0, path=path, objective=objective, method="dopri5", rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(found.x, spread * X0, rtol=2e-3, atol=1e-4)
+    assert all(math.isfinite(t) and 0.0 <= t <= (1 - 1e-5 if path == "vp" else 1.0) for t in model.times)
+
+
+def test_an_objective_with_factors_that_change():
+    found = fm.sample(network, X0, path="cosine", objective="noise", method="dopri5", t0=0.3, t1=0.9, **TIGHT)
+    expected = solve("rk4", lambda x, t: velocity_of("cosine", "noise", network(x, t), x, t), X0, np.linspace(0.3, 0.9, 1001))
+    torch.testing.assert_close(found.x, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["sample", "encode"])
+def test_save_times(direction):
+    times = [0.75, 0.2, 0.2, 0.0, 1.0]
+    found = getattr(fm, direction)(network, X0, method="dopri5", save=times, **TIGHT)
+    assert found.saved_t == tuple(times) and found.saved.shape == (5, *X0.shape)
+    for time, state in zip(times, found.saved, strict=True):
+        nodes = np.linspace(0.0 if direction == "sample" else 1.0, time, 1001)
+        torch.testing.assert_close(state, solve("rk4", network, X0, nodes), rtol=1e-6, atol=1e-6)
+    end = found.saved[-1 if direction == "sample" else 3]
+    assert torch.equal(end, found.x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_state_is_wide_whatever_the_model(dtype):
+    inputs = set()
+
+    def model(x, t):
+        inputs.add((x.dtype, t.dtype))
+        return network(x.float(), t).to(dtype)
+
+    found = fm.sample(model, X0.float(), method="dopri5", dtype=dtype, rtol=3e-3, atol=3e-3)
+    assert inputs == {(dtype, torch.float32)} and found.x.dtype == torch.float32
+    torch.testing.assert_close(found.x.double(), solve("rk4", network, X0, FINE), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("shape", [(4,), (0, 3), (2, 0), (2, 3, 4, 4)], ids=str)
+def test_shapes(shape):
+    found = fm.sample(network, noise64(*shape), method="bosh3", rtol=1e-6, atol=1e-6, save=[0.5])
+    assert found.x.shape == shape and found.saved.shape == (1, *shape)
+    torch.testing.assert_close(found.x, solve("rk4", network, noise64(*shape), FINE), rtol=1e-4, atol=1e-4)
+
+
+def test_the_callers_noise_is_never_altered():
+    before = X0.clone()
+    found = fm.sample(lambda x, t: x, X0, method="dopri5")
+    assert torch.equal(X0, before) and found.x.data_ptr() != X0.data_ptr()
+
+
+# Solves that cannot succeed
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_a_field_that_is_not_finite_ends_in_an_error(method, value, start):
+    model = Counted(lambda x, t: torch.where(t[:, None, None] >= start, value, 1.0) * torch.ones_like(x))
+    with pytest.raises(RuntimeError, match=rf"{method} failed \(.*\): the model's velocity is not finite, or too rough for rtol=1e-05"):
+        fm.sample(model, X0, method=method)
+    assert len(model.times) < 5000
+
+
+def test_one_sample_that_is_not_finite_is_enough():
+    with pytest.raises(RuntimeError, match="the model's velocity is not finite"):
+        fm.sample(lambda x, t: torch.where(torch.arange(3)[:, None, None] == 1, math.nan, 1.0) * x, X0, method="dopri5")
+
+
+def test_noise_that_is_not_finite():
+    with pytest.raises((RuntimeError, FloatingPointError), match="finite"):
+        fm.sample(network, torch.full((2, 3), math.nan), method="dopri5")
+
+
+def test_too_many_steps():
+    with pytest.raises(
+        RuntimeError, match=r"dopri5 did not reach the end of the solve in max_steps=5 steps; raise max_steps, or rtol=1e-08"
+    ):
+        fm.sample(lambda x, t: torch.sin(300 * x), X0, method="dopri5", max_steps=5, **TIGHT)
+
+
+def test_an_error_inside_the_model_is_the_models_own():
+    def model(x, t):
+        assert x.sum() > 1e9, "mine"
+        return x
+
+    with pytest.raises(AssertionError, match="mine"):
+        fm.sample(model, X0, method="dopri5")
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("grad", ["direct", "checkpoint"])
+def test_gradients(grad):
+    model = nn.Linear(4, 4).double()
+
+    def end(noise, field, **arguments):
+        return fm.sample(lambda x, t: torch.sin(field(x)), noise, **arguments).x.square().sum()
+
+    results = []
+    for arguments in ({"method": "dopri5", "grad": grad, **TIGHT}, {"method": "rk4", "steps": 100, "grad": "direct"}):
+        model.zero_grad()
+        noise = X0.clone().requires_grad_()
+        end(noise, model, **arguments).backward()
+        results.append((noise.grad, model.weight.grad.clone(), model.bias.grad.clone()))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_recorded_unasked():
+    assert not fm.sample(network, X0.clone().requires_grad_(), method="dopri5").x.requires_grad

@@ -1,0 +1,259 @@
+"""fm-fast sample and fm-fast likelihood: every option listed, wrong ones refused, and numbers that a loop by hand reproduces."""
+
+import json
+import math
+import re
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from trainer_helpers import decode_png
+
+from fm_fast.cli import main
+from fm_fast.train.checkpoint import load_model, read_checkpoint
+from fm_fast.train.data import digits
+from fm_fast.train.npz import read_npz
+
+SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "2", "--samples-per-class", "3"]
+# A few large steps: the network's output must matter to what is compared.
+RUN = ["train", "digits", "--steps", "8", "--batch-size", "32", "--learning-rate", "0.02", "--warmup", "1", "--ema-decay", "0"]
+RUN += ["--no-evaluate", *SMALL]
+OPTIONS = {
+    "sample": "seed batch-size device classes count out guidance method steps grid rtol atol",
+    "likelihood": "seed batch-size device data limit unconditional method steps grid rtol atol probes kind replicates draws json progress",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a short run, trained dequantised."""
+    folder = tmp_path_factory.mktemp("run")
+    assert main([*RUN, "--dequantise", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("command", ["sample", "likelihood"])
+def test_help_lists_every_option(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert set(re.findall(r" --([a-z-]+)", text)) - {"help", "dequantise"} == set(OPTIONS[command].split())
+
+
+# Samples
+
+
+def picture(path):
+    width, height, _, rows = decode_png(path.read_bytes())
+    return width, height, rows
+
+
+def test_the_picture_of_the_run_again(run, tmp_path):
+    """The same seed, classes and solver as the trainer's picture: the same pixels."""
+    out = tmp_path / "again.png"
+    assert main(["sample", str(run), "--count", "3", "--out", str(out)]) == 0
+    assert picture(out) == picture(run / "samples.png")
+    assert main(["sample", str(run / "checkpoint.pt"), "--count", "3", "--out", str(out), "--seed", "1"]) == 0
+    assert picture(out) != picture(run / "samples.png")
+
+
+def test_an_archive_that_can_be_read_as_data(run, tmp_path, capsys):
+    out = tmp_path / "samples.npz"
+    assert main(["sample", str(run), "--classes", "7", "3", "--count", "4", "--out", str(out), "--batch-size", "3"]) == 0
+    assert "8 samples by midpoint, guidance 2, in " in capsys.readouterr().out
+    images, labels = read_npz(out, ("images", "labels"))
+    assert images.shape == (8, 1, 8, 8) and images.dtype == torch.uint8 and int(images.max()) <= 16
+    assert labels.tolist() == [7, 7, 7, 7, 3, 3, 3, 3]
+
+
+def archive(run, tmp_path, *arguments):
+    out = tmp_path / "samples.npz"
+    assert main(["sample", str(run), "--classes", "1", "2", "--count", "2", "--out", str(out), *arguments]) == 0
+    return np.load(out)["images"]
+
+
+def test_settings_of_the_solve_reach_it(run, tmp_path):
+    plain = archive(run, tmp_path, "--steps", "2")
+    assert np.array_equal(plain, archive(run, tmp_path))
+    for arguments in (["--seed", "3"], ["--guidance", "-60"], ["--steps", "1", "--method", "euler"], ["--grid", "karras"]):
+        assert not np.array_equal(plain, archive(run, tmp_path, *arguments)), arguments
+    adaptive, fine = (
+        archive(run, tmp_path, "--method", "dopri5", "--rtol", "1e-4"),
+        archive(run, tmp_path, "--method", "rk4", "--steps", "30"),
+    )
+    assert np.abs(adaptive.astype(float) - fine).max() <= 1 and (adaptive == fine).mean() > 0.9
+
+
+def test_without_a_class(run, tmp_path, capsys):
+    out = tmp_path / "samples.npz"
+    assert main(["sample", str(run), "--classes", "none", "--count", "2", "--out", str(out)]) == 0
+    assert np.load(out)["labels"].tolist() == [-1, -1] and "guidance 1" in capsys.readouterr().out
+
+
+# Likelihoods
+
+
+def exact_trace(velocity, x):
+    return torch.stack([
+        torch.autograd.functional.jacobian(lambda row: velocity(row[None])[0].flatten(), row).reshape(64, 64).trace() for row in x
+    ])  # fmt: skip
+
+
+def bits_by_hand(model, images, labels, seed, steps):
+    """Midpoint steps from t = 1 to 0 with the exact divergence at the midpoints; dequantised by the noise contract, typed in again."""
+    u = torch.from_numpy(oracle.uniform(tuple(images.shape), seed, 0, "dequantise"))
+    x, integral, h = (2 * (images + u) / 17 - 1).float(), 0.0, 1 / steps
+
+    def velocity(x, t, y):
+        return model(x, torch.full((len(x),), t), y=y)
+
+    for t in (1 - n * h for n in range(steps)):
+        middle = x - h / 2 * velocity(x, t, labels)
+        pairs = zip(middle.split(1), labels.split(1), strict=True)
+        traces = [exact_trace(lambda row, t=t, y=y: velocity(row, t - h / 2, y), one) for one, y in pairs]
+        integral = integral + h * torch.cat(traces)
+        x = x - h * velocity(middle, t - h / 2, labels)
+    assert float(integral.abs().min()) > 1.0, "the divergence matters"
+    log_prior = -0.5 * (x.double().square() + math.log(2 * math.pi)).flatten(1).sum(1)
+    return math.log2(17 / 2) - (log_prior - integral.double()) / (64 * math.log(2))
+
+
+@pytest.mark.parametrize("unconditional", [False, True])
+def test_bits_per_dim_are_those_of_a_loop_by_hand(unconditional, run, tmp_path, capsys):
+    out = tmp_path / "bits.json"
+    arguments = ["--limit", "4", "--steps", "2", "--kind", "exact", "--seed", "5", "--batch-size", "3", "--json", str(out)]
+    assert main(["likelihood", str(run), *arguments, *(["--unconditional"] if unconditional else [])]) == 0
+    (model, _), data = load_model(run), digits("test")
+    labels = torch.full((4,), -1) if unconditional else data.labels[:4]
+    expected = bits_by_hand(model, data.images[:4], labels, 5, 2)
+    record = json.loads(out.read_text())
+    assert record["bits_per_dim_of_images"] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert record["bits_per_dim"] == pytest.approx(float(expected.mean()), abs=1e-4)
+    assert record["std_err"] == pytest.approx(float(expected.std() / 2), rel=1e-3)
+    assert (record["levels"], record["images"], record["nfe"], record["nvjp"]) == (17, 4, 4, 2 * 64)
+    text = capsys.readouterr().out
+    assert f"bits/dim: {record['bits_per_dim']:.4f} +- {record['std_err']:.4f} (standard error of the mean" in text
+    assert "digits:test: 4 images 1x8x8 with 17 levels" in text and "4 evaluations and 128 vector-Jacobian products an image" in text
+
+
+def record_of(run, tmp_path, *arguments):
+    out = tmp_path / "bits.json"
+    assert main(["likelihood", str(run), "--limit", "6", "--json", str(out), *arguments]) == 0
+    return json.loads(out.read_text())
+
+
+def test_options_of_the_estimate_reach_it(run, tmp_path, capsys):
+    fast = ["--steps", "3", "--method", "euler"]
+    plain = record_of(run, tmp_path, *fast)
+    again = record_of(run, tmp_path, *fast, "--batch-size", "4")
+    assert plain["bits_per_dim_of_images"] == pytest.approx(again["bits_per_dim_of_images"], abs=1e-4)
+    assert plain["probe_std_err"] is None and (plain["nfe"], plain["nvjp"]) == (3, 3)
+    more = record_of(run, tmp_path, *fast, "--probes", "2", "--kind", "hadamard", "--replicates", "2", "--draws", "3")
+    assert (more["nfe"], more["nvjp"]) == (9, 36) and 0 < more["probe_std_err"] < more["std_err"]
+    assert f"{more['probe_std_err']:.2g} of it by the probes" in capsys.readouterr().out
+    assert record_of(run, tmp_path, *fast, "--seed", "1")["bits_per_dim"] != plain["bits_per_dim"]
+    assert record_of(run, tmp_path, *fast, "--data", "digits:train")["bits_per_dim"] != plain["bits_per_dim"]
+
+
+def test_adaptive_and_fixed_steps_agree(run, tmp_path):
+    exact = ["--kind", "exact", "--limit", "1"]
+    adaptive = record_of(run, tmp_path, "--method", "bosh3", "--rtol", "0.03", "--atol", "0.03", *exact)
+    fixed = record_of(run, tmp_path, "--method", "rk4", "--steps", "3", *exact)
+    assert adaptive["bits_per_dim"] == pytest.approx(fixed["bits_per_dim"], abs=0.02)
+    assert adaptive["steps"] is None and 3 < adaptive["nfe"] < 100
+
+
+def test_defaults_need_no_option(run, tmp_path):
+    record = record_of(run, tmp_path, "--limit", "2")
+    assert (record["method"], record["steps"], record["probes"], record["nfe"], record["nvjp"]) == ("midpoint", 100, 1, 200, 100)
+
+
+def test_a_network_that_was_not_trained_dequantised(tmp_path, capsys):
+    assert main([*RUN, "--out", str(tmp_path)]) == 0
+    assert main(["likelihood", str(tmp_path), "--limit", "2", "--steps", "1"]) == 0
+    assert "fm-fast: warning: the network was not trained with --dequantise" in capsys.readouterr().err
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample"], "the following arguments are required: RUN"),
+        (["likelihood"], "the following arguments are required: RUN"),
+        (["sample", "r", "--step", "3"], "unrecognized arguments: --step 3"),
+        (["likelihood", "r", "--probe", "3"], "unrecognized arguments: --probe 3"),
+        (["sample", "r", "--steps", "0"], "argument --steps: expected at least 1, got 0"),
+        (["sample", "r", "--steps", "2.5"], "argument --steps: invalid positive value: '2.5'"),
+        (["sample", "r", "--method", "rk5"], "argument --method: invalid choice: 'rk5'"),
+        (["sample", "r", "--grid", "linear"], "argument --grid: invalid choice: 'linear'"),
+        (["sample", "r", "--out", "x.jpg"], "argument --out: expected a name that ends in .png or .npz, got 'x.jpg'"),
+        (["likelihood", "r", "--probes", "0"], "argument --probes: expected at least 1, got 0"),
+        (["likelihood", "r", "--kind", "signs"], "argument --kind: invalid choice: 'signs'"),
+    ],
+)
+def test_wrong_command_lines(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "RUN", "--classes", "10"], "classes: expected numbers in 0..9, all, or none, got 10"),
+        (["sample", "RUN", "--classes", "all", "3"], "classes: expected numbers in 0..9, all, or none, got all 3"),
+        (["sample", "RUN", "--classes", "-1"], "classes: expected numbers in 0..9"),
+        (["sample", "RUN", "--classes", "none", "--guidance", "2"], "guidance: expected 1 without a class, got 2.0"),
+        (["sample", "RUN", "--method", "dopri5", "--steps", "3"], "steps: expected none for the adaptive method dopri5, got 3"),
+        (["sample", "RUN", "--out", "no/such.png"], "no/such.png: there is no folder no"),
+        (["sample", "RUN", "--device", "abacus"], "device: expected auto, cpu"),
+        (["sample", "RUN", "--seed", "-1"], "seed must lie in [0, "),
+        (["likelihood", "RUN", "--method", "dopri5", "--steps", "3"], "steps: expected none for the adaptive method dopri5, got 3"),
+        (["likelihood", "RUN", "--data", "no/such"], "no/such: no such file or folder"),
+        (["likelihood", "RUN", "--data", "digits:valid"], "digits:valid: no such file or folder"),
+        (["likelihood", "RUN", "--kind", "coloured", "--probes", "3"], 'kind="coloured"'),
+        (["likelihood", "RUN", "--json", "no/such.json"], "no/such.json: there is no folder no"),
+        (["likelihood", "RUN", "--rtol", "0", "--method", "dopri5"], "rtol must be positive, got 0.0"),
+        (["sample", "no/such/run"], "no/such/run: no such checkpoint"),
+        (["likelihood", "no/such/run"], "no/such/run: no such checkpoint"),
+        (["sample", "."], "checkpoint.pt: no such checkpoint"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_1(arguments, message, run, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(run) if argument == "RUN" else argument for argument in arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fm-fast: error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["sample", "likelihood"])
+@pytest.mark.parametrize("damage", ["cut", "text", "other", "settings", "weights"])
+def test_damaged_checkpoints(damage, command, run, tmp_path, capsys):
+    file = tmp_path / "checkpoint.pt"
+    content = read_checkpoint(run / "checkpoint.pt")
+    if damage == "cut":
+        file.write_bytes((run / "checkpoint.pt").read_bytes()[:1000])
+    elif damage == "text":
+        file.write_text("not a checkpoint")
+    elif damage == "other":
+        torch.save({"model": {}}, file)
+    elif damage == "settings":
+        torch.save({**content, "config": {**content["config"], "colour": "red"}}, file)
+    else:
+        torch.save({**content, "state": {**content["state"], "average": {}}}, file)
+    assert main([command, str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"fm-fast: error: {file}: expected ") and error.count("\n") == 1
+
+
+def test_data_that_the_network_was_not_made_for(run, tmp_path, capsys):
+    for images, labels, message in [
+        (np.zeros((4, 1, 4, 4), np.uint8), np.zeros(4, np.int64), "data: expected images of (1, 8, 8) for this network, got (1, 4, 4)"),
+        (np.zeros((4, 1, 8, 8), np.uint8), np.full(4, 12), "data: expected at most 10 classes for this network, got 13"),
+    ]:
+        np.savez(tmp_path / "set.npz", images=images, labels=labels)
+        assert main(["likelihood", str(run), "--data", str(tmp_path / "set.npz")]) == 1
+        assert message in capsys.readouterr().err

@@ -1,0 +1,120 @@
+"""Time grids against their formulas typed in again, and what every grid must be."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import fm_fast as fm
+from fm_fast.grids import CosineGrid, KarrasGrid, ShiftGrid, UniformGrid
+from fm_fast.paths import NAMED as PATHS
+
+GRIDS = [UniformGrid(), CosineGrid(), ShiftGrid(), ShiftGrid(0.5), KarrasGrid(), KarrasGrid(0.01, 10.0, 3.0)]
+EDGE = 1e-5
+
+
+def nodes_of(grid, steps, **arguments):
+    return np.array(fm.sample(lambda x, t: x, torch.zeros(1, 1), grid=grid, steps=steps, method="euler", save="steps", **arguments).saved_t)
+
+
+def test_uniform_times_are_quotients():
+    assert nodes_of("uniform", 10).tolist() == [n / 10 for n in range(11)]
+    np.testing.assert_array_equal(nodes_of("uniform", 1000), np.arange(1001) / 1000)
+
+
+def test_cosine():
+    expected = [math.sin(math.pi * n / 14) ** 2 for n in range(8)]
+    np.testing.assert_allclose(nodes_of("cosine", 7), expected, rtol=1e-14, atol=1e-16)
+
+
+@pytest.mark.parametrize("shift", [3.0, 1.0, 0.4])
+def test_the_shift_of_stable_diffusion_3(shift):
+    """Its time is the noise level s = 1 - t: s -> shift s / (1 + (shift - 1) s)."""
+    level = np.linspace(1, 0, 9)
+    expected = 1 - shift * level / (1 + (shift - 1) * level)
+    np.testing.assert_allclose(nodes_of(ShiftGrid(shift), 8), expected, rtol=1e-13, atol=1e-15)
+
+
+def test_karras_noise_levels():
+    """The sigmas of Karras et al. as samplers compute them; on the straight path sigma / alpha = (1 - t) / t."""
+    ramp = np.linspace(0, 1, 11)
+    low, high = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
+    sigmas = (high + ramp * (low - high)) ** 7
+    expected = 1 / (1 + sigmas)
+    found = nodes_of("karras", 10)
+    np.testing.assert_allclose(found[1:-1], expected[1:-1], rtol=1e-12)
+    assert (found[0], found[-1]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("path", ["vp", "cosine"])
+def test_karras_levels_on_other_paths(path):
+    found = nodes_of(KarrasGrid(0.01, 10.0, 3.0), 6, path=path)
+    scaled = torch.from_numpy(found[1:-1] / found[-1])
+    ratios = (PATHS[path].sigma(scaled) / PATHS[path].alpha(scaled)).numpy()
+    expected = np.linspace(10 ** (1 / 3), 0.01 ** (1 / 3), 7)[1:-1] ** 3
+    np.testing.assert_allclose(ratios, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("path", [fm.VE(), fm.OT(sigma_min=0.1), fm.VP(beta_max=2.0)], ids=["ve", "ot with sigma_min", "short vp"])
+def test_karras_levels_stay_among_those_of_the_path(path):
+    """80 and 0.002 are not reached here; the levels run between those that are."""
+    found = nodes_of("karras", 8, path=path)
+    ends = torch.tensor([found[0], found[-1]])
+    first, last = (path.sigma(ends) / path.alpha(ends)).tolist()
+    inner = torch.from_numpy(found[1:-1])
+    ratios = (path.sigma(inner) / path.alpha(inner)).numpy()
+    expected = np.linspace(min(first, 80.0) ** (1 / 7), max(last, 0.002) ** (1 / 7), 9) ** 7
+    np.testing.assert_allclose(ratios, expected[1:-1], rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 17, 1000])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("path", ["ot", "vp", "ve", "cosine"])
+def test_every_grid_increases_between_exact_ends(grid, path, steps):
+    nodes = nodes_of(grid, steps, path=path)
+    assert len(nodes) == steps + 1 and (np.diff(nodes) > 0).all()
+    assert (nodes[0], nodes[-1]) == (0.0, 1 - EDGE if path == "vp" else 1.0)
+    part = nodes_of(grid, steps, path=path, t0=0.25, t1=0.75)
+    assert (part[0], part[-1]) == (0.25, 0.75)
+    np.testing.assert_allclose(part, 0.25 + 0.5 * nodes / nodes[-1], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("path", "objective", "ends"),
+    [("ot", "noise", (EDGE, 1.0)), ("ot", "data", (0.0, 1 - EDGE)), ("vp", "velocity", (0.0, 1 - EDGE)), ("cosine", "score", (EDGE, 1.0))],
+)
+def test_the_ends_at_which_a_velocity_is_infinite_are_left_out(path, objective, ends):
+    nodes = nodes_of("uniform", 4, path=path, objective=objective)
+    assert (nodes[0], nodes[-1]) == ends
+    np.testing.assert_allclose(nodes, ends[0] + (ends[1] - ends[0]) * np.arange(5) / 4, rtol=1e-12)
+    assert nodes_of([0.0, 0.5, 1.0], None, path=path, objective=objective).tolist() == [ends[0], 0.5, ends[1]]
+
+
+def test_times_of_ones_own():
+    for times in ([0.0, 0.1, 0.7, 1.0], (0.2, 0.3), np.array([0.0, 0.5]), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)):
+        assert nodes_of(times, None).tolist() == list(map(float, times))
+    assert nodes_of([0.1, 0.2], 1, t0=0.1, t1=0.2).tolist() == [0.1, 0.2]
+
+
+def test_a_grid_of_ones_own():
+    class Squares:
+        def nodes(self, steps, path):
+            return (np.arange(steps + 1) / steps) ** 2
+
+    assert nodes_of(Squares(), 4).tolist() == [0.0, 1 / 16, 1 / 4, 9 / 16, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ShiftGrid(0.0), r"shift must be positive and finite, got 0.0"),
+        (lambda: ShiftGrid(float("nan")), r"shift must be positive and finite, got nan"),
+        (lambda: KarrasGrid(sigma_min=2.0, sigma_max=1.0), r"0 < sigma_min < sigma_max, got 2.0 and 1.0"),
+        (lambda: KarrasGrid(sigma_max=float("inf")), r"0 < sigma_min < sigma_max"),
+        (lambda: KarrasGrid(rho=0.0), r"rho must be positive and finite, got 0.0"),
+    ],
+)
+def test_bad_parameters(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,163 @@
+"""Guidance: one doubled batch gives what two separate calls give, at the times that it applies to and nowhere else."""
+
+import numpy as np
+import pytest
+import torch
+from sampling_helpers import FIXED, Counted, network, noise64, solve, velocity_of
+
+import fm_fast as fm
+
+X0 = noise64(3, 2, 4)
+IMAGES = noise64(2, 3, 4, 4)
+LABELS = torch.tensor([1, 4, 2])
+
+
+def conditional(x, t, y=None, **others):
+    shift = y.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+    return network(x, t) + torch.sin(shift * x)
+
+
+def mixed(x, t, scale, labels=LABELS, null=-1):
+    one, other = conditional(x, t, labels), conditional(x, t, torch.full_like(labels, null))
+    return other + scale * (one - other)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5, -1.0])
+@pytest.mark.parametrize("method", FIXED)
+def test_a_doubled_batch_equals_two_calls(method, scale, backend):
+    model = Counted(conditional)
+    guidance = fm.Guidance(scale, {"y": -1})
+    found = fm.sample(model, X0, cond={"y": LABELS}, guidance=guidance, method=method, steps=4, backend=backend)
+    expected = solve(method, lambda x, t: mixed(x, t, scale), X0, np.arange(5) / 4)
+    torch.testing.assert_close(found.x, expected, rtol=1e-12, atol=1e-13)
+    assert found.nfe == len(model.times) and set(model.batches) == {6}
+
+
+@pytest.mark.parametrize("objective", ["noise", "data"])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "ab2"])
+def test_mixing_outputs_mixes_velocities(objective, method, backend):
+    found = fm.sample(
+        conditional, X0, cond={"y": LABELS}, guidance=fm.Guidance(2.0, {"y": -1}), path="cosine", objective=objective, method=method,
+        steps=4, t0=0.2, t1=0.8, backend=backend,
+    )  # fmt: skip
+
+    def velocity(x, t):
+        one, other = (velocity_of("cosine", objective, conditional(x, t, y), x, t) for y in (LABELS, torch.full_like(LABELS, -1)))
+        return other + 2.0 * (one - other)
+
+    torch.testing.assert_close(found.x, solve(method, velocity, X0, np.linspace(0.2, 0.8, 5)), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "ab2"])
+@pytest.mark.parametrize("interval", [(0.25, 0.6), (0.0, 0.5), (0.9, 1.0), (0.26, 0.27)], ids=str)
+def test_outside_its_interval_the_conditional_model_runs_alone(interval, method, backend):
+    model = Counted(conditional)
+    guidance = fm.Guidance(3.0, {"y": -1}, interval)
+    found = fm.sample(model, X0, cond={"y": LABELS}, guidance=guidance, method=method, steps=4, backend=backend)
+
+    def velocity(x, t):
+        return mixed(x, t, 3.0 if interval[0] <= t <= interval[1] else 1.0)
+
+    torch.testing.assert_close(found.x, solve(method, velocity, X0, np.arange(5) / 4), rtol=1e-12, atol=1e-13)
+    assert model.batches == [6 if interval[0] <= t <= interval[1] else 3 for t in model.times]
+
+
+def test_guidance_backwards(backend):
+    found = fm.encode(conditional, X0, cond={"y": LABELS}, guidance=fm.Guidance(2.0, {"y": -1}), method="rk4", steps=4, backend=backend)
+    expected = solve("rk4", lambda x, t: mixed(x, t, 2.0), X0, np.arange(4, -1, -1) / 4)
+    torch.testing.assert_close(found.x, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("method", ["euler", "midpoint", "ab2"])
+def test_dtypes_and_layouts(dtype, layout, method, backend):
+    seen = set()
+
+    def model(x, t, y):
+        seen.add((x.dtype, len(x), x.is_contiguous(memory_format=layout)))
+        return conditional(x, t.to(x.dtype), y)
+
+    noise, labels = IMAGES.float().to(memory_format=layout), LABELS[:2]
+    guidance = fm.Guidance(2.0, {"y": -1})
+    arguments = {"cond": {"y": labels}, "guidance": guidance, "method": method, "steps": 4, "dtype": dtype, "save": [0.3]}
+    found = fm.sample(model, noise, backend=backend, **arguments)
+    assert seen == {(dtype, 4, True)}
+    nodes = [0.0, 0.25, 0.3, 0.5, 0.75, 1.0]
+    expected = solve(method, lambda x, t: mixed(x, t, 2.0, labels), IMAGES, nodes)
+    tolerance = 0.2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.x.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        found.saved[0].double(), solve(method, lambda x, t: mixed(x, t, 2.0, labels), IMAGES, nodes[:3]), rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "ab3"])
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 4), (2, 3, 4, 4)], ids=str)
+def test_models_that_return_their_doubled_input(shape, method, backend):
+    """dx/dt = x in both halves, through a view of the solver's own buffer."""
+    noise, labels = noise64(*shape).float(), torch.arange(shape[0])
+    for model in (lambda x, t, y: x, lambda x, t, y: x.view(x.shape)):
+        found = fm.sample(model, noise, cond={"y": labels}, guidance=fm.Guidance(2.0, {"y": -1}), method=method, steps=4, backend=backend)
+        expected = solve(method, lambda x, t: x, noise.double(), np.arange(5) / 4)
+        torch.testing.assert_close(found.x.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "null",
+    [-1, torch.tensor(-1), torch.tensor([-1]), torch.full((3,), -1), torch.full((3,), -1.0)],
+    ids=["number", "scalar", "one", "batch", "other dtype"],
+)
+def test_forms_of_the_null_condition(null):
+    seen = []
+
+    def model(x, t, y):
+        seen.append(y)
+        return x
+
+    fm.sample(model, X0, cond={"y": LABELS}, guidance=fm.Guidance(2.0, {"y": null}), method="euler", steps=1)
+    assert seen[0].dtype == torch.int64 and seen[0].tolist() == [1, 4, 2, -1, -1, -1]
+
+
+def test_null_embeddings_and_what_keeps_its_value():
+    """A text embedding with a null row; a mask that both halves share; values that are no tensors."""
+    text, null, mask, flag = noise64(3, 5, 2), noise64(5, 2) + 9, noise64(3, 4), object()
+    seen = []
+
+    def model(x, t, **cond):
+        seen.append(cond)
+        return x
+
+    cond = {"text": text, "mask": mask, "scale": torch.tensor(2.0), "flag": flag, "name": "a"}
+    fm.sample(model, X0, cond=cond, guidance=fm.Guidance(2.0, {"text": null, "name": "a"}), method="euler", steps=1)
+    assert torch.equal(seen[0]["text"], torch.cat([text, null.expand(3, 5, 2)]))
+    assert torch.equal(seen[0]["mask"], torch.cat([mask, mask]))
+    assert seen[0]["flag"] is flag and seen[0]["name"] == "a" and float(seen[0]["scale"]) == 2.0
+
+
+def test_gradients_through_guidance():
+    noise, embedding = X0[:2].clone().requires_grad_(), noise64(2, 4).requires_grad_()
+
+    def model(x, t, e):
+        return torch.sin(x * e[:, None]) + network(x, t)
+
+    for grad in ("direct", "checkpoint"):
+
+        def end(x, e, grad=grad):
+            guidance = fm.Guidance(1.5, {"e": 0.0}, (0.2, 1.0))
+            return fm.sample(model, x, cond={"e": e}, guidance=guidance, steps=2, grad=grad).x
+
+        assert torch.autograd.gradcheck(end, (noise, embedding))
+
+
+def test_an_empty_batch(backend):
+    found = fm.sample(
+        conditional, X0[:0], cond={"y": LABELS[:0]}, guidance=fm.Guidance(2.0, {"y": -1}), method="ab2", steps=3, backend=backend
+    )
+    assert found.x.shape == (0, 2, 4)
+
+
+def test_adaptive_methods_are_guided_too():
+    arguments = {"cond": {"y": LABELS}, "guidance": fm.Guidance(2.0, {"y": -1})}
+    found = fm.sample(conditional, X0, method="dopri5", rtol=1e-9, atol=1e-9, **arguments)
+    torch.testing.assert_close(found.x, solve("rk4", lambda x, t: mixed(x, t, 2.0), X0, np.arange(401) / 400), rtol=1e-6, atol=1e-7)

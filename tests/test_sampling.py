@@ -1,0 +1,484 @@
+"""fm.sample and fm.encode around the solver: what is saved, which dtypes and layouts, what a model may do, what stays untouched."""
+
+import numpy as np
+import pytest
+import torch
+from sampling_helpers import FIXED, Counted, network, noise64, solve
+from torch import nn
+
+import fm_fast as fm
+
+X0 = noise64(3, 2, 4)
+IMAGES = noise64(2, 3, 4, 4)
+
+
+def hand(x, method, steps, model=network):
+    return solve(method, model, x.double(), np.arange(steps + 1) / steps)
+
+
+# What is saved
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4", "ab3"])
+def test_save_steps_holds_every_state(method, backend):
+    found = fm.sample(network, X0, method=method, steps=5, save="steps", backend=backend)
+    assert found.saved.shape == (6, *X0.shape) and found.saved_t == tuple(n / 5 for n in range(6))
+    assert torch.equal(found.saved[0], X0) and torch.equal(found.saved[-1], found.x)
+    for n in range(1, 6):
+        torch.testing.assert_close(found.saved[n], solve(method, network, X0, np.arange(n + 1) / 5), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("method", ["midpoint", "ab2"])
+@pytest.mark.parametrize("direction", ["sample", "encode"])
+def test_saved_times_split_the_steps_that_contain_them(method, direction, backend):
+    times = [0.9, 0.25, 0.6, 0.25, 0.0]
+    nodes = [0.0, 0.25, 0.5, 0.6, 0.75, 0.9, 1.0]
+    model = Counted()
+    found = getattr(fm, direction)(model, X0, method=method, steps=4, save=times, backend=backend)
+    assert found.saved_t == tuple(times) and found.saved.shape == (5, *X0.shape)
+    assert found.nfe == len(model.times) == (12 if method == "midpoint" else 7)
+    way = nodes if direction == "sample" else nodes[::-1]
+    for time, state in zip(times, found.saved, strict=True):
+        expected = solve(method, network, X0, way[: way.index(time) + 1])
+        torch.testing.assert_close(state, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_save_at_the_ends_of_a_path_that_stops_early(backend):
+    found = fm.sample(network, X0, path="vp", steps=4, save=[0.0, 1.0], backend=backend)
+    assert found.saved_t == (0.0, 1 - 1e-5)
+    assert torch.equal(found.saved[1], found.x) and torch.equal(found.saved[0], X0)
+
+
+def test_nothing_is_saved_unasked(backend):
+    found = fm.sample(network, X0, steps=4, backend=backend)
+    assert found.saved is None and found.saved_t is None
+    none = fm.sample(network, X0, steps=4, save=[], backend=backend)
+    assert none.saved.shape == (0, *X0.shape) and none.saved_t == ()
+
+
+def test_encode_saves_in_the_order_of_its_way(backend):
+    found = fm.encode(network, X0, steps=4, save="steps", backend=backend)
+    assert found.saved_t == (1.0, 0.75, 0.5, 0.25, 0.0)
+    assert torch.equal(found.saved[0], X0) and torch.equal(found.saved[-1], found.x)
+
+
+@pytest.mark.parametrize("direction", ["sample", "encode"])
+def test_callback_sees_copies_after_each_step(direction, backend):
+    seen = []
+
+    def callback(step, t, x):
+        seen.append((step, t, x.clone()))
+        x.fill_(torch.nan)
+
+    solver = getattr(fm, direction)
+    found = solver(network, X0, steps=4, callback=callback, save=[0.3], backend=backend)
+    assert torch.equal(found.x, solver(network, X0, steps=4, save=[0.3], backend=backend).x)
+    times = [0.25, 0.3, 0.5, 0.75, 1.0] if direction == "sample" else [0.75, 0.5, 0.3, 0.25, 0.0]
+    assert [entry[:2] for entry in seen] == list(enumerate(times, 1))
+    assert torch.equal(seen[-1][2], found.x) and torch.equal(seen[times.index(0.3)][2], found.saved[0])
+
+
+def test_progress_shows_the_steps(capsys):
+    pytest.importorskip("tqdm")
+    fm.sample(network, X0, steps=7, progress=True)
+    assert "7/7" in capsys.readouterr().err
+    fm.sample(network, X0, steps=7)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_without_tqdm(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tqdm.auto", None)
+    with pytest.raises(ImportError, match="progress=True needs tqdm: pip install tqdm"):
+        fm.sample(network, X0, steps=7, progress=True)
+
+
+# There and back
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("rk4", 4)])
+def test_encode_returns_to_the_noise_at_the_methods_order(method, order):
+    def error(steps):
+        x = fm.sample(network, X0, method=method, steps=steps).x
+        return float((fm.encode(network, x, method=method, steps=steps).x - X0).abs().max())
+
+    assert error(40) < 0.3 and error(20) / error(40) > 2 ** (order - 0.3)
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(backend):
+    x = fm.noise((5, 3, 4), seed=0, step=0)
+    together = fm.sample(network, x, steps=6, backend=backend).x
+    assert torch.equal(torch.cat([fm.sample(network, x[i : i + 1], steps=6, backend=backend).x for i in range(5)]), together)
+
+
+def test_the_same_call_gives_the_same_bits(backend):
+    one, two = (fm.sample(network, IMAGES.float(), method="rk4", steps=6, backend=backend).x for _ in range(2))
+    assert torch.equal(one, two)
+
+
+# Dtypes and layouts
+
+
+@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtype_of_the_noise(method, dtype, backend):
+    inputs = set()
+
+    def model(x, t):
+        inputs.add((x.dtype, t.dtype))
+        return network(x, t.to(x.dtype))
+
+    noise = X0.to(dtype)
+    found = fm.sample(model, noise, method=method, steps=5, backend=backend)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert found.x.dtype == wide and inputs == {(dtype, wide)}
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 0.15}[dtype]
+    torch.testing.assert_close(found.x.double(), hand(noise, method, 5), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("noise", "given"), [("float64", "bfloat16"), ("float32", "float16"), ("float32", "float64"), ("bfloat16", "float32")]
+)
+def test_the_model_may_have_a_dtype_of_its_own(noise, given, backend):
+    noise, given = getattr(torch, noise), getattr(torch, given)
+    inputs = set()
+
+    def model(x, t):
+        inputs.add(x.dtype)
+        return network(x.double(), t.double()).to(torch.bfloat16)
+
+    x0 = X0.to(noise)
+    found = fm.sample(model, x0, method="rk4", steps=6, dtype=given, save="steps", backend=backend)
+    assert inputs == {given} and found.x.dtype == (torch.float64 if noise == torch.float64 else torch.float32)
+    assert torch.equal(found.saved[0], x0.to(found.x.dtype))
+
+    def rounded(x, t):
+        return network(x.to(given).double(), t).to(torch.bfloat16).double()
+
+    torch.testing.assert_close(found.x.double(), hand(x0, "rk4", 6, rounded), rtol=0.03, atol=0.03)
+
+
+def test_a_bfloat16_model_loses_nothing_to_the_solver(backend):
+    """1000 Euler steps: the error of the result is that of rounding the velocity, 1.1 times float32's at most."""
+    exact = solve("rk4", network, X0, np.arange(401) / 400)
+
+    def error(dtype):
+        found = fm.sample(lambda x, t: network(x.float(), t).to(dtype), X0.float(), method="euler", steps=1000, backend=backend)
+        return float((found.x.double() - exact).square().mean().sqrt())
+
+    assert error(torch.bfloat16) <= 1.1 * error(torch.float32)
+
+
+def strided(x, layout):
+    if layout == "channels_last":
+        return x.to(memory_format=torch.channels_last)
+    if layout == "permuted":
+        return x.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
+    if layout == "sliced":
+        return torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]
+    return x[:1].expand_as(x) if layout == "expanded" else x
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted", "sliced", "expanded"])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "ab2"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_layouts_of_the_noise_and_of_the_output(layout, method, dtype, backend):
+    noise = strided(IMAGES.float(), layout)
+    layouts = ["contiguous", "channels_last", "permuted", "sliced"]
+
+    for output in layouts:
+        found = fm.sample(lambda x, t: strided(network(x, t), output), noise, method=method, steps=3, dtype=dtype, backend=backend)  # noqa: B023
+        tolerance = 1e-5 if dtype is None else 0.1
+        torch.testing.assert_close(found.x.double(), hand(noise, method, 3), rtol=tolerance, atol=tolerance)
+
+
+def test_channels_last_stays_channels_last(backend):
+    layouts = set()
+
+    def model(x, t):
+        layouts.add(x.is_contiguous(memory_format=torch.channels_last))
+        return network(x, t)
+
+    noise = IMAGES.float().to(memory_format=torch.channels_last)
+    found = fm.sample(model, noise, steps=3, dtype=torch.bfloat16, backend=backend)
+    assert layouts == {True} and found.x.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 1), (1, 1), (2, 3, 5, 7), (2, 3, 2, 3, 2), (2, 2, 1, 2, 1, 3)], ids=str)
+@pytest.mark.parametrize("method", ["midpoint", "ab2"])
+def test_every_number_of_dimensions(shape, method, backend):
+    noise = noise64(*shape)
+    found = fm.sample(network, noise, method=method, steps=4, save=[0.5], backend=backend)
+    torch.testing.assert_close(found.x, hand(noise, method, 4), rtol=1e-12, atol=1e-13)
+    assert found.saved.shape == (1, *shape) and found.finite.shape == shape[:1]
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (0,), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("method", FIXED)
+def test_nothing_to_sample(shape, method, backend):
+    found = fm.sample(lambda x, t: x * 2, torch.zeros(shape), method=method, steps=3, save="steps", backend=backend)
+    assert found.x.shape == shape and found.saved.shape == (4, *shape) and bool(found.finite.all())
+
+
+# What a model may do
+
+
+@pytest.mark.parametrize("method", FIXED)
+def test_a_model_may_return_its_input(method, backend):
+    """dx/dt = x through the very tensor that it was given, which is a buffer of the solver."""
+    noise = X0.float()
+    expected = hand(noise, method, 5, lambda x, t: x)
+    for model in (lambda x, t: x, lambda x, t: x.view_as(x), lambda x, t: x.detach()):
+        found = fm.sample(model, noise, method=method, steps=5, backend=backend)
+        torch.testing.assert_close(found.x.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "ab2"])
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x.transpose(-1, -2), lambda x: x[:1].expand_as(x), lambda x: x[..., :1].expand_as(x)],
+    ids=["transposed", "first sample", "first column"],
+)
+@pytest.mark.parametrize("shape", [(3, 4, 4), (2, 3, 4, 4), (4, 4)], ids=str)
+def test_a_model_may_return_a_rearranged_view_of_its_input(view, shape, method, backend):
+    if len(shape) == 2:
+        view = (lambda x, inner=view: inner(x)) if view(torch.zeros(shape)).shape == shape else view
+    noise = noise64(*shape).float()
+    found = fm.sample(lambda x, t: view(x), noise, method=method, steps=5, backend=backend)
+    expected = hand(noise, method, 5, lambda x, t: view(x))
+    torch.testing.assert_close(found.x.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("objective", ["velocity", "data"])
+def test_a_model_that_returns_the_same_memory_every_time(method, objective, backend):
+    """Right where only the newest output is read; an error where earlier ones are. Never a wrong result."""
+    buffer = torch.empty_like(X0)
+
+    def model(x, t):
+        return buffer.copy_(network(x, t))
+
+    arguments = {"method": method, "objective": objective, "steps": 4, "t0": 0.1, "t1": 0.9}
+    expected = fm.sample(network, X0, backend="reference", **arguments).x
+    try:
+        found = fm.sample(model, X0, backend=backend, **arguments).x
+    except RuntimeError as error:
+        assert "model returned the memory of an earlier output, which this method still needs; return a new tensor" in str(error)
+        assert method not in ("euler", "midpoint") or objective == "data"
+        assert method != "euler"
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("method", ["ab2", "rk4"])
+def test_a_model_may_cycle_through_as_many_buffers_as_the_method_remembers(method, backend):
+    buffers = [torch.empty_like(X0) for _ in range(3 if method == "ab2" else 4)]
+    calls = iter(range(1000))
+
+    def model(x, t):
+        return buffers[next(calls) % len(buffers)].copy_(network(x, t))
+
+    found = fm.sample(model, X0, method=method, steps=6, backend=backend)
+    torch.testing.assert_close(found.x, hand(X0, method, 6), rtol=1e-12, atol=1e-13)
+
+
+def test_the_callers_noise_is_never_altered(backend):
+    for method in FIXED:
+        for noise in (X0.clone(), X0.float(), IMAGES.float().to(memory_format=torch.channels_last)):
+            before, version = noise.clone(), noise._version
+            found = fm.sample(lambda x, t: x, noise, method=method, steps=2, save="steps", backend=backend)
+            fm.encode(lambda x, t: x, noise, method=method, steps=2, backend=backend)
+            assert torch.equal(noise, before) and noise._version == version
+            assert found.x.untyped_storage().data_ptr() != noise.untyped_storage().data_ptr()
+            assert found.saved.untyped_storage().data_ptr() != noise.untyped_storage().data_ptr()
+
+
+def test_conditions_reach_the_model_untouched():
+    labels, extra = torch.tensor([1, 2, 3]), object()
+    seen = []
+
+    def model(x, t, *, y, extra):
+        seen.append((y, extra))
+        return x * y[:, None, None]
+
+    fm.sample(model, X0, cond={"y": labels, "extra": extra}, steps=2)
+    assert len(seen) == 4 and all(y is labels and other is extra for y, other in seen)
+
+
+def test_modules_keep_their_mode_and_draw_their_dropout():
+    model = Wrapped().train()
+    torch.manual_seed(0)
+    one = fm.sample(model, X0.float(), steps=4).x
+    two = fm.sample(model, X0.float(), steps=4).x
+    assert model.training and not torch.equal(one, two)
+    model.eval()
+    assert torch.equal(fm.sample(model, X0.float(), steps=4).x, fm.sample(model, X0.float(), steps=4).x)
+    assert not model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x, t):
+        return self.dropout(self.linear(x)) * t[:, None, None]
+
+
+def test_a_compiled_model(backend):
+    model = torch.compile(network, backend="eager", fullgraph=True)
+    found = fm.sample(model, X0, method="rk4", steps=4, backend=backend)
+    torch.testing.assert_close(found.x, hand(X0, "rk4", 4), rtol=1e-12, atol=1e-13)
+
+
+def test_inference_mode(backend):
+    with torch.inference_mode():
+        noise = X0 + 0
+        found = fm.sample(network, noise, method="ab2", steps=4, backend=backend)
+    torch.testing.assert_close(found.x, hand(X0, "ab2", 4), rtol=1e-12, atol=1e-13)
+
+
+def test_a_model_that_differentiates_inside(backend):
+    """An energy: its output requires grad whatever the solver wants."""
+
+    def model(x, t):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = (x.sin() * (1 + t[:, None, None])).sum()
+            return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+    found = fm.sample(model, X0, steps=4, backend=backend)
+    expected = hand(X0, "midpoint", 4, lambda x, t: x.cos() * (1 + t))
+    assert not found.x.requires_grad
+    torch.testing.assert_close(found.x, expected, rtol=1e-12, atol=1e-13)
+
+
+# Gradients
+
+
+PARAMETER = torch.tensor(0.7, dtype=torch.float64)
+
+
+def solved(noise, factor, grad, method="midpoint", **arguments):
+    return fm.sample(lambda x, t: network(factor * x, t), noise, method=method, steps=3, grad=grad, **arguments).x
+
+
+@pytest.mark.parametrize("grad", ["direct", "checkpoint"])
+@pytest.mark.parametrize("method", ["midpoint", "ab2"])
+def test_gradients_by_finite_differences(grad, method):
+    noise, factor = noise64(2, 3).requires_grad_(), PARAMETER.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *a: solved(*a, grad, method), (noise, factor))
+
+
+def test_second_derivatives():
+    noise, factor = noise64(2, 2).requires_grad_(), PARAMETER.clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda *a: solved(*a, "direct"), (noise, factor))
+
+
+@pytest.mark.parametrize("save", [None, [0.3, 1.0]])
+def test_checkpointed_gradients_are_the_direct_ones(save):
+    model = Wrapped().double().eval()
+    results = []
+    for grad in ("direct", "checkpoint"):
+        model.zero_grad()
+        noise = X0.clone().requires_grad_()
+        found = fm.sample(model, noise, method="rk4", steps=3, grad=grad, save=save)
+        (found.x if save is None else found.saved).square().sum().backward()
+        results.append((found.x.detach(), noise.grad, *(p.grad for p in model.parameters())))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
+        assert float(one.abs().max()) > 0
+
+
+def test_fused_and_differentiable_solves_agree():
+    for method in FIXED:
+        plain = fm.sample(network, X0, method=method, steps=4, grad="direct").x
+        torch.testing.assert_close(fm.sample(network, X0, method=method, steps=4).x, plain, rtol=1e-13, atol=1e-14)
+
+
+def test_nothing_is_recorded_unasked():
+    noise = X0.clone().requires_grad_()
+    assert not fm.sample(network, noise, steps=2).x.requires_grad
+    assert fm.sample(network, noise, steps=2, grad="direct").x.requires_grad
+    with torch.no_grad():
+        assert not fm.sample(network, noise, steps=2, grad="direct").x.requires_grad
+
+
+def kept_bytes(compute):
+    """The memory that the graph of a result keeps, each storage once, and the result."""
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = compute()
+    return sum(storages.values()), result
+
+
+def test_checkpointing_keeps_less_memory():
+    wide = nn.Sequential(nn.Linear(4, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 4)).double()
+    kept = {}
+    for grad in ("direct", "checkpoint"):
+        noise = X0.clone().requires_grad_()
+        kept[grad], x = kept_bytes(lambda: fm.sample(lambda x, t: wide(x), noise, steps=6, grad=grad).x)  # noqa: B023
+        x.sum().backward()
+    assert kept["checkpoint"] < kept["direct"] / 5
+
+
+@pytest.mark.parametrize("dims", [2, 3], ids=["points", "images"])
+def test_function_transforms(dims):
+    """vmap over noise, grad and jvp with respect to a parameter, on a whole solve."""
+    noise = noise64(4, 2, 3, *[2] * (dims - 1))
+
+    def one(x, factor):
+        return fm.sample(lambda x, t: network(factor * x, t), x, method="rk4", steps=2, grad="direct").x
+
+    torch.testing.assert_close(torch.func.vmap(one, (0, None))(noise, PARAMETER), torch.stack([one(x, PARAMETER) for x in noise]))
+    gradient = torch.func.grad(lambda f: one(noise[0], f).sum())(PARAMETER)
+    _, tangent = torch.func.jvp(lambda f: one(noise[0], f).sum(), (PARAMETER,), (torch.ones_like(PARAMETER),))
+    step = 1e-6
+    expected = (one(noise[0], PARAMETER + step).sum() - one(noise[0], PARAMETER - step).sum()) / (2 * step)
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(tangent, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_per_sample_gradients():
+    def loss(factor, x):
+        return fm.sample(lambda x, t: network(factor * x, t), x[None], steps=2, grad="direct").x.square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(PARAMETER, X0)
+    expected = torch.stack([torch.func.grad(loss)(PARAMETER, x) for x in X0])
+    torch.testing.assert_close(found, expected)
+
+
+# Fields that are not finite
+
+
+def half_broken(x, t):
+    return torch.where((torch.arange(len(x)) % 2 == 0).reshape(-1, 1, 1), torch.nan, 1.0) * torch.ones_like(x)
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4", "ab2"])
+def test_samples_that_are_not_finite(method, backend):
+    message = r"2 of 3 samples are not finite after the solve to t = 1.0; take more steps or check the model \(on_nonfinite=\"mark\""
+    with pytest.raises(FloatingPointError, match=message):
+        fm.sample(half_broken, X0, method=method, steps=3, backend=backend)
+    found = fm.sample(half_broken, X0, method=method, steps=3, on_nonfinite="mark", backend=backend)
+    assert found.finite.tolist() == [False, True, False]
+    torch.testing.assert_close(found.x[1], X0[1] + 1)
+
+
+def test_a_field_that_explodes(backend):
+    found = fm.sample(lambda x, t: x * 1e30, X0.float(), method="euler", steps=9, on_nonfinite="mark", backend=backend)
+    assert not found.finite.any()
+    with pytest.raises(FloatingPointError, match="3 of 3"):
+        fm.encode(lambda x, t: x * 1e30, X0.float(), method="euler", steps=9, backend=backend)
+
+
+# Devices without values
+
+
+def test_on_the_meta_device():
+    found = fm.sample(lambda x, t: x * t[:, None], torch.empty(3, 4, device="meta"), method="ab2", steps=3, on_nonfinite="mark")
+    assert found.x.device.type == "meta" and found.x.shape == (3, 4)

@@ -1,0 +1,199 @@
+"""Every wrong argument of a solve is refused with a message that names it, before the model runs where that is possible."""
+
+import functools
+
+import pytest
+import torch
+
+import fm_fast as fm
+from fm_fast.grids import UniformGrid
+from fm_fast.solvers import METHODS, RungeKutta
+
+X0 = torch.zeros(4, 3)
+LABELS = torch.zeros(4, dtype=torch.int64)
+GUIDED = {"cond": {"y": LABELS}}
+NAN = float("nan")
+
+
+def model(x, t, y=None):
+    return x
+
+
+def called(x, t, **cond):
+    pytest.fail("the model was called before the arguments were checked")
+
+
+BAD_ARGUMENTS = [
+    ({"start": [1.0]}, TypeError, r"(noise|x1) must be a torch.Tensor, got list"),
+    ({"start": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, r"(noise|x1) must be float64, .*, got torch.int64"),
+    ({"start": torch.zeros(4, dtype=torch.complex64)}, TypeError, r"(noise|x1) must be float64, .*, got torch.complex64"),
+    ({"start": torch.tensor(1.0)}, ValueError, r"(noise|x1) must have a batch dimension \[B, ...\], got a scalar"),
+    ({"model": "unet"}, TypeError, r"model must be callable as model\(x, t, \*\*cond\), got str"),
+    ({"cond": LABELS}, TypeError, r"cond must be a mapping of keyword arguments of the model, got Tensor"),
+    ({"path": "linear"}, ValueError, r"path must be one of ot, vp, ve, cosine or an object .*, got 'linear'"),
+    ({"objective": "eps"}, ValueError, r"objective must be one of velocity, .*, got 'eps'"),
+    # steps
+    ({"steps": None}, ValueError, r"steps must be given for a fixed-step method: the number of steps, a whole number of at least 1"),
+    ({"steps": 0}, ValueError, r"steps must be at least 1, got 0"),
+    ({"steps": -3}, ValueError, r"steps must be at least 1, got -3"),
+    ({"steps": 2.5}, TypeError, r"steps must be a whole number, got float"),
+    ({"steps": 2.0}, TypeError, r"steps must be a whole number, got float"),
+    ({"steps": True}, TypeError, r"steps must be a whole number, got bool"),
+    ({"steps": "10"}, TypeError, r"steps must be a whole number, got str"),
+    ({"method": "dopri5"}, ValueError, r"steps must be None for the adaptive method 'dopri5', which chooses its own .*, got 4"),
+    # method
+    ({"method": "rk5"}, ValueError, r"method must be one of euler, midpoint, .*, dopri5, .*, or a solver table, got 'rk5'"),
+    ({"method": None}, ValueError, r"method must be one of .* got None"),
+    ({"method": RungeKutta}, ValueError, r"method must be one of .* got <class"),
+    # grid
+    ({"grid": "linear"}, ValueError, r"grid must be one of uniform, cosine, shift, karras, a grid object or a sequence .*, got 'linear'"),
+    ({"grid": UniformGrid}, ValueError, r"grid must be one of .*, got <class"),
+    ({"grid": None}, ValueError, r"grid must be a sequence of times in \[0, 1\], got None"),
+    ({"grid": 0.5}, ValueError, r"grid must be a sequence of times in \[0, 1\], got 0.5"),
+    ({"grid": ["a", "b"], "steps": None}, TypeError, r"grid must be a sequence of times, got \['a', 'b'\]"),
+    ({"grid": [0.0, 0.6, 0.5, 1.0], "steps": None}, ValueError, r"grid.* must be strictly increasing, got 0.5 after 0.6"),
+    ({"grid": [0.0, 0.5, 0.5, 1.0], "steps": None}, ValueError, r"grid.* must be strictly increasing, got 0.5 after 0.5"),
+    ({"grid": [1.0, 0.5, 0.0], "steps": None}, ValueError, r"grid.* must be strictly increasing"),
+    ({"grid": [0.0, 1.5], "steps": None}, ValueError, r"grid must be a sequence of times in \[0, 1\], got \[0.0, 1.5\]"),
+    ({"grid": [0.0, NAN, 1.0], "steps": None}, ValueError, r"grid must be a sequence of times in \[0, 1\]"),
+    ({"grid": [0.5], "steps": None}, ValueError, r"grid must hold at least two times, got 1"),
+    ({"grid": [0.0, 0.5, 1.0], "steps": 3}, ValueError, r"steps must be left out or equal the 2 steps of grid, got 3"),
+    ({"grid": [0.0, 1.0], "steps": True}, TypeError, r"steps must be a whole number, got bool"),
+    ({"grid": [0.0, 0.5], "steps": None, "t1": 0.7}, ValueError, r"t0 and t1 must be left out or equal the ends of grid, 0.0 and 0.5"),
+    ({"grid": [0.0, 0.999995, 1.0], "steps": None, "path": "vp"}, ValueError, r"grid, kept inside \[0.0, 0.99999\], must be strictly"),
+    ({"grid": "cosine", "method": "bosh3", "steps": None}, ValueError, r"grid must be left out for the adaptive method 'bosh3'"),
+    # times
+    ({"t0": 0.5, "t1": 0.5}, ValueError, r"t0 and t1 must satisfy 0 <= t0 < t1 <= 1, got 0.5 and 0.5"),
+    ({"t0": 1.0, "t1": 0.0}, ValueError, r"t0 and t1 must satisfy .*, got 1.0 and 0.0; use encode to go from data to noise"),
+    ({"t0": -0.1}, ValueError, r"t0 and t1 must satisfy 0 <= t0"),
+    ({"t1": 1.1}, ValueError, r"t0 and t1 must satisfy .* got 0.0 and 1.1"),
+    ({"t0": NAN}, ValueError, r"t0 must be finite, got nan"),
+    ({"t1": "end"}, TypeError, r"t1 must be a number, got str"),
+    ({"t1": torch.tensor(0.5)}, TypeError, r"t1 must be a number, got Tensor"),
+    ({"t0": 0.999995, "path": "vp"}, ValueError, r"t0 and t1 must leave room inside \[0.0, 0.99999\]"),
+    # guidance
+    ({"guidance": 2.0, **GUIDED}, TypeError, r"guidance must be a fm_fast.Guidance \(scale and null condition\) or None, got float"),
+    ({"guidance": fm.Guidance(2.0, {"y": -1})}, ValueError, r"guidance.null must name conditions of cond \(none\), got y"),
+    ({"guidance": fm.Guidance(2.0, {"label": -1}), **GUIDED}, ValueError, r"guidance.null must name conditions of cond \(y\), got label"),
+    (
+        {"guidance": fm.Guidance(2.0, {"y": torch.zeros(3)}), **GUIDED},
+        ValueError,
+        r"guidance.null\['y'\] must broadcast to the condition's shape \(4,\), got \(3,\)",
+    ),
+    (
+        {"guidance": fm.Guidance(2.0, {"y": -1}), "cond": {"y": 3}},
+        ValueError,
+        r"guidance.null\['y'\]: only conditions that are tensors with one entry a sample \(\[4, ...\]\) can be replaced",
+    ),
+    ({"guidance": fm.Guidance(2.0, {"y": "none"}), **GUIDED}, TypeError, r"guidance.null\['y'\] must be a tensor or a number, got str"),
+    # save, callback, progress
+    ({"save": "all"}, ValueError, r'save must be None, "steps" .* or a sequence of times, got \'all\''),
+    ({"save": True}, ValueError, r"save must be a sequence of times in \[0, 1\], got True"),
+    ({"save": 0.5}, ValueError, r"save must be a sequence of times in \[0, 1\], got 0.5"),
+    ({"save": [0.5, 2.0]}, ValueError, r"save must be a sequence of times in \[0, 1\], got \[0.5, 2.0\]"),
+    ({"save": [0.2, 0.8], "t1": 0.5}, ValueError, r"save must lie inside the solve, \[0.0, 0.5\], got \[0.8\]"),
+    ({"save": "steps", "method": "dopri5", "steps": None}, ValueError, r'save must be None, "steps" \(fixed-step methods\) or a sequence'),
+    ({"callback": 5}, TypeError, r"callback must be callable as callback\(step, t, x\), got int"),
+    ({"callback": print, "method": "dopri5", "steps": None}, ValueError, r"callback and progress need a fixed-step method, got 'dopri5'"),
+    ({"progress": True, "method": "dopri5", "steps": None}, ValueError, r"callback and progress need a fixed-step method, got 'dopri5'"),
+    # the rest
+    ({"rtol": 0.0}, ValueError, r"rtol must be positive, got 0.0"),
+    ({"atol": -1e-5}, ValueError, r"atol must be positive, got -1e-05"),
+    ({"rtol": "1e-5"}, TypeError, r"rtol must be a number, got str"),
+    ({"max_steps": 0}, ValueError, r"max_steps must be at least 1, got 0"),
+    ({"max_steps": 1e4}, TypeError, r"max_steps must be a whole number, got float"),
+    ({"dtype": torch.int8}, ValueError, r"dtype must be one of .*, got torch.int8"),
+    ({"dtype": "bf16"}, ValueError, r"dtype must be one of .*, got 'bf16'"),
+    ({"grad": "adjoint"}, ValueError, r"grad must be one of none, direct, checkpoint, got 'adjoint'"),
+    ({"grad": True}, ValueError, r"grad must be one of none, direct, checkpoint, got True"),
+    ({"on_nonfinite": "ignore"}, ValueError, r"on_nonfinite must be one of raise, mark, got 'ignore'"),
+    ({"backend": "opencl"}, ValueError, r"backend must be one of reference, cpp, cuda, triton, got 'opencl'"),
+    ({"backend": "cuda"}, RuntimeError, r"backend='cuda' can't run linear_step on cpu: it runs on cuda, not on cpu"),
+]
+
+
+def identifier(value):
+    return ", ".join(f"{k}={v!r}"[:40] for k, v in value.items()) if isinstance(value, dict) else ""
+
+
+@pytest.mark.parametrize("direction", [fm.sample, fm.encode])
+@pytest.mark.parametrize(("change", "error", "message"), BAD_ARGUMENTS, ids=identifier)
+def test_bad_arguments(change, error, message, direction):
+    arguments = {"model": called, "start": X0, "steps": 4, **change}
+    with pytest.raises(error, match=message):
+        direction(arguments.pop("model"), arguments.pop("start"), **arguments)
+
+
+@pytest.mark.parametrize("direction", [fm.sample, fm.encode])
+@pytest.mark.parametrize("name", ["step", "num_steps", "n_steps", "guidance_scale", "solver", "y"])
+def test_misspelt_keywords(name, direction):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        direction(called, X0, **{"steps": 4, name: 2})
+
+
+BAD_OUTPUTS = [
+    (lambda x: None, TypeError, r"model must return a torch.Tensor, got NoneType"),
+    (lambda x: (x, x), TypeError, r"model must return a torch.Tensor, got tuple"),
+    (lambda x: x[:, :1], ValueError, r"model must return the shape of its input, \(4, 3\), got \(4, 1\)"),
+    (lambda x: x.mean(), ValueError, r"model must return the shape of its input, \(4, 3\), got \(\)"),
+    (lambda x: x[None], ValueError, r"model must return the shape of its input, \(4, 3\), got \(1, 4, 3\)"),
+    (lambda x: torch.cat([x, x]), ValueError, r"model must return the shape of its input, \(4, 3\), got \(8, 3\)"),
+    (lambda x: x.long(), TypeError, r"model must return float64, float32, bfloat16 or float16, got torch.int64"),
+    (lambda x: torch.complex(x, x), TypeError, r"model must return float64, .*, got torch.complex64"),
+    (lambda x: x.to("meta"), ValueError, r"model must return a tensor on the device of its input, cpu, got meta"),
+]
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4", "ab2", "dopri5"])
+@pytest.mark.parametrize("grad", ["none", "direct", "checkpoint"])
+@pytest.mark.parametrize(("output", "error", "message"), BAD_OUTPUTS)
+def test_bad_outputs(output, error, message, method, grad, backend):
+    steps = None if method == "dopri5" else 3
+    with pytest.raises(error, match=message):
+        fm.sample(lambda x, t: output(x), X0, method=method, steps=steps, grad=grad, backend=backend)
+
+
+@pytest.mark.parametrize("output", [lambda x: x[:, :1], lambda x: x[:1], lambda x: x.mean(), lambda x: x[:, :2]])
+@pytest.mark.parametrize("grad", ["none", "direct"])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "ab2"])
+def test_a_wrong_shape_at_a_later_time(output, grad, method, backend):
+    """Never broadcast in silence."""
+    with pytest.raises((ValueError, RuntimeError)):
+        fm.sample(lambda x, t: x if float(t[0]) == 0 else output(x), X0, method=method, steps=3, grad=grad, backend=backend)
+
+
+def test_bad_outputs_of_a_guided_model(backend):
+    guided = functools.partial(fm.sample, cond={"y": LABELS}, guidance=fm.Guidance(2.0, {"y": -1}), steps=3, backend=backend)
+    with pytest.raises(ValueError, match=r"model must return the shape of its input, \(8, 3\), got \(4, 3\)"):
+        guided(lambda x, t, y: x[:4], X0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((2.0, {}), ValueError, r"null must name at least one condition"),
+        ((2.0, None), TypeError, r"null must be a mapping of condition values, got NoneType"),
+        ((2.0, [("y", -1)]), TypeError, r"null must be a mapping of condition values, got list"),
+        (("2", {"y": -1}), TypeError, r"scale must be a number, got str"),
+        ((NAN, {"y": -1}), ValueError, r"scale must be finite, got nan"),
+        ((torch.tensor(2.0), {"y": -1}), TypeError, r"scale must be a number, got Tensor"),
+        ((2.0, {"y": -1}, (0.6, 0.5)), ValueError, r"interval must be \(begin, end\) with 0 <= begin <= end <= 1, got \(0.6, 0.5\)"),
+        ((2.0, {"y": -1}, (0.0, 1.5)), ValueError, r"interval must be \(begin, end\)"),
+        ((2.0, {"y": -1}, (NAN, 1.0)), ValueError, r"interval must be \(begin, end\)"),
+        ((2.0, {"y": -1}, 0.5), ValueError, r"interval must be \(begin, end\) with 0 <= begin <= end <= 1, got 0.5"),
+        ((2.0, {"y": -1}, (0.0, 0.5, 1.0)), ValueError, r"interval must be \(begin, end\)"),
+        ((2.0, {"y": -1}, ("a", "b")), ValueError, r"interval must be \(begin, end\)"),
+    ],
+)
+def test_bad_guidance(arguments, error, message):
+    with pytest.raises(error, match=message):
+        fm.Guidance(*arguments)
+
+
+def test_guidance_without_null():
+    with pytest.raises(TypeError, match="null"):
+        fm.Guidance(2.0)
+
+
+def test_an_explicit_grid_states_its_steps_once():
+    assert fm.sample(model, X0, grid=[0.0, 0.5, 1.0], steps=2, method=METHODS["euler"]).nfe == 2
