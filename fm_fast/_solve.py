@@ -39,7 +39,7 @@ class State(Protocol):
 
     x: Tensor
     input: Tensor
-    advance: Sequence[Callable[[int, Tensor], None]]
+    advance: list[Callable[[int, Tensor], None]]
 
 
 def run(plan: Plan, state: State, evaluate: Evaluate, after_step: AfterStep | None = None) -> Tensor:

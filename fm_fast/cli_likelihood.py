@@ -103,6 +103,6 @@ def _record(options: argparse.Namespace, dataset: "Dataset", solver: dict[str, A
     return {
         "checkpoint": str(options.checkpoint), "data": dataset.name, "images": len(dataset), "levels": dataset.levels,
         "unconditional": options.unconditional, "seed": options.seed, **solver, "bits_per_dim": result.mean,
-        "std_err": result.mean_std_err if len(dataset) > 1 else None, "probe_std_err": result.probe_std_err, "nfe": result.nfe, "nvjp": result.nvjp,
-        "seconds": result.seconds, "bits_per_dim_of_images": result.bpd.tolist(),
+        "std_err": result.mean_std_err if len(dataset) > 1 else None, "probe_std_err": result.probe_std_err,
+        "nfe": result.nfe, "nvjp": result.nvjp, "seconds": result.seconds, "bits_per_dim_of_images": result.bpd.tolist(),
     }  # fmt: skip

@@ -214,8 +214,9 @@ def log_likelihood(
             methods draw new probes at every evaluation that counts, adaptive ones hold theirs for the whole solve.
         prior: log-density [B] of x0 [B, ...]; by default that of N(0, prior_scale^2) of the path.
         error_estimate: solve again with half the steps, each with the probes of the two steps that it replaces, and report
-            ``disc_err`` = |difference| / (2^order - 1), an overestimate where the steps' own error is far below the probes'. Needs an even number of steps; half as many calls of the model again and as many
-            vector-Jacobian products. Warns where the mean error exceeds 0.01 bits a dimension.
+            ``disc_err`` = |difference| / (2^order - 1), an overestimate where the steps' own error is far below the probes'. Needs an
+            even number of steps; half as many calls of the model again and as many vector-Jacobian products. Warns where the mean error
+            exceeds 0.01 bits a dimension.
 
     Raises:
         ValueError, TypeError: for any argument out of range or of wrong shape or dtype, naming it.

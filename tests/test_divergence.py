@@ -179,7 +179,7 @@ def test_low_precision_models(dtype):
     expected = jacobian_trace(wide, x.double(), torch.full((3,), 0.5, dtype=torch.float64))
     assert d.div.dtype == torch.float32 and d.v.dtype == torch.float32
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.15, torch.float16: 0.02}[dtype]
-    assert float((d.div - expected).abs().max()) < tolerance
+    assert float((d.div - expected).detach().abs().max()) < tolerance
 
 
 def test_channels_last_images_give_the_same_estimate(backend):
@@ -295,15 +295,15 @@ def test_bad_inputs_and_models():
         fm.divergence(model, x, 1.5)
     with pytest.raises(ValueError, match=r"shape \[2\], got \(3,\)"):
         fm.divergence(model, x, torch.zeros(3))
-    with pytest.raises(TypeError, match="x must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
         fm.divergence(model, [1.0], 0.5)
-    with pytest.raises(TypeError, match="x must be float64, float32, bfloat16 or float16, got torch.int64"):
+    with pytest.raises(TypeError, match=r"x must be float64, .* got torch\.int64"):
         fm.divergence(model, torch.zeros(2, 6, dtype=torch.int64), 0.5)
     with pytest.raises(ValueError, match='kind="coloured" needs samples'):
         fm.divergence(model, x, 0.5, kind="coloured", probes=2)
     with pytest.raises(ValueError, match=r"model must return the shape of its input, \(2, 6\), got \(2, 5\)"):
         fm.divergence(lambda y, t: y[:, :5], x, 0.5)
-    with pytest.raises(TypeError, match="model must return a torch.Tensor, got tuple"):
+    with pytest.raises(TypeError, match=r"model must return a torch\.Tensor, got tuple"):
         fm.divergence(lambda y, t: (y,), x, 0.5)
     with pytest.raises(RuntimeError, match="no_grad or detach"):
         fm.divergence(torch.no_grad()(model), x, 0.5)

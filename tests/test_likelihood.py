@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
+from sampling_helpers import FIXED, ONE_STEP, solve
 from torch import nn
 
 import fm_fast as fm
-from sampling_helpers import FIXED, ONE_STEP, solve
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 WEIGHT = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 2
@@ -43,11 +43,11 @@ def test_the_log_density_is_the_solver_applied_to_the_augmented_state(method, ba
     """All stages and both unknowns by hand; ours skips the divergences of weight zero and must agree to rounding."""
     nodes = [0.0, 0.1, 0.3, 0.45, 0.7, 0.8, 1.0]
     x1 = points(4, 6)
-    l = fm.log_likelihood(velocity, x1, method=method, grid=nodes, kind="exact", backend=backend)
+    found = fm.log_likelihood(velocity, x1, method=method, grid=nodes, kind="exact", backend=backend)
     end = solve(method, augmented, torch.cat([x1, torch.zeros(4, 1, dtype=torch.float64)], 1), nodes[::-1])
-    torch.testing.assert_close(l.x0, end[:, :6], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(l.logp, log_normal(end[:, :6]) + end[:, 6], rtol=1e-12, atol=1e-11)
-    assert torch.equal(l.std_err, torch.zeros(4, dtype=torch.float64)) and l.disc_err is None
+    torch.testing.assert_close(found.x0, end[:, :6], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.logp, log_normal(end[:, :6]) + end[:, 6], rtol=1e-12, atol=1e-11)
+    assert torch.equal(found.std_err, torch.zeros(4, dtype=torch.float64)) and found.disc_err is None
 
     s = fm.sample_with_log_prob(velocity, x1, method=method, grid=nodes, kind="exact", backend=backend)
     end = solve(method, augmented, torch.cat([x1, torch.zeros(4, 1, dtype=torch.float64)], 1), nodes)
@@ -70,22 +70,22 @@ def test_evaluations_and_products_are_counted_and_none_is_wasted(method, evaluat
             out.register_hook(lambda g: products.append(1))
         return out
 
-    l = fm.log_likelihood(model, points(3, 6), method=method, steps=10, probes=3, kind="rademacher", mode="loop", seed=0)
-    assert (l.nfe, len(calls)) == (evaluations, evaluations)
-    assert (l.nvjp, len(products)) == (3 * divergences, 3 * divergences)
+    found = fm.log_likelihood(model, points(3, 6), method=method, steps=10, probes=3, kind="rademacher", mode="loop", seed=0)
+    assert (found.nfe, len(calls)) == (evaluations, evaluations)
+    assert (found.nvjp, len(products)) == (3 * divergences, 3 * divergences)
 
 
 def test_fixed_steps_draw_new_probes_at_every_evaluation_by_index():
     """log p by hand: euler, two probes, evaluation n draws with index 2 n."""
     x, total = points(3, 6), 0.0
-    l = fm.log_likelihood(velocity, x, method="euler", steps=5, probes=2, kind="rademacher", seed=4, sample_ids=7)
+    found = fm.log_likelihood(velocity, x, method="euler", steps=5, probes=2, kind="rademacher", seed=4, sample_ids=7)
     for n in range(5):
         t = torch.full((3,), 1 - n / 5, dtype=torch.float64)
         z = [fm.noise((3, 6), seed=4, step=0, stream="probe", index=2 * n + q, sample_ids=7, dtype=torch.float64) for q in range(2)]
         products = [torch.autograd.functional.vjp(lambda y, t=t: velocity(y, t), x, row)[1] for row in z]
         total = total - sum((row * g).sum(1) for row, g in zip(z, products, strict=True)) / 2 / 5
         x = x - velocity(x, t) / 5
-    torch.testing.assert_close(l.logp, log_normal(x) + total, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(found.logp, log_normal(x) + total, rtol=1e-11, atol=1e-11)
 
 
 def test_adaptive_methods_hold_their_probes(backend):
@@ -96,10 +96,10 @@ def test_adaptive_methods_hold_their_probes(backend):
         out.register_hook(lambda g: drawn.append(g.clone()))
         return out
 
-    l = fm.log_likelihood(model, points(3, 6), method="dopri5", probes=2, kind="rademacher", mode="loop", seed=0, backend=backend)
-    assert l.nfe * 2 == l.nvjp == len(drawn) > 20
+    found = fm.log_likelihood(model, points(3, 6), method="dopri5", probes=2, kind="rademacher", mode="loop", seed=0, backend=backend)
+    assert found.nfe * 2 == found.nvjp == len(drawn) > 20
     assert all(torch.equal(z, drawn[i % 2]) for i, z in enumerate(drawn))
-    assert l.std_err is not None and bool((l.std_err > 0).all())
+    assert found.std_err is not None and bool((found.std_err > 0).all())
 
 
 @pytest.mark.parametrize(("method", "tolerance", "error"), [("dopri5", 1e-8, 1e-6), ("bosh3", 1e-5, 1e-3)])
@@ -144,10 +144,10 @@ def test_seeds_from_torch_obey_manual_seed():
 def test_low_precision_models_keep_a_float32_state():
     """bfloat16 inputs and outputs, but the state and the sums are not rounded to it."""
     x1 = points(64, 6, dtype=torch.float32)
-    l = fm.log_likelihood(lambda x, t: velocity(x.float(), t).to(torch.bfloat16), x1, steps=50, kind="exact", dtype=torch.bfloat16)
+    found = fm.log_likelihood(lambda x, t: velocity(x.float(), t).to(torch.bfloat16), x1, steps=50, kind="exact", dtype=torch.bfloat16)
     exact = fm.log_likelihood(velocity, x1.double(), method="rk4", steps=30, kind="exact").logp
-    assert l.x0.dtype == torch.float32 and l.logp.dtype == torch.float64
-    assert float((l.logp - exact).abs().mean()) < 0.05
+    assert found.x0.dtype == torch.float32 and found.logp.dtype == torch.float64
+    assert float((found.logp - exact).abs().mean()) < 0.05
 
 
 def test_the_prior_is_the_paths_or_your_own():
@@ -172,15 +172,15 @@ def test_conditions_and_guidance_reach_the_model():
         return velocity(x, t) + 2.0 * (model(x, t, shift) - velocity(x, t))
 
     guidance = fm.Guidance(2.0, {"shift": 0.0})
-    l = fm.log_likelihood(model, x1, steps=5, cond={"shift": shift}, guidance=guidance, kind="exact")
-    torch.testing.assert_close(l.logp, fm.log_likelihood(mixed, x1, steps=5, kind="exact").logp, rtol=1e-12, atol=1e-12)
+    found = fm.log_likelihood(model, x1, steps=5, cond={"shift": shift}, guidance=guidance, kind="exact")
+    torch.testing.assert_close(found.logp, fm.log_likelihood(mixed, x1, steps=5, kind="exact").logp, rtol=1e-12, atol=1e-12)
     partly = fm.Guidance(2.0, {"shift": 0.0}, interval=(0.0, 0.5))
 
     def switched(x, t):
         return torch.where(t[:, None] <= 0.5, mixed(x, t), model(x, t, shift))
 
-    l = fm.log_likelihood(model, x1, steps=5, cond={"shift": shift}, guidance=partly, kind="exact")
-    torch.testing.assert_close(l.logp, fm.log_likelihood(switched, x1, steps=5, kind="exact").logp, rtol=1e-12, atol=1e-12)
+    found = fm.log_likelihood(model, x1, steps=5, cond={"shift": shift}, guidance=partly, kind="exact")
+    torch.testing.assert_close(found.logp, fm.log_likelihood(switched, x1, steps=5, kind="exact").logp, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["exact", "rademacher"])
@@ -196,8 +196,8 @@ def test_create_graph_differentiates_log_densities(kind):
 
 def test_without_create_graph_nothing_is_recorded_and_parameters_get_no_gradient():
     model = nn.Linear(6, 6).double()
-    l = fm.log_likelihood(lambda x, t: model(x), points(2, 6).requires_grad_(), steps=2, seed=0)
-    assert not l.logp.requires_grad and not l.x0.requires_grad and model.weight.grad is None
+    found = fm.log_likelihood(lambda x, t: model(x), points(2, 6).requires_grad_(), steps=2, seed=0)
+    assert not found.logp.requires_grad and not found.x0.requires_grad and model.weight.grad is None
 
 
 @pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "ab2", "ab3"])
@@ -216,11 +216,15 @@ def test_the_error_estimate_is_the_difference_to_half_the_steps_on_the_same_prob
 
 def test_a_coarse_step_averages_the_probes_of_its_two_fine_steps():
     """A velocity that is linear and constant in time: with the same probes both solves see the same z^T A z, so their noise cancels."""
-    matrix = points(6, 6) / 5
-    l = fm.log_likelihood(lambda x, t: x @ matrix, points(3, 6), method="euler", steps=8, kind="rademacher", seed=1, error_estimate=True)
-    fine, coarse = (fm.log_likelihood(lambda x, t: x @ matrix, points(3, 6), method="euler", steps=n, kind="exact") for n in (8, 4))
+    matrix, x1 = points(6, 6) / 5, points(3, 6)
+
+    def log_likelihood(steps, **arguments):
+        return fm.log_likelihood(lambda x, t: x @ matrix, x1, method="euler", steps=steps, **arguments)
+
+    found = log_likelihood(8, kind="rademacher", seed=1, error_estimate=True)
+    fine, coarse = (log_likelihood(steps, kind="exact") for steps in (8, 4))
     # What is left is the prior's difference, which is the exact divergence's too: the integral of a constant has no error.
-    torch.testing.assert_close(l.disc_err, (fine.logp - coarse.logp).abs(), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found.disc_err, (fine.logp - coarse.logp).abs(), rtol=1e-9, atol=1e-11)
 
 
 def test_a_large_error_warns_and_a_small_one_does_not():
