@@ -141,7 +141,7 @@ def test_configuration_survives_storage():
         ({"label_drop": 1.5}, r"label_drop: expected a share in \[0, 1\], got 1.5"),
         ({"ema_decay": 1.0}, r"ema_decay: expected a number in \[0, 1\)"),
         ({"learning_rate": 0.0}, "learning_rate: expected a positive number"),
-        ({"sample_method": "heun"}, "sample_method: expected euler or midpoint"),
+        ({"sample_method": "heun"}, "sample_method: expected one of euler, midpoint"),
     ],
 )
 def test_wrong_settings(change, message):
