@@ -5,6 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -146,8 +147,8 @@ class TensorList {
 };
 
 // The arguments of one boxed call, read in schema order. Slots of tensors and of tensor lists own their handles, and a list's items are
-// handles of their own: all of them are freed at the end, also when an error is thrown halfway.
-// `kinds`: one letter an argument, T for tensors, L for lists of them.
+// handles of their own; an optional tensor comes in a box. All of them are freed at the end, also when an error is thrown halfway.
+// `kinds`: one letter an argument, T for tensors, O for optional tensors, L for lists of tensors.
 class Arguments {
  public:
   Arguments(StableIValue* stack, const char* kinds) : stack_(stack), kinds_(kinds) {}
@@ -157,11 +158,16 @@ class Arguments {
   ~Arguments() {
     for (int i = 0; kinds_[i]; ++i) {
       if (kinds_[i] == 'T') aoti_torch_delete_tensor_object(handle(i));
+      if (kinds_[i] == 'O') free_box(boxed(i));
       if (kinds_[i] == 'L') free_list(list(i));
     }
   }
 
   Tensor tensor(const char* name) { return Tensor(handle(next_++), name); }
+  std::optional<Tensor> optional_tensor(const char* name) {
+    const StableIValue* box = boxed(next_++);
+    return box ? std::optional<Tensor>(Tensor(reinterpret_cast<AtenTensorHandle>(*box), name)) : std::nullopt;
+  }
   TensorList tensors(const char* name) { return TensorList(list(next_++), name); }
   int64_t integer() { return read<int64_t>(); }
   double number() { return read<double>(); }
@@ -169,7 +175,13 @@ class Arguments {
 
  private:
   AtenTensorHandle handle(int i) const { return reinterpret_cast<AtenTensorHandle>(stack_[i]); }
+  StableIValue* boxed(int i) const { return reinterpret_cast<StableIValue*>(stack_[i]); }
   StableListHandle list(int i) const { return reinterpret_cast<StableListHandle>(stack_[i]); }
+
+  static void free_box(StableIValue* box) {
+    if (box) aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(*box));
+    delete box;
+  }
 
   static void free_list(StableListHandle list) {
     size_t size = 0;

@@ -31,7 +31,7 @@ SCHEMAS = {
     ),
     "path_loss": (
         "(Tensor(a!) loss, Tensor(b!) grad, Tensor o, Tensor x1, Tensor x0, Tensor key, Tensor coef, Tensor weight, int reduction, "
-        "float flip, float levels, bool dequantise) -> ()"
+        "float flip, float levels, bool dequantise, Tensor? x_t=None) -> ()"
     ),
     "path_loss_backward": (
         "(Tensor(a!) grad, Tensor o, Tensor x1, Tensor x0, Tensor key, Tensor coef, Tensor weight, Tensor grad_output, int reduction, "
@@ -117,9 +117,20 @@ def path_sample(
 
 
 def path_loss(
-    o: Tensor, x1: Tensor, x0: Tensor | None, key: Tensor, coefficients: Tensor, weight: Tensor | None, reduction: str, spec: PathSpec
+    o: Tensor,
+    x1: Tensor,
+    x0: Tensor | None,
+    x_t: Tensor | None,
+    key: Tensor,
+    coefficients: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    spec: PathSpec,
 ) -> Tensor:
-    """The reduced loss, differentiable in ``o`` (twice); float32, or float64 for float64 data."""
+    """The reduced loss, differentiable in ``o`` (twice); float32, or float64 for float64 data.
+
+    ``x_t`` is what :func:`path_sample` made of x1 and drawn noise, from which a kernel may recover that noise; None: it is drawn again.
+    """
     # The copy of an unusual layout happens here, where autograd sees it, and not inside the Function.
     # Each absent tensor is an empty one of its own, because torch.compile refuses the same tensor twice.
     x0 = coefficients.new_empty(0) if x0 is None else native_layout(x0)
@@ -127,8 +138,8 @@ def path_loss(
     inputs = (native_layout(o), native_layout(x1), x0, key, coefficients, mask)
     tail = (reference.REDUCTIONS.index(reduction), *_data_map(spec))
     if torch.is_grad_enabled() and o.requires_grad:
-        return _PathLoss.apply(*(_savable(x) for x in inputs), *tail)
-    return _fused_loss(inputs, tail, with_gradient=False)[0]
+        return _PathLoss.apply(x_t, *(_savable(x) for x in inputs), *tail)
+    return _fused_loss(inputs, x_t, tail, with_gradient=False)[0]
 
 
 def _savable(x: Tensor) -> Tensor:
@@ -140,12 +151,12 @@ def _data_map(spec: PathSpec) -> tuple[float, int, bool]:
     return spec.flip, spec.levels, spec.dequantise
 
 
-def _fused_loss(inputs: tuple[Tensor, ...], tail: tuple[Any, ...], with_gradient: bool) -> tuple[Tensor, Tensor]:
+def _fused_loss(inputs: tuple[Tensor, ...], x_t: Tensor | None, tail: tuple[Any, ...], with_gradient: bool) -> tuple[Tensor, Tensor]:
     o, coefficients = inputs[0], inputs[4]
     shape = o.shape[:1] if tail[0] == reference.REDUCTIONS.index("none") else ()
     loss = o.new_empty(shape, dtype=reference.accumulation_dtype(o, coefficients))
     gradient = torch.empty_like(o) if with_gradient else o.new_empty(0)
-    _path_loss(loss, gradient, *inputs, *tail)
+    _path_loss(loss, gradient, *inputs, *tail, x_t)
     return loss, gradient
 
 
@@ -156,9 +167,9 @@ class _PathLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, x_t: Tensor | None, *arguments: Any) -> Tensor:
         inputs, ctx.tail = arguments[:6], arguments[6:]
-        loss, gradient = _fused_loss(inputs, ctx.tail, with_gradient=inputs[0].dtype != torch.float16)
+        loss, gradient = _fused_loss(inputs, x_t, ctx.tail, with_gradient=inputs[0].dtype != torch.float16)
         ctx.save_for_backward(*inputs, gradient)
         return loss
 
@@ -172,7 +183,7 @@ class _PathLoss(torch.autograd.Function):
             _path_loss_backward(result, *inputs, grad_output.contiguous(), *ctx.tail)
         else:
             result = _scaled(gradient, grad_output)
-        return result, *(None,) * 9
+        return None, result, *(None,) * 9
 
 
 def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:

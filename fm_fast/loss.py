@@ -36,22 +36,32 @@ class PathSample:
     _key: Tensor = field(repr=False)
     _spec: PathSpec = field(repr=False)
     _backend: str = field(repr=False)
-    _versions: tuple[int, ...] = field(default=(), repr=False)
+    _point: Tensor | None = field(default=None, repr=False)  # x_t as drawn, also where dataclasses.replace gives another x_t
+    _writes: tuple[int | None, ...] = field(default=(None, None, None), repr=False)  # to x1, x0 and _point before the loss
 
     def loss(self, o: Tensor, weight: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """The loss of the network's output ``o`` [B, ...], as in :func:`flow_matching_loss`.
 
-        Reads x1 (and a given x0) again: RuntimeError if either was changed in place since the draw.
+        Reads x1 (and a given x0) again: RuntimeError if either was changed in place since the draw. On the CPU drawn noise is recovered
+        from x_t where that costs at most a few roundings of the target (``recoverable`` in csrc/loss.h) and drawn again elsewhere, also
+        where x_t was changed in place. What torch does not count, changes through ``x_t.data`` or NumPy, must not come before the loss.
         """
         _checks.like("o", o, self._x1)
         _checks.one_of("reduction", reduction, reference.REDUCTIONS)
-        if _changed(self._versions, _versions(self._x1, self._x0)):
+        *inputs, point = _writes(self._x1, self._x0, self._point)
+        if any(map(_changed, self._writes, inputs)):
             raise RuntimeError("x1 or x0 was changed in place between sample_path and the loss, which reads it again; give it a copy")
         if weight is not None:
             _checks.weight(weight, self._x1)
         if _ops.needs_reference(self._backend, self._x1, self._x0, self.coef, weight):
             return reference.path_loss(o, *self._plain(), self.coef, weight, reduction)
-        return _ops.path_loss(o, self._x1, self._x0, self._key, self.coef, weight, reduction, self._spec)
+        return _ops.path_loss(o, self._x1, self._x0, self._drawn_point(point), self._key, self.coef, weight, reduction, self._spec)
+
+    def _drawn_point(self, writes: int | None) -> Tensor | None:
+        """x_t, if it is certainly still what this draw wrote: dividing the noise out of it costs a CPU less than drawing it again."""
+        if self._point is None or writes is None or writes != self._writes[2]:
+            return None
+        return self._point.detach() if self._point.requires_grad else self._point
 
     @property
     def x0(self) -> Tensor:
@@ -70,15 +80,15 @@ class PathSample:
         )
 
 
-def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
-    """How often each tensor was written to in place, where torch counts it."""
+def _writes(*tensors: Tensor | None) -> tuple[int | None, ...]:
+    """How often each tensor was written to in place; None where torch does not count it."""
     if torch.compiler.is_compiling() or _ops.transforms_active():
-        return ()
-    return tuple(x._version for x in tensors if x is not None and not x.is_inference())
+        return (None,) * len(tensors)
+    return tuple([None if x is None or x.is_inference() else x._version for x in tensors])
 
 
-def _changed(before: tuple[int, ...], now: tuple[int, ...]) -> bool:
-    return bool(before and now) and before != now
+def _changed(before: int | None, now: int | None) -> bool:
+    return before is not None and now is not None and before != now
 
 
 def _noise_backend(sample: PathSample) -> str:
@@ -130,7 +140,8 @@ def sample_path(
         if _ops.needs_reference(chosen, coefficients):
             return _plain_sample(x1, x0, times, key, spec, out, wide)
     x_t, times, coefficients = _ops.path_sample(x1, x0, times, coefficients, key, spec, out)
-    return PathSample(x_t, times, coefficients, x1, x0, key, spec, chosen, _versions(x1, x0))
+    point = x_t if x0 is None and chosen == "cpp" else None  # a GPU draws faster than it reads
+    return PathSample(x_t, times, coefficients, x1, x0, key, spec, chosen, point, _writes(x1, x0, point))
 
 
 def _plain_sample(
@@ -143,7 +154,7 @@ def _plain_sample(
     coefficients = loss_coefficients(spec.path, spec.objective, t).to(wide)
     x_t = reference.path_sample(data, noise_x0, coefficients, dtype)
     mapped = PathSpec(spec.path, spec.objective, spec.t_sampler, spec.t_range)
-    return PathSample(x_t, t, coefficients, data, noise_x0, key, mapped, "reference", _versions(data, noise_x0))
+    return PathSample(x_t, t, coefficients, data, noise_x0, key, mapped, "reference", None, _writes(data, noise_x0, None))
 
 
 def flow_matching_loss(

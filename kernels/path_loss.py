@@ -146,8 +146,9 @@ def launch(
     flip: float,
     levels: float,
     dequantise: bool,
+    x_t: Tensor | None = None,
 ) -> None:
-    """Run ``fm_fast::path_loss``: fill loss, and grad unless it has no elements."""
+    """Run ``fm_fast::path_loss``: fill loss, and grad unless it has no elements. x_t is not read: drawing x0 again costs a GPU less."""
     if o.numel() == 0:
         loss.fill_(0.0 if reduction == SUM else float("nan"))
         return

@@ -85,7 +85,7 @@ void normal_dots(const DivergenceArgs& args, int64_t begin, int64_t end) {
   const ProbeArgs& probes = args.probes;
   for_each_probe(probes, begin, end, [&](int64_t probe, const View& g, int64_t first, int64_t last) {
     for_each_tile<ToNormals>(
-        probes.shape, probes.tiling, probes.key, probe_tag(probes, probe), true, first, last,
+        probes.shape, probes.tiling, probes.key, probe_tag(probes, probe), always, first, last,
         [&](const Tile& tile) { return runs_ahead(tile, {&g}); },
         [&](const Tile& tile, const float* noise) { put_sum(args, probe, tile, normal_dot<T>(g, tile, noise)); });
   });

@@ -70,6 +70,7 @@ struct LossArgs {
   Shape shape;
   Tiling tiling;
   View o, x1, x0, grad, weight;  // grad, weight: may be absent
+  View x_t;                      // what path_sample made of x1 and drawn noise, in the compute type, or absent
   Key key;
   DataTransform transform;
   const void* coefficients;

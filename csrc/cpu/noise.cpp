@@ -7,12 +7,12 @@ namespace {
 
 template <class Finish>
 void float_units(const NoiseArgs& args, int64_t begin, int64_t end) {
-  for_each_tile<Finish>(args.shape, args.tiling, args.key, args.tag, true, begin, end, nothing_ahead,
+  for_each_tile<Finish>(args.shape, args.tiling, args.key, args.tag, always, begin, end, nothing_ahead,
                         [&](const Tile& tile, const float* noise) { scatter_any<float>(noise, tile, args.out); });
 }
 
 void sign_units(const NoiseArgs& args, int64_t begin, int64_t end) {
-  for_each_tile<ToSigns>(args.shape, args.tiling, args.key, args.tag, true, begin, end, nothing_ahead,
+  for_each_tile<ToSigns>(args.shape, args.tiling, args.key, args.tag, always, begin, end, nothing_ahead,
                          [&](const Tile& tile, const float* drawn) { store_signs(drawn_words(drawn), tile, args.out); });
 }
 
@@ -20,7 +20,7 @@ void word_units(const NoiseArgs& args, int64_t begin, int64_t end) {
   Stream stream = stream_of(args.key, args.tag);
   int64_t blocks = divide_up(args.shape.points, 4);
   const View& out = args.out;
-  for_each_tile<ToUniforms>(args.shape, args.tiling, args.key, 0, false, begin, end, nothing_ahead, [&](const Tile& tile, const float*) {
+  walk_tiles(args.shape, args.tiling, begin, end, [&](const Tile& tile) {
     int64_t* to = static_cast<int64_t*>(out.data) + offset_of(out, tile);
     for (int64_t c = 0; c < tile.channels; ++c)
       for (int64_t p = 0; p < tile.points; p += 4) {

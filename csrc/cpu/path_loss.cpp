@@ -1,4 +1,5 @@
-// The loss w (k o - (c1 x1 + c0 x0))^2 and its gradient in one pass over o, x1 and (read or drawn again) x0 (paper eqs 9 and 23).
+// The loss w (k o - (c1 x1 + c0 x0))^2 and its gradient in one pass over o, x1 and x0 (paper eqs 9 and 23), which is read, recovered from
+// x_t or drawn again.
 #include "../loss.h"
 #include "tile.h"
 
@@ -6,11 +7,20 @@ namespace fm {
 namespace FM_ISA {
 namespace {
 
-// One row's operands. weight and grad may be nullptr; grad may be o itself.
+// x0 of a row, element by element, from the x_t that was made of it.
+template <class T>
+struct RecoveredRow {
+  const T *x_t, *x1;
+  T a, inverse_s;
+
+  T operator[](int64_t i) const { return recovered<T>(x_t[i], a, x1[i], inverse_s); }
+};
+
+// One row's operands. weight and grad may be nullptr; grad may be o itself. X0: a pointer, or a RecoveredRow.
 template <class T, class X0>
 struct LossRow {
   const T *o, *x1;
-  const X0* x0;
+  X0 x0;
   const T* weight;
   T* grad;
   int64_t count;
@@ -48,39 +58,69 @@ FM_INLINE double loss_of_row(const LossTerm<T>& term, const LossRow<T, X0>& row)
   return static_cast<double>(sum) * static_cast<double>(term.loss_scale);
 }
 
+FM_INLINE double coefficient(const LossArgs& args, int64_t sample, int i) {
+  return number_at(args.coefficients, args.coefficient_dtype, sample * 6 + i);
+}
+
+FM_INLINE bool recovers(const LossArgs& args, int64_t sample) {
+  return args.x_t.data && recoverable(coefficient(args, sample, 0), coefficient(args, sample, 1), coefficient(args, sample, 2),
+                                      coefficient(args, sample, 3));
+}
+
 template <class T>
 FM_INLINE LossTerm<T> loss_term(const LossArgs& args, int64_t sample) {
   double c[6], incoming = 1.0;
-  for (int i = 0; i < 6; ++i) c[i] = number_at(args.coefficients, args.coefficient_dtype, sample * 6 + i);
+  for (int i = 0; i < 6; ++i) c[i] = coefficient(args, sample, i);
   double scale = c[5] * (args.sample_weight ? number_at(args.sample_weight, args.sample_weight_dtype, sample) : 1.0);
   if (args.grad_output.data) incoming = number_at(args.grad_output.data, args.grad_output.dtype, sample * args.grad_output.batch_stride);
   double grad_scale = args.grad_factor * incoming * scale * c[4];
   return LossTerm<T>{static_cast<T>(c[2]), static_cast<T>(c[3]), static_cast<T>(c[4]), static_cast<T>(scale), static_cast<T>(grad_scale)};
 }
 
+// A tile's operands but for x0; rows without data are absent.
+template <class T>
+struct LossRows {
+  Rows<const T> o, x1, weight;
+  Rows<T> grad;
+};
+
 template <class T>
 struct Buffers {
   alignas(64) T x1[kTileBuffer], x0[kTileBuffer], o[kTileBuffer], weight[kTileBuffer], grad[kTileBuffer];
 };
 
+// The loss of a tile whose x0 are the rows x0(channel).
+template <class T, class X0>
+FM_INLINE double loss_of_rows(const Tile& tile, const LossTerm<T>& term, const LossRows<T>& rows, const X0& x0) {
+  double sum = 0;
+  for (int64_t c = 0; c < tile.channels; ++c) {
+    const T* weight = rows.weight.data ? rows.weight.row(c) : nullptr;
+    T* grad = rows.grad.data ? rows.grad.row(c) : nullptr;
+    sum += loss_of_row(term, LossRow<T, decltype(x0(c))>{rows.o.row(c), rows.x1.row(c), x0(c), weight, grad, tile.points});
+  }
+  return sum;
+}
+
+// noise is nullptr where x0 is given or recovered.
 template <class T>
 FM_INLINE void loss_tile(const LossArgs& args, const Tile& tile, const float* noise) {
   Buffers<T> buffers;
   LossTerm<T> term = loss_term<T>(args, tile.sample);
-  Rows<const T> none = {nullptr, 0};
-  Rows<const T> x1 = read_data<T>(args.shape, args.x1, args.key, args.transform, tile, buffers.x1);
-  Rows<const T> o = read_rows<T>(args.o, tile, buffers.o);
-  Rows<const T> x0 = args.x0.data ? read_rows<T>(args.x0, tile, buffers.x0) : none;
-  Rows<const T> weight = args.weight.data ? read_rows<T>(args.weight, tile, buffers.weight) : none;
-  Rows<T> grad = args.grad.data ? result_rows<T>(args.grad, tile, buffers.grad) : Rows<T>{nullptr, 0};
-  double sum = 0;
-  for (int64_t c = 0; c < tile.channels; ++c) {
-    const T* row_weight = weight.data ? weight.row(c) : nullptr;
-    T* row_grad = grad.data ? grad.row(c) : nullptr;
-    if (args.x0.data)
-      sum += loss_of_row(term, LossRow<T, T>{o.row(c), x1.row(c), x0.row(c), row_weight, row_grad, tile.points});
-    else
-      sum += loss_of_row(term, LossRow<T, float>{o.row(c), x1.row(c), noise + c * tile.pitch, row_weight, row_grad, tile.points});
+  LossRows<T> rows = {};
+  rows.x1 = read_data<T>(args.shape, args.x1, args.key, args.transform, tile, buffers.x1);
+  rows.o = read_rows<T>(args.o, tile, buffers.o);
+  if (args.weight.data) rows.weight = read_rows<T>(args.weight, tile, buffers.weight);
+  if (args.grad.data) rows.grad = result_rows<T>(args.grad, tile, buffers.grad);
+  double sum;
+  if (noise) {
+    sum = loss_of_rows(tile, term, rows, [&](int64_t c) { return noise + c * tile.pitch; });
+  } else if (args.x0.data) {
+    Rows<const T> x0 = read_rows<T>(args.x0, tile, buffers.x0);
+    sum = loss_of_rows(tile, term, rows, [&](int64_t c) { return x0.row(c); });
+  } else {
+    Rows<const T> x_t = read_rows<T>(args.x_t, tile, buffers.x0);
+    T a = static_cast<T>(coefficient(args, tile.sample, 0)), inverse_s = static_cast<T>(1.0 / coefficient(args, tile.sample, 1));
+    sum = loss_of_rows(tile, term, rows, [&](int64_t c) { return RecoveredRow<T>{x_t.row(c), rows.x1.row(c), a, inverse_s}; });
   }
   if (args.grad.data) finish_rows<T>(args.grad, tile, buffers.grad);
   if (args.partial) args.partial[tile.sample * tiles_per_sample(args.tiling) + tile.index] = sum;
@@ -89,7 +129,7 @@ FM_INLINE void loss_tile(const LossArgs& args, const Tile& tile, const float* no
 template <class T>
 void loss_units(const LossArgs& args, int64_t begin, int64_t end) {
   for_each_tile<ToNormals>(
-      args.shape, args.tiling, args.key, kStreamX0, args.x0.data == nullptr, begin, end,
+      args.shape, args.tiling, args.key, kStreamX0, [&](int64_t sample) { return !args.x0.data && !recovers(args, sample); }, begin, end,
       [&](const Tile& tile) { return runs_ahead(tile, {&args.x1, &args.o, &args.grad}); },
       [&](const Tile& tile, const float* noise) { loss_tile<T>(args, tile, noise); });
 }

@@ -31,7 +31,7 @@ FM_INLINE void sample_tile(const SampleArgs& args, const Tile& tile, const float
 template <class T>
 void sample_units(const SampleArgs& args, int64_t begin, int64_t end) {
   for_each_tile<ToNormals>(
-      args.shape, args.tiling, args.key, kStreamX0, args.x0.data == nullptr, begin, end,
+      args.shape, args.tiling, args.key, kStreamX0, [&](int64_t) { return args.x0.data == nullptr; }, begin, end,
       [&](const Tile& tile) { return runs_ahead(tile, {&args.x1, &args.x_t}); },
       [&](const Tile& tile, const float* noise) { sample_tile<T>(args, tile, noise); });
 }

@@ -40,7 +40,7 @@ FM_INLINE void for_each_probe(const ProbeArgs& args, int64_t begin, int64_t end,
 template <class Body>
 FM_INLINE void for_each_sign_tile(const ProbeArgs& args, int64_t begin, int64_t end, const Body& body) {
   for_each_probe(args, begin, end, [&](int64_t probe, const View& view, int64_t first, int64_t last) {
-    for_each_tile<ToSigns>(args.shape, args.tiling, args.key, probe_tag(args, probe), true, first, last, nothing_ahead,
+    for_each_tile<ToSigns>(args.shape, args.tiling, args.key, probe_tag(args, probe), always, first, last, nothing_ahead,
                            [&](const Tile& tile, const float* drawn) {
                              if (!args.parities) return body(probe, view, tile, drawn_words(drawn));
                              SignWord words[kTileBuffer];

@@ -11,7 +11,8 @@ namespace {
 using abi::Arguments;
 using abi::Tensor;
 
-constexpr int64_t kScheduleGrain = 256;  // samples of a thread
+constexpr int64_t kScheduleGrain = 256;   // samples of a thread
+constexpr int64_t kWorthRecovering = 64;  // elements of a sample, below which drawing x0 again is faster
 
 }  // namespace
 
@@ -129,6 +130,13 @@ void set_weight(const Tensor& weight, const Tensor& o, LossArgs* args) {
   }
 }
 
+// x_t tells what x0 was only where it was not rounded a second time: in the compute type. The choice must depend on the sample alone,
+// so that a batch gives the same bits in one piece and in several.
+void set_point(const std::optional<Tensor>& x_t, const Tensor& o, LossArgs* args) {
+  if (!x_t || args->x0.data || dtype_of(*x_t) != (args->wide ? Dtype::float64 : Dtype::float32)) return;
+  if (args->shape.channels * args->shape.points >= kWorthRecovering) args->x_t = float_view(*x_t, o);
+}
+
 LossArgs loss_args(const LossInputs& in, int reduction, const DataTransform& transform) {
   LossArgs args = {};
   args.transform = transform;
@@ -145,7 +153,7 @@ LossArgs loss_args(const LossInputs& in, int reduction, const DataTransform& tra
   return args;
 }
 
-Tiling plan_loss(LossArgs* args) { return plan(&args->shape, {&args->o, &args->x1, &args->x0, &args->grad, &args->weight}, 4); }
+Tiling plan_loss(LossArgs* args) { return plan(&args->shape, {&args->o, &args->x1, &args->x0, &args->x_t, &args->grad, &args->weight}, 4); }
 
 void put_number(const Tensor& tensor, int64_t index, double value) {
   if (is_wide(tensor))
@@ -164,12 +172,13 @@ void reduce(const LossArgs& args, double divisor, int reduction, const Tensor& l
 }  // namespace
 
 void path_loss(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments in(stack, "TTTTTTTTiffb");
+  Arguments in(stack, "TTTTTTTTiffbO");
   Tensor loss = in.tensor("loss"), grad = in.tensor("grad");
   LossInputs inputs = read_inputs(&in);
   int reduction = code(in.integer(), kMean, kNone, "reduction");
   refuse_grad({&inputs.o, &inputs.x1, &inputs.x0, &inputs.coef, &inputs.weight});
   LossArgs args = loss_args(inputs, reduction, read_transform(&in));
+  set_point(in.optional_tensor("x_t"), inputs.o, &args);
   args.grad = float_view_or_absent(grad, inputs.o);
   dense_floats(loss, reduction == kNone ? args.shape.batch : 1);
   args.tiling = plan_loss(&args);

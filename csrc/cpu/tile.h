@@ -77,16 +77,19 @@ static void draw_tile(const Generator& generator, const Shape& shape, const Key&
   }
 }
 
-// Draws of `samples` whole small samples from `first` on, one after the other.
-template <class Finish>
-static void draw_samples(const Generator& generator, const Shape& shape, const Key& key, int64_t first, int64_t samples, float* out) {
+// Draws of those of `samples` whole small samples from `first` on that want some, one after the other.
+template <class Finish, class Draws>
+static void draw_samples(const Generator& generator, const Shape& shape, const Key& key, int64_t first, int64_t samples, const Draws& draws,
+                         float* out) {
   uint32_t ids[kTileElements / 4 + kLineElements], blocks[kTileElements / 4 + kLineElements];
   int64_t each = shape.channels * divide_up(shape.points, Finish::kPoints), count = 0;
-  for (int64_t b = first; b < first + samples; ++b)
+  for (int64_t b = first; b < first + samples; ++b) {
+    if (!draws(b)) continue;
     for (int64_t i = 0; i < each; ++i, ++count) {
       ids[count] = sample_id(key, b);
       blocks[count] = static_cast<uint32_t>(i);
     }
+  }
   for (int64_t i = count; i < count + kLineElements; ++i) ids[i] = blocks[i] = 0;
   fill_listed<Finish>(generator, ids, blocks, count, out);
 }
@@ -257,6 +260,7 @@ FM_INLINE Rows<const T> read_data(const Shape& shape, const View& x1, const Key&
 // --- the walk over units -------------------------------------------------------------------------------------------------------------
 
 const auto nothing_ahead = [](const Tile&) { return Ahead{}; };
+const auto always = [](int64_t) { return true; };
 
 // Calls body(tile) for every tile of the units.
 template <class Body>
@@ -268,26 +272,30 @@ FM_INLINE void walk_tiles(const Shape& shape, const Tiling& tiling, int64_t begi
   }
 }
 
-// Calls body(tile, noise) for every tile of the units. Noise of several small samples is drawn in one go, for full vectors.
-// ahead(tile) names what the body will touch.
-template <class Finish, class NextRuns, class Body>
-FM_INLINE void for_each_tile(const Shape& shape, const Tiling& tiling, const Key& key, uint32_t tag, bool draw, int64_t begin, int64_t end,
-                             const NextRuns& ahead, const Body& body) {
+// Calls body(tile, noise) for every tile of the units; noise is nullptr for samples without draws(sample).
+// Noise of several small samples is drawn in one go, for full vectors. ahead(tile) names what the body will touch.
+template <class Finish, class Draws, class NextRuns, class Body>
+FM_INLINE void for_each_tile(const Shape& shape, const Tiling& tiling, const Key& key, uint32_t tag, const Draws& draws, int64_t begin,
+                             int64_t end, const NextRuns& ahead, const Body& body) {
   alignas(64) float noise[kTileBuffer];
   Generator generator = make_generator(stream_of(key, tag));
   int64_t tiles = tiles_per_sample(tiling);
   for (int64_t unit = begin; unit < end; ++unit) {
     if (tiles > 1 || tiling.samples_per_unit == 1) {
       Tile tile = tile_of(shape, tiling, unit / tiles, unit % tiles);
-      if (draw) draw_tile<Finish>(generator, shape, key, tile, ahead(tile), noise);
-      body(tile, noise);
+      bool drawn = draws(tile.sample);
+      if (drawn) draw_tile<Finish>(generator, shape, key, tile, ahead(tile), noise);
+      body(tile, drawn ? noise : nullptr);
       continue;
     }
     int64_t first = unit * tiling.samples_per_unit, samples = lesser(tiling.samples_per_unit, shape.batch - first);
-    if (draw) draw_samples<Finish>(generator, shape, key, first, samples, noise);
-    for (int64_t b = 0; b < samples; ++b) {
-      Tile tile = tile_of(shape, tiling, first + b, 0);
-      body(tile, noise + b * tile.channels * 4 * row_blocks<Finish>(tile));
+    draw_samples<Finish>(generator, shape, key, first, samples, draws, noise);
+    const float* next = noise;
+    for (int64_t b = first; b < first + samples; ++b) {
+      Tile tile = tile_of(shape, tiling, b, 0);
+      bool drawn = draws(b);
+      body(tile, drawn ? next : nullptr);
+      if (drawn) next += tile.channels * 4 * row_blocks<Finish>(tile);
     }
   }
 }

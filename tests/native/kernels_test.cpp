@@ -72,8 +72,10 @@ struct Problem {
     x0.fill(2);
     o.fill(3);
     weight.fill(4);
-    for (int64_t b = 0; b < s.batch; ++b)
+    for (int64_t b = 0; b < s.batch; ++b) {
       for (float c : {0.3f, 0.7f, 1.25f, -0.5f, 0.75f, 2.0f}) coefficients.push_back(c + static_cast<float>(b) / 8);
+      if (b % 3 == 1) coefficients[static_cast<size_t>(6 * b + 2)] = 0;  // c1: the noise of such a sample is not recovered
+    }
   }
 
   fm::SampleArgs sample_args(const Key& key, bool given) const {
@@ -116,8 +118,12 @@ void check_sample(const Isa& isa, Problem& problem, int layout, const Key& key, 
   });
 }
 
-void check_loss(const Isa& isa, Problem& problem, int layout, const Key& key, bool given, bool weighted) {
+void check_loss(const Isa& isa, Problem& problem, int layout, const Key& key, bool given, bool weighted, bool with_x_t = false) {
   fm::LossArgs args = problem.loss_args(key, given, weighted);
+  if (with_x_t) {
+    args.x_t = problem.x_t.view();
+    args.tiling = fm::plan(&args.shape, {&args.o, &args.x1, &args.x_t, &args.grad, &args.weight}, 4);
+  }
   std::vector<double> partial(static_cast<size_t>(problem.shape.batch * fm::tiles_per_sample(args.tiling)), -1.0);
   args.partial = partial.data();
   isa.loss(args, 0, args.tiling.units);
@@ -175,6 +181,7 @@ int main() {
         Problem problem(shape, layout);
         for (const Key& key : keys) check_noise(isa, shape, layout, key);
         check_sample(isa, problem, layout, keys[0], false);
+        check_loss(isa, problem, layout, keys[0], false, layout % 2 == 1, true);
         check_sample(isa, problem, layout, keys[1], true);
         check_loss(isa, problem, layout, keys[1], false, layout % 2 == 1);
         check_loss(isa, problem, layout, keys[0], true, layout % 2 == 0);
