@@ -6,6 +6,7 @@ transform or forward-mode differentiation is active, or a gradient other than th
 (``reference.py``) runs.
 """
 
+import array
 import contextlib
 import importlib
 import itertools
@@ -74,11 +75,42 @@ def outside_transforms() -> contextlib.AbstractContextManager[Any]:
     return temporarily_clear_interpreter_stack() if torch._C._are_functorch_transforms_active() else contextlib.nullcontext()
 
 
+def _plainly_eager() -> bool:
+    """Whether torch runs without a compiler or a mode that looks at every op: then tensors may be made or shared behind its back."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
+_NOTHING = torch.empty(0, device="cpu")
+
+
+def _absent(like: Tensor) -> Tensor:
+    """A tensor without elements. Where torch.compile may look, one of its own a call, because it refuses the same tensor twice."""
+    return _NOTHING if like.device.type == "cpu" and _plainly_eager() else like.new_empty(0)
+
+
+def host_words(words: Sequence[int]) -> Tensor:
+    """An int64 tensor on the CPU; from a buffer where nothing watches, which takes a quarter of torch.tensor's time."""
+    if not _plainly_eager():
+        return torch.tensor(words, dtype=torch.int64, device="cpu")
+    return torch.frombuffer(array.array("q", words), dtype=torch.int64)
+
+
+def _run(op: Any, *arguments: Any) -> None:
+    """Call a raw op whose inputs want no gradient, as the guard has found: with recording off it need not look for any, which is slow."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return op(*arguments)
+    torch._C._set_grad_enabled(False)
+    try:
+        op(*arguments)
+    finally:
+        torch._C._set_grad_enabled(True)
+
+
 def needs_reference(backend: str, *tensors: Tensor | None) -> bool:
     """Whether plain PyTorch must run: asked for, a transform is active, or one of ``tensors`` wants its gradient."""
     if backend == "reference" or transforms_active():
         return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
 
 
 def noise(key: Tensor, shape: tuple[int, ...], kind: Kind, stream: int, index: int, dtype: torch.dtype, backend: str) -> Tensor:
@@ -109,10 +141,10 @@ def path_sample(
     sampler = spec.t_sampler.code if t is None else GIVEN_TIME
     times = x1.new_empty(x1.shape[0], dtype=wide) if t is None else t
     rows = x1.new_empty(x1.shape[0], 6, dtype=wide) if coefficients is None else coefficients
-    code, a, b = spec.kernel_path if coefficients is None else (GIVEN_TIME, 0.0, 0.0)
-    path_arguments = (code, a, b, spec.objective.code, sampler, spec.t_sampler.mean, spec.t_sampler.std, *spec.t_range)
-    x0 = rows.new_empty(0) if x0 is None else native_layout(x0)
-    _path_sample(x_t, times, rows, x1, x0, key, *path_arguments, *_data_map(spec))
+    path = spec.kernel_path if coefficients is None else (GIVEN_TIME, 0.0, 0.0)
+    times_drawn = (sampler, spec.t_sampler.mean, spec.t_sampler.std, *spec.t_range)
+    x0 = _absent(rows) if x0 is None else native_layout(x0)
+    _run(_path_sample, x_t, times, rows, x1, x0, key, *path, spec.objective.code, *times_drawn, *_data_map(spec))
     return x_t, times, rows
 
 
@@ -132,19 +164,22 @@ def path_loss(
     ``x_t`` is what :func:`path_sample` made of x1 and drawn noise, from which a kernel may recover that noise; None: it is drawn again.
     """
     # The copy of an unusual layout happens here, where autograd sees it, and not inside the Function.
-    # Each absent tensor is an empty one of its own, because torch.compile refuses the same tensor twice.
-    x0 = coefficients.new_empty(0) if x0 is None else native_layout(x0)
-    mask = coefficients.new_empty(0) if weight is None else _kernel_weight(weight, o, coefficients.dtype)
+    x0 = _absent(coefficients) if x0 is None else native_layout(x0)
+    mask = _absent(coefficients) if weight is None else _kernel_weight(weight, o, coefficients.dtype)
     inputs = (native_layout(o), native_layout(x1), x0, key, coefficients, mask)
     tail = (reference.REDUCTIONS.index(reduction), *_data_map(spec))
     if torch.is_grad_enabled() and o.requires_grad:
-        return _PathLoss.apply(x_t, *(_savable(x) for x in inputs), *tail)
-    return _fused_loss(inputs, x_t, tail, with_gradient=False)[0]
+        o, *others = _savable(inputs)
+        return _PathLoss.apply(o, tuple(others), x_t, tail)
+    with torch.no_grad():  # the raw op would otherwise look for gradients to refuse
+        return _fused_loss(inputs, x_t, tail, with_gradient=False)[0]
 
 
-def _savable(x: Tensor) -> Tensor:
-    """x, or a copy of data made under inference mode, which autograd refuses to keep for the backward pass."""
-    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+def _savable(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors, or copies of those made under inference mode, which autograd refuses to keep for the backward pass."""
+    if torch.compiler.is_compiling() or not any([x.is_inference() for x in tensors]):
+        return tensors
+    return tuple(x.clone() if x.is_inference() else x for x in tensors)
 
 
 def _data_map(spec: PathSpec) -> tuple[float, int, bool]:
@@ -164,13 +199,14 @@ class _PathLoss(torch.autograd.Function):
     """Loss and finished gradient in one pass. Backward only scales the gradient, and never in place, so it can run again.
 
     float16 keeps no gradient: 2 / N underflows in it, so backward computes the gradient with grad_output / N applied in float32.
+    Only ``o`` gets a gradient, so the others come in one tuple, which spares autograd a look at each of them.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_t: Tensor | None, *arguments: Any) -> Tensor:
-        inputs, ctx.tail = arguments[:6], arguments[6:]
-        loss, gradient = _fused_loss(inputs, x_t, ctx.tail, with_gradient=inputs[0].dtype != torch.float16)
-        ctx.save_for_backward(*inputs, gradient)
+    def forward(ctx: Any, o: Tensor, others: tuple[Tensor, ...], x_t: Tensor | None, tail: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+        loss, gradient = _fused_loss((o, *others), x_t, tail, with_gradient=o.dtype != torch.float16)
+        ctx.tail = tail
+        ctx.save_for_backward(o, *others, gradient)
         return loss
 
     @staticmethod
@@ -183,7 +219,7 @@ class _PathLoss(torch.autograd.Function):
             _path_loss_backward(result, *inputs, grad_output.contiguous(), *ctx.tail)
         else:
             result = _scaled(gradient, grad_output)
-        return None, result, *(None,) * 9
+        return result, None, None, None
 
 
 def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:

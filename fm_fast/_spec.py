@@ -1,10 +1,14 @@
 """What one call draws and trains on, as a value that the public functions pass down to the ops."""
 
+import itertools
 from dataclasses import dataclass
 
-from fm_fast.objectives import Objective, as_objective, is_built_in, time_range
+from fm_fast import paths, time_samplers
+from fm_fast.objectives import OBJECTIVES, Objective, as_objective, is_built_in, time_range
 from fm_fast.paths import Path, as_path, kernel_form
 from fm_fast.time_samplers import TimeSampler, as_time_sampler
+
+DATA_AS_IS = (0.0, 256, False)  # flip, levels, dequantise
 
 
 @dataclass(frozen=True)
@@ -18,17 +22,29 @@ class PathSpec:
     flip: float = 0.0
     levels: int = 256
     dequantise: bool = False
-
-    @property
-    def kernel_path(self) -> tuple[int, float, float]:
-        """(path code, a, b) by which kernels evaluate the coefficients; code -1 where only Python knows the path or objective."""
-        return kernel_form(self.path) if is_built_in(self.objective) else (-1, 0.0, 0.0)
+    # (path code, a, b) by which kernels evaluate the coefficients; code -1 where only Python knows the path or objective
+    kernel_path: tuple[int, float, float] = (-1, 0.0, 0.0)
 
 
 def path_spec(
     path: str | Path, objective: str | Objective, t_sampler: str | TimeSampler, flip: float, levels: int, dequantise: bool
 ) -> PathSpec:
     """The spec of a call's arguments, names resolved; unknown names and values out of range are errors."""
+    if isinstance(path, str) and isinstance(objective, str) and isinstance(t_sampler, str) and (flip, levels, dequantise) == DATA_AS_IS:
+        ready = _NAMED.get((path, objective, t_sampler))
+        if ready is not None:
+            return ready
+    return _make_spec(path, objective, t_sampler, flip, levels, dequantise)
+
+
+def _make_spec(
+    path: str | Path, objective: str | Objective, t_sampler: str | TimeSampler, flip: float, levels: int, dequantise: bool
+) -> PathSpec:
     chosen_path, chosen_objective = as_path(path), as_objective(objective)
-    limits = time_range(chosen_path, chosen_objective)
-    return PathSpec(chosen_path, chosen_objective, as_time_sampler(t_sampler), limits, float(flip), levels, bool(dequantise))
+    limits, sampler = time_range(chosen_path, chosen_objective), as_time_sampler(t_sampler)
+    kernel_path = kernel_form(chosen_path) if is_built_in(chosen_objective) else (-1, 0.0, 0.0)
+    return PathSpec(chosen_path, chosen_objective, sampler, limits, float(flip), levels, bool(dequantise), kernel_path)
+
+
+# Made once, because small training steps feel the microseconds.
+_NAMED = {names: _make_spec(*names, *DATA_AS_IS) for names in itertools.product(paths.NAMED, OBJECTIVES, time_samplers.NAMED)}

@@ -101,8 +101,9 @@ def make_key(seed: Whole | None, step: Whole | None, sample_ids: Whole | None, b
         _checks.whole("step", step, _checks.WORD)
     _checks.sample_ids(sample_ids, batch, device)
     parts = (fresh_seed(device) if seed is None else seed, 0 if step is None else step, 0 if sample_ids is None else sample_ids)
-    if device.type == "cpu" and not any(isinstance(part, Tensor) for part in parts):
-        return torch.tensor(parts, dtype=torch.int64, device=device)
+    numbers = [part for part in parts if not isinstance(part, Tensor)]
+    if device.type == "cpu" and len(numbers) == len(parts):
+        return _ops.host_words(numbers)
     return torch.cat([_as_vector(part, device) for part in parts])
 
 

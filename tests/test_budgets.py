@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fm_fast as fm
-from fm_fast import _backends
+from fm_fast import _backends, _ops, _spec
 
 NATIVE = _backends.why_not("path_sample", "cpu", "cpp")
 pytestmark = pytest.mark.skipif(NATIVE is not None, reason=f"the C++ backend cannot run: {NATIVE}")
@@ -46,7 +46,7 @@ def record(dtype=torch.float32, x1=None, **arguments):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("path", ["ot", "vp"])
 def test_a_step_is_two_ops_of_five_passes_and_stores_only_its_results(dtype, path):
-    """path_sample reads x1 and writes x_t; path_loss reads o and x1 and writes the gradient. Noise and target are never in memory."""
+    """path_sample reads x1, writes x_t; path_loss reads o, x1 and mostly x_t, writes the gradient. Noise and target are never in memory."""
     ops, memory, expected = record(dtype, path=path)
     assert ops == ["fm_fast.path_sample.default", "fm_fast.path_loss.default"]
     assert memory == expected
@@ -68,3 +68,22 @@ def test_channels_last_needs_no_copy():
     ops, memory, expected = record(x1=torch.zeros(SHAPE).to(memory_format=torch.channels_last))
     assert ops == ["fm_fast.path_sample.default", "fm_fast.path_loss.default"]
     assert memory == expected
+
+
+@pytest.mark.parametrize("wants_gradient", [True, False])
+def test_raw_ops_run_with_gradient_recording_off(wants_gradient, monkeypatch):
+    """With it on, each would ask torch twice about every input: a third of its time for a small batch."""
+    recording = {}
+    for name in ("_path_sample", "_path_loss"):
+        monkeypatch.setattr(_ops, name, lambda *arguments, name=name: recording.update({name: torch.is_grad_enabled()}))
+    o = torch.zeros(SHAPE).requires_grad_(wants_gradient)
+    fm.sample_path(torch.zeros(SHAPE), seed=1, step=2).loss(o)
+    assert recording == {"_path_sample": False, "_path_loss": False}
+    assert torch.is_grad_enabled()
+
+
+def test_what_names_stand_for_is_made_once():
+    names = ("vp", "noise", "stratified")
+    assert _spec.path_spec(*names, *_spec.DATA_AS_IS) is _spec.path_spec(*names, *_spec.DATA_AS_IS)
+    assert _spec.path_spec(*names, *_spec.DATA_AS_IS) == _spec.path_spec(fm.VP(), "noise", "stratified", *_spec.DATA_AS_IS)
+    assert _spec.path_spec(*names, 0.5, 256, False).flip == 0.5
