@@ -46,7 +46,7 @@ def bench() -> bool:
     path = results.FOLDER / ("-".join("_".join(surroundings[part].split()) for part in ("device", "date")) + ".json")
     rows: list[results.Row] = []
     tables = []
-    for op in registry.OPS.values():
+    for op in (op for op in registry.OPS.values() if "cuda" in op.devices):
         for dtype in ("float32", "bfloat16"):
             options = run.parse(["--op", op.name, "--device", "cuda", "--dtype", dtype, "--rounds", ROUNDS])
             for setting in run.settings(op, options):

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.timing import Clock
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -33,15 +35,25 @@ class Provider:
     gated: bool = True
 
 
+# (steps by name, rounds, clock) -> values by name, of which those with the same index are compared
+Observe = Callable[[Mapping[str, Any], int, Clock], dict[str, list[float]]]
+
+
 @dataclass(frozen=True)
 class Op:
     """A benchmarked op.
 
     Attributes:
+        sizes: shapes by name. modes: variants of the problem.
         inputs: new inputs for a setting.
-        providers: those for a setting, the first being ours: every ratio is another's time over its time.
+        providers: those for a setting, the first being ours: every ratio is another's value over its value.
         check: raises AssertionError if a step's results are not the op's, recomputed in float64.
-        bytes_moved: what the op must at least read and write.
+        bytes_moved: what the op must at least read and write; needed on a GPU.
+        devices: where it runs.
+        peers: packages that it compares with, which may be missing.
+        rounds: of a run that does not ask for a number.
+        unit: of the values that are observed: "ms", "us", "nats2".
+        observe: what is compared where it is not the milliseconds of a step.
     """
 
     name: str
@@ -49,5 +61,10 @@ class Op:
     modes: tuple[str, ...]
     inputs: Callable[[Setting], Any]
     providers: Callable[[Setting], list[Provider]]
-    check: Callable[[Any, Setting, Callable[[], Any]], None]
-    bytes_moved: Callable[[Setting], int]
+    check: Callable[[Any, Setting, Any], None]
+    bytes_moved: Callable[[Setting], int] | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    peers: tuple[str, ...] = ()
+    rounds: int = 60
+    unit: str = "ms"
+    observe: Observe | None = None

@@ -1,6 +1,6 @@
 """Every benchmarked op by its name."""
 
 from benchmarks.op import Op
-from benchmarks.ops import path_loss
+from benchmarks.ops import path_loss, sampler
 
-OPS: dict[str, Op] = {op.name: op for op in (path_loss.OP,)}
+OPS: dict[str, Op] = {op.name: op for op in (path_loss.OP, sampler.OP)}

@@ -12,13 +12,18 @@ from pathlib import Path
 import torch
 
 import fm_fast as fm
+from benchmarks import peers
 
 FOLDER = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of one provider; ``metric`` is "ms", "cpu_ms", "ratio" (its time over ours, paired) or "copy_share" (of bandwidth)."""
+    """One number of one provider.
+
+    ``metric`` is the op's unit ("ms", "us" a solver step, "nats2" of variance), with "cpu_" before it where CPU time was taken; "ratio"
+    (its value over ours, paired); or "copy_share" (of bandwidth).
+    """
 
     op: str
     provider: str
@@ -42,6 +47,7 @@ def environment(device: torch.device, threads: int | None) -> dict[str, str]:
         "triton": info.triton or "",
         "python": info.python,
         "cuda": torch.version.cuda or "",
+        **{name: peers.version(name) or "" for name in peers.PINNED},
         "fm_fast": info.fm_fast,
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),

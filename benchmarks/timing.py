@@ -4,10 +4,13 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 Step = Callable[[], object]
+# Seconds, of the wall or of the process's CPU time
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ def warm_up(steps: Mapping[str, Step], seconds: float) -> None:
             step()
 
 
-def interleaved(steps: Mapping[str, Step], rounds: int, clock: Callable[[Step], float], seed: int = 0) -> dict[str, list[float]]:
-    """Milliseconds of each step in each round."""
+def interleaved(steps: Mapping[str, Any], rounds: int, clock: Callable[[Any], float], seed: int = 0) -> dict[str, list[float]]:
+    """What the clock says of each step in each round."""
     order, shuffle = list(steps), random.Random(seed).shuffle
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
@@ -49,7 +52,7 @@ def interleaved(steps: Mapping[str, Step], rounds: int, clock: Callable[[Step], 
     return times
 
 
-def host_clock(repeats: int, now: Callable[[], float] = time.perf_counter) -> Callable[[Step], float]:
+def host_clock(repeats: int, now: Clock = time.perf_counter) -> Callable[[Step], float]:
     """Milliseconds a call, averaged over a few calls in a row; ``now=time.process_time`` counts the process's CPU time instead."""
 
     def clock(step: Step) -> float:

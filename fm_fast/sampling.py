@@ -198,6 +198,7 @@ def _fixed(field: Field, start: Tensor, settings: Settings, callback: Callback |
             evaluate,
             after,
         )
+    x = x.clone() if layout.doubled else x  # not half of a larger buffer
     if 0 in settings.saved:
         states[0] = start.to(x.dtype)
     saved = torch.stack([states[position] for position in settings.saved]) if settings.saved else None

@@ -137,7 +137,7 @@ def written(tensor):
     return int((~tensor.as_strided((elements,), (1,), 0).isnan()).sum())
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 5, 3), (20, 3), (2, 3, 700), (2, 20, 9, 9), (1, 3, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 5, 3), (20, 3), (2, 3, 700), (2, 20, 9, 9), (1, 3, 2, 2), (7,), (9, 1), (2, 5, 1)], ids=str)
 def test_any_mix_of_layouts_gives_the_same_numbers(shape, backend):
     x, k = data(shape, 0), data(shape, 1)
     expected = step(x, [k], [0.5, 0.25], backend)
@@ -148,7 +148,7 @@ def test_any_mix_of_layouts_gives_the_same_numbers(shape, backend):
         assert written(out) == out.numel()
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 5, 3), (20, 3), (1, 3, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 5, 3), (20, 3), (1, 3, 2, 2), (7,), (9, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layouts_of_halves_and_copies(shape, dtype, backend):
     x, k = data(shape, 0), data((2 * shape[0], *shape[1:]), 1, dtype)
