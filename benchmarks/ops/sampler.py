@@ -1,0 +1,235 @@
+"""sampler: what a solver step costs beyond the model's calls, on the optimal-transport path from t = 0 to t = 1.
+
+The model returns tensors that were made before, so that almost nothing is left but the solver. Of each provider a solve of N and one of
+2 N steps are timed; their difference, divided by N, is a step without the cost of a call; the model's bare calls are taken off it.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fm_fast as fm
+from benchmarks import peers, timing
+from benchmarks.op import Op, Provider, Setting
+
+Model = Callable[[Tensor, Tensor], Tensor]
+# (model, noise, steps) -> x at t = 1
+Solve = Callable[[Model, Tensor, int], Tensor]
+
+SIZES = {"tiny": (1, 2), "small": (64, 2), "large": (64, 3, 64, 64)}
+EVALUATIONS = {"euler": 1, "midpoint": 2, "rk4": 4}
+PASSES = {"euler": 3, "midpoint": 6, "rk4": 15}
+LARGE = 1 << 16
+STEPS, LARGE_STEPS, CHECKED_STEPS, REPEATS = 100, 10, 10, 5
+TOLERANCE = 2e-6
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Noise, and a model that hands out one of a few tensors after the other."""
+
+    noise: Tensor
+    model: Model
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A provider at work; calling it solves once."""
+
+    solve: Solve
+    given: Inputs
+    evaluations: int
+
+    @property
+    def steps(self) -> int:
+        return LARGE_STEPS if self.given.noise.numel() >= LARGE else STEPS
+
+    def __call__(self) -> Tensor:
+        return self.solve(self.given.model, self.given.noise, self.steps)
+
+
+def inputs(setting: Setting) -> Inputs:
+    # More outputs than a step reads, or a solver that keeps them would be handed the same memory twice.
+    outputs = itertools.cycle([torch.randn(setting.shape, dtype=setting.dtype) for _ in range(6)])
+    return Inputs(torch.randn(setting.shape, dtype=setting.dtype), lambda x, t: next(outputs))
+
+
+# Providers
+
+
+def _ours(method: str) -> Solve:
+    return lambda model, noise, steps: fm.sample(model, noise, method=method, steps=steps).x
+
+
+@torch.no_grad()
+def _naive_euler(model: Model, noise: Tensor, steps: int) -> Tensor:
+    x, h = noise, 1.0 / steps
+    for n in range(steps):
+        x = x + h * model(x, torch.full((len(x),), n * h))
+    return x
+
+
+@torch.no_grad()
+def _naive_midpoint(model: Model, noise: Tensor, steps: int) -> Tensor:
+    x, h = noise, 1.0 / steps
+    for n in range(steps):
+        middle = x + 0.5 * h * model(x, torch.full((len(x),), n * h))
+        x = x + h * model(middle, torch.full((len(x),), (n + 0.5) * h))
+    return x
+
+
+@torch.no_grad()
+def _naive_rk4(model: Model, noise: Tensor, steps: int) -> Tensor:
+    x, h = noise, 1.0 / steps
+    for n in range(steps):
+        begin, middle, end = (torch.full((len(x),), (n + part) * h) for part in (0.0, 0.5, 1.0))
+        k1 = model(x, begin)
+        k2 = model(x + 0.5 * h * k1, middle)
+        k3 = model(x + 0.5 * h * k2, middle)
+        x = x + h / 6.0 * (k1 + 2.0 * k2 + 2.0 * k3 + model(x + h * k3, end))
+    return x
+
+
+@torch.no_grad()
+def _in_place_euler(model: Model, noise: Tensor, steps: int) -> Tensor:
+    x, h = noise.clone(), 1.0 / steps
+    for t in _times(x, steps, 1):
+        x.add_(model(x, t), alpha=h)
+    return x
+
+
+@torch.no_grad()
+def _in_place_midpoint(model: Model, noise: Tensor, steps: int) -> Tensor:
+    x, middle, h = noise.clone(), torch.empty_like(noise), 1.0 / steps
+    times = iter(_times(x, steps, 2))
+    for t in times:
+        torch.add(x, model(x, t), alpha=0.5 * h, out=middle)
+        x.add_(model(middle, next(times)), alpha=h)
+    return x
+
+
+def _times(x: Tensor, steps: int, parts: int) -> tuple[Tensor, ...]:
+    """Views [B] of the times of all evaluations, ``parts`` a step."""
+    return (torch.arange(steps * parts, dtype=torch.float64) / (steps * parts)).to(x.dtype).unsqueeze(1).expand(-1, len(x)).unbind(0)
+
+
+def _torchdiffeq(method: str, as_grid: bool) -> Solve:
+    from torchdiffeq import odeint
+
+    @torch.no_grad()
+    def solve(model: Model, noise: Tensor, steps: int) -> Tensor:
+        times = torch.linspace(0.0, 1.0, steps + 1) if as_grid else torch.tensor([0.0, 1.0])
+        options = {} if as_grid else {"step_size": 1.0 / steps}
+        return odeint(lambda t, x: model(x, t), noise, times, method=method, options=options)[-1]
+
+    return solve
+
+
+def _flow_matching(method: str, as_grid: bool) -> Solve:
+    from flow_matching.solver import ODESolver
+
+    def solve(model: Model, noise: Tensor, steps: int) -> Tensor:
+        solver = ODESolver(velocity_model=model)
+        if as_grid:
+            return solver.sample(noise, step_size=None, method=method, time_grid=torch.linspace(0.0, 1.0, steps + 1))
+        return solver.sample(noise, step_size=1.0 / steps, method=method)
+
+    return solve
+
+
+def _copies(passes: int) -> Solve:
+    """As many memory passes a step as the method's formula needs, by plain copies: a bound that computes nothing."""
+
+    def solve(model: Model, noise: Tensor, steps: int) -> Tensor:
+        source, target = torch.zeros(2, passes * noise.numel() // 2)
+        for _ in range(steps):
+            target.copy_(source)
+        return noise
+
+    return solve
+
+
+NAIVE = {"euler": _naive_euler, "midpoint": _naive_midpoint, "rk4": _naive_rk4}
+IN_PLACE = {"euler": _in_place_euler, "midpoint": _in_place_midpoint}
+PEERS = {"torchdiffeq": _torchdiffeq, "flow_matching": _flow_matching}
+
+
+def providers(setting: Setting) -> list[Provider]:
+    method = setting.mode
+    solves = {"fm_fast": _ours(method), "hand loop, naive": NAIVE[method]}
+    if method in IN_PLACE:
+        solves["hand loop, in place"] = IN_PLACE[method]
+    for name in (name for name in PEERS if peers.version(name)):
+        solves[f"{name}, step_size"] = PEERS[name](method, False)
+        solves[f"{name}, time grid"] = PEERS[name](method, True)
+    found = [Provider(name, _build(solve, EVALUATIONS[method])) for name, solve in solves.items()]
+    if torch.Size(setting.shape).numel() >= LARGE:
+        found.append(Provider(f"copies, {PASSES[method]} passes", _build(_copies(PASSES[method]), 0), gated=False))
+    return found
+
+
+def _build(solve: Solve, evaluations: int) -> Callable[[Inputs, Setting], Solver]:
+    return lambda given, setting: Solver(solve, given, evaluations)
+
+
+# Correctness
+
+
+def _linear(x: Tensor, t: Tensor) -> Tensor:
+    """A field on which every method of an order gives the same numbers: torchdiffeq's rk4 is the 3/8 rule, ours the classical one."""
+    return t.reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype) - x
+
+
+def check(given: Inputs, setting: Setting, step: Solver) -> None:
+    """A solve of a linear field against the naive loop in float64."""
+    found = step.solve(_linear, given.noise, CHECKED_STEPS)
+    wanted = NAIVE[setting.mode](_linear_in_float64, given.noise.double(), CHECKED_STEPS)
+    error = float((found.double() - wanted).norm() / wanted.norm())
+    assert error <= TOLERANCE, f"x is off by {error:.1e} (relative), more than {TOLERANCE:.0e}"
+
+
+def _linear_in_float64(x: Tensor, t: Tensor) -> Tensor:
+    return _linear(x, t.double())
+
+
+# Timing
+
+
+def observe(steps: Mapping[str, Solver], rounds: int, now: timing.Clock) -> dict[str, list[float]]:
+    """Microseconds a step beyond the model's calls."""
+    timing.warm_up(steps, 0.2)
+    return timing.interleaved(steps, rounds, lambda solver: 1e6 * _overhead(solver, now))
+
+
+def _overhead(solver: Solver, now: timing.Clock) -> float:
+    """Seconds. Each part is the shortest of a few: what an interruption adds to one part would be the whole of a small difference."""
+    model, noise, steps = solver.given.model, solver.given.noise, solver.steps
+    once, twice, calls = (
+        min(_seconds(part, now) for _ in range(REPEATS))
+        for part in (
+            lambda: solver.solve(model, noise, steps),
+            lambda: solver.solve(model, noise, 2 * steps),
+            lambda: _bare_calls(model, noise, steps * solver.evaluations),
+        )
+    )
+    return (twice - once - calls) / steps
+
+
+def _bare_calls(model: Model, x: Tensor, count: int) -> None:
+    for _ in range(count):
+        model(x, x)
+
+
+def _seconds(part: Callable[[], object], now: timing.Clock) -> float:
+    begin = now()
+    part()
+    return now() - begin
+
+
+OP = Op(
+    "sampler", SIZES, tuple(EVALUATIONS), inputs, providers, check, devices=("cpu",), peers=tuple(PEERS), rounds=20, unit="us",
+    observe=observe,
+)  # fmt: skip
