@@ -35,6 +35,7 @@ class Estimator:
         self.dots = self.sums.new_empty(probes.total, 0 if probes.exact else batch)
         self.products = 0
         self._mode, self._budget = mode, memory_budget or DEFAULT_BUDGET.get(key.device.type, DEFAULT_BUDGET["cpu"])
+        self._batches = False  # whether a batch of products has worked
         self._chunk: int | None = {"loop": 1, "batched": max(probes.total, 1), "auto": None}[mode]
 
     @contextlib.contextmanager
@@ -117,6 +118,22 @@ class Estimator:
         """J^T z for each of z [k, B, ...]; frees the graph with the ``last``."""
         count = z.shape[0]
         self.products += count
+        if count > 1 and self._mode == "auto" and not self._batches:
+            return self._first_batch(output, x, z, last)
+        return self._products_of(output, x, z, last)
+
+    def _first_batch(self, output: Tensor, x: Tensor, z: Tensor, last: bool) -> Tensor:
+        """Not every function of a model can be batched: "auto" then goes one by one."""
+        try:
+            products = self._products_of(output, x, z, last=False)
+        except RuntimeError:
+            self._chunk = 1
+            return torch.cat([self._products_of(output, x, row[None], last=False) for row in z])
+        self._batches = True
+        return products
+
+    def _products_of(self, output: Tensor, x: Tensor, z: Tensor, last: bool) -> Tensor:
+        count = z.shape[0]
         keep = self.create_graph or not last
         batched = count > 1
         (product,) = torch.autograd.grad(

@@ -68,9 +68,11 @@ class Field:
     guidance: Guidance | None = None
     doubled: Mapping[str, Any] | None = None
 
-    def guided_at(self, t: float) -> bool:
-        """Whether guidance applies at this time."""
-        return self.guidance is not None and self.guidance.applies(t)
+    def guided_at(self, t: float | Tensor) -> bool:
+        """Whether guidance applies at this time; a tensor is looked at only where there is guidance."""
+        if self.guidance is None:
+            return False
+        return self.guidance.applies(float(t.detach()) if isinstance(t, Tensor) else t)
 
     def output_at(self, x: Tensor, t: Tensor, guided: bool) -> Tensor:
         """The model's output for x [B, ...] at t [B], with guidance mixed in by plain PyTorch if ``guided``; differentiable."""
@@ -110,6 +112,8 @@ def _doubled(name: str, value: Any, null: Any, batch: int) -> Any:
     if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
         if isinstance(null, bool) or not isinstance(null, (int, float, Tensor)):
             raise TypeError(f"guidance.null[{name!r}] must be a tensor or a number, got {type(null).__name__}")
+        if isinstance(null, float) and not value.is_floating_point() and null != int(null):
+            raise ValueError(f"guidance.null[{name!r}] must be a whole number like the condition, {value.dtype}, got {null}")
         other = torch.as_tensor(null, dtype=value.dtype, device=value.device)
         try:
             return torch.cat([value, other.expand_as(value)])

@@ -1,7 +1,8 @@
 """A solve that carries the integral of the divergence along: what likelihoods are made of."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,11 +58,20 @@ class Integral:
 
 def integrate(task: Task, start: Tensor) -> Integral:
     """Solve from start [B, ...] through the nodes of the task's settings."""
-    with torch.set_grad_enabled(task.create_graph), frozen(task.field.model, not task.create_graph):
+    with _recording_mode(task):
         if task.settings.adaptive is not None:
+            if task.progress:
+                raise ValueError(f"progress needs a fixed-step method, got {task.settings.adaptive!r}")
             return _adaptive(task, start)
         plan = task.settings.plan()
         return _fixed(task, start, plan, own_draws(plan, task.probes))
+
+
+@contextlib.contextmanager
+def _recording_mode(task: Task) -> Iterator[None]:
+    """Gradients beyond single evaluations only where asked for; tensors made here can be differentiated whatever the caller's mode."""
+    with torch.inference_mode(False), torch.set_grad_enabled(task.create_graph), frozen(task.field.model, not task.create_graph):
+        yield
 
 
 def integrate_coarsely(task: Task, start: Tensor) -> Integral:
@@ -72,7 +82,7 @@ def integrate_coarsely(task: Task, start: Tensor) -> Integral:
     settings = task.settings
     assert settings.table is not None
     plan = make_plan(settings.table, settings.nodes[::2].copy(), settings.path, settings.objective)
-    with torch.set_grad_enabled(task.create_graph), frozen(task.field.model, not task.create_graph):
+    with _recording_mode(task):
         return _fixed(task, start, plan, shared_draws(plan, settings.plan(), task.probes))
 
 
@@ -138,7 +148,9 @@ def _checked(output: Tensor, x: Tensor, number: int) -> Tensor:
 
 def leaf(x: Tensor) -> Tensor:
     """x where it belongs to a graph already, else the same values as a new leaf."""
-    return x if x.requires_grad else x.detach().requires_grad_()
+    if x.requires_grad:
+        return x
+    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
 
 
 # Adaptive steps
@@ -165,7 +177,7 @@ def _derivative(task: Task, estimator: Estimator) -> Callable[[Tensor, tuple[Ten
         x, times = parts[0], t.to(parts[0].dtype).expand(field.batch)
         with estimator.recording():
             given = leaf(x.to(settings.dtype))
-            output = field.output_at(given, times, field.guided_at(float(t)))
+            output = field.output_at(given, times, field.guided_at(t))
             check_output(output, given)
         estimator.add(output, given, 0, 0.0, 1.0)
         output = output if task.create_graph else output.detach()

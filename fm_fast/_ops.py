@@ -302,9 +302,8 @@ def probe(like: Tensor, probes: ProbeSet, first: int, count: int, backend: str) 
     """Probes first .. first + count - 1 in the dtype and memory format of ``like`` [B, ...]: [count, B, ...]."""
     shape = tuple(like.shape)
     if probes.normal:
-        drawn = [
-            noise(probes.key, shape, Kind.normal, Stream.probe, probes.index + q, like.dtype, backend) for q in range(first, first + count)
-        ]
+        indices = [probes.index + q // probes.share for q in range(first, first + count)]
+        drawn = [noise(probes.key, shape, Kind.normal, Stream.probe, index, like.dtype, backend) for index in indices]
         return torch.stack(drawn)
     if needs_reference(backend):
         signs = reference.probes(probes.key, shape, probes.codes, probes.rows, probes.index, first, probes.share, count)

@@ -17,6 +17,7 @@ from fm_fast.paths import Path
 from fm_fast.solvers import AdamsBashforth, RungeKutta, Table
 
 Array = np.ndarray
+LARGEST_GROWTH = 1e5
 
 
 class Stage(NamedTuple):
@@ -137,6 +138,7 @@ def _stage(combination: Array, newest: int, ends_step: bool) -> Stage:
 
 def _adams_bashforth(table: AdamsBashforth, nodes: Array, path: Path, objective: Objective) -> Plan:
     """The starting steps, then one segment for each step that still reaches back into them, then the rest."""
+    _check_widths(nodes)
     started = min(table.history - 1, len(nodes) - 1)
     factors = _factors(path, objective, np.clip(nodes[:-1], *velocity_range(path, objective)))
     first, evaluations = _starting_steps(table.start, nodes[: started + 1], path, objective, factors)
@@ -151,6 +153,14 @@ def _adams_bashforth(table: AdamsBashforth, nodes: Array, path: Path, objective:
         nodes, tuple(segments), np.concatenate([evaluations.times, np.clip(nodes[:-1], *velocity_range(path, objective))[later]]), weights,
         np.concatenate([evaluations.x_factors, factors.p[later]]), np.concatenate([evaluations.output_factors, factors.r[later]]),
     )  # fmt: skip
+
+
+def _check_widths(nodes: Array) -> None:
+    """A step much longer than the one before would multiply rounding errors by their ratio."""
+    widths = np.abs(np.diff(nodes))
+    ratio = float(np.max(widths[1:] / widths[:-1], initial=1.0))
+    if ratio > LARGEST_GROWTH:
+        raise ValueError(f"grid must not lengthen a step more than {LARGEST_GROWTH:g} times for a multistep method, got {ratio:.3g} times")
 
 
 def _starting_steps(start: RungeKutta, nodes: Array, path: Path, objective: Objective, at_nodes: Factors) -> tuple[Segment, Plan]:

@@ -40,7 +40,7 @@ class BitsPerDim:
     @property
     def mean_std_err(self) -> float:
         """Standard error of the mean, from the spread over the batch: data, dequantisation and probes together. nan for one sample."""
-        return float(self.bpd.std() / math.sqrt(len(self.bpd)))
+        return float(self.bpd.std() / math.sqrt(len(self.bpd))) if len(self.bpd) > 1 else math.nan
 
 
 def bits_per_dim(
@@ -97,6 +97,8 @@ def _check(x_int: Tensor, levels: int, draws: int, arguments: dict[str, Any]) ->
         raise ValueError(f"levels must lie in [2, {LARGEST_LEVELS}], got {levels}")
     if _checks.values_readable(x_int) and x_int.numel() and not (int(x_int.min()) >= 0 and int(x_int.max()) < levels):
         raise ValueError(f"x_int must lie in 0..{levels - 1} for levels={levels}, got {int(x_int.min())}..{int(x_int.max())}")
+    if arguments.get("error_estimate"):
+        raise ValueError("error_estimate is a matter of log_likelihood; a bits_per_dim result does not hold it")
     if "step" in arguments:
         raise TypeError("step counts the draws here; use seed and sample_ids to choose the noise")
 

@@ -42,7 +42,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """What every command that reads a checkpoint takes."""
     parser.add_argument("checkpoint", metavar="RUN", help="a checkpoint.pt, or the folder of a run that holds one")
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="the result is a function of this number and the settings [0]")
-    parser.add_argument("--batch-size", type=positive, default=256, metavar="INT", help="images at a time; changes no result [256]")
+    parser.add_argument("--batch-size", type=positive, default=256, metavar="INT", help="images at a time; fixed steps give the same [256]")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... [auto]")
 
 

@@ -90,6 +90,7 @@ class KarrasGrid:
 
 NAMED: dict[str, Grid] = {"uniform": UniformGrid(), "cosine": CosineGrid(), "shift": ShiftGrid(), "karras": KarrasGrid()}
 BISECTIONS = 60
+SAME_TIME = 1e-9
 
 
 def _pinned(times: Times) -> Times:
@@ -118,12 +119,20 @@ def grid_nodes(
     """
     _check_interval(t0, t1)
     if isinstance(grid, (str, type, Grid)):
-        pattern = _as_grid(grid).nodes(_required(steps), path)
+        pattern = _checked_pattern(_as_grid(grid).nodes(_required(steps), path), _required(steps))
         low, high = max(t0, limits[0]), min(t1, limits[1])
         if low >= high:
             raise ValueError(f"t0 and t1 must leave room inside [{limits[0]}, {limits[1]}], where the path is solved, got {t0} and {t1}")
         return _increasing(np.asarray(pattern * (high - low) + low, dtype=np.float64), "grid")
     return _increasing(np.clip(_explicit(grid, steps, t0, t1), *limits), f"grid, kept inside [{limits[0]}, {limits[1]}],")
+
+
+def _checked_pattern(pattern: object, steps: int) -> Times:
+    """What a grid object returned, as an array."""
+    times = _times("grid.nodes", pattern)  # type: ignore[arg-type]
+    if times.shape != (steps + 1,) or times[0] != 0.0 or times[-1] != 1.0:
+        raise ValueError(f"grid.nodes must return {steps + 1} times from 0 to 1, got {len(times)} from {times[0]} to {times[-1]}")
+    return times
 
 
 def _check_interval(t0: float, t1: float) -> None:
@@ -163,7 +172,7 @@ def _explicit(grid: Sequence[float], steps: int | None, t0: float, t1: float) ->
 def _times(name: str, values: Sequence[float]) -> Times:
     try:
         times = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a sequence of times, got {values!r}") from None
     if times.ndim != 1 or not np.all((times >= 0.0) & (times <= 1.0)):
         raise ValueError(f"{name} must be a sequence of times in [0, 1], got {values!r}")
@@ -180,12 +189,16 @@ def _increasing(times: Times, name: str) -> Times:
 def with_times(nodes: Times, wanted: Sequence[float]) -> tuple[Times, list[int]]:
     """The nodes with the wanted times added, and the position of each of these: a step that contains one is split there.
 
-    Ends that the path keeps a little inside [0, 1] may be asked for as 0 and 1.
+    Ends that the path keeps a little inside [0, 1] may be asked for as 0 and 1. A time that rounding has moved off a node is that node:
+    a step of 1e-17 would ruin the weights of multistep methods.
     """
     given = _times("save", wanted)
     extra = np.clip(given, nodes[0], nodes[-1])
     outside = given[abs(given - extra) > 2.0 * EDGE]
     if outside.size:
         raise ValueError(f"save must lie inside the solve, [{nodes[0]}, {nodes[-1]}], got {outside.tolist()}")
-    merged = np.unique(np.concatenate([nodes, extra]))
-    return merged, np.searchsorted(merged, extra).tolist()
+    merged = nodes
+    for time in np.sort(extra):
+        if np.abs(merged - time).min() > SAME_TIME:
+            merged = np.sort(np.append(merged, time))
+    return merged, [int(np.abs(merged - time).argmin()) for time in extra]

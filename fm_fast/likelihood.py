@@ -8,7 +8,7 @@ variance falls with the number of steps, because the errors of different steps a
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -136,8 +136,8 @@ def divergence(
     key = random.make_key(seed, step, sample_ids, len(x), x.device)
     resolved = _backends.resolve("divergence_step", x.device, backend)
     estimator = Estimator(chosen, key, len(x), mode, memory_budget, create_graph, resolved)
-    times = _as_times(t, x)
-    with torch.set_grad_enabled(create_graph), frozen(model, not create_graph):
+    with torch.inference_mode(False), torch.set_grad_enabled(create_graph), frozen(model, not create_graph):
+        times = _as_times(t, x)
         with estimator.recording():
             given = leaf(x)
             output = field.output_at(given, times, _guided(guidance, t))
@@ -212,7 +212,7 @@ def log_likelihood(
         x1: data [B, ...] in the model's space.
         probes, kind, mode, memory_budget, replicates, seed, step, sample_ids, create_graph: as in :func:`fm_fast.divergence`. Fixed-step
             methods draw new probes at every evaluation that counts, adaptive ones hold theirs for the whole solve.
-        prior: log-density [B] of x0 [B, ...]; by default that of N(0, prior_scale^2) of the path.
+        prior: log-density [B] of the state at t0; by default that of N(0, prior_scale^2) of the path, which is right at t0 = 0.
         error_estimate: solve again with half the steps, each with the probes of the two steps that it replaces, and report
             ``disc_err`` = |difference| / (2^order - 1), an overestimate where the steps' own error is far below the probes'. Needs an
             even number of steps; half as many calls of the model again and as many vector-Jacobian products. Warns where the mean error
@@ -243,12 +243,15 @@ def log_likelihood(
         mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
     )  # fmt: skip
     fine = integrate(task, x1)
-    logp = log_prior(prior, fine.x, settings.path) + fine.value
+    with torch.set_grad_enabled(create_graph):
+        logp = log_prior(prior, fine.x, settings.path) + fine.value
     check_finite(logp, "log-densities", settings, on_nonfinite)
     error, coarse = None, None
     if error_estimate:
-        coarse = integrate_coarsely(task, x1)
-        error = (logp - log_prior(prior, coarse.x, settings.path) - coarse.value).detach().abs() / (2.0 ** _order(settings.table) - 1.0)
+        coarse = integrate_coarsely(replace(task, create_graph=False), x1.detach())
+        with torch.no_grad():
+            difference = logp - log_prior(prior, coarse.x, settings.path) - coarse.value
+        error = difference.abs() / (2.0 ** _order(settings.table) - 1.0)
         _warn_if_large(error, x1)
     return Likelihood(logp, standard_error(fine), error, fine.x, _total("nfe", fine, coarse), _total("nvjp", fine, coarse))
 
@@ -344,6 +347,8 @@ def sample_with_log_prob(
         mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
     )  # fmt: skip
     integral = integrate(task, noise)
-    logp = log_prior(prior, noise, settings.path) - integral.value
+    with torch.set_grad_enabled(create_graph):
+        logp = log_prior(prior, noise, settings.path) - integral.value
+    check_finite(integral.x, "samples", settings, on_nonfinite)
     check_finite(logp, "log-densities", settings, on_nonfinite)
     return SampleWithLogProb(integral.x, logp, standard_error(integral), integral.nfe, integral.nvjp)

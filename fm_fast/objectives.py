@@ -111,7 +111,7 @@ def as_objective(objective: str | Objective) -> Objective:
     """The objective of that name; anything else is an error that lists the names."""
     if isinstance(objective, Objective):
         return objective
-    if objective not in OBJECTIVES:
+    if not isinstance(objective, str) or objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     return OBJECTIVES[objective]
 
@@ -160,11 +160,10 @@ def velocity_coefficients(path: str | Path, objective: str | Objective, t: float
     infinite = ~(torch.isfinite(p) & torch.isfinite(r))
     if bool(infinite.any()):
         raise ValueError(f"objective {objective.name!r} has no finite velocity on path {path!r} at t = {float(times[infinite][0])}")
-    return p, r
+    return p.detach(), r.detach()
 
 
 def velocity_factors(path: Path, objective: Objective, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(p, r) at times t on t's device, float64, without looking at any value."""
+    """(p, r) at times t on t's device, float64, differentiable in t, without looking at any value."""
     low, high = velocity_range(path, objective)
-    p, r = objective.velocity(schedule(path, t.detach().to(torch.float64).clamp(low, high)))
-    return p.detach(), r.detach()
+    return objective.velocity(schedule(path, t.to(torch.float64).clamp(low, high)))

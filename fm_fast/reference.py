@@ -143,11 +143,6 @@ def _parity(word: Tensor) -> Tensor:
     return word & 1
 
 
-def normal_probes(key: Tensor, shape: tuple[int, ...], index: int, first: int, count: int) -> Tensor:
-    """Normal vectors first .. first + count - 1, float32 [count, B, ...]."""
-    return torch.stack([noise(key, shape, Kind.normal, Stream.probe, index + q) for q in range(first, first + count)])
-
-
 def probe_products(z: Tensor, products: Tensor) -> Tensor:
     """sum_i z_i (J^T z)_i for each probe and sample, float64 [K, B]; z and products are [K, B, ...]."""
     terms = z.to(products.dtype).to(torch.float64) * products.to(torch.float64)

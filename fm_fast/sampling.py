@@ -77,7 +77,7 @@ def sample(
 
     Args:
         model: called as ``model(x, t, **cond)`` with x [B, ...] and t [B]; returns a tensor of x's shape. It must not keep or change
-            x, a buffer that the next step overwrites.
+            x, a buffer that the next step overwrites, or change t.
         noise: [B, ...], drawn from N(0, prior_scale^2) of the path (1 but for VE): ``fm.noise(shape, seed=0, step=0)``.
         cond: keyword arguments passed on to the model untouched.
         path, objective: those of training. Models trained to predict noise, score or data sample like any other.
@@ -243,7 +243,7 @@ def velocity_function(field: Field, settings: Settings) -> Callable[[Tensor, Ten
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         times = t.to(x.dtype).expand(x.shape[0])
-        output = field.output_at(x.to(settings.dtype), times, field.guided_at(float(t.detach())))
+        output = field.output_at(x.to(settings.dtype), times, field.guided_at(t))
         check_output(output, x)
         return field.velocity(x, times, output)
 

@@ -105,3 +105,9 @@ def test_draws_use_different_noise_and_the_same_seed_repeats():
 def test_bad_arguments(x, arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         fm.bits_per_dim(still, x, **arguments)
+
+
+def test_an_error_estimate_belongs_to_log_likelihood():
+    with pytest.raises(ValueError, match="error_estimate is a matter of log_likelihood"):
+        fm.bits_per_dim(still, images(4, 2, 3), levels=4, steps=2, error_estimate=True)
+    assert math.isnan(fm.bits_per_dim(still, images(4, 1, 3), levels=4, steps=2).mean_std_err)

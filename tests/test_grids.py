@@ -118,3 +118,18 @@ def test_a_grid_of_ones_own():
 def test_bad_parameters(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("method", ["midpoint", "ab2", "ab3"])
+def test_times_to_save_that_rounding_moved_off_a_node_are_that_node(method):
+    """linspace's 0.30000000000000004 is the node 0.3; a step of 5e-17 between them once made AB2 return 1e18."""
+    x = torch.linspace(-1, 1, 6).reshape(3, 2)
+
+    def velocity(x, t):
+        return torch.sin(3 * x) + t[:, None] * x
+
+    plain = fm.sample(velocity, x, method=method, steps=10, save="steps")
+    saved = fm.sample(velocity, x, method=method, steps=10, save=np.linspace(0, 1, 11))
+    assert saved.nfe == plain.nfe and torch.equal(saved.saved, plain.saved)
+    twice = fm.sample(velocity, x, method="midpoint", steps=4, save=[0.3, 0.3 + 1e-16, 0.1 + 0.2])
+    assert twice.nfe == 10 and torch.equal(twice.saved[0], twice.saved[2])

@@ -303,3 +303,66 @@ def test_fields_that_are_not_finite_are_told():
 
 def test_every_one_step_method_is_covered():
     assert set(ONE_STEP) | {"ab2", "ab3"} == set(fm.solvers.METHODS)
+
+
+@pytest.mark.parametrize("objective", ["velocity", "noise"])
+def test_gradients_through_adaptive_solves_are_those_of_fine_fixed_steps(objective):
+    """The step sizes depend on the state, so times carry gradients too: they must reach the path's factors or nothing cancels."""
+    arguments = {"path": "vp", "objective": objective, "t1": 0.95, "kind": "exact"}
+
+    def slope(**solver):
+        scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        model = lambda x, t: velocity(x, t) * scale  # noqa: E731
+        logp = fm.log_likelihood(model, points(3, 6), create_graph=True, **solver, **arguments).logp.sum()
+        x = fm.sample(model, points(3, 6), path="vp", objective=objective, t1=0.95, grad="direct", **solver).x.sum()
+        return [float(torch.autograd.grad(value, scale)[0]) for value in (logp, x)]
+
+    adaptive, fixed = slope(method="dopri5", rtol=1e-7, atol=1e-7), slope(method="rk4", steps=100)
+    assert adaptive == pytest.approx(fixed, rel=2e-4, abs=2e-4)
+
+
+def test_without_create_graph_the_prior_is_not_differentiated_either():
+    noise = points(3, 6).requires_grad_()
+    assert not fm.sample_with_log_prob(velocity, noise, steps=2, seed=0).logp.requires_grad
+    weight = torch.ones(6, dtype=torch.float64, requires_grad=True)
+    assert not fm.log_likelihood(velocity, noise, steps=2, seed=0, prior=lambda x: x @ weight).logp.requires_grad
+
+
+def test_samples_that_are_not_finite_are_told_even_if_their_density_is():
+    with pytest.raises(FloatingPointError, match=r"3 of 3 samples are not finite"):
+        fm.sample_with_log_prob(lambda x, t: 1e40 * x, points(3, 6), steps=10, method="euler", kind="exact")
+
+
+@pytest.mark.parametrize("inference_input", [True, False])
+def test_inference_mode_will_do(inference_input):
+    x1 = points(3, 6)
+    expected = fm.log_likelihood(velocity, x1, steps=3, kind="exact").logp
+    with torch.inference_mode():
+        given = x1.clone() if inference_input else x1
+        assert torch.equal(fm.log_likelihood(velocity, given, steps=3, kind="exact").logp, expected)
+        assert torch.equal(fm.divergence(velocity, given, 0.5, kind="exact").div, fm.divergence(velocity, x1, 0.5, kind="exact").div)
+
+
+class Unbatchable(torch.autograd.Function):
+    """Twice its input, by a backward that reads a number and so cannot run on a batch of gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2 + 0 * float(grad.sum())
+
+
+def test_models_that_cannot_be_batched_go_one_by_one_unless_batches_were_asked_for():
+    model = lambda x, t: Unbatchable.apply(x)  # noqa: E731
+    d = fm.divergence(model, points(3, 6), 0.5, probes=4, kind="rademacher", seed=0)
+    torch.testing.assert_close(d.div, torch.full((3,), 12.0, dtype=torch.float64))
+    with pytest.raises(RuntimeError):
+        fm.divergence(model, points(3, 6), 0.5, probes=4, kind="rademacher", seed=0, mode="batched")
+
+
+def test_progress_of_adaptive_methods_is_refused():
+    with pytest.raises(ValueError, match="progress needs a fixed-step method"):
+        fm.log_likelihood(velocity, points(3, 6), method="dopri5", progress=True)

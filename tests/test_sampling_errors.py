@@ -197,3 +197,37 @@ def test_guidance_without_null():
 
 def test_an_explicit_grid_states_its_steps_once():
     assert fm.sample(model, X0, grid=[0.0, 0.5, 1.0], steps=2, method=METHODS["euler"]).nfe == 2
+
+
+class Pattern:
+    """A grid object that returns what it is told."""
+
+    def __init__(self, times):
+        self.times = times
+
+    def nodes(self, steps, path):
+        return self.times
+
+
+@pytest.mark.parametrize("times", [[0.0, 0.5, 1.0], [-0.5, 0.0, 0.2, 0.8, 1.5], [0.1, 0.2, 0.3, 0.4, 1.0]], ids=str)
+def test_what_a_grid_object_returns_is_checked(times):
+    with pytest.raises(ValueError, match=r"grid\.nodes must"):
+        fm.sample(lambda x, t: x, torch.zeros(2, 3), steps=4, grid=Pattern(times))
+
+
+def test_multistep_methods_refuse_steps_that_would_magnify_rounding():
+    times = [0.0, 0.3, 0.3 + 1e-12, 0.6, 1.0]
+    with pytest.raises(ValueError, match="grid must not lengthen a step more than 100000 times"):
+        fm.sample(lambda x, t: x, torch.zeros(2, 3), method="ab2", grid=times)
+    fm.sample(lambda x, t: x, torch.zeros(2, 3), method="midpoint", grid=times)
+
+
+def test_a_fractional_null_for_whole_conditions_is_refused():
+    with pytest.raises(ValueError, match=r"guidance\.null\['y'\] must be a whole number"):
+        guidance = fm.Guidance(2.0, {"y": 0.5})
+        fm.sample(lambda x, t, y: x, torch.zeros(2, 3), steps=1, cond={"y": torch.zeros(2, dtype=torch.int64)}, guidance=guidance)
+
+
+def test_names_of_the_wrong_type_are_told():
+    with pytest.raises(ValueError, match="objective must be one of"):
+        fm.sample(lambda x, t: x, torch.zeros(2, 3), steps=1, objective=["velocity"])

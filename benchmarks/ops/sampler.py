@@ -23,7 +23,7 @@ SIZES = {"tiny": (1, 2), "small": (64, 2), "large": (64, 3, 64, 64)}
 EVALUATIONS = {"euler": 1, "midpoint": 2, "rk4": 4}
 PASSES = {"euler": 3, "midpoint": 6, "rk4": 15}
 LARGE = 1 << 16
-STEPS, LARGE_STEPS, CHECKED_STEPS, REPEATS = 100, 10, 10, 5
+STEPS, LARGE_STEPS, CHECKED_STEPS, REPEATS = 100, 20, 10, 3
 TOLERANCE = 2e-6
 
 

@@ -44,8 +44,8 @@ def dataset_bits(
 ) -> DatasetBits:
     """Bits/dim of every image, given its label (or the null class); ``arguments`` are those of :func:`fm_fast.bits_per_dim`.
 
-    An image's result depends on its position in the data set and the seed, not on the size of a batch. Raises ValueError for images or
-    labels that the network was not made for.
+    An image's result depends on its position in the data set and the seed, not on the size of a batch (fixed-step methods). Raises
+    ValueError for images or labels that the network was not made for.
     """
     _check(config, dataset)
     results, started = [], time.perf_counter()

@@ -47,7 +47,8 @@ def sample_classes(
 ) -> tuple[Tensor, Tensor]:
     """(images uint8 [N, C, H, W], labels int64 [N]), on the CPU: ``count`` samples of each class; ``options`` are those of `sample`.
 
-    A sample depends on the seed and its position only. With the run's own seed and settings they are those of its picture.
+    A sample of a fixed-step method depends on the seed and its position only. With the run's own seed and settings they are those of
+    its picture.
     """
     device, side = next(model.parameters()).device, config.model.image_size
     labels, parts = torch.tensor(classes).repeat_interleave(count), []
