@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CPP_SOURCES = $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-all sanitize lint format bench gpu-report clean
+.PHONY: help demo bits test test-all sanitize lint format bench gpu-report clean
 
 help:
 	@echo "make demo        install and train on the shipped digits"
+	@echo "make bits        install, train on dequantised digits and print their bits per dimension"
 	@echo "make test        install and run the fast tests against the installed package"
 	@echo "make test-all    the same with the slow tests (packaging matrix, long training)"
 	@echo "make sanitize    the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -26,6 +27,11 @@ $(BIN)/python:
 demo: $(BIN)/python
 	$(INSTALL) ".[train]"
 	$(BIN)/fm-fast train digits
+
+bits: $(BIN)/python
+	$(INSTALL) ".[train]"
+	$(BIN)/fm-fast train digits --dequantise --out out/digits-dequantised
+	$(BIN)/fm-fast likelihood out/digits-dequantised
 
 test: $(BIN)/python
 	$(INSTALL) ".[test,train]"
