@@ -93,9 +93,7 @@ def peers_and_hand_loop(method: str) -> Mapping[str, LogProb]:
 # Reference
 
 
-def integrate(
-    derivatives: Callable[[Tensor, float], tuple[Tensor, Tensor]], x1: Tensor, method: str, steps: int
-) -> tuple[Tensor, Tensor]:
+def integrate(derivatives: Callable[[Tensor, float], tuple[Tensor, Tensor]], x1: Tensor, method: str, steps: int) -> tuple[Tensor, Tensor]:
     """x at t = 0 and the integral of the divergence from 0 to 1; ``derivatives`` gives (v, div v)."""
     x, integral, h = x1, torch.zeros(len(x1), dtype=x1.dtype), 1.0 / steps
     for n in range(steps, 0, -1):

@@ -65,14 +65,18 @@ def _build(log_p: LogProb) -> Callable[[Problem, Setting], Evaluator]:
 def check(problem: Problem, setting: Setting, step: Evaluator) -> None:
     """Exactly where probes do not matter; on the network, the mean over draws."""
     log_prob.check_exactly(step, TOLERANCE)
-    some = problem.x1[:CHECKED_SAMPLES]
-    log_prob.check_mean(step, problem.model, _exact(problem), some, CHECKED_STEPS, DRAWS)
+    log_prob.check_mean(step, problem.model, _exact(problem), _corner(problem), CHECKED_STEPS, DRAWS)
+
+
+def _corner(problem: Problem) -> torch.Tensor:
+    """A part of few images: small enough for its exact divergence, and the network takes any size."""
+    return problem.x1[:CHECKED_SAMPLES, :, :8, :8]
 
 
 @functools.cache
 def _exact(problem: Problem) -> torch.Tensor:
     network = copy.deepcopy(problem.model).double()
-    return log_prob.exact_log_prob(network, problem.x1[:CHECKED_SAMPLES], problem.method, CHECKED_STEPS)
+    return log_prob.exact_log_prob(network, _corner(problem), problem.method, CHECKED_STEPS)
 
 
 OP = Op("likelihood", SIZES, MODES, inputs, providers, check, devices=("cpu",), peers=log_prob.PEERS, rounds=15)
