@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fm_fast import _checks, random
-from fm_fast._field import Model
+from fm_fast._solver.field import Model
 from fm_fast.likelihood import Likelihood, log_likelihood
 from fm_fast.random import Whole
 

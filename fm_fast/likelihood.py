@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fm_fast import _backends, _checks, _ops, random, reference
-from fm_fast._divergence import Estimator, frozen
-from fm_fast._field import Guidance, Model, check_output, make_field
-from fm_fast._integrate import Integral, Task, integrate, integrate_coarsely, leaf
-from fm_fast._probes import make_probes
-from fm_fast._settings import check_finite, make_settings
+from fm_fast._solver.estimator import Estimator, frozen
+from fm_fast._solver.field import Guidance, Model, check_output, make_field
+from fm_fast._solver.integrate import Integral, Task, integrate, integrate_coarsely, leaf
+from fm_fast._solver.probes import make_probes
+from fm_fast._solver.settings import check_finite, make_settings
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective, as_objective, velocity_factors
 from fm_fast.paths import Path, as_path, prior_scale
@@ -108,7 +108,7 @@ def divergence(
         t: a number in [0, 1], a scalar tensor or [B]. With guidance, one time for the batch.
         probes: probe vectors a sample and replicate.
         kind: "auto" (exact where a sample has at most max(4, probes) elements, else rademacher), "exact", "rademacher", "gaussian",
-            "hadamard" or "coloured" (images; a power of two of probes, one for each colour); see ``fm_fast/_probes.py``.
+            "hadamard" or "coloured" (images; a power of two of probes, one for each colour); see ``fm_fast/_solver/probes.py``.
         mode: "loop" (one vector-Jacobian product after another: least memory), "batched" (all at once: fewest launches), or "auto":
             batches that keep the graph times their size within ``memory_budget``.
         memory_budget: bytes; by default 2 MiB on the CPU, about its cache, and 1 GiB elsewhere.

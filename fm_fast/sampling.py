@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fm_fast import _checks, reference
-from fm_fast._adaptive import solve_adaptive
-from fm_fast._evaluate import make_evaluate
-from fm_fast._field import Field, Guidance, Model, check_output, make_field
-from fm_fast._progress import step_counter
-from fm_fast._settings import NONFINITE, Save, Settings, check_finite, make_settings
-from fm_fast._solve import AfterStep, Layout, make_state, run
+from fm_fast._solver.adaptive import solve_adaptive
+from fm_fast._solver.evaluate import make_evaluate
+from fm_fast._solver.field import Field, Guidance, Model, check_output, make_field
+from fm_fast._solver.loop import AfterStep, Layout, make_state, run
+from fm_fast._solver.progress import step_counter
+from fm_fast._solver.settings import NONFINITE, Save, Settings, check_finite, make_settings
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective
 from fm_fast.paths import Path

@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fm_fast as fm
-from fm_fast import _backends, _ops, _spec
+from fm_fast import _backends, _spec
+from fm_fast._ops import path as path_ops
 
 NATIVE = _backends.why_not("path_sample", "cpu", "cpp")
 pytestmark = pytest.mark.skipif(NATIVE is not None, reason=f"the C++ backend cannot run: {NATIVE}")
@@ -75,7 +76,7 @@ def test_raw_ops_run_with_gradient_recording_off(wants_gradient, monkeypatch):
     """With it on, each would ask torch twice about every input: a third of its time for a small batch."""
     recording = {}
     for name in ("_path_sample", "_path_loss"):
-        monkeypatch.setattr(_ops, name, lambda *arguments, name=name: recording.update({name: torch.is_grad_enabled()}))
+        monkeypatch.setattr(path_ops, name, lambda *arguments, name=name: recording.update({name: torch.is_grad_enabled()}))
     o = torch.zeros(SHAPE).requires_grad_(wants_gradient)
     fm.sample_path(torch.zeros(SHAPE), seed=1, step=2).loss(o)
     assert recording == {"_path_sample": False, "_path_loss": False}

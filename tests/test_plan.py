@@ -7,7 +7,7 @@ import pytest
 import torch
 from sampling_helpers import FIXED, lagrange_integral, network, noise64, schedule, solve, velocity_of
 
-from fm_fast._plan import make_plan
+from fm_fast._solver.plan import make_plan
 from fm_fast.objectives import OBJECTIVES
 from fm_fast.paths import NAMED as PATHS
 from fm_fast.solvers import METHODS

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fm_fast import _ops, reference
-from fm_fast._field import check_output
-from fm_fast._plan import Plan, Stage
+from fm_fast._solver.field import check_output
+from fm_fast._solver.plan import Plan, Stage
 
 # (input of the network, number of the evaluation) -> output
 Evaluate = Callable[[Tensor, int], Tensor]

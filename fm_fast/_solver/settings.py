@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fm_fast import _backends, _checks, _ops
-from fm_fast._plan import Plan, make_plan
+from fm_fast._solver.plan import Plan, make_plan
 from fm_fast.grids import Grid, grid_nodes, with_times
 from fm_fast.objectives import Objective, as_objective, velocity_range
 from fm_fast.paths import Path, as_path

@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fm_fast import _ops, reference
-from fm_fast._field import Field, check_output
-from fm_fast._plan import Plan
-from fm_fast._solve import Evaluate
+from fm_fast._solver.field import Field, check_output
+from fm_fast._solver.loop import Evaluate
+from fm_fast._solver.plan import Plan
 
 
 def make_evaluate(field: Field, plan: Plan, start: Tensor, rerun: bool = False) -> Evaluate:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fm_fast import _checks, _ops, reference
-from fm_fast._probes import LARGEST_INDEX, Probes
+from fm_fast._solver.probes import LARGEST_INDEX, Probes
 
 MODES = ("auto", "loop", "batched")
 # Batched products pay where launches dominate, as long as all of them stay in the cache (CPU) or the memory (GPU).

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from fm_fast import _ops, reference
-from fm_fast._adaptive import solve_adaptive
-from fm_fast._divergence import Estimator, frozen
-from fm_fast._evaluate import time_views
-from fm_fast._field import Field, check_output
-from fm_fast._plan import Plan, make_plan
-from fm_fast._probes import Probes
-from fm_fast._progress import step_counter
-from fm_fast._settings import Settings
-from fm_fast._solve import Evaluate, Layout, make_state, run
+from fm_fast._solver.adaptive import solve_adaptive
+from fm_fast._solver.estimator import Estimator, frozen
+from fm_fast._solver.evaluate import time_views
+from fm_fast._solver.field import Field, check_output
+from fm_fast._solver.loop import Evaluate, Layout, make_state, run
+from fm_fast._solver.plan import Plan, make_plan
+from fm_fast._solver.probes import Probes
+from fm_fast._solver.progress import step_counter
+from fm_fast._solver.settings import Settings
 from fm_fast.objectives import velocity_factors
 
 # Of an evaluation: (first draw, share of the weight) for each set of probes that measures its divergence.

@@ -1,0 +1,26 @@
+"""The ops as the modules above see them: tensors in, tensors out, plain PyTorch wherever the guard says so. A file an op."""
+
+from fm_fast._ops.guard import host_words, needs_reference, outside_transforms, transforms_active
+from fm_fast._ops.layout import memory_format, native_layout
+from fm_fast._ops.noise import drawer, noise
+from fm_fast._ops.path import path_loss, path_sample
+from fm_fast._ops.schemas import SCHEMAS
+from fm_fast._ops.solver import ProbeSet, divergence_step, linear_step, probe
+
+__all__ = [
+    "SCHEMAS",
+    "ProbeSet",
+    "divergence_step",
+    "drawer",
+    "host_words",
+    "linear_step",
+    "memory_format",
+    "native_layout",
+    "needs_reference",
+    "noise",
+    "outside_transforms",
+    "path_loss",
+    "path_sample",
+    "probe",
+    "transforms_active",
+]

@@ -1,0 +1,143 @@
+"""Ops ``path_sample`` and ``path_loss``: allocation, the autograd Function and the calls of the kernels."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+
+from fm_fast import reference
+from fm_fast._ops import schemas
+from fm_fast._ops.guard import absent, run
+from fm_fast._ops.layout import native_layout
+from fm_fast._spec import PathSpec
+
+GIVEN_TIME = -1
+_path_sample = schemas.op("path_sample")
+_path_loss = schemas.op("path_loss")
+_path_loss_backward = schemas.op("path_loss_backward")
+
+
+def path_sample(
+    x1: Tensor, x0: Tensor | None, t: Tensor | None, coefficients: Tensor | None, key: Tensor, spec: PathSpec, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_t, t [B], coefficients [B, 6]) in one pass over x1; with ``coefficients`` given, t is too and both are used as they are."""
+    wide = reference.accumulation_dtype(x1, x0, coefficients) if dtype != torch.float64 else torch.float64
+    x1 = native_layout(x1)
+    x_t = torch.empty_like(x1, dtype=dtype)
+    sampler = spec.t_sampler.code if t is None else GIVEN_TIME
+    times = x1.new_empty(x1.shape[0], dtype=wide) if t is None else t
+    rows = x1.new_empty(x1.shape[0], 6, dtype=wide) if coefficients is None else coefficients
+    path = spec.kernel_path if coefficients is None else (GIVEN_TIME, 0.0, 0.0)
+    times_drawn = (sampler, spec.t_sampler.mean, spec.t_sampler.std, *spec.t_range)
+    x0 = absent(rows) if x0 is None else native_layout(x0)
+    run(_path_sample, x_t, times, rows, x1, x0, key, *path, spec.objective.code, *times_drawn, *_data_map(spec))
+    return x_t, times, rows
+
+
+def path_loss(
+    o: Tensor,
+    x1: Tensor,
+    x0: Tensor | None,
+    x_t: Tensor | None,
+    key: Tensor,
+    coefficients: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    spec: PathSpec,
+) -> Tensor:
+    """The reduced loss, differentiable in ``o`` (twice); float32, or float64 for float64 data.
+
+    ``x_t`` is what :func:`path_sample` made of x1 and drawn noise, from which a kernel may recover that noise; None: it is drawn again.
+    """
+    # The copy of an unusual layout happens here, where autograd sees it, and not inside the Function.
+    x0 = absent(coefficients) if x0 is None else native_layout(x0)
+    mask = absent(coefficients) if weight is None else _kernel_weight(weight, o, coefficients.dtype)
+    inputs = (native_layout(o), native_layout(x1), x0, key, coefficients, mask)
+    tail = (reference.REDUCTIONS.index(reduction), *_data_map(spec))
+    if torch.is_grad_enabled() and o.requires_grad:
+        o, *others = _savable(inputs)
+        return _PathLoss.apply(o, tuple(others), x_t, tail)
+    with torch.no_grad():  # the raw op would otherwise look for gradients to refuse
+        return _fused_loss(inputs, x_t, tail, with_gradient=False)[0]
+
+
+def _savable(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors, or copies of those made under inference mode, which autograd refuses to keep for the backward pass."""
+    if torch.compiler.is_compiling() or not any([x.is_inference() for x in tensors]):
+        return tensors
+    return tuple(x.clone() if x.is_inference() else x for x in tensors)
+
+
+def _data_map(spec: PathSpec) -> tuple[float, int, bool]:
+    return spec.flip, spec.levels, spec.dequantise
+
+
+def _fused_loss(inputs: tuple[Tensor, ...], x_t: Tensor | None, tail: tuple[Any, ...], with_gradient: bool) -> tuple[Tensor, Tensor]:
+    o, coefficients = inputs[0], inputs[4]
+    shape = o.shape[:1] if tail[0] == reference.REDUCTIONS.index("none") else ()
+    loss = o.new_empty(shape, dtype=reference.accumulation_dtype(o, coefficients))
+    gradient = torch.empty_like(o) if with_gradient else o.new_empty(0)
+    _path_loss(loss, gradient, *inputs, *tail, x_t)
+    return loss, gradient
+
+
+class _PathLoss(torch.autograd.Function):
+    """Loss and finished gradient in one pass. Backward only scales the gradient, and never in place, so it can run again.
+
+    float16 keeps no gradient: 2 / N underflows in it, so backward computes the gradient with grad_output / N applied in float32.
+    Only ``o`` gets a gradient, so the others come in one tuple, which spares autograd a look at each of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, others: tuple[Tensor, ...], x_t: Tensor | None, tail: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+        loss, gradient = _fused_loss((o, *others), x_t, tail, with_gradient=o.dtype != torch.float16)
+        ctx.tail = tail
+        ctx.save_for_backward(o, *others, gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *inputs, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled() or (gradient.dtype == torch.float16 and _is_batched(grad_output)):
+            result = _differentiable_gradient(inputs, ctx.tail, grad_output)
+        elif gradient.dtype == torch.float16:
+            result = torch.empty_like(inputs[0])
+            _path_loss_backward(result, *inputs, grad_output.contiguous(), *ctx.tail)
+        else:
+            result = _scaled(gradient, grad_output)
+        return result, None, None, None
+
+
+def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
+    if _is_one(grad_output):
+        return gradient
+    return (gradient * reference.per_sample(grad_output, gradient) if grad_output.dim() else gradient * grad_output).to(gradient.dtype)
+
+
+def _is_one(grad_output: Tensor) -> bool:
+    """Whether the usual loss.backward() runs, which needs no multiplication. Not asked where the answer would mean waiting for a device."""
+    if torch.compiler.is_compiling() or type(grad_output) is not Tensor or _is_batched(grad_output):
+        return False
+    return grad_output.device.type == "cpu" and grad_output.dim() == 0 and grad_output.item() == 1
+
+
+def _is_batched(grad_output: Tensor) -> bool:
+    """Whether a vmap runs over several grad_outputs; the guard does not see it from inside a backward pass."""
+    return not torch.compiler.is_compiling() and (is_legacy_batchedtensor(grad_output) or is_batchedtensor(grad_output))
+
+
+def _differentiable_gradient(inputs: list[Tensor], tail: tuple[Any, ...], grad_output: Tensor) -> Tensor:
+    """The gradient by the plain formula, itself differentiable: what create_graph=True asks for."""
+    o, x1, x0, key, coefficients, weight = inputs
+    reduction, flip, levels, dequantise = tail
+    data, noise_x0 = reference.plain_inputs(x1, x0 if x0.numel() else None, key, flip, levels, dequantise, coefficients.dtype)
+    mask = weight.reshape(o.shape) if weight.numel() == o.numel() else weight
+    with torch.enable_grad():
+        loss = reference.path_loss(o, data, noise_x0, coefficients, mask if weight.numel() else None, reference.REDUCTIONS[reduction])
+        return torch.autograd.grad(loss, o, grad_output, create_graph=True)[0]
+
+
+def _kernel_weight(weight: Tensor, o: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as kernels read it: contiguous, one value a sample or one an element."""
+    return (weight if weight.dim() == 1 else weight.expand(o.shape)).to(dtype).contiguous()

@@ -1,0 +1,48 @@
+"""The registered ops: schemas and fake kernels. The only file that registers with ``torch.library``.
+
+Ops write into tensors that the caller allocates and return nothing; their implementations live in csrc/ and kernels/. They have no
+autograd formula of their own: an op's wiring, in the file of its name beside this one, calls them where the guard allows it.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+
+from fm_fast import _backends
+
+SCHEMAS = {
+    "noise": "(Tensor(a!) out, Tensor key, int kind, int stream, int index) -> ()",
+    "path_sample": (
+        "(Tensor(a!) x_t, Tensor(b!) t, Tensor(c!) coef, Tensor x1, Tensor x0, Tensor key, int path, float path_a, float path_b, "
+        "int objective, int t_sampler, float t_mean, float t_std, float t_min, float t_max, float flip, float levels, "
+        "bool dequantise) -> ()"
+    ),
+    "path_loss": (
+        "(Tensor(a!) loss, Tensor(b!) grad, Tensor o, Tensor x1, Tensor x0, Tensor key, Tensor coef, Tensor weight, int reduction, "
+        "float flip, float levels, bool dequantise, Tensor? x_t=None) -> ()"
+    ),
+    "path_loss_backward": (
+        "(Tensor(a!) grad, Tensor o, Tensor x1, Tensor x0, Tensor key, Tensor coef, Tensor weight, Tensor grad_output, int reduction, "
+        "float flip, float levels, bool dequantise) -> ()"
+    ),
+    "linear_step": "(Tensor(a!) out, Tensor(b!) copy, Tensor x, Tensor[] k, Tensor table, int row, float guidance) -> ()",
+    "probe": "(Tensor(a!) out, Tensor key, Tensor codes, Tensor rows, int index, int first, int share) -> ()",
+    "divergence_step": (
+        "(Tensor(a!) sums, Tensor(b!) dots, Tensor g, Tensor key, Tensor codes, Tensor rows, int kind, int index, int first, int share, "
+        "int groups, float bias, float factor) -> ()"
+    ),
+}
+
+_library = torch.library.Library("fm_fast", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+    torch.library.register_fake(f"fm_fast::{_name}", lambda *arguments: None, lib=_library)
+_backends.load_native()
+# The name is imported late because type checkers do not see that the folder kernels/ is installed as fm_fast.kernels.
+_triton_library = importlib.import_module("fm_fast.kernels").register()  # registrations live as long as this value
+
+
+def op(name: str) -> Any:
+    """The callable op, looked up once by its wiring: its default overload skips a search at every call."""
+    return getattr(torch.ops.fm_fast, name).default
