@@ -96,6 +96,45 @@ def path_loss(o: Tensor, x1: Tensor, x0: Tensor, coefficients: Tensor, weight: T
     return error.mean() if reduction == "mean" else error.sum()
 
 
+def group_norm_silu(
+    x: Tensor,
+    second: Tensor | None,
+    embedding: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: bool,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """mask silu(GroupNorm([x, second] + embedding) (1 + scale) + shift), rounded once to x's dtype.
+
+    x and second are [B, C', ...], whose channels follow each other; embedding, scale and shift [B, C]; weight and bias [C];
+    ``mask`` is what :func:`dropout_mask` gives. Without ``activation`` silu is the identity.
+    """
+    wide = accumulation_dtype(x)
+    joined = (x if second is None else torch.cat([x, second], dim=1)).to(wide)
+    h = joined if embedding is None else joined + per_channel(embedding, joined)
+    h = torch.nn.functional.group_norm(h, groups, weight.to(wide), bias.to(wide), eps)
+    h = h if scale is None else h * (1.0 + per_channel(scale, h))
+    h = h if shift is None else h + per_channel(shift, h)
+    h = torch.nn.functional.silu(h) if activation else h
+    return (h if mask is None else h * mask.reshape(h.shape)).to(x.dtype)
+
+
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """values [B, C] in the dtype of ``like`` [B, C, ...] and shaped to broadcast over its positions."""
+    return values.to(like.dtype).reshape(*values.shape, *[1] * (like.dim() - 2))
+
+
+def dropout_mask(key: Tensor, shape: tuple[int, int, int], probability: float, index: int, draw: Draw = noise) -> Tensor:
+    """float32 [B, C, P] for layer ``index``: 0 where a uniform of stream ``dropout`` is below ``probability``, else 1 / (1 - probability)."""
+    kept = draw(key, shape, Kind.uniform, Stream.dropout, index) >= probability
+    return kept.to(torch.float32) * (1.0 / (1.0 - probability))
+
+
 def linear_step(x: Tensor, outputs: Sequence[Tensor], coefficients: Sequence[float], guidance: float = 1.0) -> Tensor:
     """coefficients[0] x + sum_j coefficients[1 + j] m(outputs[j]): every update of a fixed-step solver, in x's dtype.
 
