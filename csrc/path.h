@@ -66,23 +66,29 @@ FM_HD Coefficients coefficients(const Path& path, int objective, double t) {
 // Comparisons are written so that a NaN time stays NaN.
 FM_HD double clamp_time(const TimeLaw& law, double t) { return t < law.low ? law.low : (t > law.high ? law.high : t); }
 
-FM_HD float unit_time(const TimeLaw& law, const Stream& stream, uint32_t sample_id) {
-  if (law.sampler == kTimeStratified)  // an integer lattice: any run of consecutive ids is well spread
-    return uniform_from_word(stream_words(stream, 0, 0).w[0] + sample_id * 0x9E3779B9u);
-  return uniform_from_word(stream_words(stream, sample_id, 0).w[0]);
+// Stratified times are an integer lattice: any run of consecutive ids is well spread.
+FM_HD uint32_t lattice_start(const Stream& stream) { return stream_words(stream, 0, 0).w[0]; }
+
+FM_HD float lattice_time(uint32_t start, uint32_t sample_id) { return uniform_from_word(start + sample_id * 0x9E3779B9u); }
+
+// The random number behind a sample's time: standard normal for the logit-normal law, else uniform.
+FM_HD float time_number(const TimeLaw& law, const Stream& stream, uint32_t sample_id) {
+  if (law.sampler == kTimeStratified) return lattice_time(lattice_start(stream), sample_id);
+  Words words = stream_words(stream, sample_id, 0);
+  if (law.sampler != kTimeLogitNormal) return uniform_from_word(words.w[0]);
+  float z, unused;
+  normal_pair(words.w[0], words.w[1], &z, &unused);
+  return z;
+}
+
+FM_HD double time_from(const TimeLaw& law, float number) {
+  double raw = static_cast<double>(number);
+  if (law.sampler == kTimeLogitNormal) raw = 1.0 / (1.0 + exp(-(law.mean + law.std * raw)));
+  return law.low + (law.high - law.low) * raw;
 }
 
 FM_HD double draw_time(const TimeLaw& law, const Stream& stream, uint32_t sample_id) {
-  double raw;
-  if (law.sampler == kTimeLogitNormal) {
-    Words words = stream_words(stream, sample_id, 0);
-    float z, unused;
-    normal_pair(words.w[0], words.w[1], &z, &unused);
-    raw = 1.0 / (1.0 + exp(-(law.mean + law.std * static_cast<double>(z))));
-  } else {
-    raw = static_cast<double>(unit_time(law, stream, sample_id));
-  }
-  return law.low + (law.high - law.low) * raw;
+  return time_from(law, time_number(law, stream, sample_id));
 }
 
 FM_HD bool flips(const Stream& stream, uint32_t sample_id, double probability) {

@@ -21,9 +21,9 @@ bool has_avx512() {
 }
 #endif
 
-#define FM_KERNELS(isa)                                                                                                        \
-  isa::noise_units, isa::path_sample_units, isa::path_loss_units, isa::linear_step_units, isa::parity_units, isa::probe_units, \
-      isa::divergence_step_units
+#define FM_KERNELS(isa)                                                                                                           \
+  isa::noise_units, isa::schedule_units, isa::path_sample_units, isa::path_loss_units, isa::linear_step_units, isa::parity_units, \
+      isa::probe_units, isa::divergence_step_units
 
 // Best first.
 const KernelTable kTables[] = {

@@ -9,6 +9,7 @@ struct KernelTable {
   const char* name;
   bool (*runs_here)();
   NoiseKernel noise;
+  ScheduleKernel schedule;
   SampleKernel path_sample;
   LossKernel path_loss;
   StepKernel linear_step;

@@ -55,6 +55,16 @@ struct NoiseArgs {
   uint32_t tag;
 };
 
+// t and the six coefficients of every sample; the tensors are float64 if wide, else float32. Units are samples.
+struct ScheduleArgs {
+  void *t, *coefficients;  // [B] and [B, 6]
+  bool wide;
+  Key key;
+  Path path;
+  int objective;
+  TimeLaw law;
+};
+
 struct SampleArgs {
   Shape shape;
   Tiling tiling;
@@ -132,6 +142,7 @@ struct DivergenceArgs {
 
 // Run units begin <= i < end.
 using NoiseKernel = void (*)(const NoiseArgs&, int64_t begin, int64_t end);
+using ScheduleKernel = void (*)(const ScheduleArgs&, int64_t begin, int64_t end);
 using SampleKernel = void (*)(const SampleArgs&, int64_t begin, int64_t end);
 using LossKernel = void (*)(const LossArgs&, int64_t begin, int64_t end);
 using StepKernel = void (*)(const StepArgs&, int64_t begin, int64_t end);
@@ -142,6 +153,7 @@ using DivergenceKernel = void (*)(const DivergenceArgs&, int64_t begin, int64_t 
 #define FM_DECLARE_KERNELS(isa)                                                       \
   namespace isa {                                                                     \
   void noise_units(const NoiseArgs& args, int64_t begin, int64_t end);                \
+  void schedule_units(const ScheduleArgs& args, int64_t begin, int64_t end);          \
   void path_sample_units(const SampleArgs& args, int64_t begin, int64_t end);         \
   void path_loss_units(const LossArgs& args, int64_t begin, int64_t end);             \
   void linear_step_units(const StepArgs& args, int64_t begin, int64_t end);           \

@@ -77,6 +77,11 @@ FM_INLINE LossTerm<T> loss_term(const LossArgs& args, int64_t sample) {
   return LossTerm<T>{static_cast<T>(c[2]), static_cast<T>(c[3]), static_cast<T>(c[4]), static_cast<T>(scale), static_cast<T>(grad_scale)};
 }
 
+template <class T>
+FM_INLINE RecoveredRow<T> recovered_row(const LossArgs& args, int64_t sample, const T* x_t, const T* x1) {
+  return RecoveredRow<T>{x_t, x1, static_cast<T>(coefficient(args, sample, 0)), static_cast<T>(1.0 / coefficient(args, sample, 1))};
+}
+
 // A tile's operands but for x0; rows without data are absent.
 template <class T>
 struct LossRows {
@@ -119,17 +124,39 @@ FM_INLINE void loss_tile(const LossArgs& args, const Tile& tile, const float* no
     sum = loss_of_rows(tile, term, rows, [&](int64_t c) { return x0.row(c); });
   } else {
     Rows<const T> x_t = read_rows<T>(args.x_t, tile, buffers.x0);
-    T a = static_cast<T>(coefficient(args, tile.sample, 0)), inverse_s = static_cast<T>(1.0 / coefficient(args, tile.sample, 1));
-    sum = loss_of_rows(tile, term, rows, [&](int64_t c) { return RecoveredRow<T>{x_t.row(c), rows.x1.row(c), a, inverse_s}; });
+    sum = loss_of_rows(tile, term, rows, [&](int64_t c) { return recovered_row(args, tile.sample, x_t.row(c), rows.x1.row(c)); });
   }
   if (args.grad.data) finish_rows<T>(args.grad, tile, buffers.grad);
   if (args.partial) args.partial[tile.sample * tiles_per_sample(args.tiling) + tile.index] = sum;
 }
 
+// A small sample of one row, read and written in place. Its x0: noise, given, or recovered.
+template <class T>
+FM_INLINE void loss_of_sample(const LossArgs& args, int64_t sample, const float* noise) {
+  LossTerm<T> term = loss_term<T>(args, sample);
+  const T *o = row_of<const T>(args.o, sample), *x1 = row_of<const T>(args.x1, sample);
+  const T* weight = args.weight.data ? row_of<const T>(args.weight, sample) : nullptr;
+  T* grad = args.grad.data ? row_of<T>(args.grad, sample) : nullptr;
+  double sum;
+  if (noise) {
+    sum = loss_of_row(term, LossRow<T, const float*>{o, x1, noise, weight, grad, args.shape.points});
+  } else if (args.x0.data) {
+    sum = loss_of_row(term, LossRow<T, const T*>{o, x1, row_of<const T>(args.x0, sample), weight, grad, args.shape.points});
+  } else {
+    sum = loss_of_row(term, LossRow<T, RecoveredRow<T>>{o, x1, recovered_row(args, sample, row_of<const T>(args.x_t, sample), x1), weight,
+                                                        grad, args.shape.points});
+  }
+  if (args.partial) args.partial[sample] = sum;
+}
+
 template <class T>
 void loss_units(const LossArgs& args, int64_t begin, int64_t end) {
+  const auto draws = [&](int64_t sample) { return !args.x0.data && !recovers(args, sample); };
+  if (rows_in_place<T>(args.shape, args.tiling, args.transform, {&args.o, &args.x1, &args.x0, &args.x_t, &args.weight, &args.grad}))
+    return for_each_row<ToNormals>(args.shape, args.tiling, args.key, kStreamX0, draws, begin, end,
+                                   [&](int64_t sample, const float* noise) { loss_of_sample<T>(args, sample, noise); });
   for_each_tile<ToNormals>(
-      args.shape, args.tiling, args.key, kStreamX0, [&](int64_t sample) { return !args.x0.data && !recovers(args, sample); }, begin, end,
+      args.shape, args.tiling, args.key, kStreamX0, draws, begin, end,
       [&](const Tile& tile) { return runs_ahead(tile, {&args.x1, &args.o, &args.grad}); },
       [&](const Tile& tile, const float* noise) { loss_tile<T>(args, tile, noise); });
 }

@@ -6,32 +6,58 @@ namespace fm {
 namespace FM_ISA {
 namespace {
 
+// alpha_t and sigma_t of a sample.
+template <class T>
+struct Mix {
+  T a, s;
+};
+
+template <class T>
+FM_INLINE Mix<T> mix_of(const SampleArgs& args, int64_t sample) {
+  return Mix<T>{static_cast<T>(number_at(args.coefficients, args.coefficient_dtype, sample * 6)),
+                static_cast<T>(number_at(args.coefficients, args.coefficient_dtype, sample * 6 + 1))};
+}
+
 template <class T, class X0>
-FM_INLINE void mix_row(T a, const T* __restrict x1, T s, const X0* __restrict x0, T* __restrict x_t, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) x_t[i] = interpolate<T>(a, x1[i], s, static_cast<T>(x0[i]));
+FM_INLINE void mix_row(const Mix<T>& mix, const T* __restrict x1, const X0* __restrict x0, T* __restrict x_t, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) x_t[i] = interpolate<T>(mix.a, x1[i], mix.s, static_cast<T>(x0[i]));
 }
 
 template <class T>
 FM_INLINE void sample_tile(const SampleArgs& args, const Tile& tile, const float* noise) {
   alignas(64) T x1_buffer[kTileBuffer], x0_buffer[kTileBuffer], x_t_buffer[kTileBuffer];
-  T a = static_cast<T>(number_at(args.coefficients, args.coefficient_dtype, tile.sample * 6));
-  T s = static_cast<T>(number_at(args.coefficients, args.coefficient_dtype, tile.sample * 6 + 1));
+  Mix<T> mix = mix_of<T>(args, tile.sample);
   Rows<const T> x1 = read_data<T>(args.shape, args.x1, args.key, args.transform, tile, x1_buffer);
   Rows<T> x_t = result_rows<T>(args.x_t, tile, x_t_buffer);
   Rows<const T> x0 = args.x0.data ? read_rows<T>(args.x0, tile, x0_buffer) : Rows<const T>{nullptr, 0};
   for (int64_t c = 0; c < tile.channels; ++c) {
     if (args.x0.data)
-      mix_row(a, x1.row(c), s, x0.row(c), x_t.row(c), tile.points);
+      mix_row(mix, x1.row(c), x0.row(c), x_t.row(c), tile.points);
     else
-      mix_row(a, x1.row(c), s, noise + c * tile.pitch, x_t.row(c), tile.points);
+      mix_row(mix, x1.row(c), noise + c * tile.pitch, x_t.row(c), tile.points);
   }
   finish_rows<T>(args.x_t, tile, x_t_buffer);
 }
 
 template <class T>
+FM_INLINE void sample_row(const SampleArgs& args, int64_t sample, const float* noise) {
+  Mix<T> mix = mix_of<T>(args, sample);
+  const T* x1 = row_of<const T>(args.x1, sample);
+  T* x_t = row_of<T>(args.x_t, sample);
+  if (noise)
+    mix_row(mix, x1, noise, x_t, args.shape.points);
+  else
+    mix_row(mix, x1, row_of<const T>(args.x0, sample), x_t, args.shape.points);
+}
+
+template <class T>
 void sample_units(const SampleArgs& args, int64_t begin, int64_t end) {
+  const auto draws = [&](int64_t) { return args.x0.data == nullptr; };
+  if (rows_in_place<T>(args.shape, args.tiling, args.transform, {&args.x1, &args.x0, &args.x_t}))
+    return for_each_row<ToNormals>(args.shape, args.tiling, args.key, kStreamX0, draws, begin, end,
+                                   [&](int64_t sample, const float* noise) { sample_row<T>(args, sample, noise); });
   for_each_tile<ToNormals>(
-      args.shape, args.tiling, args.key, kStreamX0, [&](int64_t) { return args.x0.data == nullptr; }, begin, end,
+      args.shape, args.tiling, args.key, kStreamX0, draws, begin, end,
       [&](const Tile& tile) { return runs_ahead(tile, {&args.x1, &args.x_t}); },
       [&](const Tile& tile, const float* noise) { sample_tile<T>(args, tile, noise); });
 }

@@ -11,7 +11,7 @@ namespace {
 using abi::Arguments;
 using abi::Tensor;
 
-constexpr int64_t kScheduleGrain = 256;   // samples of a thread
+constexpr int64_t kScheduleGrain = 2048;  // samples of a thread
 constexpr int64_t kWorthRecovering = 64;  // elements of a sample, below which drawing x0 again is faster
 
 }  // namespace
@@ -36,34 +36,6 @@ void noise(StableIValue* stack, uint64_t, uint64_t) {
 // --- path_sample ---------------------------------------------------------------------------------------------------------------------
 
 namespace {
-
-// t and the six coefficients of samples begin..end.
-struct ScheduleArgs {
-  void *t, *coefficients;
-  bool wide;
-  Key key;
-  Path path;
-  int objective;
-  TimeLaw law;
-};
-
-template <class T>
-void fill_schedule(const ScheduleArgs& args, int64_t begin, int64_t end) {
-  T *t = static_cast<T*>(args.t), *rows = static_cast<T*>(args.coefficients);
-  Stream stream = {args.key.seed_low, args.key.seed_high, args.key.step, kStreamTime};
-  for (int64_t b = begin; b < end; ++b) {
-    uint32_t id = static_cast<uint32_t>(args.key.ids ? args.key.ids[b] : args.key.first_id + b);
-    double time = args.law.sampler == kTimeGiven ? clamp_time(args.law, static_cast<double>(t[b])) : draw_time(args.law, stream, id);
-    t[b] = static_cast<T>(time);
-    Coefficients c = coefficients(args.path, args.objective, static_cast<double>(t[b]));
-    const double values[6] = {c.a, c.s, c.c1, c.c0, c.k, c.w};
-    for (int i = 0; i < 6; ++i) rows[6 * b + i] = static_cast<T>(values[i]);
-  }
-}
-
-void fill_schedule_units(const ScheduleArgs& args, int64_t begin, int64_t end) {
-  args.wide ? fill_schedule<double>(args, begin, end) : fill_schedule<float>(args, begin, end);
-}
 
 DataTransform read_transform(Arguments* in) { return DataTransform{in->number(), in->number(), in->flag()}; }
 
@@ -101,7 +73,7 @@ void path_sample(StableIValue* stack, uint64_t, uint64_t) {
     void *t = dense_floats(inputs.t, batch), *coefficients = dense_floats(inputs.coef, 6 * batch);
     if (is_wide(inputs.t) != is_wide(inputs.coef)) inputs.t.fail("expected the dtype of coef");
     ScheduleArgs schedule = {t, coefficients, is_wide(inputs.coef), args.key, path, objective, law};
-    run_units(fill_schedule_units, schedule, batch, kScheduleGrain);
+    run_units(kernels().schedule, schedule, batch, kScheduleGrain);
   }
   run_units(kernels().path_sample, args, args.tiling.units, kGrain);
 }

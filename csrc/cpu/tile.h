@@ -205,6 +205,12 @@ FM_INLINE void finish_rows(const View& view, const Tile& tile, const T* buffer) 
   if (!usable_in_place<T>(view)) scatter_any<T>(buffer, tile, view);
 }
 
+// The one row of a sample that is used in place.
+template <class T>
+FM_INLINE T* row_of(const View& view, int64_t sample) {
+  return static_cast<T*>(view.data) + sample * view.batch_stride;
+}
+
 // What is worth fetching early: runs used in place.
 template <int N>
 FM_INLINE Ahead runs_ahead(const Tile& tile, const View* const (&views)[N]) {
@@ -272,8 +278,22 @@ FM_INLINE void walk_tiles(const Shape& shape, const Tiling& tiling, int64_t begi
   }
 }
 
+// Calls body(sample, noise) for the small samples of one unit. Their noise is drawn in one go, for full vectors.
+template <class Finish, class Draws, class Body>
+FM_INLINE void walk_samples(const Generator& generator, const Shape& shape, const Tiling& tiling, const Key& key, const Draws& draws,
+                            int64_t unit, float* noise, const Body& body) {
+  int64_t first = unit * tiling.samples_per_unit, last = lesser(first + tiling.samples_per_unit, shape.batch);
+  int64_t numbers = 4 * shape.channels * divide_up(shape.points, Finish::kPoints);
+  draw_samples<Finish>(generator, shape, key, first, last - first, draws, noise);
+  for (int64_t sample = first; sample < last; ++sample) {
+    bool drawn = draws(sample);
+    body(sample, drawn ? noise : nullptr);
+    if (drawn) noise += numbers;
+  }
+}
+
 // Calls body(tile, noise) for every tile of the units; noise is nullptr for samples without draws(sample).
-// Noise of several small samples is drawn in one go, for full vectors. ahead(tile) names what the body will touch.
+// ahead(tile) names what the body will touch.
 template <class Finish, class Draws, class NextRuns, class Body>
 FM_INLINE void for_each_tile(const Shape& shape, const Tiling& tiling, const Key& key, uint32_t tag, const Draws& draws, int64_t begin,
                              int64_t end, const NextRuns& ahead, const Body& body) {
@@ -288,16 +308,26 @@ FM_INLINE void for_each_tile(const Shape& shape, const Tiling& tiling, const Key
       body(tile, drawn ? noise : nullptr);
       continue;
     }
-    int64_t first = unit * tiling.samples_per_unit, samples = lesser(tiling.samples_per_unit, shape.batch - first);
-    draw_samples<Finish>(generator, shape, key, first, samples, draws, noise);
-    const float* next = noise;
-    for (int64_t b = first; b < first + samples; ++b) {
-      Tile tile = tile_of(shape, tiling, b, 0);
-      bool drawn = draws(b);
-      body(tile, drawn ? next : nullptr);
-      if (drawn) next += tile.channels * 4 * row_blocks<Finish>(tile);
-    }
+    walk_samples<Finish>(generator, shape, tiling, key, draws, unit, noise,
+                         [&](int64_t sample, const float* drawn) { body(tile_of(shape, tiling, sample, 0), drawn); });
   }
+}
+
+// The same for small samples of one row each that need no tile: body(sample, noise).
+template <class Finish, class Draws, class Body>
+FM_INLINE void for_each_row(const Shape& shape, const Tiling& tiling, const Key& key, uint32_t tag, const Draws& draws, int64_t begin,
+                            int64_t end, const Body& body) {
+  alignas(64) float noise[kTileBuffer];
+  Generator generator = make_generator(stream_of(key, tag));
+  for (int64_t unit = begin; unit < end; ++unit) walk_samples<Finish>(generator, shape, tiling, key, draws, unit, noise, body);
+}
+
+// Whether `for_each_row` may stand for `for_each_tile`: every sample is one row that is read and written where it lies.
+template <class T, int N>
+FM_INLINE bool rows_in_place(const Shape& shape, const Tiling& tiling, const DataTransform& transform, const View* const (&views)[N]) {
+  bool result = tiling.samples_per_unit > 1 && shape.channels == 1 && transform.flip <= 0;
+  for (const View* view : views) result = result && (!view->data || usable_in_place<T>(*view));
+  return result;
 }
 
 }  // namespace FM_ISA

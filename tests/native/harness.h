@@ -23,6 +23,7 @@ using fm::View;
 struct Isa {
   const char* name;
   fm::NoiseKernel noise;
+  fm::ScheduleKernel schedule;
   fm::SampleKernel sample;
   fm::LossKernel loss;
   fm::StepKernel step;
@@ -34,6 +35,7 @@ struct Isa {
 #define FM_KERNELS(isa)        \
   {#isa,                       \
    fm::isa::noise_units,       \
+   fm::isa::schedule_units,    \
    fm::isa::path_sample_units, \
    fm::isa::path_loss_units,   \
    fm::isa::linear_step_units, \

@@ -13,8 +13,9 @@ Key running_key() {
 }
 
 std::vector<Shape> shapes() {
-  return {{5, 1, 1, 1},     {20, 1, 2, 2},  {7, 1, 37, 37},   {3, 3, 64, 8},    {2, 5, 63, 9}, {2, 3, 1024, 32}, {2, 70, 16, 4},
-          {1, 2, 1640, 41}, {2, 130, 9, 3}, {2, 1, 1100, 11}, {1, 17, 2052, 2}, {0, 3, 16, 4}, {4, 1, 0, 0},     {4, 0, 16, 4}};
+  return {{5, 1, 1, 1},     {20, 1, 2, 2},    {20, 1, 70, 70}, {7, 1, 37, 37},   {3, 3, 64, 8},
+          {2, 5, 63, 9},    {2, 3, 1024, 32}, {2, 70, 16, 4},  {1, 2, 1640, 41}, {2, 130, 9, 3},
+          {2, 1, 1100, 11}, {1, 17, 2052, 2}, {0, 3, 16, 4},   {4, 1, 0, 0},     {4, 0, 16, 4}};
 }
 
 const Layout kLayouts[] = {Layout::contiguous, Layout::channels_last, Layout::sliced, Layout::transposed_batch};
@@ -53,6 +54,21 @@ void check_noise(const Isa& isa, const Shape& shape, int layout, const Key& key)
   out.for_each([&](int64_t b, int64_t c, int64_t p, float& x) {
     expect(close(x, scalar_normal(shape, key, args.tag, b, c, p), 2e-6), "normal " + describe(isa, shape, layout));
   });
+}
+
+// Times and coefficients of a batch that vectors do not divide, against the scalar law of each sample.
+void check_schedule(const Isa& isa, const Key& key, int64_t batch, int sampler) {
+  std::vector<float> t(static_cast<size_t>(batch) + 1, 0.25f), rows(6 * static_cast<size_t>(batch) + 1, -1.0f);
+  fm::ScheduleArgs args = {t.data(), rows.data(), false, key, {fm::kPathOT, 0.125, 0.0}, fm::kVelocity, {sampler, 0.5, 1.5, 0.0, 0.75}};
+  isa.schedule(args, 0, batch);
+  fm::Stream stream = {key.seed_low, key.seed_high, key.step, fm::kStreamTime};
+  for (int64_t b = 0; b < batch; ++b) {
+    double time = sampler == fm::kTimeGiven ? 0.25 : fm::draw_time(args.law, stream, id_of(key, b));
+    std::string what = "time " + std::to_string(b) + " of law " + std::to_string(sampler) + " " + isa.name;
+    expect(close(t[b], static_cast<float>(time), sampler == fm::kTimeLogitNormal ? 1e-6 : 0.0), what);
+    expect(rows[6 * b] == t[b] && close(rows[6 * b + 1], 1.0 - 0.875 * t[b], 1e-7) && rows[6 * b + 3] == -0.875f, "row of " + what);
+  }
+  expect(t.back() == 0.25f && rows.back() == -1.0f, "nothing behind the batch is written");
 }
 
 struct Problem {
@@ -186,6 +202,10 @@ int main() {
         check_loss(isa, problem, layout, keys[1], false, layout % 2 == 1);
         check_loss(isa, problem, layout, keys[0], true, layout % 2 == 0);
       }
+    for (int sampler : {fm::kTimeGiven, fm::kTimeUniform, fm::kTimeStratified, fm::kTimeLogitNormal}) {
+      check_schedule(isa, listed_key(), 20, sampler);
+      check_schedule(isa, running_key(), 133, sampler);
+    }
     for (const Shape& shape : shapes()) check_ranges(isa, shape);
     check_nan(isa);
     printf("%s\n", isa.name);

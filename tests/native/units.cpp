@@ -5,3 +5,4 @@
 #include "cpu/path_loss.cpp"
 #include "cpu/path_sample.cpp"
 #include "cpu/probe.cpp"
+#include "cpu/schedule.cpp"
