@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,13 +15,11 @@ from fm_fast._solver.evaluate import time_views
 from fm_fast._solver.field import Field, check_output
 from fm_fast._solver.loop import Evaluate, Layout, make_state, run
 from fm_fast._solver.plan import Plan, make_plan
-from fm_fast._solver.probes import Probes
+from fm_fast._solver.probes import Probes, single_probe
 from fm_fast._solver.progress import step_counter
 from fm_fast._solver.settings import Settings
 from fm_fast.objectives import velocity_factors
-
-# Of an evaluation: (first draw, share of the weight) for each set of probes that measures its divergence.
-Draws = list[tuple[int, float]]
+from fm_fast.solvers import RungeKutta
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +41,18 @@ class Task:
 
 
 @dataclass(frozen=True, eq=False)
+class Measure:
+    """One estimate of the integral: the sums, and the number of the first draw of each evaluation's probes."""
+
+    estimator: Estimator
+    draws: list[int]
+
+
+@dataclass(frozen=True, eq=False)
 class Integral:
     """x [B, ...] at the last node; the integral of div v dt over the nodes, float64 [B], and its variance from the probes.
 
-    The variance is None where the probes cannot tell.
+    The variance is None where the probes cannot tell. ``control`` is the same integral by the last measure's probes.
     """
 
     x: Tensor
@@ -54,17 +60,24 @@ class Integral:
     variance: Tensor | None
     nfe: int
     nvjp: int
+    control: Tensor
 
 
-def integrate(task: Task, start: Tensor) -> Integral:
-    """Solve from start [B, ...] through the nodes of the task's settings."""
+def integrate(task: Task, start: Tensor, controlled: bool = False) -> Integral:
+    """Solve from start [B, ...] through the nodes of the task's settings.
+
+    controlled: measure the integral with the probes of :func:`control_draws` too, for comparison with :func:`integrate_coarsely`.
+    """
     with _recording_mode(task):
         if task.settings.adaptive is not None:
             if task.progress:
                 raise ValueError(f"progress needs a fixed-step method, got {task.settings.adaptive!r}")
             return _adaptive(task, start)
         plan = task.settings.plan()
-        return _fixed(task, start, plan, own_draws(plan, task.probes))
+        measures = [Measure(task.estimator(), [number * task.probes.groups for number in range(plan.evaluations)])]
+        if controlled:
+            measures.append(Measure(_control(task).estimator(), control_draws(task, plan, steps_a_draw=2)))
+        return _fixed(task, start, plan, measures)
 
 
 @contextlib.contextmanager
@@ -75,50 +88,51 @@ def _recording_mode(task: Task) -> Iterator[None]:
 
 
 def integrate_coarsely(task: Task, start: Tensor) -> Integral:
-    """The same over every second node, each step with the probes of the two steps that it replaces.
+    """The control's integral over every second node.
 
-    What differs from :func:`integrate` is then the discretisation, not the draws.
+    Its probes are held over the two fine steps that a coarse step replaces, so what differs from :func:`integrate`'s is the
+    discretisation of one and the same integrand. With probes that change between stages their noise differs too, by O(h^1.5), which
+    hides the error of any method of order 2 or more.
     """
-    settings = task.settings
+    settings, control = task.settings, _control(task)
     assert settings.table is not None
     plan = make_plan(settings.table, settings.nodes[::2].copy(), settings.path, settings.objective)
-    with _recording_mode(task):
-        return _fixed(task, start, plan, shared_draws(plan, settings.plan(), task.probes))
+    with _recording_mode(control):
+        return _fixed(control, start, plan, [Measure(control.estimator(), control_draws(task, plan, steps_a_draw=1))])
+
+
+def _control(task: Task) -> Task:
+    """The same solve with one Rademacher probe (or exactly, if it was exact) and no graph."""
+    return replace(task, probes=task.probes if task.probes.exact else single_probe(task.probes), create_graph=False)
+
+
+def control_draws(task: Task, plan: Plan, steps_a_draw: int) -> list[int]:
+    """First draws of the control's evaluations, behind those of the task itself.
+
+    A Runge-Kutta step is an integral of its own, so its probe may differ from the next one's. Multistep methods combine evaluations of
+    many steps and need one probe for all of them.
+    """
+    first = task.settings.plan().evaluations * task.probes.groups
+    held = not isinstance(task.settings.table, RungeKutta)
+    return [first + (0 if held else step // steps_a_draw) for step, _ in plan.places()]
 
 
 # Fixed steps
 
 
-def own_draws(plan: Plan, probes: Probes) -> list[Draws]:
-    """New probes for every evaluation."""
-    return [[(number * probes.groups, 1.0)] for number in range(plan.evaluations)]
-
-
-def shared_draws(coarse: Plan, fine: Plan, probes: Probes) -> list[Draws]:
-    """For stage i of coarse step m the probes of stage i of the fine steps 2m and 2m + 1, as far as these have such a stage."""
-    if probes.exact:
-        return own_draws(coarse, probes)
-    number_of = {place: number for number, place in enumerate(fine.places())}
-    draws = []
-    for number, (step, stage) in enumerate(coarse.places()):
-        twins = [number_of[place] for place in ((2 * step, stage), (2 * step + 1, stage)) if place in number_of]
-        twins = twins or [fine.evaluations + number]
-        draws.append([(twin * probes.groups, 1.0 / len(twins)) for twin in twins])
-    return draws
-
-
-def _fixed(task: Task, start: Tensor, plan: Plan, draws: list[Draws]) -> Integral:
-    estimator = task.estimator()
-    evaluate = _measured(task, plan, start, estimator, draws)
+def _fixed(task: Task, start: Tensor, plan: Plan, measures: list[Measure]) -> Integral:
+    evaluate = _measured(task, plan, start, measures)
     layout = Layout(task.settings.dtype)
     with step_counter(len(plan.nodes) - 1, task.progress) as count:
         state = make_state(start, plan, layout, task.settings.backend, plain=task.create_graph)
         x = run(plan, state, evaluate, (lambda step, x: count()) if task.progress else None)
-    value, variance = estimator.sums
-    return Integral(x, value, variance if task.probes.known_variance else None, plan.evaluations, estimator.products)
+    estimators = [measure.estimator for measure in measures]
+    value, variance = estimators[0].sums
+    products, known = sum(estimator.products for estimator in estimators), task.probes.known_variance
+    return Integral(x, value, variance if known else None, plan.evaluations, products, estimators[-1].sums[0])
 
 
-def _measured(task: Task, plan: Plan, start: Tensor, estimator: Estimator, draws: list[Draws]) -> Evaluate:
+def _measured(task: Task, plan: Plan, start: Tensor, measures: list[Measure]) -> Evaluate:
     """The model at the plan's times; where the divergence has a weight, it is measured from the same forward pass."""
     field, size = task.field, math.prod(start.shape[1:])
     views = time_views(torch.from_numpy(plan.times).to(start.device, reference.accumulation_dtype(start)), field.batch)
@@ -129,12 +143,12 @@ def _measured(task: Task, plan: Plan, start: Tensor, estimator: Estimator, draws
     def evaluate(x: Tensor, number: int) -> Tensor:
         if weights[number] == 0.0:
             return _checked(field.output_at(x, views[number], guided[number]), x, number)
-        with estimator.recording():
+        with measures[0].estimator.recording():
             x = leaf(x)
             output = _checked(field.output_at(x, views[number], guided[number]), x, number)
-        for index, share in draws[number]:
-            last = index == draws[number][-1][0]
-            estimator.add(output, x, index, share * biases[number], share * factors[number], last)
+        for measure in measures:
+            last = measure is measures[-1] and not task.create_graph
+            measure.estimator.add(output, x, measure.draws[number], biases[number], factors[number], last)
         return output if task.create_graph else output.detach()
 
     return evaluate
@@ -167,7 +181,7 @@ def _adaptive(task: Task, start: Tensor) -> Integral:
         derivative, (x0, integrals), settings.nodes.tolist(), settings.adaptive, settings.rtol, settings.atol, settings.max_steps
     )
     value, variance = reference.group_statistics(paths[-1].to(torch.float64), estimator.group_count)
-    return Integral(states[-1], value, variance if task.probes.known_variance else None, nfe, estimator.products)
+    return Integral(states[-1], value, variance if task.probes.known_variance else None, nfe, estimator.products, value)
 
 
 def _derivative(task: Task, estimator: Estimator) -> Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]:

@@ -78,6 +78,12 @@ def make_probes(kind: str, probes: int, replicates: int, shape: tuple[int, ...],
     return Probes("rademacher" if kind == "auto" else kind, probes * replicates, 1, size, none, none)
 
 
+def single_probe(probes: Probes) -> Probes:
+    """One Rademacher probe for samples of the same size."""
+    none = probes.codes.new_empty(0)
+    return Probes("rademacher", 1, 1, probes.size, none, none)
+
+
 def _random_rows(probes: Probes, key: Tensor, index: int, backend: str) -> Tensor:
     """Distinct random rows for each group, the same for all samples: positions of the largest of D random words."""
     padded = 1 << max(probes.size - 1, 0).bit_length()
