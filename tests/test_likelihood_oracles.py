@@ -73,7 +73,7 @@ def discretisation(oracle, x1, method, steps):
 
 
 # From steps whose error everybody sees to steps whose error is a hundredth of the probes' noise.
-STEPS = [("euler", 16), ("midpoint", 16), ("midpoint", 64), ("heun2", 32), ("ab2", 32), ("ab3", 32), ("rk4", 8), ("rk4", 16), ("rk4", 32)]
+STEPS = [("euler", 16), ("midpoint", 16), ("midpoint", 64), ("ab2", 32), ("ab3", 32), ("rk4", 16), ("rk4", 32)]
 
 
 @pytest.mark.filterwarnings("ignore:the finite number of steps")
@@ -81,7 +81,7 @@ STEPS = [("euler", 16), ("midpoint", 16), ("midpoint", 64), ("heun2", 32), ("ab2
 def test_error_estimate_with_one_probe_measures_the_discretisation(method, steps):
     """On images of 75 dimensions, and not the noise of the probes, which is larger than what is measured."""
     oracle = testing.StationaryImages(5)
-    x1 = oracle.sample(16, seed=5)
+    x1 = oracle.sample(8, seed=5)
     expected, fine = discretisation(oracle, x1, method, steps)
     estimated = fm.log_likelihood(oracle, x1, method=method, steps=steps, kind="rademacher", seed=1, error_estimate=True)
     assert float(expected.mean()) / 2 < float(estimated.disc_err.mean()) < float(expected.mean()) * 2
@@ -90,14 +90,14 @@ def test_error_estimate_with_one_probe_measures_the_discretisation(method, steps
 
 
 @pytest.mark.filterwarnings("ignore:the finite number of steps")
-@pytest.mark.parametrize(("method", "steps"), [("midpoint", 8), ("midpoint", 64), ("heun2", 16), ("ab2", 16), ("ab3", 32), ("rk4", 16)])
+@pytest.mark.parametrize(("method", "steps"), [("midpoint", 8), ("midpoint", 32), ("heun2", 16), ("ab3", 32), ("rk4", 16)])
 def test_error_estimate_on_a_nonlinear_field_of_64_dimensions(method, steps):
-    """Median of five seeds: a single probe sees this field's few curved directions or not."""
+    """Median of three seeds: a single probe sees this field's few curved directions or not."""
     oracle = images(8)
-    x1 = oracle.sample(32, seed=5)
+    x1 = oracle.sample(16, seed=5)
     expected, fine = discretisation(oracle, x1, method, steps)
     options = {"method": method, "steps": steps, "kind": "rademacher", "error_estimate": True}
-    found = sorted(float(fm.log_likelihood(oracle, x1, seed=seed, **options).disc_err.mean()) for seed in range(5))[2]
+    found = sorted(float(fm.log_likelihood(oracle, x1, seed=seed, **options).disc_err.mean()) for seed in range(3))[1]
     assert float(expected.mean()) / 2 < found < float(expected.mean()) * 2
     if (method, steps) == ("midpoint", 8):  # what it is for: the error itself
         error = float((fine - oracle.log_prob(x1)).abs().mean())
