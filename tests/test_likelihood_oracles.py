@@ -94,7 +94,7 @@ def test_error_estimate_with_one_probe_measures_the_discretisation(method, steps
 def test_error_estimate_on_a_nonlinear_field_of_64_dimensions(method, steps):
     """Median of three seeds: a single probe sees this field's few curved directions or not."""
     oracle = images(8)
-    x1 = oracle.sample(16, seed=5)
+    x1 = oracle.sample(32, seed=5)
     expected, fine = discretisation(oracle, x1, method, steps)
     options = {"method": method, "steps": steps, "kind": "rademacher", "error_estimate": True}
     found = sorted(float(fm.log_likelihood(oracle, x1, seed=seed, **options).disc_err.mean()) for seed in range(3))[1]
