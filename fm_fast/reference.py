@@ -12,6 +12,7 @@ from fm_fast import _philox
 from fm_fast._philox import Kind, Stream
 from fm_fast.time_samplers import Stratified, TimeSampler, Uniform
 
+NORM_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 REDUCTIONS = ("mean", "sum", "none")
 Draw = Callable[..., Tensor]
 
@@ -200,3 +201,36 @@ def group_statistics(dots: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     if groups < 2:
         return mean, torch.zeros_like(mean)
     return mean, (means - mean).square().sum(0) / ((groups - 1) * groups)
+
+
+def square_sum(gradients: Sequence[Tensor]) -> Tensor:
+    """The sum of all squares, float64 []: not finite if any gradient is not finite."""
+    sums = [g.to(torch.float64).square().sum() for g in gradients]
+    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+
+
+def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, settings: Tensor, total: Tensor, updates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, m, v) after AdamW's update number updates + 1 (Loshchilov & Hutter 2019, "Decoupled weight decay regularization", algorithm 2).
+
+    settings [6]: learning rate, beta1, beta2, epsilon, weight decay, largest norm. The gradient is scaled so that the norm of
+    all gradients, whose squares sum to ``total``, is at most the largest norm.
+    """
+    rate, beta1, beta2, epsilon, weight_decay, largest_norm = settings.unbind()
+    n = updates + 1
+    g = g.to(m.dtype) * (largest_norm / (total.sqrt() + NORM_EPSILON)).clamp(max=1.0)
+    m = m + (1.0 - beta1) * (g - m)
+    v = beta2 * v + (1.0 - beta2) * g * g
+    denominator = v.sqrt() / (1.0 - beta2**n).sqrt() + epsilon
+    return (1.0 - rate * weight_decay) * p - rate / (1.0 - beta1**n) * m / denominator, m, v
+
+
+def average_decays(decays: Tensor, updates: Tensor) -> Tensor:
+    """min(limit, ((a + n) / (b + n))^exponent) after n = ``updates`` updates, [K] for rows (limit, a, b, exponent) of decays [K, 4]."""
+    limit, a, b, exponent = decays.unbind(1)
+    return torch.minimum(limit, ((a + updates) / (b + updates)) ** exponent)
+
+
+def averaged(averages: Tensor, p: Tensor, decays: Tensor, updates: Tensor) -> Tensor:
+    """decay average + (1 - decay) p for each of averages [K, ...]."""
+    rates = per_sample(1.0 - average_decays(decays, updates), averages).to(averages.dtype)
+    return averages + rates * (p - averages)

@@ -16,6 +16,17 @@ struct Float16 {
   uint16_t bits;
 };
 
+template <class T>
+struct DtypeOf;
+template <>
+struct DtypeOf<float> {
+  static constexpr Dtype value = Dtype::float32;
+};
+template <>
+struct DtypeOf<double> {
+  static constexpr Dtype value = Dtype::float64;
+};
+
 FM_INLINE float widen(Bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
 FM_INLINE Bfloat16 to_bfloat16(float x) {

@@ -23,7 +23,7 @@ bool has_avx512() {
 
 #define FM_KERNELS(isa)                                                                                                           \
   isa::noise_units, isa::schedule_units, isa::path_sample_units, isa::path_loss_units, isa::linear_step_units, isa::parity_units, \
-      isa::probe_units, isa::divergence_step_units
+      isa::probe_units, isa::divergence_step_units, isa::adamw_ema_norm_units, isa::adamw_ema_units
 
 // Best first.
 const KernelTable kTables[] = {

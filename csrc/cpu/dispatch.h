@@ -16,6 +16,8 @@ struct KernelTable {
   ParityKernel parity;
   ProbeKernel probe;
   DivergenceKernel divergence_step;
+  NormKernel adamw_ema_norm;
+  AdamwKernel adamw_ema;
 };
 
 // The best this CPU can run, or what fm_fast_cpu_select chose.

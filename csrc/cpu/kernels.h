@@ -140,6 +140,50 @@ struct DivergenceArgs {
   double* partial;  // [probes, B, tiles of a sample]
 };
 
+// A parameter of the network, as a run in the order of its memory; its moments and averages begin at `offset` of their flat tensors.
+struct Parameter {
+  int64_t offset, count;
+  int group;             // row of AdamwArgs::numbers
+  void* value;           // float or double
+  const void* gradient;  // nullptr: none, the weights stay
+  Dtype gradient_dtype;
+  void* copy;  // or nullptr
+  Dtype copy_dtype;
+};
+
+// Parameters in the order of their offsets, which divide `length` positions among them.
+struct ParameterRange {
+  const Parameter* parameters;
+  int64_t count, length;
+};
+
+// The numbers of one group of parameters and one step: everything an element needs beyond its own memory.
+struct AdamwNumbers {
+  double clip;         // factor of the gradient
+  double keep;         // 1 - learning rate times weight decay
+  double mean_rate;    // 1 - beta1
+  double square_keep;  // beta2
+  double square_rate;  // 1 - beta2
+  double root_scale;   // 1 / sqrt(1 - beta2^n)
+  double epsilon;
+  double step_size;  // learning rate / (1 - beta1^n)
+};
+
+struct NormArgs {
+  ParameterRange range;
+  double* partial;  // one sum of squares a unit
+};
+
+struct AdamwArgs {
+  ParameterRange range;
+  const AdamwNumbers* numbers;
+  void *mean, *square;  // [length]
+  void* averages;       // [average_count, length]
+  int64_t average_count;
+  const double* average_rates;  // 1 - decay of each average
+  bool wide;
+};
+
 // Run units begin <= i < end.
 using NoiseKernel = void (*)(const NoiseArgs&, int64_t begin, int64_t end);
 using ScheduleKernel = void (*)(const ScheduleArgs&, int64_t begin, int64_t end);
@@ -149,6 +193,8 @@ using StepKernel = void (*)(const StepArgs&, int64_t begin, int64_t end);
 using ParityKernel = void (*)(const ParityArgs&, int64_t begin, int64_t end);
 using ProbeKernel = void (*)(const ProbeArgs&, int64_t begin, int64_t end);
 using DivergenceKernel = void (*)(const DivergenceArgs&, int64_t begin, int64_t end);
+using NormKernel = void (*)(const NormArgs&, int64_t begin, int64_t end);
+using AdamwKernel = void (*)(const AdamwArgs&, int64_t begin, int64_t end);
 
 #define FM_DECLARE_KERNELS(isa)                                                       \
   namespace isa {                                                                     \
@@ -160,6 +206,8 @@ using DivergenceKernel = void (*)(const DivergenceArgs&, int64_t begin, int64_t 
   void parity_units(const ParityArgs& args, int64_t begin, int64_t end);              \
   void probe_units(const ProbeArgs& args, int64_t begin, int64_t end);                \
   void divergence_step_units(const DivergenceArgs& args, int64_t begin, int64_t end); \
+  void adamw_ema_norm_units(const NormArgs& args, int64_t begin, int64_t end);        \
+  void adamw_ema_units(const AdamwArgs& args, int64_t begin, int64_t end);            \
   }
 FM_DECLARE_KERNELS(portable)
 #if defined(__x86_64__)

@@ -14,7 +14,9 @@ constexpr struct {
             {"path_loss_backward", path_loss_backward},
             {"linear_step", linear_step},
             {"probe", probe},
-            {"divergence_step", divergence_step}};
+            {"divergence_step", divergence_step},
+            {"adamw_ema_norm", adamw_ema_norm},
+            {"adamw_ema", adamw_ema}};
 
 // A failure leaves ops without a CPU implementation (torch says so when one is called): never end the process that loads us.
 bool register_all() {

@@ -16,11 +16,6 @@ const DtypeCode* dtype_codes() {
   return codes;
 }
 
-void check_device(const abi::Tensor& tensor) {
-  static const int32_t cpu = aoti_torch_device_type_cpu();
-  if (tensor.device_type() != cpu) tensor.fail("expected a CPU tensor");
-}
-
 // The sizes of `like`, but for the batch.
 void check_sizes(const abi::Tensor& tensor, const abi::Tensor& like, int64_t batch) {
   int64_t dim = like.dim();
@@ -56,6 +51,11 @@ bool is_dense(const abi::Tensor& tensor) {
 }
 
 }  // namespace
+
+void check_device(const abi::Tensor& tensor) {
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  if (tensor.device_type() != cpu) tensor.fail("expected a CPU tensor");
+}
 
 int code(int64_t value, int64_t least, int64_t most, const char* name) {
   if (value < least || value > most)

@@ -38,17 +38,6 @@ FM_INLINE int64_t offset_of(const View& view, const Tile& tile) {
 }
 
 template <class T>
-struct DtypeOf;
-template <>
-struct DtypeOf<float> {
-  static constexpr Dtype value = Dtype::float32;
-};
-template <>
-struct DtypeOf<double> {
-  static constexpr Dtype value = Dtype::float64;
-};
-
-template <class T>
 FM_INLINE bool usable_in_place(const View& view) {
   return view.dtype == DtypeOf<T>::value && view.point_stride == 1;
 }

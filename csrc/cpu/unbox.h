@@ -18,6 +18,8 @@ int code(int64_t value, int64_t least, int64_t most, const char* name);
 // A whole number in a range.
 int64_t whole(int64_t value, int64_t least, int64_t most, const char* name);
 
+void check_device(const abi::Tensor& tensor);
+
 // Dtype of a tensor; fails for those we do not know.
 Dtype dtype_of(const abi::Tensor& tensor);
 bool is_wide(const abi::Tensor& tensor);

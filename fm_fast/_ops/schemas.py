@@ -32,6 +32,11 @@ SCHEMAS = {
         "(Tensor(a!) sums, Tensor(b!) dots, Tensor g, Tensor key, Tensor codes, Tensor rows, int kind, int index, int first, int share, "
         "int groups, float bias, float factor) -> ()"
     ),
+    "adamw_ema_norm": "(Tensor(a!) total, Tensor[] g) -> ()",
+    "adamw_ema": (
+        "(Tensor(a!)[] p, Tensor(b!)[] copies, Tensor(c!) m, Tensor(d!) v, Tensor(e!) averages, Tensor(f!) counts, Tensor[] g, "
+        "Tensor layout, Tensor total, Tensor settings, Tensor decays) -> ()"
+    ),
 }
 
 _library = torch.library.Library("fm_fast", "DEF")

@@ -1,4 +1,5 @@
 // All kernels of one instruction set in one translation unit (FM_ISA is given on the command line).
+#include "cpu/adamw_ema.cpp"
 #include "cpu/divergence_step.cpp"
 #include "cpu/linear_step.cpp"
 #include "cpu/noise.cpp"
