@@ -1,0 +1,214 @@
+"""AdamW with clipping, moving averages and 16-bit weights in one pass over memory, which never waits for the device."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fm_fast import _backends, _ops
+from fm_fast.train.averaging import Averaging
+
+ALIGNMENT = 16  # elements: every parameter's state begins at a cache line
+HALF_TYPES = (torch.bfloat16, torch.float16)
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+
+class AdamWEMA(torch.optim.Optimizer):
+    """torch.optim.AdamW, torch.nn.utils.clip_grad_norm_ and moving averages of the weights as one optimiser.
+
+    A step is what these do one after the other, in two passes: the norm of all gradients, then everything else. Where a gradient is not
+    finite, the step changes nothing and is counted in :attr:`skipped`; the host does not look at the gradients, so it need not wait.
+    Weights in bfloat16 or float16 are the rounded copies of float32 masters, which the optimiser keeps and averages.
+
+    Args:
+        parameters: tensors or parameter groups, all on one device; float32, float64 or, with float32 masters, bfloat16 and float16.
+        lr, betas, eps, weight_decay, max_norm: of every group that has none of its own. Groups may be changed between steps
+            (``optimiser.param_groups[0]["lr"] = ...``, or any torch scheduler). max_norm: largest norm of all gradients together.
+        averages: how each average forgets, see :mod:`fm_fast.train.averaging`; it starts with the initial weights.
+        backend: of op ``adamw_ema``.
+
+    Raises ValueError for parameters that cannot be updated together, RuntimeError where a step finds them in other memory than before.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        max_norm: float = math.inf,
+        averages: Sequence[Averaging] = (),
+        backend: str | None = None,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "max_norm": max_norm}
+        self.averages = tuple(averages)
+        self._parameters: list[Tensor] = []
+        super().__init__(parameters, defaults)
+        self._parameters = [p for group in self.param_groups for p in group["params"]]
+        _check_parameters(self._parameters)
+        for group in self.param_groups:
+            _check_group(group)
+        self._backend = _backends.resolve("adamw_ema", self._parameters[0].device, backend)
+        self._allocate()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only the constructor adds groups: the state of all parameters is one tensor."""
+        if self._parameters:
+            raise ValueError("param_group: expected all parameters when the optimiser is made, got more afterwards")
+        super().add_param_group(param_group)
+
+    def _allocate(self) -> None:
+        parameters, device = self._parameters, self._parameters[0].device
+        dtype = torch.float64 if parameters[0].dtype == torch.float64 else torch.float32
+        layout, length = _layout(self.param_groups)
+        flat = torch.zeros(2 + len(self.averages), length, dtype=dtype, device=device)
+        self._flat = _ops.AdamwState(flat[0], flat[1], flat[2:], torch.zeros(2, dtype=torch.int64, device=device), layout)
+        self._masters = torch.zeros(length if any(p.dtype != dtype for p in parameters) else 0, dtype=dtype, device=device)
+        self._nothing = torch.empty(0, device=device)
+        self._total = torch.zeros(1, dtype=torch.float64, device=device)
+        self._settings = torch.full((len(self.param_groups), 6), math.nan, dtype=torch.float64, device=device)
+        self._written = [[math.nan] * 6 for _ in self.param_groups]
+        self._decays = torch.tensor([average.row for average in self.averages], dtype=torch.float64).reshape(-1, 4).to(device)
+        self._addresses = [p.data_ptr() for p in parameters]
+        self._make_views()
+
+    @torch.no_grad()
+    def _make_views(self) -> None:
+        """What the op updates of each parameter: the master (or the parameter itself) and its 16-bit copy; and the state by name."""
+        self._weights, self._copies = list(self._parameters), []
+        for i, p in enumerate(self._parameters):
+            parts = {"exp_avg": self._flat.m, "exp_avg_sq": self._flat.v, "averages": self._flat.averages}
+            views = {name: self._flat.part(flat, i, p) for name, flat in parts.items()}
+            if p.dtype in HALF_TYPES:
+                views["master"] = self._weights[i] = self._flat.part(self._masters, i, p).copy_(p)
+            views["averages"].copy_(self._weights[i])
+            self.state[p] = {**views, "counts": self._flat.counts}
+        if self._masters.numel():
+            self._copies = [p if p.dtype in HALF_TYPES else self._nothing for p in self._parameters]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update from the parameters' gradients; ``closure``, if any, computes them, and its value is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if [p.data_ptr() for p in self._parameters] != self._addresses:
+            raise RuntimeError("parameters: expected the memory that they had when the optimiser was made; make it after model.to(...)")
+        gradients = [self._nothing if p.grad is None else _alike(p.grad, p) for p in self._parameters]
+        self._write_settings()
+        _ops.adamw_ema_norm(self._total, [g for g in gradients if g.numel()], self._backend)
+        _ops.adamw_ema(
+            self._weights, self._copies, gradients, self._flat, self._total, self._settings, self._decays, self._backend
+        )  # fmt: skip
+        torch.autograd.graph.increment_version(self._parameters)  # a graph made before must not be walked backward with these weights
+        return loss
+
+    def _write_settings(self) -> None:
+        """Numbers that changed go to the device as arguments of a fill, which is no copy from the host to wait for."""
+        for i, group in enumerate(self.param_groups):
+            row = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["max_norm"])
+            for j, value in enumerate(row):
+                if isinstance(value, Tensor) or value != self._written[i][j]:
+                    self._settings[i, j].fill_(value)
+                    self._written[i][j] = math.nan if isinstance(value, Tensor) else value
+
+    @property
+    def gradient_norm(self) -> Tensor:
+        """The norm of all gradients of the last step before clipping, float64 [], on the device."""
+        return self._total[0].sqrt()
+
+    @property
+    def updates(self) -> Tensor:
+        """The number of steps that updated the weights, int64 [], on the device."""
+        return self._flat.counts[0]
+
+    @property
+    def skipped(self) -> Tensor:
+        """The number of steps left out because a gradient was not finite, int64 [], on the device."""
+        return self._flat.counts[1]
+
+    def average(self, model: nn.Module, i: int = 0) -> nn.Module:
+        """A copy of ``model`` with the averaged weights of ``averages[i]``, in the dtype of the masters and without gradients.
+
+        Its weights are those averages themselves: later steps move them. Their values: ``average(model, i).state_dict()``.
+        """
+        if not -len(self.averages) <= i < len(self.averages):
+            raise ValueError(f"i: expected the index of one of {len(self.averages)} averages, got {i}")
+        copied = copy.deepcopy(model).to(self._flat.m.dtype).requires_grad_(False)
+        for p, q in zip(model.parameters(), copied.parameters(), strict=True):
+            if p in self.state:
+                q.data = self.state[p]["averages"][i]
+        return copied
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue bit by bit where :meth:`state_dict` was taken. Raises ValueError for the state of other parameters or averages."""
+        groups = state_dict["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+            raise ValueError("state_dict: expected as many parameters in each group as the optimiser has")
+        for i, p in enumerate(self._parameters):
+            _load(i, state_dict["state"].get(i, {}), self.state[p])
+        for group, stored in zip(self.param_groups, groups, strict=True):
+            group.update({name: value for name, value in stored.items() if name != "params"})
+
+
+def _layout(groups: Sequence[dict[str, Any]]) -> tuple[Tensor, int]:
+    """(where each parameter begins and its group, positions in all)."""
+    rows, length = [], 0
+    for i, group in enumerate(groups):
+        for p in group["params"]:
+            rows.append((length, i))
+            length += -(-p.numel() // ALIGNMENT) * ALIGNMENT
+    return torch.tensor(rows, dtype=torch.int64, device="cpu"), length
+
+
+def _check_parameters(parameters: Sequence[Tensor]) -> None:
+    if len({id(p) for p in parameters}) != len(parameters):
+        raise ValueError("parameters: expected each once, got one of them twice")
+    devices, dtypes = {p.device for p in parameters}, {p.dtype for p in parameters}
+    if len(devices) > 1:
+        raise ValueError(f"parameters: expected one device, got {', '.join(sorted(map(str, devices)))}")
+    if dtypes != {torch.float64} and not dtypes <= {torch.float32, *HALF_TYPES}:
+        raise ValueError(f"parameters: expected float64, or float32, bfloat16 and float16, got {', '.join(sorted(map(str, dtypes)))}")
+    for p in parameters:
+        if not _is_gapless(p):
+            raise ValueError(f"parameters: expected memory without gaps, got strides {p.stride()} for {tuple(p.shape)}")
+
+
+def _is_gapless(p: Tensor) -> bool:
+    span = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+    return p.numel() == 0 or span == p.numel()
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        if not group[name] >= 0.0:
+            raise ValueError(f"{name}: expected 0 or more, got {group[name]!r}")
+    if not all(0.0 <= beta < 1.0 for beta in group["betas"]):
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {group['betas']!r}")
+    if not group["max_norm"] > 0.0:
+        raise ValueError(f"max_norm: expected a positive number, inf for no limit, got {group['max_norm']!r}")
+
+
+def _alike(gradient: Tensor, p: Tensor) -> Tensor:
+    """The gradient in the memory order of its parameter, as autograd leaves it."""
+    if gradient.stride() == p.stride():
+        return gradient
+    if all(a == b for size, a, b in zip(p.shape, gradient.stride(), p.stride(), strict=True) if size != 1):
+        return gradient
+    return torch.empty_like(p, dtype=gradient.dtype).copy_(gradient)
+
+
+def _load(index: int, stored: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    if {name: value.shape for name, value in stored.items()} != {name: value.shape for name, value in state.items()}:
+        raise ValueError(
+            f"state_dict: expected {', '.join(state)} of parameter {index} in their shapes, got {', '.join(stored) or 'nothing'}"
+        )
+    for name, value in stored.items():
+        state[name].copy_(value)

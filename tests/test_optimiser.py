@@ -1,0 +1,280 @@
+"""AdamWEMA and its averages: against torch's optimiser in a training loop, 16-bit weights, groups, state, and what it refuses."""
+
+import contextlib
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fm_fast.train.averaging import fixed_decay, gamma_of_width, power_function, power_function_of_width, warmed_up_decay
+from fm_fast.train.optimiser import AdamWEMA
+
+HALF_TYPES = [torch.bfloat16, torch.float16]
+AVERAGES = (warmed_up_decay(0.95), power_function(3.0))
+
+
+def network(dtype=torch.float32):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4 * 36, 2))
+    return layers.to(dtype)
+
+
+def gradients(model, step, scale=1.0):
+    """Fill the gradients with numbers that depend on the step only."""
+    generator = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        p.grad = torch.empty_like(p).copy_(scale * torch.randn(p.shape, generator=generator))
+
+
+def backward(model, step):
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+    loss = model(x.to(next(model.parameters()).dtype)).float().square().mean()
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_training_loop_is_that_of_torch(channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model, other = network().to(memory_format=layout), network().to(memory_format=layout)
+    ours = AdamWEMA(model.parameters(), 1e-2, (0.8, 0.95), 1e-6, 0.1, max_norm=0.5, averages=AVERAGES)
+    theirs = torch.optim.AdamW(other.parameters(), 1e-2, (0.8, 0.95), 1e-6, 0.1)
+    averaged = copy.deepcopy(other)
+    for step in range(25):
+        torch.testing.assert_close(backward(model, step), backward(other, step), rtol=1e-3, atol=1e-5)
+        ours.step()
+        norm = nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+        torch.testing.assert_close(ours.gradient_norm.float(), norm, rtol=1e-3, atol=0)
+        theirs.step()
+        ours.zero_grad()
+        theirs.zero_grad()
+        for a, p in zip(averaged.parameters(), other.parameters(), strict=True):
+            a.data.lerp_(p.data, 1.0 - min(0.95, (1 + step) / (10 + step)))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+    for p, q in zip(ours.average(model).parameters(), averaged.parameters(), strict=True):
+        torch.testing.assert_close(p, q.detach(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_half_weights_are_rounded_masters(dtype):
+    """The masters move as float32 weights with the same gradients would; steps too small for the weights are not lost."""
+    model = network(dtype)
+    master = copy.deepcopy(model).float()
+    ours = AdamWEMA(model.parameters(), 1e-5, averages=(fixed_decay(0.9),))
+    theirs = AdamWEMA(master.parameters(), 1e-5, averages=(fixed_decay(0.9),))
+    for step in range(100):
+        gradients(model, step)
+        for p, q in zip(model.parameters(), master.parameters(), strict=True):
+            q.grad = p.grad.float()
+        ours.step()
+        theirs.step()
+    for p, q in zip(model.parameters(), master.parameters(), strict=True):
+        assert torch.equal(ours.state[p]["master"], q) and torch.equal(p, q.to(dtype))
+    assert not torch.equal(next(master.parameters()), next(network(dtype).parameters()).float())
+    for p, q in zip(ours.average(model).parameters(), theirs.average(master).parameters(), strict=True):
+        assert p.dtype == torch.float32 and torch.equal(p, q)
+
+
+def test_mixed_weights():
+    model = network()
+    model[0].to(torch.bfloat16)
+    optimiser = AdamWEMA(model.parameters(), 0.1)
+    gradients(model, 0)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimiser.step()
+    assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert torch.equal(model[0].weight, optimiser.state[model[0].weight]["master"].bfloat16())
+
+
+def test_average_is_a_live_view():
+    model = network()
+    optimiser = AdamWEMA(model.parameters(), 0.1, averages=AVERAGES)
+    average, second = optimiser.average(model), optimiser.average(model, 1)
+    assert torch.equal(average[0].weight, model[0].weight) and average[0].weight.data_ptr() != model[0].weight.data_ptr()
+    gradients(model, 0)
+    optimiser.step()
+    # The first decay is 1 / 10, and the power function takes the first weights as they are.
+    torch.testing.assert_close(second[0].weight, model[0].weight.detach())
+    torch.testing.assert_close(average[0].weight, (0.1 * network()[0].weight + 0.9 * model[0].weight).detach())
+    assert not any(p.requires_grad for p in average.parameters())
+    with pytest.raises(ValueError, match="i: expected the index of one of 2 averages, got 2"):
+        optimiser.average(model, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_restored_optimiser_continues_bit_by_bit(dtype, tmp_path):
+    def start():
+        model = network(dtype)
+        groups = [{"params": model[0].parameters(), "lr": 0.05}, {"params": [*model[2].parameters(), *model[4].parameters()]}]
+        return model, AdamWEMA(groups, 1e-2, averages=AVERAGES)
+
+    def run(model, optimiser, steps):
+        for step in steps:
+            gradients(model, step, math.nan if step == 3 else 1.0)
+            optimiser.param_groups[1]["lr"] = 0.01 / (1 + step)
+            optimiser.step()
+
+    model, optimiser = start()
+    run(model, optimiser, range(6))
+    torch.save({"model": model.state_dict(), "optimiser": optimiser.state_dict()}, tmp_path / "state.pt")
+    run(model, optimiser, range(6, 12))
+    again, restored = start()
+    content = torch.load(tmp_path / "state.pt", weights_only=True)
+    again.load_state_dict(content["model"])
+    restored.load_state_dict(content["optimiser"])
+    assert restored.param_groups[1]["lr"] == 0.01 / 6 and (int(restored.updates), int(restored.skipped)) == (5, 1)
+    run(again, restored, range(6, 12))
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(value, restored.state[q][name]) for name, value in optimiser.state[p].items())
+
+
+def test_state_survives_another_memory_layout():
+    model = network()
+    optimiser = AdamWEMA(model.parameters(), 1e-2, averages=AVERAGES)
+    gradients(model, 0)
+    optimiser.step()
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    restored = AdamWEMA(other.parameters(), 1e-2, averages=AVERAGES)
+    restored.load_state_dict(optimiser.state_dict())
+    for net, steps in ((model, optimiser), (other, restored)):
+        gradients(net, 1)
+        steps.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_torch_schedulers_and_closures():
+    model = network()
+    optimiser = AdamWEMA(model.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: 0.5**n)
+    for n in range(3):
+        assert optimiser.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**n)
+        before = model[4].bias.detach().clone()
+        assert float(optimiser.step(lambda n=n: backward(model, n))) > 0.0
+        if n == 0:  # the first update is the learning rate in the gradient's sign
+            assert float((model[4].bias.detach() - before).abs().max()) == pytest.approx(0.1, rel=1e-3)
+        scheduler.step()
+
+
+def test_a_learning_rate_on_the_device():
+    model, other = network(), network()
+    ours, theirs = AdamWEMA(model.parameters(), 1.0), AdamWEMA(other.parameters(), 0.25)
+    ours.param_groups[0]["lr"] = torch.tensor(0.25)
+    for net, optimiser in ((model, ours), (other, theirs)):
+        gradients(net, 0)
+        optimiser.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_gradients_in_another_memory_order():
+    model, other = network().to(memory_format=torch.channels_last), network()
+    for net in (model, other):
+        optimiser = AdamWEMA(net.parameters(), 0.1)
+        gradients(other, 0)
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            p.grad = q.grad.clone()  # contiguous
+        optimiser.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_autograd_sees_that_weights_were_changed():
+    model = network()
+    optimiser = AdamWEMA(model.parameters(), 0.1)
+    loss = model(torch.ones(1, 3, 8, 8)).square().mean()
+    gradients(model, 0)
+    optimiser.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_weights_that_moved_are_refused():
+    model = network()
+    optimiser = AdamWEMA(model.parameters(), 0.1)
+    model.double()
+    with pytest.raises(RuntimeError, match="parameters: expected the memory that they had"):
+        optimiser.step()
+
+
+def weight(dtype=torch.float32):
+    return nn.Parameter(torch.ones(2, 3, dtype=dtype))
+
+
+def test_wrong_parameters_and_settings():
+    one = weight()
+    cases = [
+        (([one, one],), {}, "parameters: expected each once"),
+        (([weight(), weight(torch.float64)],), {}, "parameters: expected float64, or float32, bfloat16 and float16"),
+        (([weight(torch.complex64)],), {}, "got torch.complex64"),
+        (([weight(), nn.Parameter(torch.ones(1, device="meta"))],), {}, "parameters: expected one device, got cpu, meta"),
+        (([nn.Parameter(torch.ones(4, 4)[:, ::2])],), {}, "parameters: expected memory without gaps"),
+        (([one], -1.0), {}, "lr: expected 0 or more"),
+        (([one],), {"betas": (0.9, 1.0)}, "betas: expected two numbers"),
+        (([one],), {"max_norm": 0.0}, "max_norm: expected a positive number"),
+        (([],), {}, "empty parameter list"),
+    ]
+    for arguments, settings, message in cases:
+        expected_warning = pytest.warns() if "once" in message else contextlib.nullcontext()
+        with expected_warning, pytest.raises(ValueError, match=message):
+            AdamWEMA(*arguments, **settings)
+    with pytest.raises(ValueError, match="param_group: expected all parameters"):
+        AdamWEMA([one]).add_param_group({"params": [weight()]})
+    with pytest.raises(RuntimeError, match="backend='triton' can't run adamw_ema on cpu"):
+        AdamWEMA([one], backend="triton")
+
+
+def test_the_state_of_others_is_refused():
+    optimiser = AdamWEMA([weight()], averages=AVERAGES)
+    with pytest.raises(ValueError, match="state_dict: expected as many parameters"):
+        optimiser.load_state_dict(AdamWEMA([weight(), weight()]).state_dict())
+    with pytest.raises(ValueError, match="of parameter 0 in their shapes"):
+        optimiser.load_state_dict(AdamWEMA([weight()]).state_dict())
+    with pytest.raises(ValueError, match="of parameter 0 in their shapes, got nothing"):
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": {}})
+
+
+# Averages
+
+
+def test_decays():
+    assert [fixed_decay(0.9).decay(n) for n in (0, 100)] == [0.9, 0.9]
+    assert [warmed_up_decay(0.9).decay(n) for n in (0, 8, 1000)] == [1 / 10, 9 / 18, 0.9]
+    assert [power_function(1.0).decay(n) for n in (0, 1, 9)] == [0.0, 0.25, pytest.approx(0.81)]
+
+
+@pytest.mark.parametrize("width", [0.01, 0.05, 0.1, 0.25, 12**-0.5])
+def test_the_width_of_the_power_function_is_its_standard_deviation(width):
+    """Of the shares that it gives to 20,000 steps, as a share of the run."""
+    averaging, steps = power_function_of_width(width), 20_000
+    shares, kept = [0.0] * steps, 1.0
+    for n in reversed(range(steps)):
+        shares[n] = kept * (1.0 - averaging.decay(n))
+        kept *= averaging.decay(n)
+    assert sum(shares) == pytest.approx(1.0, abs=1e-9)
+    mean = sum(share * n for n, share in enumerate(shares)) / steps
+    variance = sum(share * (n / steps - mean) ** 2 for n, share in enumerate(shares))
+    assert math.sqrt(variance) == pytest.approx(width, rel=1e-3)
+
+
+def test_the_exponents_of_karras_et_al():
+    assert gamma_of_width(0.05) == pytest.approx(16.97, abs=0.005) and gamma_of_width(0.10) == pytest.approx(6.94, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("make", "value", "message"),
+    [
+        (fixed_decay, 1.5, "decay: expected a number in"),
+        (warmed_up_decay, -0.1, "decay: expected a number in"),
+        (power_function, -1.0, "gamma: expected more than -1"),
+        (power_function_of_width, 0.3, "width: expected more than 0 and at most 0.2887"),
+        (power_function_of_width, 0.0, "width: expected more than 0"),
+    ],
+)
+def test_wrong_averages(make, value, message):
+    with pytest.raises(ValueError, match=message):
+        make(value)
