@@ -1,6 +1,7 @@
 """The command line: fm-fast train | sample | likelihood | info."""
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import Field, fields, is_dataclass, replace
@@ -69,14 +70,15 @@ def _add_option(parser: argparse.ArgumentParser, entry: Field, hint: Any, defaul
     if hint is bool:
         parser.add_argument(option, dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
     elif get_args(hint):
-        parser.add_argument(option, dest=name, type=_integers, metavar="N,N", default=argparse.SUPPRESS, help=text)
+        numbers = functools.partial(_numbers, get_args(hint)[0])
+        parser.add_argument(option, dest=name, type=numbers, metavar="N,N", default=argparse.SUPPRESS, help=text)
     else:
         parser.add_argument(option, dest=name, type=hint, metavar=hint.__name__.upper(), default=argparse.SUPPRESS, help=text)
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def _numbers(kind: type, text: str) -> tuple[Any, ...]:
     """ "1,2,2" -> (1, 2, 2)."""
-    return tuple(int(part) for part in text.split(",") if part)
+    return tuple(kind(part) for part in text.split(",") if part)
 
 
 def config_from(options: argparse.Namespace) -> TrainConfig:

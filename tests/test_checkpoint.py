@@ -25,7 +25,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, objective):
     checkpoint.save_checkpoint(tmp_path / "c.pt", first, config)
     checkpoint.resume(tmp_path / "c.pt", second, config)
     assert_same_state(first, second)
-    assert len(moments(second)) == 3 * len(list(second.model.parameters()))
+    assert len(moments(second)) == 4 * len(list(second.model.parameters()))
     losses = advance(second, config, data, 10)
     assert_same_state(straight, second)
     assert torch.equal(torch.stack(losses), torch.stack(advance(trained(config, data, 10), config, data, 10)))
@@ -84,10 +84,10 @@ def interrupt_after(monkeypatch, steps):
     """Press Ctrl-C in the middle of that step."""
     original = loop.training_step
 
-    def training_step(state, *rest):
+    def training_step(state, *rest, **settings):
         if state.step == steps - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(state, *rest)
+        return original(state, *rest, **settings)
 
     monkeypatch.setattr(loop, "training_step", training_step)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trainer_helpers import CPU, assert_same_state, decode_png, flat, tiny
+from trainer_helpers import CPU, assert_same_state, decode_png, tiny
 
 from fm_fast import objectives
 from fm_fast.nn import Preconditioned
@@ -17,34 +17,10 @@ from fm_fast.train.data import digits
 from fm_fast.train.evaluate import agreement, evaluate, median_distance, train_classifier
 from fm_fast.train.log import Logger
 from fm_fast.train.loop import advance, pick_device
-from fm_fast.train.step import batch_loss, build_model, drop_labels, ema_decay, learning_rate, new_state, update_average
+from fm_fast.train.step import build_model, drop_labels, new_state, sample_losses
 from fm_fast.train.times import importance_times
 
 # One step
-
-
-def test_learning_rate_rises_and_falls_linearly():
-    config = tiny(steps=100, warmup=10, learning_rate=1.0)
-    assert [learning_rate(config, step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
-    assert [learning_rate(config, step) for step in (55, 99, 100, 120)] == pytest.approx([0.5, 1 / 90, 0.0, 0.0])
-    assert learning_rate(tiny(warmup=0, learning_rate=1.0), 0) == 1.0
-
-
-def test_average_is_the_closed_form():
-    config, model = tiny(ema_decay=0.9), torch.nn.Linear(3, 2)
-    average = torch.nn.Linear(3, 2)
-    history = [flat(average).double()]
-    decays = [ema_decay(config, step) for step in range(120)]
-    assert decays[0] == 1 / 10 and decays[8] == 9 / 18 and decays[119] == 0.9
-    for step, decay in enumerate(decays):
-        with torch.no_grad():
-            model.weight.fill_(math.sin(step))
-        update_average(average, model, decay)
-        history.append(flat(model).double())
-    weights = [math.prod(decays)] + [(1 - d) * math.prod(decays[i + 1 :]) for i, d in enumerate(decays)]
-    assert sum(weights) == pytest.approx(1.0)
-    expected = sum(weight * value for weight, value in zip(weights, history, strict=True))
-    torch.testing.assert_close(flat(average).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_label_drop_has_the_right_rate_and_is_independent_of_the_batch_split():
@@ -60,13 +36,14 @@ def test_label_drop_has_the_right_rate_and_is_independent_of_the_batch_split():
 
 
 @pytest.mark.parametrize("objective", ["fm-ot", "scoreflow"])
-def test_loss_is_that_of_the_parts_of_the_batch(objective):
+def test_losses_are_those_of_the_parts_of_the_batch(objective):
     config, data = tiny(label_drop=0.3, objective=objective), digits()
     state = new_state(config, CPU)
     advance(state, config, data, 2)
-    whole = batch_loss(state, config, data.images[:16], data.labels[:16], data.levels)
-    parts = [batch_loss(state, config, data.images[i : i + 4], data.labels[i : i + 4], data.levels, i) for i in (0, 4, 8, 12)]
-    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-5, atol=0)
+    whole, t = sample_losses(state, config, data.images[:16], data.labels[:16], data.levels)
+    parts = [sample_losses(state, config, data.images[i : i + 4], data.labels[i : i + 4], data.levels, i) for i in (0, 4, 8, 12)]
+    torch.testing.assert_close(torch.cat([losses for losses, _ in parts]), whole, rtol=1e-4, atol=1e-6)
+    assert torch.equal(torch.cat([times for _, times in parts]), t)
 
 
 def test_a_run_ignores_the_state_of_torchs_generator():
@@ -173,6 +150,15 @@ def test_log_reports_means_and_stops_at_a_loss_that_is_not_finite(tmp_path, caps
     logger.step(2, torch.tensor(1.0), rate=0.1)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 4"):
         logger.step(4, torch.tensor(float("nan")), rate=0.1)
+
+
+def test_log_leaves_out_losses_that_are_not_finite_and_shows_quartiles(tmp_path):
+    logger = Logger(tmp_path / "log.jsonl", tiny(log_every=3, steps=6), first_step=0)
+    nothing, two = torch.zeros(2, 4), torch.tensor([[1.0, 0.0, 4.0, 8.0], [2.0, 0.0, 1.0, 4.0]])
+    for step, loss, quartiles in ((1, 1.0, two), (2, math.nan, nothing), (3, 2.0, two)):
+        logger.step(step, torch.tensor(loss), 0.1, quartiles)
+    (record,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert (record["loss"], record["not_finite"]) == (1.5, 1) and record["loss_by_quartile"] == [0.5, None, 4.0, 2.0]
 
 
 def test_log_shows_a_bar_to_a_terminal(tmp_path, capsys, monkeypatch):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+WIDEST = math.sqrt(1.0 / 12.0)  # the standard deviation, as a share of the run, of the even average of all weights
+
 
 @dataclass(frozen=True)
 class Averaging:
@@ -57,11 +59,10 @@ def power_function_of_width(width: float) -> Averaging:
 def gamma_of_width(width: float) -> float:
     """The exponent gamma with width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)): the largest real root of that cubic.
 
-    Raises ValueError for a width that no gamma >= 0 has: the widest is 1 / sqrt(12), the even average of all weights.
+    Raises ValueError for a width that no gamma >= 0 has, above WIDEST.
     """
-    widest = math.sqrt(1.0 / 12.0)
-    if not 0.0 < width <= widest:
-        raise ValueError(f"width: expected more than 0 and at most {widest:.4f} (a share of the run), got {width!r}")
+    if not 0.0 < width <= WIDEST:
+        raise ValueError(f"width: expected more than 0 and at most {WIDEST:.4f} (a share of the run), got {width!r}")
     precision = width**-2
     roots = np.roots([1.0, 7.0, 16.0 - precision, 12.0 - precision])
     return max(0.0, float(max(root.real for root in roots if abs(root.imag) < 1e-6)))

@@ -6,6 +6,7 @@ from typing import Any
 from fm_fast.nn import UNetConfig
 from fm_fast.paths import OT, VP, Path
 from fm_fast.solvers import METHODS
+from fm_fast.train.averaging import WIDEST
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ RECIPES = {
 }
 
 
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")  # functions of train/schedule.py
+PRECISIONS = ("float32", "bfloat16")
+
+
 def _option(default: Any, text: str, resumable: bool = False) -> Any:
     """A field with its help text; a resumable one may differ when a run is resumed."""
     return field(default=default, metadata={"help": text, "resumable": resumable})
@@ -46,13 +51,18 @@ class TrainConfig:
     objective: str = _option("fm-ot", f"row of the paper's Table 1: {', '.join(RECIPES)}")
     steps: int = _option(500, "training steps in all", resumable=True)
     batch_size: int = _option(128, "images a step")
+    micro_batch: int = _option(0, "images that pass through the network at once, 0 for all of a step", resumable=True)
+    precision: str = _option("float32", f"dtype of the weights, with float32 masters in the optimiser: {', '.join(PRECISIONS)}")
+    compile: bool = _option(False, "run the network through torch.compile", resumable=True)
     learning_rate: float = _option(2e-3, "AdamW's peak learning rate")
-    warmup: int = _option(20, "steps over which the learning rate rises linearly; afterwards it falls linearly to 0 at the last step")
+    schedule: str = _option("linear", f"course of the learning rate after the warm-up: {', '.join(SCHEDULES)}")
+    warmup: int = _option(20, "steps over which the learning rate rises linearly")
     beta1: float = _option(0.9, "AdamW's decay of the mean of gradients")
     beta2: float = _option(0.99, "AdamW's decay of the mean of squared gradients")
     weight_decay: float = _option(0.0, "AdamW's weight decay")
     clip: float = _option(1.0, "largest norm of the gradient, 0 for no limit")
     ema_decay: float = _option(0.99, "decay of the averaged weights, after a warm-up of (1 + n) / (10 + n)")
+    ema_widths: tuple[float, ...] = _option((), "widths of further averages: power functions as in EDM2, e.g. 0.05,0.1 of the run")
     label_drop: float = _option(0.1, "share of labels replaced by the null class, for guidance")
     flip: float = _option(0.0, "share of images mirrored left to right")
     dequantise: bool = _option(False, "add uniform noise within a grey level")
@@ -81,12 +91,16 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"objective: expected one of {', '.join(RECIPES)}, got {config.objective!r}")
     for name in ("steps", "batch_size", "sample_steps", "samples_per_class", "log_every"):
         _require(name, getattr(config, name) >= 1, "at least 1", getattr(config, name))
-    for name in ("warmup", "clip", "weight_decay", "sample_every", "checkpoint_every", "seed"):
+    for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        _require(name, getattr(config, name) in choices, f"one of {', '.join(choices)}", getattr(config, name))
+    for name in ("warmup", "micro_batch", "clip", "weight_decay", "sample_every", "checkpoint_every", "seed"):
         _require(name, getattr(config, name) >= 0, "0 or more", getattr(config, name))
     for name in ("label_drop", "flip"):
         _require(name, 0.0 <= getattr(config, name) <= 1.0, "a share in [0, 1]", getattr(config, name))
     for name in ("beta1", "beta2", "ema_decay"):
         _require(name, 0.0 <= getattr(config, name) < 1.0, "a number in [0, 1)", getattr(config, name))
+    for width in config.ema_widths:
+        _require("ema_widths", 0.0 < width <= WIDEST, f"shares of the run, at most {WIDEST:.4f}", width)
     _require("learning_rate", config.learning_rate > 0.0, "a positive number", config.learning_rate)
     _require("sample_method", config.sample_method in METHODS, f"one of {', '.join(METHODS)}", config.sample_method)
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fm_fast.train.config import TrainConfig
@@ -17,20 +18,24 @@ from fm_fast.train.config import TrainConfig
 class Logger:
     """Collects losses without reading them from the device, and reports their mean every `log_every` steps.
 
-    Raises FloatingPointError at such a point if the mean is not finite.
+    The mean is that of the finite losses, since a step without a finite gradient is left out; the number of others is reported.
+    Raises FloatingPointError at such a point if no loss is finite.
     """
 
     def __init__(self, file: Path, config: TrainConfig, first_step: int) -> None:
         self.file, self.config = file, config
         self._losses: list[Tensor] = []
+        self._quartiles: list[Tensor] = []
         self._since = time.perf_counter()
         self._bar = _progress_bar(config.steps, first_step)
         if first_step == 0:
             file.write_text("")
 
-    def step(self, step: int, loss: Tensor, rate: float) -> None:
-        """Note the loss of the step that finished as number `step` (counted from 1)."""
+    def step(self, step: int, loss: Tensor, rate: float, by_quartile: Tensor | None = None) -> None:
+        """Note the loss of the step that finished as number `step` (counted from 1), and its sums and counts [2, 4] by quartile of t."""
         self._losses.append(loss)
+        if by_quartile is not None:
+            self._quartiles.append(by_quartile)
         if self._bar is not None:
             self._bar.update(1)
         if step % self.config.log_every == 0 or step == self.config.steps:
@@ -56,14 +61,24 @@ class Logger:
             self._bar.close()
 
     def _report(self, step: int, rate: float) -> None:
-        loss = sum(float(value) for value in self._losses) / len(self._losses)
+        losses, quartiles = [float(value) for value in self._losses], self._mean_by_quartile()
+        finite = [value for value in losses if math.isfinite(value)]
+        loss = sum(finite) / len(finite) if finite else losses[-1]
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        speed = len(self._losses) * self.config.batch_size / seconds
-        self._losses, self._since = [], time.perf_counter()
-        self._write(step=step, loss=loss, learning_rate=rate, images=step * self.config.batch_size, images_per_second=round(speed, 1))
+        speed = len(losses) * self.config.batch_size / seconds
+        self._losses, self._quartiles, self._since = [], [], time.perf_counter()
+        record = {"learning_rate": rate, "images": step * self.config.batch_size, "images_per_second": round(speed, 1)}
+        self._write(step=step, loss=loss, **record, loss_by_quartile=quartiles, not_finite=len(losses) - len(finite))
         self._show(step, loss, rate, speed)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step}; a lower learning_rate or a smaller clip may help")
+
+    def _mean_by_quartile(self) -> list[float | None]:
+        """Mean losses of t in the quarters of [0, 1]; None where no sample fell."""
+        if not self._quartiles:
+            return []
+        sums, counts = torch.stack(self._quartiles).sum(0).tolist()
+        return [total / count if count else None for total, count in zip(sums, counts, strict=True)]
 
     def _write(self, **record: Any) -> None:
         with self.file.open("a") as file:

@@ -14,7 +14,8 @@ from fm_fast.train.interrupt import deferred_interrupt
 from fm_fast.train.log import Logger
 from fm_fast.train.picture import write_images
 from fm_fast.train.sample import sample, starting_noise, to_integers
-from fm_fast.train.step import TrainState, learning_rate, new_state, training_step
+from fm_fast.train.schedule import learning_rate
+from fm_fast.train.step import TrainState, network_of, new_state, training_step
 
 PICTURE_CLASSES = 10
 
@@ -66,7 +67,7 @@ def pick_device(name: str) -> torch.device:
 def advance(state: TrainState, config: TrainConfig, dataset: Dataset, steps: int) -> list[torch.Tensor]:
     """`steps` training steps without log or files; returns their losses."""
     order = DataOrder(len(dataset), config.seed)
-    return [training_step(state, config, dataset, order) for _ in range(steps)]
+    return [training_step(state, config, dataset, order).mean for _ in range(steps)]
 
 
 def _run(state: TrainState, config: TrainConfig, dataset: Dataset, out: Path) -> float:
@@ -79,11 +80,12 @@ def _run(state: TrainState, config: TrainConfig, dataset: Dataset, out: Path) ->
 
 
 def _steps(state: TrainState, config: TrainConfig, dataset: Dataset, out: Path, logger: Logger) -> float:
-    order, paused = DataOrder(len(dataset), config.seed), 0.0
+    order, network, paused = DataOrder(len(dataset), config.seed), network_of(state, config), 0.0
     with deferred_interrupt() as interrupted:
         while state.step < config.steps:
             rate = learning_rate(config, state.step)
-            logger.step(state.step + 1, training_step(state, config, dataset, order), rate)
+            loss = training_step(state, config, dataset, order, network=network)
+            logger.step(state.step, loss.mean, rate, loss.by_quartile)
             paused += logger.without_timing(lambda: _interval_files(state, config, dataset, out))
             if interrupted() and state.step < config.steps:
                 save_checkpoint(out / "checkpoint.pt", state, config)

@@ -1,32 +1,42 @@
 """One training step as a function of (state, configuration, data): everything random is counted from (seed, step, sample)."""
 
-import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fm_fast.loss import flow_matching_loss
+from fm_fast.loss import sample_path
 from fm_fast.nn import Preconditioned, UNet
 from fm_fast.random import noise
+from fm_fast.train.averaging import Averaging, power_function_of_width, warmed_up_decay
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import DataOrder, Dataset
+from fm_fast.train.optimiser import AdamWEMA
+from fm_fast.train.schedule import learning_rate
 from fm_fast.train.times import importance_times
 
 NULL_CLASS = -1
+QUARTILES = 4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Model = Callable[..., Tensor]
 
 
 @dataclass
 class TrainState:
-    """All that changes in a run. `step` counts finished steps; `average` is the exponential moving average of `model`."""
+    """All that changes in a run. `step` counts finished steps; `average` is the first moving average of `model`, kept by the optimiser."""
 
     model: nn.Module
     average: nn.Module
-    optimiser: torch.optim.Optimizer
+    optimiser: AdamWEMA
     step: int = 0
+    dropout_keys: tuple[Tensor, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.dropout_keys = tuple(buffer for name, buffer in self.model.named_buffers() if name.rpartition(".")[2] == "dropout_key")
 
     def state_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimiser")}
@@ -38,6 +48,37 @@ class TrainState:
         self.step = stored["step"]
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of every step's batch that this process computes: number `rank` of `world` parts of equal size.
+
+    All that data parallelism asks of a step: a sample's noise, time and labels depend on its place in the whole batch, so the parts
+    together are the batch, whatever `world` is. Gradients are averaged over the parts by the network that the step is given
+    (DistributedDataParallel does), and every process then makes the same update. Raises ValueError for a batch that does not divide.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    def samples(self, batch_size: int) -> range:
+        """Places in the batch."""
+        size, rest = divmod(batch_size, self.world)
+        if rest:
+            raise ValueError(f"batch_size: expected a multiple of the number of processes, {self.world}, got {batch_size}")
+        return range(self.rank * size, (self.rank + 1) * size)
+
+
+WHOLE = Share()
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """What a step tells the log, on the device: the mean loss, and the losses' sums and counts [2, 4] by quartile of t (0..1/4, ...)."""
+
+    mean: Tensor
+    by_quartile: Tensor
+
+
 def build_model(config: TrainConfig) -> nn.Module:
     """The network of a run, preconditioned if the recipe says so. Initial weights depend on the seed only."""
     with torch.random.fork_rng(devices=[]):
@@ -47,25 +88,25 @@ def build_model(config: TrainConfig) -> nn.Module:
     return Preconditioned(network, recipe.path, recipe.objective) if recipe.preconditioned else network
 
 
+def averages_of(config: TrainConfig) -> tuple[Averaging, ...]:
+    """The averages that the optimiser keeps: of `ema_decay` with its warm-up, then one for each of `ema_widths`."""
+    return (warmed_up_decay(config.ema_decay), *(power_function_of_width(width) for width in config.ema_widths))
+
+
 def new_state(config: TrainConfig, device: torch.device) -> TrainState:
     """The state before the first step."""
-    model = build_model(config).to(device)
-    average = copy.deepcopy(model).requires_grad_(False)
-    betas = (config.beta1, config.beta2)
-    optimiser = torch.optim.AdamW(model.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
-    return TrainState(model, average, optimiser)
+    model = build_model(config).to(device, DTYPES[config.precision])
+    betas, largest_norm = (config.beta1, config.beta2), config.clip if config.clip > 0.0 else math.inf
+    optimiser = AdamWEMA(
+        model.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, max_norm=largest_norm,
+        averages=averages_of(config),
+    )  # fmt: skip
+    return TrainState(model, optimiser.average(model), optimiser)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear from peak/warmup at step 0 to the peak, then linear towards 0, which the step after the last would reach."""
-    rising = (step + 1) / max(config.warmup, 1)
-    falling = (config.steps - step) / max(config.steps - config.warmup, 1)
-    return config.learning_rate * max(min(rising, falling, 1.0), 0.0)
-
-
-def ema_decay(config: TrainConfig, step: int) -> float:
-    """min(decay, (1 + n) / (10 + n)) for the n-th update: early averages forget the initial weights."""
-    return min(config.ema_decay, (1 + step) / (10 + step))
+def network_of(state: TrainState, config: TrainConfig) -> Model:
+    """What steps call instead of `state.model` itself: the same weights, compiled where the configuration says so."""
+    return torch.compile(state.model) if config.compile else state.model
 
 
 def drop_labels(labels: Tensor, share: float, seed: int, step: int, first_id: int = 0) -> Tensor:
@@ -74,44 +115,81 @@ def drop_labels(labels: Tensor, share: float, seed: int, step: int, first_id: in
     return torch.where(draws < share, NULL_CLASS, labels)
 
 
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average = decay * average + (1 - decay) * model, in place, in one multi-tensor call."""
-    get_ema_multi_avg_fn(decay)(list(average.parameters()), list(model.parameters()), 0)
+def sample_losses(
+    state: TrainState, config: TrainConfig, images: Tensor, labels: Tensor, levels: int, first_id: int = 0, network: Model | None = None
+) -> tuple[Tensor, Tensor]:
+    """The objective's losses and the times of samples first_id, first_id + 1, ... of the step's batch, float32 [B] each.
 
-
-def batch_loss(state: TrainState, config: TrainConfig, images: Tensor, labels: Tensor, levels: int, first_id: int = 0) -> Tensor:
-    """The objective's loss on samples first_id, first_id + 1, ... of the step's batch. images: uint8 [B, C, H, W]."""
+    images: uint8 [B, C, H, W]. network: what to call, if not `state.model`.
+    """
     recipe, seed, step = config.recipe, config.seed, state.step
     times: dict[str, Any] = {"t_sampler": recipe.t_sampler}
+    weight = None
     if recipe.t_sampler == "importance":
         t, weight = importance_times(recipe, len(images), seed, step, first_id, images.device)
-        times = {"t": t, "weight": weight}
-    return flow_matching_loss(
-        state.model, images, cond={"y": drop_labels(labels, config.label_drop, seed, step, first_id)}, path=recipe.path,
-        objective=recipe.objective, flip=config.flip, levels=levels, dequantise=config.dequantise,
-        seed=seed, step=step, sample_ids=first_id, **times,
+        times = {"t": t}
+    point = sample_path(
+        images, path=recipe.path, objective=recipe.objective, flip=config.flip, levels=levels, dequantise=config.dequantise,
+        dtype=DTYPES[config.precision], seed=seed, step=step, sample_ids=first_id, **times,
     )  # fmt: skip
+    _fill_keys(state, seed, step, first_id)
+    y = drop_labels(labels, config.label_drop, seed, step, first_id)
+    output = (network or state.model)(point.x_t, point.t, y=y)
+    return point.loss(output, weight=weight, reduction="none"), point.t
 
 
-def training_step(state: TrainState, config: TrainConfig, dataset: Dataset, order: DataOrder) -> Tensor:
-    """One step, in place: loss, gradient, clipping, AdamW, average. Returns the loss, detached and still on the device."""
-    rows = order.indices(state.step * config.batch_size, config.batch_size).to(dataset.images.device)
-    loss = batch_loss(state, config, dataset.images[rows], dataset.labels[rows], dataset.levels)
-    loss.backward()
-    _apply_gradient(state, config)
-    update_average(state.average, state.model, ema_decay(config, state.step))
-    state.step += 1
-    return loss.detach()
+def _fill_keys(state: TrainState, *numbers: int) -> None:
+    """The key (seed, step, first id) of the network's dropout noise, in place: no copy from the host, and a captured graph reads it."""
+    for key in state.dropout_keys:
+        for place, number in enumerate(numbers):
+            key[place].fill_(number)
 
 
-def _apply_gradient(state: TrainState, config: TrainConfig) -> None:
-    if config.clip > 0.0:
-        nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
-    _set_learning_rate(state.optimiser.param_groups, learning_rate(config, state.step))
+def by_quartile(losses: Tensor, t: Tensor) -> Tensor:
+    """Sums and counts [2, 4] of the finite losses whose t lies in each quarter of [0, 1]."""
+    quarter, finite = (t * QUARTILES).long().clamp(0, QUARTILES - 1), losses.isfinite()
+    member = ((quarter == torch.arange(QUARTILES, device=t.device)[:, None]) & finite).to(losses.dtype)
+    return torch.stack([(member * losses.where(finite, 0.0)).sum(1), member.sum(1)])
+
+
+def training_step(
+    state: TrainState, config: TrainConfig, dataset: Dataset, order: DataOrder, share: Share = WHOLE, network: Model | None = None
+) -> StepLoss:
+    """One step, in place: loss, gradient, clipping, AdamW, averages. A step whose gradient is not finite is counted and changes no weight.
+
+    share: the part of the batch to compute; the loss is the mean over it. network: called instead of `state.model`, e.g. the same model
+    compiled or in DistributedDataParallel. Nothing waits for the device.
+    """
+    samples = share.samples(config.batch_size)
+    total = torch.zeros((), device=dataset.images.device)
+    quartiles = torch.zeros(2, QUARTILES, device=dataset.images.device)
+    for part, last in _micro_batches(samples, config.micro_batch):
+        rows = order.indices(state.step * config.batch_size + part.start, len(part)).to(dataset.images.device, non_blocking=True)
+        with _gradients_kept_local(network, not last):
+            losses, t = sample_losses(state, config, dataset.images[rows], dataset.labels[rows], dataset.levels, part.start, network)
+            (losses.sum() / len(samples)).backward()
+        with torch.no_grad():
+            total += losses.sum() / len(samples)
+            quartiles += by_quartile(losses, t)
+    _update(state, config)
+    return StepLoss(total, quartiles)
+
+
+def _micro_batches(samples: range, size: int) -> Iterator[tuple[range, bool]]:
+    """(places in the batch, whether they are the last) of pieces of `size`, 0 for one piece."""
+    size = size or len(samples)
+    for first in range(0, len(samples), size):
+        yield samples[first : first + size], first + size >= len(samples)
+
+
+def _gradients_kept_local(network: Model | None, kept: bool) -> contextlib.AbstractContextManager[Any]:
+    """Data-parallel networks send gradients only with the last micro-batch."""
+    return network.no_sync() if kept and hasattr(network, "no_sync") else contextlib.nullcontext()  # type: ignore[union-attr]
+
+
+def _update(state: TrainState, config: TrainConfig) -> None:
+    for group in state.optimiser.param_groups:
+        group["lr"] = learning_rate(config, state.step)
     state.optimiser.step()
     state.optimiser.zero_grad(set_to_none=True)
-
-
-def _set_learning_rate(groups: Sequence[dict[str, Any]], rate: float) -> None:
-    for group in groups:
-        group["lr"] = rate
+    state.step += 1
