@@ -19,6 +19,8 @@ LAUNCHERS = {
     "linear_step": ("linear_step", "launch"),
     "probe": ("probe", "launch"),
     "divergence_step": ("divergence_step", "launch"),
+    "adamw_ema_norm": ("adamw_ema", "launch_norm"),
+    "adamw_ema": ("adamw_ema", "launch"),
 }
 
 

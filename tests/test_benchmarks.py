@@ -12,7 +12,7 @@ import fm_fast as fm
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks.op import Setting
-from benchmarks.ops import path_loss
+from benchmarks.ops import adamw_ema, path_loss
 from benchmarks.run import gate
 
 SETTING = Setting(torch.device("cpu"), "tiny", (64, 3, 16, 16), torch.float32, "x0 drawn")
@@ -40,3 +40,13 @@ def test_a_wrong_point_stops_the_run(monkeypatch):
     monkeypatch.setattr(fm, "sample_path", shifted)
     with pytest.raises(SystemExit, match=r"x_t is off by"):
         gate(path_loss.OP, SETTING, ["naive"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_optimiser_passes_and_a_wrong_one_stops_the_run(dtype, monkeypatch):
+    setting = Setting(torch.device("cpu"), "tiny", (32, 1, 1), dtype, "3 averages")
+    assert len(gate(adamw_ema.OP, setting, None)) == 5
+    right = adamw_ema.fixed_decay
+    monkeypatch.setattr(adamw_ema, "fixed_decay", lambda decay: right(decay - 0.01))
+    with pytest.raises(SystemExit, match=r"fm_fast is wrong, so nothing is timed: average is off by"):
+        gate(adamw_ema.OP, setting, ["memory"])

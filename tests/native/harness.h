@@ -30,18 +30,22 @@ struct Isa {
   fm::ParityKernel parity;
   fm::ProbeKernel probe;
   fm::DivergenceKernel divergence;
+  fm::NormKernel norm;
+  fm::AdamwKernel adamw;
 };
 
-#define FM_KERNELS(isa)        \
-  {#isa,                       \
-   fm::isa::noise_units,       \
-   fm::isa::schedule_units,    \
-   fm::isa::path_sample_units, \
-   fm::isa::path_loss_units,   \
-   fm::isa::linear_step_units, \
-   fm::isa::parity_units,      \
-   fm::isa::probe_units,       \
-   fm::isa::divergence_step_units}
+#define FM_KERNELS(isa)            \
+  {#isa,                           \
+   fm::isa::noise_units,           \
+   fm::isa::schedule_units,        \
+   fm::isa::path_sample_units,     \
+   fm::isa::path_loss_units,       \
+   fm::isa::linear_step_units,     \
+   fm::isa::parity_units,          \
+   fm::isa::probe_units,           \
+   fm::isa::divergence_step_units, \
+   fm::isa::adamw_ema_norm_units,  \
+   fm::isa::adamw_ema_units}
 
 inline std::vector<Isa> instruction_sets() {
   std::vector<Isa> found = {FM_KERNELS(portable)};

@@ -1,0 +1,374 @@
+"""fm_fast::adamw_ema on CUDA: AdamW (Loshchilov & Hutter 2019), moving averages and the 16-bit copy of many tensors in one launch.
+
+g' = c g with c = min(1, largest norm / norm); m += (1 - b1)(g' - m); v = b2 v + (1 - b2) g'^2;
+p = (1 - lr wd) p - lr / (1 - b1^n) m / (sqrt(v) / sqrt(1 - b2^n) + eps); average += (1 - decay)(p - average).
+
+Addresses and sizes of the tensors are a table in device memory, one row a tensor; a program works on one chunk of one of them. Another
+program before them turns step number, settings and norm into the numbers above, and says whether the step is to be skipped. The norm is
+a sum of squares in float64 in a fixed order, so it is bitwise repeatable.
+"""
+
+# Device functions are written in Triton's own language.
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fm_fast.kernels import _launch
+from fm_fast.kernels._combine import combine
+from fm_fast.kernels._tile import read, write
+
+ROWS, LANES, TILES = 256, 4, 4  # of a chunk: rows of a tile, elements of a row (128 bits of float32), tiles
+CHUNK = ROWS * LANES * TILES
+WARPS = 4
+SETTINGS, DECAYS, NUMBERS = tl.constexpr(6), tl.constexpr(4), tl.constexpr(8)
+NORM_EPSILON = tl.constexpr(1e-6)  # as in torch.nn.utils.clip_grad_norm_
+VALUE, GRADIENT, COPY, OFFSET, COUNT, GROUP = (tl.constexpr(i) for i in range(6))  # columns of the table
+COLUMNS = tl.constexpr(6)
+TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _pointer(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in a column of the table, as a pointer."""
+    pointer = tl.load(row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _chunk(chunks_ptr, table_ptr):
+    """(row of the table, first element, number of elements) of this program."""
+    entry = chunks_ptr + tl.program_id(0) * 2
+    row_ptr = table_ptr + tl.load(entry) * COLUMNS
+    first = tl.multiple_of(tl.load(entry + 1), 16)  # here, because a hint on the result of a call is lost
+    return row_ptr, first, tl.load(row_ptr + COUNT)
+
+
+@triton.jit
+def _squares(g_ptr, first, count, ROWS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr):
+    """The sum of squares of a chunk, in float64, in which the square of a float32 is exact."""
+    total = tl.zeros((ROWS, LANES), tl.float64)
+    for i in range(TILES):
+        place = first + (i * ROWS + tl.arange(0, ROWS)[:, None]) * LANES + tl.arange(0, LANES)[None, :]
+        g = read(g_ptr + place, place < count, MASKED).to(tl.float64)
+        total += g * g
+    return tl.sum(total)
+
+
+@triton.jit
+def norm_kernel(
+    partial_ptr,  # [programs] float64
+    table_ptr,  # [tensors, 6] int64
+    chunks_ptr,  # [programs, 2] int64
+    G_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    row_ptr, first, count = _chunk(chunks_ptr, table_ptr)
+    g_ptr = _pointer(row_ptr, GRADIENT, G_TYPE, ALIGNED)
+    if first + ROWS * LANES * TILES <= count:
+        tl.store(partial_ptr + tl.program_id(0), _squares(g_ptr, first, count, ROWS, LANES, TILES, False))
+    else:
+        tl.store(partial_ptr + tl.program_id(0), _squares(g_ptr, first, count, ROWS, LANES, TILES, True))
+
+
+@triton.jit
+def _power(base, exponent):
+    """base^exponent for base >= 0 in float64, 1 for exponent 0."""
+    return tl.where(exponent == 0.0, 1.0, tl.exp(exponent * tl.log(base)))
+
+
+@triton.jit
+def numbers_kernel(
+    numbers_ptr,  # [groups, 8]
+    rates_ptr,  # [averages]
+    finite_ptr,  # [1] int32
+    counts_ptr,  # [2] int64: updates, skipped steps
+    total_ptr,  # [1] float64: sum of squares of all gradients
+    settings_ptr,  # [groups, 6] float64: learning rate, beta1, beta2, epsilon, weight decay, largest norm
+    decays_ptr,  # [averages, 4] float64: limit, a, b, exponent
+    groups,
+    averages,
+    GROUPS: tl.constexpr,
+    AVERAGES: tl.constexpr,
+):
+    """What an element needs beyond its own memory, and the count of this step."""
+    total = tl.load(total_ptr)
+    finite = (total - total) == 0.0
+    updates, skipped = tl.load(counts_ptr), tl.load(counts_ptr + 1)
+    done = updates.to(tl.float64)
+    n = done + 1.0
+
+    group = tl.arange(0, GROUPS)
+    row, inside = settings_ptr + group * SETTINGS, group < groups
+    rate, beta1, beta2 = tl.load(row, inside, 0.0), tl.load(row + 1, inside, 0.0), tl.load(row + 2, inside, 0.0)
+    epsilon, weight_decay, largest = tl.load(row + 3, inside, 0.0), tl.load(row + 4, inside, 0.0), tl.load(row + 5, inside, 0.0)
+    place = numbers_ptr + group * NUMBERS
+    tl.store(place, tl.minimum(largest / (tl.sqrt(total) + NORM_EPSILON), 1.0), inside)  # factor of the gradient
+    tl.store(place + 1, 1.0 - rate * weight_decay, inside)
+    tl.store(place + 2, 1.0 - beta1, inside)
+    tl.store(place + 3, beta2, inside)
+    tl.store(place + 4, 1.0 - beta2, inside)
+    tl.store(place + 5, 1.0 / tl.sqrt(1.0 - _power(beta2, n)), inside)
+    tl.store(place + 6, epsilon, inside)
+    tl.store(place + 7, rate / (1.0 - _power(beta1, n)), inside)
+
+    average = tl.arange(0, AVERAGES)
+    row, inside = decays_ptr + average * DECAYS, average < averages
+    limit, a, b = tl.load(row, inside, 0.0), tl.load(row + 1, inside, 1.0), tl.load(row + 2, inside, 1.0)
+    decay = _power((a + done) / (b + done), tl.load(row + 3, inside, 0.0))
+    tl.store(rates_ptr + average, 1.0 - tl.minimum(limit, decay), inside)
+
+    tl.store(finite_ptr, finite.to(tl.int32))
+    tl.store(counts_ptr, updates + finite.to(tl.int64))
+    tl.store(counts_ptr + 1, skipped + 1 - finite.to(tl.int64))
+
+
+@triton.jit
+def _read_all(pointer, COUNT: tl.constexpr):
+    """A tuple of numbers."""
+    found = ()
+    for i in tl.static_range(COUNT):
+        found += (tl.load(pointer + i),)
+    return found
+
+
+@triton.jit
+def _updated(p, g, m, v, numbers):
+    """(p, m, v) of a tile after AdamW; the numbers are those of numbers_kernel."""
+    g *= numbers[0]
+    m += numbers[2] * (g - m)
+    v = numbers[3] * v + numbers[4] * g * g
+    direction = m / (tl.sqrt(v) * numbers[5] + numbers[6])
+    return numbers[1] * p - numbers[7] * direction, m, v
+
+
+@triton.jit
+def _update(
+    row_ptr, m_ptr, v_ptr, averages_ptr, number_ptr, rates_ptr, length, offset, first, count,
+    HAS_GRADIENT: tl.constexpr, G_TYPE: tl.constexpr, HAS_COPY: tl.constexpr, COPY_TYPE: tl.constexpr, AVERAGES: tl.constexpr,
+    COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one tensor."""
+    p_ptr = _pointer(row_ptr, VALUE, COMPUTE, ALIGNED)
+    g_ptr, copy_ptr = _pointer(row_ptr, GRADIENT, G_TYPE, ALIGNED), _pointer(row_ptr, COPY, COPY_TYPE, ALIGNED)
+    numbers, rates = _read_all(number_ptr, NUMBERS), _read_all(rates_ptr, AVERAGES)
+    m_ptr, v_ptr, averages_ptr = m_ptr + offset, v_ptr + offset, averages_ptr + offset
+    for i in range(TILES):
+        place = first + (i * ROWS + tl.arange(0, ROWS)[:, None]) * LANES + tl.arange(0, LANES)[None, :]
+        inside = place < count
+        p = read(p_ptr + place, inside, MASKED)
+        if HAS_GRADIENT:
+            g = read(g_ptr + place, inside, MASKED).to(COMPUTE)
+            m, v = read(m_ptr + place, inside, MASKED), read(v_ptr + place, inside, MASKED)
+            p, m, v = _updated(p, g, m, v, numbers)
+            write(p_ptr + place, p, inside, MASKED)
+            write(m_ptr + place, m, inside, MASKED)
+            write(v_ptr + place, v, inside, MASKED)
+        for k in tl.static_range(AVERAGES):
+            average_ptr = averages_ptr + k * length + place
+            average = read(average_ptr, inside, MASKED)
+            write(average_ptr, average + rates[k] * (p - average), inside, MASKED)
+        if HAS_COPY:
+            write(copy_ptr + place, p, inside, MASKED)
+
+
+@triton.jit
+def adamw_ema_kernel(
+    table_ptr,  # [tensors, 6] int64
+    chunks_ptr,  # [programs, 2] int64
+    m_ptr,  # [N]
+    v_ptr,  # [N]
+    averages_ptr,  # [averages, N]
+    numbers_ptr,  # [groups, 8]
+    rates_ptr,  # [averages]
+    finite_ptr,  # [1]
+    length: tl.int64,  # N
+    HAS_GRADIENT: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    HAS_COPY: tl.constexpr,
+    COPY_TYPE: tl.constexpr,
+    AVERAGES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    if tl.load(finite_ptr) == 0:
+        return
+    row_ptr, first, count = _chunk(chunks_ptr, table_ptr)
+    offset = tl.load(row_ptr + OFFSET)
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 16)
+    number_ptr = numbers_ptr + tl.load(row_ptr + GROUP) * NUMBERS
+    if first + ROWS * LANES * TILES <= count:
+        _update(
+            row_ptr, m_ptr, v_ptr, averages_ptr, number_ptr, rates_ptr, length, offset, first, count, HAS_GRADIENT, G_TYPE,
+            HAS_COPY, COPY_TYPE, AVERAGES, COMPUTE, ALIGNED, ROWS, LANES, TILES, False,
+        )  # fmt: skip
+    else:
+        _update(
+            row_ptr, m_ptr, v_ptr, averages_ptr, number_ptr, rates_ptr, length, offset, first, count, HAS_GRADIENT, G_TYPE,
+            HAS_COPY, COPY_TYPE, AVERAGES, COMPUTE, ALIGNED, ROWS, LANES, TILES, True,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one launch must know at compile time about its tensors; None: they have no gradient, or no copy."""
+
+    gradient: torch.dtype | None
+    copy: torch.dtype | None
+
+
+class Row(NamedTuple):
+    """One tensor of a launch: a row of the table."""
+
+    value: int  # these three are addresses
+    gradient: int
+    copy: int
+    offset: int
+    count: int
+    group: int
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(rows: tuple[Row, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(table, chunks) on the device. Kept as long as addresses repeat; run a step before a graph captures one."""
+    chunks = [(i, first) for i, row in enumerate(rows) for first in range(0, row.count, CHUNK)]
+    return _to_device(rows, device), _to_device(chunks, device)
+
+
+def _to_device(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def _by_kind(kinds: Sequence[Kind], rows: Sequence[Row]) -> Iterator[tuple[Kind, tuple[Row, ...]]]:
+    """The rows of each kind; tensors without elements have no say."""
+    for kind in dict.fromkeys(kinds):
+        chosen = tuple(row for found, row in zip(kinds, rows, strict=True) if found == kind and row.count)
+        if chosen:
+            yield kind, chosen
+
+
+def _aligned(rows: Sequence[Row]) -> bool:
+    return all(address % 16 == 0 for row in rows for address in row[:4])
+
+
+def _geometry() -> dict[str, int]:
+    return {"ROWS": ROWS, "LANES": LANES, "TILES": TILES, "num_warps": WARPS, "num_stages": 1}
+
+
+def _check_alike(name: str, x: Tensor, p: Tensor) -> None:
+    if x.shape != p.shape or any(a != b for size, a, b in zip(p.shape, x.stride(), p.stride(), strict=True) if size != 1):
+        raise ValueError(f"{name} must have the shape and strides of its parameter, {tuple(p.shape)} and {p.stride()}, got {x.stride()}")
+
+
+def _check_gapless(name: str, x: Tensor) -> None:
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    if x.numel() and span != x.numel():
+        raise ValueError(f"{name} must have memory without gaps, got strides {x.stride()} for {tuple(x.shape)}")
+
+
+def launch_norm(total: Tensor, g: Sequence[Tensor]) -> None:
+    """Run ``fm_fast::adamw_ema_norm``: the sum of squares of all g into total [1]."""
+    for i, gradient in enumerate(g):
+        _check_gapless(f"g[{i}]", gradient)
+    rows = [Row(0, gradient.data_ptr(), 0, 0, gradient.numel(), 0) for gradient in g]
+    launches = [(kind, *_tables(found, total.device), found) for kind, found in _by_kind([Kind(x.dtype, None) for x in g], rows)]
+    partial = torch.empty(sum(len(chunks) for _, _, chunks, _ in launches), dtype=torch.float64, device=total.device)
+    if not launches:
+        total.zero_()
+        return
+    first = 0
+    with _launch.on_device(total.device):
+        for kind, table, chunks, found in launches:
+            norm_kernel[(len(chunks),)](partial[first:], table, chunks, G_TYPE=_type(kind.gradient), ALIGNED=_aligned(found), **_geometry())
+            first += len(chunks)
+    combine(total, partial, 1.0)
+
+
+def _type(dtype: torch.dtype | None) -> tl.dtype:
+    return TYPES[dtype] if dtype is not None else tl.float32
+
+
+def _rows(
+    p: Sequence[Tensor], copies: Sequence[Tensor], g: Sequence[Tensor], m: Tensor, layout: Tensor, groups: int
+) -> tuple[list[Kind], list[Row]]:
+    """One row a parameter, checked: a wrong one would write into memory of others."""
+    if len(g) != len(p) or len(copies) not in (0, len(p)) or layout.shape != (len(p), 2):
+        raise ValueError(f"g, copies and layout must have one entry a parameter, {len(p)}, got {len(g)}, {len(copies)}, {len(layout)}")
+    kinds, rows, begin = [], [], 0
+    for i, (weights, gradient, (offset, group)) in enumerate(zip(p, g, layout.tolist(), strict=True)):
+        copy = copies[i] if copies and copies[i].numel() else None
+        for name, tensor in (("g", gradient if gradient.numel() else None), ("copies", copy)):
+            if tensor is not None:
+                _check_alike(f"{name}[{i}]", tensor, weights)
+        _check_gapless(f"p[{i}]", weights)
+        if weights.dtype != m.dtype or offset < begin or offset + weights.numel() > m.numel() or not 0 <= group < groups:
+            raise ValueError(f"layout and m must hold p[{i}], {weights.numel()} of {weights.dtype}, behind {begin}, got {offset}, {group}")
+        begin = offset + weights.numel()
+        kinds.append(Kind(gradient.dtype if gradient.numel() else None, None if copy is None else copy.dtype))
+        addresses = (weights.data_ptr(), gradient.data_ptr() if gradient.numel() else 0, 0 if copy is None else copy.data_ptr())
+        rows.append(Row(*addresses, offset, weights.numel(), group))
+    return kinds, rows
+
+
+def launch(
+    p: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    m: Tensor,
+    v: Tensor,
+    averages: Tensor,
+    counts: Tensor,
+    g: Sequence[Tensor],
+    layout: Tensor,
+    total: Tensor,
+    settings: Tensor,
+    decays: Tensor,
+) -> None:
+    """Run ``fm_fast::adamw_ema``: update everything in place, or count the step as skipped where total is not finite."""
+    _check_state(m, v, averages, counts, total, settings, decays)
+    groups, count = len(settings), len(averages)
+    kinds, rows = _rows(p, copies, g, m, layout, groups)
+    numbers, rates = m.new_empty(groups, NUMBERS.value), m.new_empty(max(count, 1))
+    finite = torch.empty(1, dtype=torch.int32, device=m.device)
+    powers = {"GROUPS": _launch.power_of_two(groups), "AVERAGES": _launch.power_of_two(count)}
+    with _launch.on_device(m.device):
+        numbers_kernel[(1,)](numbers, rates, finite, counts, total, settings, decays, groups, count, **powers, num_warps=1)
+        for kind, found in _by_kind(kinds, rows):
+            table, chunks = _tables(found, m.device)
+            aligned = _aligned(found) and m.numel() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (m, v, averages))
+            adamw_ema_kernel[(len(chunks),)](
+                table, chunks, m, v, averages, numbers, rates, finite, m.numel(),
+                HAS_GRADIENT=kind.gradient is not None, G_TYPE=_type(kind.gradient), HAS_COPY=kind.copy is not None,
+                COPY_TYPE=_type(kind.copy), AVERAGES=count, COMPUTE=_type(m.dtype), ALIGNED=aligned, **_geometry(),
+            )  # fmt: skip
+
+
+def _check_state(m: Tensor, v: Tensor, averages: Tensor, counts: Tensor, total: Tensor, settings: Tensor, decays: Tensor) -> None:
+    wanted = {
+        "m": (m, (m.numel(),), m.dtype),
+        "v": (v, (m.numel(),), m.dtype),
+        "averages": (averages, (len(averages), m.numel()), m.dtype),
+        "counts": (counts, (2,), torch.int64),
+        "total": (total, (1,), torch.float64),
+        "settings": (settings, (len(settings), SETTINGS.value), torch.float64),
+        "decays": (decays, (len(averages), DECAYS.value), torch.float64),
+    }
+    for name, (tensor, shape, dtype) in wanted.items():
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
