@@ -156,7 +156,7 @@ void update_units(const AdamwArgs& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void adamw_ema_norm_units(const NormArgs& args, int64_t begin, int64_t end) {
+void adamw_ema_norm_units(const GradientNormArgs& args, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
     double sum = 0;
     walk_pieces(args.range, unit, [&](const Parameter& parameter, int64_t first, int64_t count) {

@@ -16,7 +16,7 @@ struct KernelTable {
   ParityKernel parity;
   ProbeKernel probe;
   DivergenceKernel divergence_step;
-  NormKernel adamw_ema_norm;
+  GradientNormKernel adamw_ema_norm;
   AdamwKernel adamw_ema;
 };
 

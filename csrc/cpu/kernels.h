@@ -169,7 +169,7 @@ struct AdamwNumbers {
   double step_size;  // learning rate / (1 - beta1^n)
 };
 
-struct NormArgs {
+struct GradientNormArgs {
   ParameterRange range;
   double* partial;  // one sum of squares a unit
 };
@@ -193,21 +193,21 @@ using StepKernel = void (*)(const StepArgs&, int64_t begin, int64_t end);
 using ParityKernel = void (*)(const ParityArgs&, int64_t begin, int64_t end);
 using ProbeKernel = void (*)(const ProbeArgs&, int64_t begin, int64_t end);
 using DivergenceKernel = void (*)(const DivergenceArgs&, int64_t begin, int64_t end);
-using NormKernel = void (*)(const NormArgs&, int64_t begin, int64_t end);
+using GradientNormKernel = void (*)(const GradientNormArgs&, int64_t begin, int64_t end);
 using AdamwKernel = void (*)(const AdamwArgs&, int64_t begin, int64_t end);
 
-#define FM_DECLARE_KERNELS(isa)                                                       \
-  namespace isa {                                                                     \
-  void noise_units(const NoiseArgs& args, int64_t begin, int64_t end);                \
-  void schedule_units(const ScheduleArgs& args, int64_t begin, int64_t end);          \
-  void path_sample_units(const SampleArgs& args, int64_t begin, int64_t end);         \
-  void path_loss_units(const LossArgs& args, int64_t begin, int64_t end);             \
-  void linear_step_units(const StepArgs& args, int64_t begin, int64_t end);           \
-  void parity_units(const ParityArgs& args, int64_t begin, int64_t end);              \
-  void probe_units(const ProbeArgs& args, int64_t begin, int64_t end);                \
-  void divergence_step_units(const DivergenceArgs& args, int64_t begin, int64_t end); \
-  void adamw_ema_norm_units(const NormArgs& args, int64_t begin, int64_t end);        \
-  void adamw_ema_units(const AdamwArgs& args, int64_t begin, int64_t end);            \
+#define FM_DECLARE_KERNELS(isa)                                                        \
+  namespace isa {                                                                      \
+  void noise_units(const NoiseArgs& args, int64_t begin, int64_t end);                 \
+  void schedule_units(const ScheduleArgs& args, int64_t begin, int64_t end);           \
+  void path_sample_units(const SampleArgs& args, int64_t begin, int64_t end);          \
+  void path_loss_units(const LossArgs& args, int64_t begin, int64_t end);              \
+  void linear_step_units(const StepArgs& args, int64_t begin, int64_t end);            \
+  void parity_units(const ParityArgs& args, int64_t begin, int64_t end);               \
+  void probe_units(const ProbeArgs& args, int64_t begin, int64_t end);                 \
+  void divergence_step_units(const DivergenceArgs& args, int64_t begin, int64_t end);  \
+  void adamw_ema_norm_units(const GradientNormArgs& args, int64_t begin, int64_t end); \
+  void adamw_ema_units(const AdamwArgs& args, int64_t begin, int64_t end);             \
   }
 FM_DECLARE_KERNELS(portable)
 #if defined(__x86_64__)

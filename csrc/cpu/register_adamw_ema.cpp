@@ -188,7 +188,7 @@ void adamw_ema_norm(StableIValue* stack, uint64_t, uint64_t) {
   ParameterRange range = read_gradients(g, &parameters);
   int64_t units = units_of(range);
   Scratch<double, kInlineSums> partial(units);
-  run_units(kernels().adamw_ema_norm, NormArgs{range, partial.data()}, units, kGrain);
+  run_units(kernels().adamw_ema_norm, GradientNormArgs{range, partial.data()}, units, kGrain);
   *sum = sum_in_order(partial.data(), units);
 }
 

@@ -30,7 +30,7 @@ struct Isa {
   fm::ParityKernel parity;
   fm::ProbeKernel probe;
   fm::DivergenceKernel divergence;
-  fm::NormKernel norm;
+  fm::GradientNormKernel norm;
   fm::AdamwKernel adamw;
 };
 

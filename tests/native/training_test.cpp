@@ -91,7 +91,7 @@ void check_norm(const Isa& isa, const std::vector<int64_t>& counts) {
     for (T x : problem.g[i]) expected += static_cast<double>(x) * static_cast<double>(x);
   }
   std::vector<double> partial(static_cast<size_t>(problem.units()));
-  isa.norm(fm::NormArgs{problem.range(), partial.data()}, 0, problem.units());
+  isa.norm(fm::GradientNormArgs{problem.range(), partial.data()}, 0, problem.units());
   for (double sum : partial) found += sum;
   expect(close(found, expected, 1e-13), std::string(isa.name) + " norm");
 }
