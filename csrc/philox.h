@@ -16,6 +16,7 @@ constexpr uint32_t kStreamTime = 1;
 constexpr uint32_t kStreamProbe = 2;
 constexpr uint32_t kStreamDequantise = 3;
 constexpr uint32_t kStreamFlip = 5;
+constexpr uint32_t kStreamDropout = 6;
 
 struct Words {
   uint32_t w[4];

@@ -33,7 +33,7 @@ from fm_fast import __path__ as _package_path
 from fm_fast._version import __version__
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
-OPS = ("noise", "path_sample", "path_loss", "linear_step", "probe", "divergence_step", "adamw_ema")
+OPS = ("noise", "path_sample", "path_loss", "linear_step", "probe", "divergence_step", "adamw_ema", "group_norm_silu")
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 _SERVES = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}

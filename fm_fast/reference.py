@@ -3,6 +3,7 @@
 These functions are differentiable in all their tensors and work under every ``torch.func`` transform.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -118,20 +119,33 @@ def group_norm_silu(
     wide = accumulation_dtype(x)
     joined = (x if second is None else torch.cat([x, second], dim=1)).to(wide)
     h = joined if embedding is None else joined + per_channel(embedding, joined)
-    h = torch.nn.functional.group_norm(h, groups, weight.to(wide), bias.to(wide), eps)
+    h = group_norm(h, groups, eps) * per_channel(weight, h) + per_channel(bias, h)
     h = h if scale is None else h * (1.0 + per_channel(scale, h))
     h = h if shift is None else h + per_channel(shift, h)
     h = torch.nn.functional.silu(h) if activation else h
     return (h if mask is None else h * mask.reshape(h.shape)).to(x.dtype)
 
 
+def group_norm(h: Tensor, groups: int, eps: float) -> Tensor:
+    """(h - mean) / sqrt(variance + eps) over the channels of each group and all positions of h [B, C, ...], in the layout of h.
+
+    Not torch.group_norm, whose channels_last kernel for CPUs takes the variance as a difference of two large numbers.
+    """
+    grouped = h.reshape(h.shape[0], groups, math.prod(h.shape[1:]) // groups)
+    mean = grouped.mean(2)
+    variance = (grouped - mean[:, :, None]).square().mean(2)
+    width = h.shape[1] // groups
+    mean, rstd = (per_channel(x.repeat_interleave(width, dim=1), h) for x in (mean, torch.rsqrt(variance + eps)))
+    return (h - mean) * rstd
+
+
 def per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """values [B, C] in the dtype of ``like`` [B, C, ...] and shaped to broadcast over its positions."""
+    """values [B, C] or [C] in the dtype of ``like`` [B, C, ...] and shaped to broadcast over its positions."""
     return values.to(like.dtype).reshape(*values.shape, *[1] * (like.dim() - 2))
 
 
 def dropout_mask(key: Tensor, shape: tuple[int, int, int], probability: float, index: int, draw: Draw = noise) -> Tensor:
-    """float32 [B, C, P] for layer ``index``: 0 where a uniform of stream ``dropout`` is below ``probability``, else 1 / (1 - probability)."""
+    """float32 [B, C, P] of layer ``index``: 0 where a uniform of stream ``dropout`` is below ``probability``, else 1 / (1 - it)."""
     kept = draw(key, shape, Kind.uniform, Stream.dropout, index) >= probability
     return kept.to(torch.float32) * (1.0 / (1.0 - probability))
 

@@ -21,6 +21,8 @@ LAUNCHERS = {
     "divergence_step": ("divergence_step", "launch"),
     "adamw_ema_norm": ("adamw_ema", "launch_norm"),
     "adamw_ema": ("adamw_ema", "launch"),
+    "group_norm_silu": ("group_norm_silu", "launch"),
+    "group_norm_silu_backward": ("group_norm_silu_backward", "launch"),
 }
 
 

@@ -6,7 +6,7 @@ It shares no code with fm_fast: Philox in uint64, library logarithm, sine and co
 import numpy as np
 
 M32 = np.uint64(0xFFFFFFFF)
-TAGS = {"x0": 0, "t": 1, "probe": 2, "dequantise": 3, "label_drop": 4, "flip": 5}
+TAGS = {"x0": 0, "t": 1, "probe": 2, "dequantise": 3, "label_drop": 4, "flip": 5, "dropout": 6}
 
 
 def philox(c0, c1, c2, c3, seed):

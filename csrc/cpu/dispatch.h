@@ -18,6 +18,8 @@ struct KernelTable {
   DivergenceKernel divergence_step;
   GradientNormKernel adamw_ema_norm;
   AdamwKernel adamw_ema;
+  NormKernel group_norm_silu;
+  NormGradKernel group_norm_silu_backward;
 };
 
 // The best this CPU can run, or what fm_fast_cpu_select chose.

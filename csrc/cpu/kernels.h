@@ -184,6 +184,27 @@ struct AdamwArgs {
   bool wide;
 };
 
+// y = mask silu(GroupNorm([x, second] + embedding) (1 + scale) + shift). A unit is some whole groups of one sample.
+struct NormArgs {
+  Shape shape;             // of both inputs together
+  View x, second, y;       // second may be absent; y is not used by the backward pass
+  int64_t first_channels;  // of x
+  int64_t groups, unit_groups;
+  View weight, bias;             // [C]: batch stride 0
+  View embedding, scale, shift;  // [B, C], may be absent
+  void *mean, *rstd;             // [B, groups] in the compute type
+  Key key;
+  double eps, dropout;  // dropout 0: no mask
+  uint32_t tag;
+  bool activation;
+};
+
+struct NormGradArgs {
+  NormArgs norm;
+  View grad_y, grad_x, grad_second;
+  double* sums;  // [B, 3, C]: sums over the points of dz, dz xhat and dx
+};
+
 // Run units begin <= i < end.
 using NoiseKernel = void (*)(const NoiseArgs&, int64_t begin, int64_t end);
 using ScheduleKernel = void (*)(const ScheduleArgs&, int64_t begin, int64_t end);
@@ -195,19 +216,23 @@ using ProbeKernel = void (*)(const ProbeArgs&, int64_t begin, int64_t end);
 using DivergenceKernel = void (*)(const DivergenceArgs&, int64_t begin, int64_t end);
 using GradientNormKernel = void (*)(const GradientNormArgs&, int64_t begin, int64_t end);
 using AdamwKernel = void (*)(const AdamwArgs&, int64_t begin, int64_t end);
+using NormKernel = void (*)(const NormArgs&, int64_t begin, int64_t end);
+using NormGradKernel = void (*)(const NormGradArgs&, int64_t begin, int64_t end);
 
-#define FM_DECLARE_KERNELS(isa)                                                        \
-  namespace isa {                                                                      \
-  void noise_units(const NoiseArgs& args, int64_t begin, int64_t end);                 \
-  void schedule_units(const ScheduleArgs& args, int64_t begin, int64_t end);           \
-  void path_sample_units(const SampleArgs& args, int64_t begin, int64_t end);          \
-  void path_loss_units(const LossArgs& args, int64_t begin, int64_t end);              \
-  void linear_step_units(const StepArgs& args, int64_t begin, int64_t end);            \
-  void parity_units(const ParityArgs& args, int64_t begin, int64_t end);               \
-  void probe_units(const ProbeArgs& args, int64_t begin, int64_t end);                 \
-  void divergence_step_units(const DivergenceArgs& args, int64_t begin, int64_t end);  \
-  void adamw_ema_norm_units(const GradientNormArgs& args, int64_t begin, int64_t end); \
-  void adamw_ema_units(const AdamwArgs& args, int64_t begin, int64_t end);             \
+#define FM_DECLARE_KERNELS(isa)                                                              \
+  namespace isa {                                                                            \
+  void noise_units(const NoiseArgs& args, int64_t begin, int64_t end);                       \
+  void schedule_units(const ScheduleArgs& args, int64_t begin, int64_t end);                 \
+  void path_sample_units(const SampleArgs& args, int64_t begin, int64_t end);                \
+  void path_loss_units(const LossArgs& args, int64_t begin, int64_t end);                    \
+  void linear_step_units(const StepArgs& args, int64_t begin, int64_t end);                  \
+  void parity_units(const ParityArgs& args, int64_t begin, int64_t end);                     \
+  void probe_units(const ProbeArgs& args, int64_t begin, int64_t end);                       \
+  void divergence_step_units(const DivergenceArgs& args, int64_t begin, int64_t end);        \
+  void adamw_ema_norm_units(const GradientNormArgs& args, int64_t begin, int64_t end);       \
+  void adamw_ema_units(const AdamwArgs& args, int64_t begin, int64_t end);                   \
+  void group_norm_silu_units(const NormArgs& args, int64_t begin, int64_t end);              \
+  void group_norm_silu_backward_units(const NormGradArgs& args, int64_t begin, int64_t end); \
   }
 FM_DECLARE_KERNELS(portable)
 #if defined(__x86_64__)

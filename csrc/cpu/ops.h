@@ -14,5 +14,7 @@ void probe(StableIValue* stack, uint64_t, uint64_t);
 void divergence_step(StableIValue* stack, uint64_t, uint64_t);
 void adamw_ema_norm(StableIValue* stack, uint64_t, uint64_t);
 void adamw_ema(StableIValue* stack, uint64_t, uint64_t);
+void group_norm_silu(StableIValue* stack, uint64_t, uint64_t);
+void group_norm_silu_backward(StableIValue* stack, uint64_t, uint64_t);
 
 }  // namespace fm

@@ -16,12 +16,16 @@ const DtypeCode* dtype_codes() {
   return codes;
 }
 
+// The sizes of `like` from dimension `first` on.
+bool same_sizes(const abi::Tensor& tensor, const abi::Tensor& like, int64_t first) {
+  bool same = tensor.dim() == like.dim();
+  for (int64_t i = first; same && i < like.dim(); ++i) same = tensor.sizes()[i] == like.sizes()[i];
+  return same;
+}
+
 // The sizes of `like`, but for the batch.
 void check_sizes(const abi::Tensor& tensor, const abi::Tensor& like, int64_t batch) {
-  int64_t dim = like.dim();
-  const int64_t *a = tensor.sizes(), *b = like.sizes();
-  bool same = tensor.dim() == dim && (dim == 0 || a[0] == batch);
-  for (int64_t i = 1; same && i < dim; ++i) same = a[i] == b[i];
+  bool same = same_sizes(tensor, like, 1) && (like.dim() == 0 || tensor.sizes()[0] == batch);
   if (!same) tensor.fail(std::string("expected the shape of ") + like.name());
 }
 
@@ -108,6 +112,30 @@ View view_of(const abi::Tensor& tensor, const abi::Tensor& like) { return view_o
 
 View float_view(const abi::Tensor& tensor, const abi::Tensor& like) {
   View view = view_of(tensor, like);
+  check_float(tensor, view);
+  return view;
+}
+
+View channels_view(const abi::Tensor& tensor, const abi::Tensor& like, int64_t channels) {
+  check_device(tensor);
+  const int64_t* sizes = tensor.sizes();
+  if (!same_sizes(tensor, like, 2) || sizes[0] != like.sizes()[0] || sizes[1] != channels)
+    tensor.fail(std::string("expected the shape of ") + like.name() + " with " + std::to_string(channels) + " channels");
+  if (dtype_of(tensor) != dtype_of(like)) tensor.fail(std::string("expected the dtype of ") + like.name());
+  View view = {tensor.data(), dtype_of(tensor), tensor.strides()[0], tensor.strides()[1], collapsed_stride(tensor, 2)};
+  check_float(tensor, view);
+  return view;
+}
+
+View table_view(const abi::Tensor& tensor, int64_t batch, int64_t channels) {
+  if (tensor.numel() == 0) return View{nullptr, Dtype::float32, 0, 0, 0};
+  check_device(tensor);
+  const int64_t *sizes = tensor.sizes(), *strides = tensor.strides();
+  bool rows = tensor.dim() == 2 && sizes[0] == batch && sizes[1] == channels;
+  if (!rows && !(tensor.dim() == 1 && batch == 1 && sizes[0] == channels))
+    tensor.fail("expected " + std::to_string(channels) + " numbers" +
+                (batch == 1 ? "" : " for each of " + std::to_string(batch) + " samples"));
+  View view = {tensor.data(), dtype_of(tensor), rows ? strides[0] : 0, strides[rows ? 1 : 0], 0};
   check_float(tensor, view);
   return view;
 }

@@ -32,6 +32,12 @@ View view_of(const abi::Tensor& tensor, const abi::Tensor& like);
 View float_view(const abi::Tensor& tensor, const abi::Tensor& like);
 View float_view_or_absent(const abi::Tensor& tensor, const abi::Tensor& like);
 
+// A tensor [B, C, ...] of the dtype and sizes of `like`, but with `channels` channels.
+View channels_view(const abi::Tensor& tensor, const abi::Tensor& like, int64_t channels);
+
+// One number a channel, [C], or one a sample and channel, [B, C], of any floating dtype and strides; absent without elements.
+View table_view(const abi::Tensor& tensor, int64_t batch, int64_t channels);
+
 // A tensor of the sizes of `like`, or with twice its batch.
 HalvedView halved_view(const abi::Tensor& tensor, const abi::Tensor& like);
 

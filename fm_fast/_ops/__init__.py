@@ -1,6 +1,7 @@
 """The ops as the modules above see them: tensors in, tensors out, plain PyTorch wherever the guard says so. A file an op."""
 
 from fm_fast._ops.adamw_ema import AdamwState, adamw_ema, adamw_ema_norm
+from fm_fast._ops.group_norm_silu import NormSettings, group_norm_silu
 from fm_fast._ops.guard import host_words, needs_reference, outside_transforms, transforms_active
 from fm_fast._ops.layout import memory_format, native_layout
 from fm_fast._ops.noise import drawer, noise
@@ -11,11 +12,13 @@ from fm_fast._ops.solver import ProbeSet, divergence_step, linear_step, probe
 __all__ = [
     "SCHEMAS",
     "AdamwState",
+    "NormSettings",
     "ProbeSet",
     "adamw_ema",
     "adamw_ema_norm",
     "divergence_step",
     "drawer",
+    "group_norm_silu",
     "host_words",
     "linear_step",
     "memory_format",

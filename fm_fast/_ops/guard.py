@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 
@@ -56,3 +57,15 @@ def needs_reference(backend: str, *tensors: Tensor | None) -> bool:
     if backend == "reference" or transforms_active():
         return True
     return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
+
+
+def savable(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors, or copies of those made under inference mode, which autograd refuses to keep for the backward pass."""
+    if torch.compiler.is_compiling() or not any([x.is_inference() for x in tensors]):
+        return tensors
+    return tuple(x.clone() if x.is_inference() else x for x in tensors)
+
+
+def is_batched(grad_output: Tensor) -> bool:
+    """Whether a vmap runs over several grad_outputs; the guard does not see it from inside a backward pass."""
+    return not torch.compiler.is_compiling() and (is_legacy_batchedtensor(grad_output) or is_batchedtensor(grad_output))

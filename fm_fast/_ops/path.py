@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from fm_fast import reference
 from fm_fast._ops import schemas
-from fm_fast._ops.guard import absent, run
+from fm_fast._ops.guard import absent, is_batched, run, savable
 from fm_fast._ops.layout import native_layout
 from fm_fast._spec import PathSpec
 
@@ -56,17 +55,10 @@ def path_loss(
     inputs = (native_layout(o), native_layout(x1), x0, key, coefficients, mask)
     tail = (reference.REDUCTIONS.index(reduction), *_data_map(spec))
     if torch.is_grad_enabled() and o.requires_grad:
-        o, *others = _savable(inputs)
+        o, *others = savable(inputs)
         return _PathLoss.apply(o, tuple(others), x_t, tail)
     with torch.no_grad():  # the raw op would otherwise look for gradients to refuse
         return _fused_loss(inputs, x_t, tail, with_gradient=False)[0]
-
-
-def _savable(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The tensors, or copies of those made under inference mode, which autograd refuses to keep for the backward pass."""
-    if torch.compiler.is_compiling() or not any([x.is_inference() for x in tensors]):
-        return tensors
-    return tuple(x.clone() if x.is_inference() else x for x in tensors)
 
 
 def _data_map(spec: PathSpec) -> tuple[float, int, bool]:
@@ -99,7 +91,7 @@ class _PathLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *inputs, gradient = ctx.saved_tensors
-        if torch.is_grad_enabled() or (gradient.dtype == torch.float16 and _is_batched(grad_output)):
+        if torch.is_grad_enabled() or (gradient.dtype == torch.float16 and is_batched(grad_output)):
             result = _differentiable_gradient(inputs, ctx.tail, grad_output)
         elif gradient.dtype == torch.float16:
             result = torch.empty_like(inputs[0])
@@ -117,14 +109,9 @@ def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
 
 def _is_one(grad_output: Tensor) -> bool:
     """Whether the usual loss.backward() runs, which needs no multiplication. Not asked where the answer would mean waiting for a device."""
-    if torch.compiler.is_compiling() or type(grad_output) is not Tensor or _is_batched(grad_output):
+    if torch.compiler.is_compiling() or type(grad_output) is not Tensor or is_batched(grad_output):
         return False
     return grad_output.device.type == "cpu" and grad_output.dim() == 0 and grad_output.item() == 1
-
-
-def _is_batched(grad_output: Tensor) -> bool:
-    """Whether a vmap runs over several grad_outputs; the guard does not see it from inside a backward pass."""
-    return not torch.compiler.is_compiling() and (is_legacy_batchedtensor(grad_output) or is_batchedtensor(grad_output))
 
 
 def _differentiable_gradient(inputs: list[Tensor], tail: tuple[Any, ...], grad_output: Tensor) -> Tensor:

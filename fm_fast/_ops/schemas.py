@@ -37,6 +37,16 @@ SCHEMAS = {
         "(Tensor(a!)[] p, Tensor(b!)[] copies, Tensor(c!) m, Tensor(d!) v, Tensor(e!) averages, Tensor(f!) counts, Tensor[] g, "
         "Tensor layout, Tensor total, Tensor settings, Tensor decays) -> ()"
     ),
+    "group_norm_silu": (
+        "(Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd, Tensor x, Tensor second, Tensor embedding, Tensor weight, Tensor bias, "
+        "Tensor scale, Tensor shift, Tensor key, int groups, float eps, bool activation, float dropout, int index) -> ()"
+    ),
+    "group_norm_silu_backward": (
+        "(Tensor(a!) grad_x, Tensor(b!) grad_second, Tensor(c!) grad_embedding, Tensor(d!) grad_weight, Tensor(e!) grad_bias, "
+        "Tensor(f!) grad_scale, Tensor(g!) grad_shift, Tensor grad_y, Tensor x, Tensor second, Tensor embedding, Tensor weight, "
+        "Tensor bias, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, Tensor key, int groups, bool activation, float dropout, "
+        "int index) -> ()"
+    ),
 }
 
 _library = torch.library.Library("fm_fast", "DEF")

@@ -1,15 +1,13 @@
 """Group normalisation, modulation, SiLU and dropout as one layer: what stands before every convolution of the U-Net."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from fm_fast import _checks, reference
+from fm_fast import _backends, _checks, _ops
 
 
 class GroupNormSiLU(nn.Module):
-    """dropout(silu(GroupNorm([x, second] + embedding) (1 + scale) + shift)) in one pass over memory and one back.
+    """dropout(silu(GroupNorm([x, second] + embedding) (1 + scale) + shift)) in one op, and one op back.
 
     Group normalisation after Wu & He (2018, "Group Normalization"), modulated as in the residual blocks of Dhariwal & Nichol (2021).
     Naive equivalent, with modulations shaped [B, C, 1, 1]::
@@ -17,7 +15,8 @@ class GroupNormSiLU(nn.Module):
         h = F.group_norm(torch.cat([x, second], 1) + embedding, groups, weight, bias, eps)
         y = F.dropout(F.silu(h * (1 + scale) + shift), dropout)
 
-    Statistics and arithmetic are float32 (float64 for float64 x) whatever the dtype of x and of the parameters.
+    Statistics and arithmetic are float32 (float64 for float64 x) whatever the dtype of x and of the parameters. Saved for the backward
+    pass are x and second and two numbers a group, where torch's norm and silu keep two tensors of full size.
     ``weight`` and ``bias`` are those of nn.GroupNorm, so state dicts of either load into the other.
 
     Args:
@@ -70,15 +69,10 @@ class GroupNormSiLU(nn.Module):
                 None, or a layer in evaluation mode: no dropout.
         """
         _check_inputs(self.channels, x, second, {"embedding": embedding, "scale": scale, "shift": shift}, key)
-        mask = self._mask(x, key)
-        return reference.group_norm_silu(
-            x, second, embedding, self.weight, self.bias, scale, shift, self.groups, self.eps, self.activation, mask
-        )
-
-    def _mask(self, x: Tensor, key: Tensor | None) -> Tensor | None:
-        if key is None or not self.training or self.dropout == 0.0:
-            return None
-        return reference.dropout_mask(key, (x.shape[0], self.channels, math.prod(x.shape[2:])), self.dropout, self.index)
+        dropout = self.dropout if self.training and key is not None else 0.0
+        settings = _ops.NormSettings(self.groups, self.eps, self.activation, dropout, self.index)
+        backend = _backends.resolve("group_norm_silu", x.device, None if self.fused else "reference")
+        return _ops.group_norm_silu((x, second, embedding, self.weight, self.bias, scale, shift), key, settings, backend)
 
     def extra_repr(self) -> str:
         return (

@@ -1,0 +1,268 @@
+"""fm_fast::group_norm_silu_backward on CUDA.
+
+With xhat = (x + embedding - mean) rstd, z = xhat gain + offset and dz = mask silu'(z) dy:
+dx = rstd (gain dz - mean(gain dz) - xhat mean(gain dz xhat)), means over the group. The sums of dz, dz xhat and dx over the positions
+are left for a second kernel, which makes the parameters' gradients of them, over the samples in order.
+"""
+
+# Device functions are written in Triton's own language.
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fm_fast.kernels import _launch
+from fm_fast.kernels._norm import (
+    DROPOUT_STREAM,
+    TILE,
+    affine,
+    batch_channel,
+    dropout_factor,
+    full,
+    group_sum,
+    inside_tile,
+    load_inputs,
+    norm_plan,
+    options_of,
+    per_channel,
+    place_in,
+    sigmoid,
+    sizes_of,
+    start_norm,
+    table,
+)
+from fm_fast.kernels._tile import sample_and_chunk, write
+
+PARAMETER_TILE = (16, 64)  # samples, channels
+
+
+@triton.jit
+def _silu_derivative(d, dy, gain, offset, ACTIVATION: tl.constexpr):
+    """silu'(z) dy with z = d gain + offset."""
+    if ACTIVATION:
+        z = d * gain + offset
+        s = sigmoid(z)
+        dy *= s + z * s * (1.0 - s)
+    return dy
+
+
+@triton.jit
+def _derivative(
+    x,
+    second,
+    grad_y,
+    tile,
+    start,
+    coefficients,
+    dropout,
+    ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EXPLICIT_IDS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    MASKED: tl.constexpr,
+    MASKED_POSITIONS: tl.constexpr,
+):
+    """(exists, x + embedding - mean, dz) of the tile at ``start``; coefficients are (origin, gain, offset) of z."""
+    sample, channel, position, inside, first, positions = tile
+    exists = inside_tile(inside, start + position, positions, MASKED_POSITIONS)
+    value = load_inputs(x, second, sample, channel, start + position, first, exists, MASKED, COMPUTE)
+    dz = tl.load(place_in(grad_y, sample, channel, start + position), mask=exists, other=0).to(COMPUTE)
+    if DROPOUT:
+        key, purpose, probability, factor = dropout
+        dz *= dropout_factor(key, sample, channel, start, positions, purpose, probability, factor, position.shape[0], EXPLICIT_IDS)
+    origin, gain, offset = coefficients
+    return exists, value - origin, _silu_derivative(value - origin, dz, gain, offset, ACTIVATION)
+
+
+@triton.jit(do_not_specialize=["batch", "purpose"])
+def group_norm_silu_backward_kernel(
+    grad_x,  # (pointer, strides) [B, C1, P]; the same for the others
+    grad_second,  # [B, C - C1, P]
+    grad_y,  # [B, C, P]
+    sums_ptr,  # [B, 3, C]
+    x,
+    second,
+    embedding,
+    weight,
+    bias,
+    scale,
+    shift,
+    mean_ptr,  # [B, groups]
+    rstd_ptr,
+    key_ptr,
+    batch,
+    channels,
+    first,
+    positions,
+    groups,
+    purpose,
+    probability: tl.float32,
+    factor: tl.float32,
+    ACTIVATION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EXPLICIT_IDS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    HELD: tl.constexpr,
+    MASKED_CHANNELS: tl.constexpr,
+    MASKED_POSITIONS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    sample, program = sample_and_chunk(batch)
+    if sample >= batch:
+        return
+    sample = sample.to(tl.int64)
+    MASKED: tl.constexpr = MASKED_CHANNELS or MASKED_POSITIONS
+    lane = tl.arange(0, CHANNELS)
+    channel = program * (GROUPS * WIDTH) + lane
+    inside = (lane < GROUPS * WIDTH) & (channel < channels)
+    position = tl.arange(0, POSITIONS)
+    if WIDE:
+        channel, position = channel.to(tl.int64), position.to(tl.int64)
+    added = batch_channel(embedding, sample, channel, inside, MASKED_CHANNELS, COMPUTE)
+    statistic = sample * groups + channel // WIDTH
+    rstd = tl.load(rstd_ptr + statistic, mask=inside, other=0.0)
+    origin = (tl.load(mean_ptr + statistic, mask=inside, other=0.0) - added)[:, None]
+    gain, offset = affine(weight, bias, scale, shift, sample, channel, inside, MASKED_CHANNELS, COMPUTE)
+    z_gain = (gain * rstd)[:, None]
+    tile = (sample, channel, position, inside, first, positions)
+    coefficients, dropout = (origin, z_gain, offset[:, None]), (key_ptr, purpose, probability, factor)
+    start = 0
+    exists, d, dz = _derivative(
+        x, second, grad_y, tile, start, coefficients, dropout, ACTIVATION, DROPOUT, EXPLICIT_IDS, COMPUTE, MASKED, MASKED_POSITIONS
+    )
+    sum_dz, sum_product = tl.sum(dz, axis=1), tl.sum(dz * d, axis=1)
+    if not HELD:
+        start += POSITIONS
+        while start < positions:
+            exists, d, dz = _derivative(
+                x, second, grad_y, tile, start, coefficients, dropout, ACTIVATION, DROPOUT, EXPLICIT_IDS, COMPUTE, MASKED, MASKED_POSITIONS
+            )
+            sum_dz += tl.sum(dz, axis=1)
+            sum_product += tl.sum(dz * d, axis=1)
+            start += POSITIONS
+    sum_product *= rstd
+    count = tl.full((), positions, COMPUTE) * WIDTH
+    level = (-rstd * group_sum(gain * sum_dz, WIDTH, GROUPS) / count)[:, None]
+    slope = (-rstd * rstd * group_sum(gain * sum_product, WIDTH, GROUPS) / count)[:, None]
+    sum_dx = tl.zeros((CHANNELS,), COMPUTE)
+    start = 0
+    while start < positions:
+        if not HELD:
+            exists, d, dz = _derivative(
+                x, second, grad_y, tile, start, coefficients, dropout, ACTIVATION, DROPOUT, EXPLICIT_IDS, COMPUTE, MASKED, MASKED_POSITIONS
+            )
+        dx = dz * z_gain + (d * slope + level)
+        if second[0] is None:
+            write(place_in(grad_x, sample, channel, start + position), dx, exists, MASKED)
+        else:
+            in_first = (channel < first)[:, None]
+            write(place_in(grad_x, sample, channel, start + position), dx, exists & in_first, True)
+            write(place_in(grad_second, sample, channel - first, start + position), dx, exists & (channel >= first)[:, None], True)
+        sum_dx += tl.sum(tl.where(exists, dx, 0.0), axis=1)
+        start += POSITIONS
+    row = sums_ptr + sample * 3 * channels + channel
+    tl.store(row, sum_dz, mask=inside)
+    tl.store(row + channels, sum_product, mask=inside)
+    tl.store(row + 2 * channels, sum_dx, mask=inside)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def parameter_gradients_kernel(
+    grad_embedding,  # (pointer, strides) [B, C]
+    grad_weight,  # [C]
+    grad_bias,
+    grad_scale,  # [B, C]
+    grad_shift,
+    sums_ptr,  # [B, 3, C]
+    weight,
+    bias,
+    scale,
+    batch,
+    channels,
+    COMPUTE: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """z = (xhat weight + bias) (1 + scale) + shift."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < channels
+    weights = per_channel(weight[0], weight[1][0], channel, inside, True, COMPUTE)[None, :]
+    biases = per_channel(bias[0], bias[1][0], channel, inside, True, COMPUTE)[None, :]
+    weight_sum, bias_sum = tl.zeros((SAMPLES, CHANNELS), COMPUTE), tl.zeros((SAMPLES, CHANNELS), COMPUTE)
+    start = 0
+    while start < batch:
+        sample = (start + tl.arange(0, SAMPLES)).to(tl.int64)[:, None]
+        exists = (sample < batch) & inside[None, :]
+        row = sums_ptr + sample * 3 * channels + channel[None, :]
+        dz = tl.load(row, mask=exists, other=0.0)
+        product = tl.load(row + channels, mask=exists, other=0.0)
+        factor = tl.full((SAMPLES, CHANNELS), 1.0, COMPUTE)
+        if scale[0] is not None:
+            factor += tl.load(scale[0] + sample * scale[1][0] + channel[None, :] * scale[1][1], mask=exists, other=0.0).to(COMPUTE)
+            write(grad_scale[0] + sample * grad_scale[1][0] + channel[None, :] * grad_scale[1][1], weights * product + biases * dz, exists,
+                  True)  # fmt: skip
+        if grad_shift[0] is not None:
+            write(grad_shift[0] + sample * grad_shift[1][0] + channel[None, :] * grad_shift[1][1], dz, exists, True)
+        if grad_embedding[0] is not None:
+            dx = tl.load(row + 2 * channels, mask=exists, other=0.0)
+            write(grad_embedding[0] + sample * grad_embedding[1][0] + channel[None, :] * grad_embedding[1][1], dx, exists, True)
+        weight_sum += factor * product
+        bias_sum += factor * dz
+        start += SAMPLES
+    write(grad_weight[0] + channel * grad_weight[1][0], tl.sum(weight_sum, axis=0), inside, True)
+    write(grad_bias[0] + channel * grad_bias[1][0], tl.sum(bias_sum, axis=0), inside, True)
+
+
+def launch(
+    grad_x: Tensor,
+    grad_second: Tensor,
+    grad_embedding: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_scale: Tensor,
+    grad_shift: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
+    second: Tensor,
+    embedding: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    key: Tensor,
+    groups: int,
+    activation: bool,
+    dropout: float,
+    index: int,
+) -> None:
+    """Run ``fm_fast::group_norm_silu_backward``."""
+    sizes = sizes_of(x, second, groups)
+    batch, channels = sizes[:2]
+    if grad_y.numel() == 0:
+        for gradient in (grad_embedding, grad_weight, grad_bias, grad_scale, grad_shift):
+            gradient.zero_()
+        return
+    names = ("x", "second", "grad_x", "grad_second", "grad_y")
+    addressed = [full(name, tensor) for name, tensor in zip(names, (x, second, grad_x, grad_second, grad_y), strict=True)]
+    plan = norm_plan(x, [strides for _, strides in addressed], channels, groups, TILE)  # type: ignore[misc]
+    embedding_, weight_, bias_, scale_, shift_ = (table(tensor) for tensor in (embedding, weight, bias, scale, shift))
+    sums = torch.empty(batch, 3, channels, dtype=mean.dtype, device=x.device)
+    numbers = (DROPOUT_STREAM | index << 8, dropout, 1.0 / (1.0 - dropout))
+    inputs = (addressed[0], addressed[1], embedding_, weight_, bias_, scale_, shift_)
+    positional = (*addressed[2:], sums, *inputs, mean, rstd, key if dropout > 0.0 else None, *sizes, *numbers)
+    start_norm(group_norm_silu_backward_kernel, plan, positional, options_of(x, key, activation, dropout))
+    gradients = [table(tensor) for tensor in (grad_embedding, grad_weight, grad_bias, grad_scale, grad_shift)]
+    samples, width = PARAMETER_TILE
+    with _launch.on_device(x.device):
+        parameter_gradients_kernel[(-(-channels // width),)](
+            *gradients, sums, weight_, bias_, scale_, batch, channels, COMPUTE=_launch.compute_dtype(x), SAMPLES=samples, CHANNELS=width,
+            num_warps=4,
+        )  # fmt: skip

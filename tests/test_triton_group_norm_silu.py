@@ -1,0 +1,90 @@
+"""The Triton kernels of group_norm_silu and its backward, interpreted, against torch's own functions in float64."""
+
+import pytest
+import torch
+from norm_cases import LAYER, NAMES, Case, assert_close, expected, inputs, key, uncancelled
+from triton_interpreter import poisoned, round_bfloat16_as_a_gpu_does, run_checks
+
+CASES = [
+    Case(2, 6, groups=3, size=(5, 7)),
+    Case(2, 32, groups=32, size=(4, 4), dropout=0.3, layouts="lll"),
+    Case(2, 12, 20, groups=4, size=(5, 3), dropout=0.3, ids=(7, 3)),  # a group lies in both inputs
+    Case(1, 24, 12, groups=3, size=(4, 3), layouts="lcl"),
+    Case(1, 130, groups=2, size=(2, 1)),
+    Case(2, 8, 8, groups=8, size=(1, 1), modulated=False),
+    Case(3, 5, groups=1, size=(9,), activation=False),
+    Case(2, 96, groups=32, size=(3, 3), layouts="lll", modulated=False),
+    Case(1, 2, groups=1, size=(75, 75), dropout=0.2),  # more than one tile holds
+    Case(1, 64, groups=8, size=(12, 16), layouts="lll"),
+    Case(17, 4, groups=2, size=(2, 2)),  # more samples than the second kernel takes at once
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_group_norm_silu_in_the_interpreter():
+    run_checks(__file__)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exact_bfloat16():
+    round_bfloat16_as_a_gpu_does()
+
+
+def launch(case, tensors, grad_y):
+    """The result and all gradients, by name, in outputs that were NaN before."""
+    from fm_fast.kernels.group_norm_silu import launch as forward
+    from fm_fast.kernels.group_norm_silu_backward import launch as backward
+
+    nothing, wide = torch.empty(0), torch.float64 if case.dtype == torch.float64 else torch.float32
+    present = [nothing if t is None else t for t in tensors]
+    y = poisoned(tensors[0]) if case.second == 0 else poisoned(grad_y)
+    mean, rstd = (torch.full((case.batch, case.groups), torch.nan, dtype=wide) for _ in range(2))
+    tail = (case.activation, case.dropout, LAYER)
+    forward(y, mean, rstd, *present, key(case), case.groups, 1e-5, *tail)
+    gradients = [poisoned(t) for t in present]
+    backward(*gradients, grad_y, *present, mean, rstd, key(case), case.groups, *tail)
+    return {"y": y} | {name: g for name, g, t in zip(NAMES, gradients, tensors, strict=True) if t is not None}
+
+
+def check(case):
+    tensors, grad_y = inputs(case)
+    assert_close(launch(case, tensors, grad_y), expected(case, tensors, grad_y), uncancelled(case, tensors, grad_y))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def check_sizes_layouts_and_dropout(case):
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["c", "l"])
+def check_dtypes(dtype, layout):
+    check(Case(2, 8, 8, groups=4, size=(4, 3), dtype=dtype, layouts=3 * layout, dropout=0.25))
+
+
+def check_parameters_in_half_precision():
+    check(Case(2, 8, groups=4, size=(4, 3), dtype=torch.bfloat16, parameter_dtype=torch.bfloat16))
+
+
+def check_a_mean_far_from_zero(monkeypatch):
+    from fm_fast.kernels import _norm, group_norm_silu, group_norm_silu_backward
+
+    for module, name in ((_norm, "TILE"), (group_norm_silu, "HELD_TILE"), (group_norm_silu_backward, "TILE")):
+        monkeypatch.setattr(module, name, 256)
+    case = Case(1, 8, groups=2, size=(16, 16), mean=300.0, modulated=False)
+    tensors, grad_y = inputs(case)
+    got, exact = launch(case, tensors, grad_y), expected(case, tensors, grad_y)
+    for name, value in exact.items():
+        assert float((got[name] - value).abs().max()) <= 4e-7 * 300.0 * float(value.abs().max()), name
+
+
+def check_an_empty_batch():
+    case = Case(0, 4, 2, groups=2, size=(3, 3))
+    tensors, grad_y = inputs(case)
+    got = launch(case, tensors, grad_y)
+    assert torch.equal(got["weight"], torch.zeros(6))
+
+
+def check_channels_that_groups_does_not_divide():
+    with pytest.raises(ValueError, match="multiple of 4 channels, got 6"):
+        launch(Case(2, 6, groups=4, size=(3, 3)), *inputs(Case(2, 6, groups=2, size=(3, 3))))
