@@ -164,7 +164,7 @@ def _recomputed(given: Inputs, setting: Setting) -> Outcome:
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.cat([x.flatten() for x in tensors]).norm())
+    return float(torch.cat([x.detach().flatten() for x in tensors]).norm())
 
 
 def bytes_moved(setting: Setting) -> int:

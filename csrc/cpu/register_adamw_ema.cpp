@@ -39,9 +39,8 @@ const Tensor& gapless(const Tensor& tensor) {
 // Memory of the same order.
 const Tensor& alike(const Tensor& tensor, const Tensor& like) {
   bool same = tensor.dim() == like.dim();
-  for (int64_t i = 0; same && i < like.dim(); ++i) {
+  for (int64_t i = 0; same && i < like.dim(); ++i)
     same = tensor.sizes()[i] == like.sizes()[i] && (like.sizes()[i] == 1 || tensor.strides()[i] == like.strides()[i]);
-  }
   if (!same) tensor.fail(std::string("expected the shape and strides of ") + like.name());
   return tensor;
 }
@@ -52,7 +51,7 @@ Dtype float_dtype(const Tensor& tensor) {
   return dtype;
 }
 
-// Where the parameters' positions end.
+// The pieces of work that the positions are cut into.
 int64_t units_of(const ParameterRange& range) { return divide_up(range.length, kTileElements); }
 
 // --- norm ----------------------------------------------------------------------------------------------------------------------------
