@@ -1,33 +1,21 @@
 """The reference U-Net: shapes, initial values, conditioning, dtypes, errors, and independent counts and formulas."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from unet_helpers import TINY, inputs, shaken
 
 import fm_fast as fm
-from fm_fast.nn import Preconditioned, UNet, UNetConfig
+from fm_fast.nn import PRESETS, Preconditioned, UNet, UNetConfig
+from fm_fast.nn.attention import Attention
 from fm_fast.nn.embedding import sinusoidal_embedding
-from fm_fast.nn.layers import Attention, ResidualBlock
+from fm_fast.nn.layers import BlockSettings, Half, ResidualBlock
 
-TINY = UNetConfig(8, 1, 3, channels=8, multipliers=(1, 2), blocks=1, attention_sizes=(4,), head_channels=8, groups=4)
 COLOUR = UNetConfig(16, 3, 0, channels=8, multipliers=(1, 1, 2), blocks=2, head_channels=8, groups=4)
-
-
-def inputs(batch=2, size=8, channels=1):
-    x = fm.noise((batch, channels, size, size), seed=1, step=0)
-    return x, torch.linspace(0.1, 0.9, batch), torch.arange(batch) % 3
-
-
-def shaken(model, scale=0.1):
-    """The model with every parameter moved off its initial value, so that nothing is hidden behind a zero."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 @pytest.mark.parametrize("config", [TINY, UNetConfig.digits(), COLOUR])
@@ -44,12 +32,33 @@ def test_other_sizes_and_non_square_images_work():
     assert model(x, torch.rand(2)).shape == x.shape
 
 
-def test_presets():
-    small = UNet(UNetConfig.small())
-    assert small.config.classes == 10
-    assert 0.7e6 < sum(p.numel() for p in UNet(UNetConfig.digits()).parameters()) < 0.8e6
-    assert 6.5e6 < sum(p.numel() for p in small.parameters()) < 7.5e6
-    assert small(torch.zeros(1, 3, 32, 32), torch.zeros(1)).shape == (1, 3, 32, 32)
+# Parameters of the published shapes, counted with torchcfm's code, which has no null class (hence one row of 4 x channels less).
+@pytest.mark.parametrize(
+    ("name", "changes", "parameters"),
+    [
+        ("cifar10-torchcfm", {}, 35_746_307),
+        ("cifar10-paper", {}, 171_268_099),
+        ("imagenet32-paper", {}, 228_149_507),
+        ("imagenet64-paper", {}, 295_131_267),
+        ("imagenet64-paper", {"classes": 1000}, 295_899_267 + 768),
+        ("imagenet128-paper", {}, 542_804_483),
+        ("imagenet128-paper", {"blocks": 2}, 420_498_691),
+        ("sr64-256", {}, 311_790_723 + 768),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(name, changes, parameters):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in UNet(replace(PRESETS[name], **changes)).parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion", "sr64-256"])
+def test_presets_run(name):
+    config = PRESETS[name]
+    size, channels = config.image_size, config.low_resolution_channels
+    with torch.device("meta"):
+        x, t = torch.zeros(2, config.image_channels, size, size), torch.zeros(2)
+        low = {"low_resolution": torch.zeros(2, channels, size // 4, size // 4)} if channels else {}
+        assert UNet(config)(x, t, **low).shape == x.shape
 
 
 def expected_parameters(c):
@@ -105,9 +114,11 @@ def test_sinusoidal_embedding_is_the_formula():
     torch.testing.assert_close(sinusoidal_embedding(t, 8), torch.tensor(rows), rtol=0, atol=2e-4)
 
 
-def test_attention_is_softmax_of_scaled_products():
-    layer = shaken(Attention(8, head_channels=4, groups=2)).double()
-    x = torch.randn(2, 8, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_is_softmax_of_scaled_products(fused, layout):
+    layer = shaken(Attention(8, heads=2, groups=2, fused=fused)).double().train(fused)
+    x = torch.randn(2, 8, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
     joint = layer.query_key_value(layer.norm(x)).flatten(2)
     mixed = torch.empty(2, 8, 6, dtype=torch.float64)
     for head in range(2):
@@ -127,19 +138,40 @@ def test_attention_is_where_asked_for_and_reaches_every_pixel():
     assert torch.count_nonzero(gradient) == gradient.numel()
 
 
-def test_residual_block_is_the_formula():
-    block = shaken(ResidualBlock(4, 8, width=6, groups=2)).double()
-    x, e = torch.randn(2, 4, 5, 5, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
-    scale, shift = block.scale_shift(e).chunk(2, dim=1)
-    h = block.first_conv(F.silu(F.group_norm(x, 2, block.first_norm.weight, block.first_norm.bias)))
-    h = F.group_norm(h, 2, block.second_norm.weight, block.second_norm.bias) * (1 + scale[..., None, None]) + shift[..., None, None]
-    torch.testing.assert_close(block(x, e), block.skip(x) + block.second_conv(F.silu(h)))
+def double_noise(*shape):
+    return fm.noise(shape, seed=5, step=0, dtype=torch.float64)
+
+
+def normalised(x, norm):
+    return F.group_norm(x, norm.groups, norm.weight, norm.bias)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_residual_block_is_the_formula(fused):
+    block = shaken(ResidualBlock(4, 8, BlockSettings(width=6, groups=2, fused=fused))).double()
+    x, e = double_noise(2, 4, 5, 5), double_noise(2, 6)
+    scale, shift = block.modulation(e)[:, :, None, None].chunk(2, dim=1)
+    h = normalised(block.first_conv(F.silu(normalised(x, block.first_norm))), block.second_norm) * (1 + scale) + shift
+    expected = block.skip(x) + block.second_conv(F.silu(h))
+    torch.testing.assert_close(block(x, e), expected)
+    torch.testing.assert_close(block(x[:, :3], e, second=x[:, 3:]), expected)
+
+
+def test_residual_block_that_adds_the_embedding_and_halves_the_image():
+    block = shaken(ResidualBlock(4, 4, BlockSettings(width=6, groups=2, scale_shift=False), Half())).double()
+    x, e = double_noise(2, 4, 6, 4), double_noise(2, 6)
+
+    def half(image):
+        return (image[..., ::2, ::2] + image[..., 1::2, ::2] + image[..., ::2, 1::2] + image[..., 1::2, 1::2]) / 4
+
+    h = block.first_conv(half(F.silu(normalised(x, block.first_norm)))) + block.modulation(e)[:, :, None, None]
+    torch.testing.assert_close(block(x, e), half(x) + block.second_conv(F.silu(normalised(h, block.second_norm))))
 
 
 def test_blocks_start_as_the_identity():
-    block, x = ResidualBlock(4, 4, width=6, groups=2), torch.randn(1, 4, 4, 4)
+    block, x = ResidualBlock(4, 4, BlockSettings(width=6, groups=2)), torch.randn(1, 4, 4, 4)
     assert torch.equal(block(x, torch.randn(1, 6)), x)
-    assert torch.equal(Attention(4, 4, groups=2)(x), x)
+    assert torch.equal(Attention(4, 1, groups=2)(x), x)
 
 
 def test_every_parameter_gets_a_finite_gradient():
@@ -151,9 +183,10 @@ def test_every_parameter_gets_a_finite_gradient():
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_float64_gradients_by_finite_differences():
+@pytest.mark.parametrize("fused", [True, False])
+def test_float64_gradients_by_finite_differences(fused):
     config = UNetConfig(2, 1, 2, channels=4, multipliers=(1, 1), blocks=1, attention_sizes=(2,), head_channels=4, groups=2)
-    model = shaken(UNet(config)).double()
+    model = shaken(UNet(config, fused=fused)).double()
     x = torch.randn(2, 1, 2, 2, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
     assert torch.autograd.gradcheck(lambda x: model(x, torch.tensor([0.2, 0.7]), y=torch.tensor([0, -1])), x)
 
@@ -180,10 +213,29 @@ def test_autocast_trains():
     torch.testing.assert_close(output.float(), model(x, t, y=y), rtol=0.1, atol=0.1)
 
 
-def test_channels_last_gives_the_same():
-    model = shaken(UNet(TINY))
+@pytest.mark.parametrize("resampling", ["convolution", "pool", "block"])
+def test_layouts_and_plain_layers_give_the_same(resampling):
+    config = replace(TINY, resampling=resampling)
+    fused, plain = UNet(config), shaken(UNet(config, fused=False))
+    fused.load_state_dict(plain.state_dict())
     x, t, y = inputs(3)
-    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last), t, y=y), model(x, t, y=y), rtol=1e-4, atol=1e-4)
+    expected = plain(x, t, y=y)
+    for given in (x, x.to(memory_format=torch.channels_last)):
+        torch.testing.assert_close(fused(given, t, y=y), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(plain(given, t, y=y), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("fused", "training"), [(True, True), (True, False), (False, True)])
+def test_every_way_to_a_divergence_agrees(fused, training):
+    # Attention by PyTorch's fused kernels has neither a forward mode nor a batched backward.
+    config = UNetConfig(2, 1, 0, channels=4, multipliers=(1,), blocks=1, attention_sizes=(2,), head_channels=4, groups=2)
+    model, (x, t, _) = shaken(UNet(config, fused=fused)).train(training), inputs(2, size=2)
+    one, other = (fm.divergence(model, x, t, mode=mode, kind="exact").div for mode in ("loop", "batched"))
+    basis = torch.eye(4).reshape(4, 1, 1, 2, 2).expand(4, 2, 1, 2, 2)
+    columns = torch.func.vmap(lambda v: torch.func.jvp(lambda x: model(x, t), (x,), (v,))[1])(basis)
+    trace = columns.flatten(2).diagonal(dim1=0, dim2=2).sum(-1)
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(one.float(), trace, rtol=1e-3, atol=1e-3)
 
 
 class Constant(nn.Module):
@@ -230,7 +282,13 @@ def test_preconditioned_is_finite_at_both_ends_and_refuses_other_objectives():
     [
         ({"groups": 5}, "groups: expected a divisor"),
         ({"head_channels": 3}, "head_channels: expected a divisor"),
-        ({"dropout": 0.1}, "dropout: only 0.0"),
+        ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
+        ({"heads": 2}, "heads, head_channels: expected one of them and 0 for the other, got 2 and 8"),
+        ({"head_channels": 0}, "heads, head_channels: expected one of them"),
+        ({"head_channels": 0, "heads": 3}, "heads: expected a divisor of the attended width 16, got 3"),
+        ({"resampling": "cubic"}, "resampling: expected one of convolution, pool, block, got 'cubic'"),
+        ({"time_scale": 0.0}, "time_scale: expected a positive number, got 0.0"),
+        ({"low_resolution_channels": -1}, "low_resolution_channels: expected 0 or more"),
         ({"multipliers": ()}, "multipliers"),
         ({"channels": 9}, "channels: expected an even number"),
         ({"blocks": 0}, "blocks: expected at least 1"),

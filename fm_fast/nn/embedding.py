@@ -6,33 +6,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# t in [0, 1] is scaled so that the fastest of the sinusoids (1 rad a unit) tells apart times that differ by about 1e-3.
-TIME_SCALE = 1000.0
 LONGEST_PERIOD = 10_000.0
 
 
-def sinusoidal_embedding(t: Tensor, dimension: int) -> Tensor:
+def sinusoidal_embedding(t: Tensor, dimension: int, scale: float = 1000.0) -> Tensor:
     """Cosines and sines of t at geometrically spaced frequencies.
 
-    t: float [B], times in [0, 1]. dimension: even number of features. Returns float32 [B, dimension], cosines first.
+    t: float [B], times in [0, 1]. dimension: even number of features. scale: factor of t; with 1000 the fastest of the sinusoids
+    (1 rad a unit) tells apart times that differ by about 1e-3. Returns float32 [B, dimension], cosines first.
     """
     half = dimension // 2
     exponents = torch.arange(half, device=t.device, dtype=torch.float32) / half
-    angles = TIME_SCALE * t.float()[:, None] * torch.exp(-math.log(LONGEST_PERIOD) * exponents)
+    angles = scale * t.float()[:, None] * torch.exp(-math.log(LONGEST_PERIOD) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class TimeEmbedding(nn.Module):
     """Sinusoids of t followed by a two-layer perceptron: float [B] -> [B, width]."""
 
-    def __init__(self, dimension: int, width: int) -> None:
+    def __init__(self, dimension: int, width: int, scale: float) -> None:
         super().__init__()
-        self.dimension = dimension
+        self.dimension, self.scale = dimension, scale
         self.first = nn.Linear(dimension, width)
         self.second = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        features = sinusoidal_embedding(t, self.dimension).to(self.first.weight.dtype)
+        features = sinusoidal_embedding(t, self.dimension, self.scale).to(self.first.weight.dtype)
         return self.second(F.silu(self.first(features)))
 
 

@@ -1,16 +1,27 @@
-"""The layers of the U-Net. Every layer is called `layer(x, embedding)`, whether it reads the embedding or not."""
+"""The residual blocks of the U-Net and what changes the size of an image.
+
+Every layer is called `layer(x, embedding, key)`, whether it reads the embedding and the key of the dropout noise or not.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fm_fast.nn.attention import Attention, conv1x1, zeroed
+from fm_fast.nn.norm import GroupNormSiLU
 
-def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
-    """The same layer with its weight and bias set to zero: a block that ends in one starts as the identity."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """What the residual blocks of a network share. width: features of the embedding; the rest is explained in UNetConfig and UNet."""
+
+    width: int
+    groups: int
+    dropout: float = 0.0
+    scale_shift: bool = True
+    fused: bool = True
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -18,62 +29,66 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1)
 
 
-def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
-    """The same linear map at every pixel."""
-    return nn.Conv2d(inputs, outputs, kernel_size=1)
-
-
 class ResidualBlock(nn.Module):
-    """Pre-activation residual block whose second norm is scaled and shifted by the embedding.
+    """Pre-activation residual block, the embedding either scaling and shifting the second norm or added before it.
 
-    h = conv(silu(norm(x)));  h = conv(silu(norm(h) (1 + scale) + shift));  output = skip(x) + h.
-    x: [B, inputs, H, W]; embedding: [B, width], already activated; output: [B, outputs, H, W].
+    h = conv(resize(silu(norm(x))));  e = linear(embedding);  output = skip(resize(x)) + conv(dropout(silu(m))), where
+    m = norm(h) (1 + scale) + shift with (scale, shift) = e, or m = norm(h + e).
+    x: [B, inputs, H, W], of which `second` may hold the last channels; embedding: [B, width], already activated;
+    key: of the dropout noise, or None for no dropout; output: [B, outputs, H, W], or twice or half as high and wide.
     """
 
-    def __init__(self, inputs: int, outputs: int, width: int, groups: int) -> None:
+    def __init__(self, inputs: int, outputs: int, settings: BlockSettings, resize: nn.Module | None = None) -> None:
         super().__init__()
-        self.first_norm = nn.GroupNorm(groups, inputs)
+        self.scale_shift = settings.scale_shift
+        self.resize = nn.Identity() if resize is None else resize
+        self.first_norm = GroupNormSiLU(settings.groups, inputs, fused=settings.fused)
         self.first_conv = conv3x3(inputs, outputs)
-        self.scale_shift = nn.Linear(width, 2 * outputs)
-        self.second_norm = nn.GroupNorm(groups, outputs)
+        self.modulation = nn.Linear(settings.width, 2 * outputs if settings.scale_shift else outputs)
+        self.second_norm = GroupNormSiLU(settings.groups, outputs, dropout=settings.dropout, fused=settings.fused)
         self.second_conv = zeroed(conv3x3(outputs, outputs))
         self.skip = nn.Identity() if inputs == outputs else conv1x1(inputs, outputs)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.first_conv(F.silu(self.first_norm(x)))
-        scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = torch.addcmul(shift, self.second_norm(h).to(scale.dtype), 1 + scale)
-        return self.skip(x) + self.second_conv(F.silu(h))
+    def forward(self, x: Tensor, embedding: Tensor, key: Tensor | None = None, second: Tensor | None = None) -> Tensor:
+        h = self.first_conv(self.resize(self.first_norm(x, second=second)))
+        h = self._modulated(h, self.modulation(embedding), key)
+        return self._skipped(x, second) + self.second_conv(h)
 
+    def _modulated(self, h: Tensor, modulation: Tensor, key: Tensor | None) -> Tensor:
+        if not self.scale_shift:
+            return self.second_norm(h, embedding=modulation, key=key)
+        scale, shift = modulation.chunk(2, dim=1)
+        return self.second_norm(h, scale=scale, shift=shift, key=key)
 
-class Attention(nn.Module):
-    """Self-attention over the pixels, added to the input: [B, C, H, W] -> [B, C, H, W]."""
-
-    def __init__(self, channels: int, head_channels: int, groups: int) -> None:
-        super().__init__()
-        self.heads = channels // head_channels
-        self.norm = nn.GroupNorm(groups, channels)
-        self.query_key_value = conv1x1(channels, 3 * channels)
-        self.projection = zeroed(conv1x1(channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        joint = self.query_key_value(self.norm(x))
-        per_head = joint.reshape(batch, 3, self.heads, channels // self.heads, height * width).transpose(3, 4)
-        mixed = F.scaled_dot_product_attention(*per_head.unbind(1))
-        return x + self.projection(mixed.transpose(2, 3).reshape(batch, channels, height, width))
+    def _skipped(self, x: Tensor, second: Tensor | None) -> Tensor:
+        joined = x if second is None else torch.cat([x, second], dim=1)
+        return self.skip(self.resize(joined))
 
 
 class Block(nn.Module):
     """A residual block, with attention behind it where asked for."""
 
-    def __init__(self, inputs: int, outputs: int, width: int, groups: int, head_channels: int | None) -> None:
+    def __init__(self, inputs: int, outputs: int, settings: BlockSettings, heads: int = 0) -> None:
         super().__init__()
-        self.residual = ResidualBlock(inputs, outputs, width, groups)
-        self.attention = nn.Identity() if head_channels is None else Attention(outputs, head_channels, groups)
+        self.residual = ResidualBlock(inputs, outputs, settings)
+        self.attention = Attention(outputs, heads, settings.groups, settings.fused) if heads else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.attention(self.residual(x, embedding))
+    def forward(self, x: Tensor, embedding: Tensor, key: Tensor | None = None, second: Tensor | None = None) -> Tensor:
+        return self.attention(self.residual(x, embedding, key, second))
+
+
+class Half(nn.Module):
+    """Half the height and width: means of 2x2 pixels."""
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None, key: Tensor | None = None) -> Tensor:
+        return F.avg_pool2d(x, kernel_size=2)
+
+
+class Double(nn.Module):
+    """Twice the height and width: the nearest neighbour."""
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None, key: Tensor | None = None) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Downsample(nn.Module):
@@ -83,16 +98,30 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = conv3x3(channels, channels, stride=2)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, key: Tensor | None = None) -> Tensor:
         return self.conv(x)
 
 
-class Upsample(nn.Module):
+class Upsample(Double):
     """Twice the height and width: nearest neighbour, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = conv3x3(channels, channels)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, embedding: Tensor | None = None, key: Tensor | None = None) -> Tensor:
+        return self.conv(super().forward(x))
+
+
+def downsample(resampling: str, channels: int, settings: BlockSettings) -> nn.Module:
+    """The layer between a level and the next coarser one."""
+    if resampling == "block":
+        return ResidualBlock(channels, channels, settings, Half())
+    return Downsample(channels) if resampling == "convolution" else Half()
+
+
+def upsample(resampling: str, channels: int, settings: BlockSettings) -> nn.Module:
+    """The layer between a level and the next finer one."""
+    if resampling == "block":
+        return ResidualBlock(channels, channels, settings, Double())
+    return Upsample(channels) if resampling == "convolution" else Double()

@@ -1,93 +1,21 @@
 """The reference U-Net, of the type of Dhariwal & Nichol (2021, "Diffusion models beat GANs", ADM), used by Lipman et al. (2023).
 
-Written from the papers. A stem, an encoder of residual blocks with strided convolutions between its levels, a middle
-block with attention, and a decoder that takes the encoder's outputs in reverse order as additional channels.
+Written from the papers. A stem, an encoder of residual blocks between which the image is halved, a middle block with attention, and a
+decoder that takes the encoder's outputs in reverse order as additional channels.
 """
-
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fm_fast import _checks
+from fm_fast.nn.attention import Attention, zeroed
+from fm_fast.nn.config import UNetConfig
 from fm_fast.nn.embedding import ClassEmbedding, TimeEmbedding
-from fm_fast.nn.layers import Attention, Block, Downsample, ResidualBlock, Upsample, conv3x3, zeroed
+from fm_fast.nn.layers import Block, BlockSettings, ResidualBlock, conv3x3, downsample, upsample
+from fm_fast.nn.norm import GroupNormSiLU
 
-
-def _described(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """Shape of a U-Net. Presets: `UNetConfig.digits()` (8x8, 0.7 M parameters), `UNetConfig.small()` (32x32 colour, 7 M parameters).
-
-    Raises ValueError where the numbers do not fit together, e.g. a width that `groups` does not divide.
-    """
-
-    image_size: int = _described(32, "height and width of the images that attention_sizes refers to")
-    image_channels: int = _described(3, "colour channels of the images")
-    classes: int = _described(0, "number of classes; 0 for an unconditional network")
-    channels: int = _described(64, "width of the first level")
-    multipliers: tuple[int, ...] = _described((1, 2, 2), "width of each level, as a multiple of channels")
-    blocks: int = _described(2, "residual blocks a level")
-    attention_sizes: tuple[int, ...] = _described((16,), "feature-map heights at which the blocks have attention")
-    head_channels: int = _described(64, "channels an attention head")
-    groups: int = _described(32, "groups of every GroupNorm")
-    dropout: float = _described(0.0, "only 0.0 for now: a mask from torch's generator could not be resumed exactly")
-
-    def __post_init__(self) -> None:
-        _check_config(self)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level."""
-        return tuple(self.channels * multiplier for multiplier in self.multipliers)
-
-    @property
-    def downsampling(self) -> int:
-        """The factor that must divide the height and width of an image."""
-        return 2 ** (len(self.multipliers) - 1)
-
-    @classmethod
-    def digits(cls) -> "UNetConfig":
-        """For the 8x8 digits: seconds to train on a CPU."""
-        return cls(8, 1, 10, channels=32, multipliers=(1, 2), blocks=1, attention_sizes=(4,), head_channels=32, groups=8)
-
-    @classmethod
-    def small(cls) -> "UNetConfig":
-        """For 32x32 colour images in 10 classes, e.g. CIFAR-10, on one GPU."""
-        return cls(classes=10)
-
-
-def _check_config(config: UNetConfig) -> None:
-    for name in ("image_size", "image_channels", "channels", "blocks", "head_channels", "groups"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {getattr(config, name)}")
-    if config.classes < 0:
-        raise ValueError(f"classes: expected 0 or more, got {config.classes}")
-    if config.dropout != 0.0:
-        raise ValueError(f"dropout: only 0.0 is supported, got {config.dropout}")
-    if not config.multipliers or min(config.multipliers) < 1:
-        raise ValueError(f"multipliers: expected one positive number a level, got {config.multipliers}")
-    if config.channels % 2:
-        raise ValueError(f"channels: expected an even number (sines and cosines of the time), got {config.channels}")
-    _check_widths(config)
-
-
-def _check_widths(config: UNetConfig) -> None:
-    for width in config.widths:
-        if width % config.groups:
-            raise ValueError(f"groups: expected a divisor of every level's width {config.widths}, got {config.groups}")
-    attended = {width for level, width in enumerate(config.widths) if _has_attention(config, level)} | {config.widths[-1]}
-    for width in attended:
-        if width % config.head_channels:
-            raise ValueError(f"head_channels: expected a divisor of the attended width {width}, got {config.head_channels}")
-
-
-def _has_attention(config: UNetConfig, level: int) -> bool:
-    return config.image_size // 2**level in config.attention_sizes
+NO_KEY = (-1, 0, 0)
 
 
 class UNet(nn.Module):
@@ -95,36 +23,73 @@ class UNet(nn.Module):
 
     x: [B, image_channels, H, W], H and W divisible by `config.downsampling`, any floating dtype (cast to the weights').
     t: float [B], time in [0, 1]. y: int64 [B], a class or -1 for the null class; None means -1 for every sample.
+    low_resolution: [B, low_resolution_channels, h, w], the image to be super-resolved (Lipman et al., section 6.3), which is enlarged to
+    H x W by bicubic interpolation and joined to the channels of x, as in Saharia et al. (2021, "SR3").
     Returns [B, image_channels, H, W]. The last convolution starts at zero, hence so does the output.
-    Raises ValueError for a shape that does not fit, TypeError for labels that are not int64.
+
+    Dropout follows the noise contract: its masks are a function of `dropout_key`, int64 (seed, step, id of the first sample), which a
+    training step sets by :meth:`set_dropout_key`. fused=False computes everything by plain PyTorch, equal up to rounding, masks included.
+
+    Raises ValueError for a shape that does not fit or a key that was never set, TypeError for labels that are not int64.
     """
 
-    def __init__(self, config: UNetConfig) -> None:
+    dropout_key: Tensor
+
+    def __init__(self, config: UNetConfig, *, fused: bool = True) -> None:
         super().__init__()
         self.config = config
         width = 4 * config.channels
-        self.time = TimeEmbedding(config.channels, width)
+        settings = BlockSettings(width, config.groups, config.dropout, config.scale_shift, fused)
+        self.register_buffer("dropout_key", torch.tensor(NO_KEY, dtype=torch.int64), persistent=False)
+        self.time = TimeEmbedding(config.channels, width, config.time_scale)
         self.label = ClassEmbedding(config.classes, width) if config.classes else None
-        self.stem = conv3x3(config.image_channels, config.channels)
-        self.encoder, skips = _encoder(config, width)
-        self.middle = _Middle(config, width)
-        self.decoder = _decoder(config, width, skips)
-        self.norm = nn.GroupNorm(config.groups, config.channels)
-        self.head = zeroed(conv3x3(config.channels, config.image_channels))
+        self.stem = conv3x3(config.image_channels + config.low_resolution_channels, config.widths[0])
+        self.encoder, skips = _encoder(config, settings)
+        self.middle = _Middle(config, settings)
+        self.decoder = _decoder(config, settings, skips)
+        self.norm = GroupNormSiLU(config.groups, config.widths[0], fused=fused)
+        self.head = zeroed(conv3x3(config.widths[0], config.image_channels))
+        self._number_dropouts()
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        _check_inputs(self.config, x, t, y)
-        embedding = self._embed(t, y)
-        h = self.stem(x.to(self.stem.weight.dtype))
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, low_resolution: Tensor | None = None) -> Tensor:
+        _check_inputs(self.config, x, t, y, low_resolution)
+        embedding, key = self._embed(t, y), self._key()
+        h = self.stem(self._joined(x, low_resolution))
         skips = [h]
         for layer in self.encoder:
-            h = layer(h, embedding)
+            h = layer(h, embedding, key)
             skips.append(h)
-        h = self.middle(h, embedding)
+        h = self.middle(h, embedding, key)
         for layer in self.decoder:
-            joined = h if isinstance(layer, Upsample) else torch.cat([h, skips.pop()], dim=1)
-            h = layer(joined, embedding)
-        return self.head(F.silu(self.norm(h)))
+            h = layer(h, embedding, key, skips.pop()) if isinstance(layer, Block) else layer(h, embedding, key)
+        return self.head(self.norm(h))
+
+    @torch.no_grad()
+    def set_dropout_key(self, seed: int | Tensor, step: int | Tensor, first_id: int | Tensor = 0) -> None:
+        """Choose the masks of the next call in training mode, in place and without a wait for the device.
+
+        seed in [0, 2^63), step and first_id (of the batch's samples, which are numbered from it on) in [0, 2^32), or int64 tensors.
+        """
+        _checks.whole("seed", seed, _checks.MAX_SEED)
+        _checks.whole("step", step, _checks.WORD)
+        _checks.whole("first_id", first_id, _checks.WORD)
+        for place, value in zip(self.dropout_key, (seed, step, first_id), strict=True):
+            place.copy_(value.reshape(())) if isinstance(value, Tensor) else place.fill_(value)
+
+    def _number_dropouts(self) -> None:
+        """Each dropout gets its own part of the noise stream, in the order in which the blocks run."""
+        blocks = [module for module in self.modules() if isinstance(module, ResidualBlock)]
+        for index, block in enumerate(blocks):
+            block.second_norm.index = index
+
+    def _key(self) -> Tensor | None:
+        if not self.training or self.config.dropout == 0.0:
+            return None
+        if _checks.values_readable(self.dropout_key) and self.dropout_key[0] < 0:
+            raise ValueError(
+                "dropout_key: expected set_dropout_key(seed, step, first_id) before each training step, but it was never called"
+            )
+        return self.dropout_key
 
     def _embed(self, t: Tensor, y: Tensor | None) -> Tensor:
         embedding = self.time(t)
@@ -133,52 +98,59 @@ class UNet(nn.Module):
             embedding = embedding + self.label(null if y is None else y)
         return F.silu(embedding)
 
+    def _joined(self, x: Tensor, low_resolution: Tensor | None) -> Tensor:
+        image = x.to(self.stem.weight.dtype)
+        if low_resolution is None:
+            return image
+        enlarged = F.interpolate(low_resolution.to(image.dtype), size=x.shape[2:], mode="bicubic")
+        return torch.cat([image, enlarged], dim=1)
+
 
 class _Middle(nn.Module):
     """Residual block, attention, residual block at the coarsest level."""
 
-    def __init__(self, config: UNetConfig, width: int) -> None:
+    def __init__(self, config: UNetConfig, settings: BlockSettings) -> None:
         super().__init__()
         channels = config.widths[-1]
-        self.first = ResidualBlock(channels, channels, width, config.groups)
-        self.attention = Attention(channels, config.head_channels, config.groups)
-        self.second = ResidualBlock(channels, channels, width, config.groups)
+        self.first = ResidualBlock(channels, channels, settings)
+        self.attention = Attention(channels, config.heads_of(channels), config.groups, settings.fused)
+        self.second = ResidualBlock(channels, channels, settings)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.second(self.attention(self.first(x, embedding)), embedding)
+    def forward(self, x: Tensor, embedding: Tensor, key: Tensor | None = None) -> Tensor:
+        return self.second(self.attention(self.first(x, embedding, key)), embedding, key)
 
 
-def _encoder(config: UNetConfig, width: int) -> tuple[nn.ModuleList, list[int]]:
+def _encoder(config: UNetConfig, settings: BlockSettings) -> tuple[nn.ModuleList, list[int]]:
     """The encoder's layers, and the channels of the stem's and of each layer's output."""
-    layers, skips = nn.ModuleList(), [config.channels]
+    layers, skips = nn.ModuleList(), [config.widths[0]]
     for level, outputs in enumerate(config.widths):
         if level > 0:
-            layers.append(Downsample(skips[-1]))
+            layers.append(downsample(config.resampling, skips[-1], settings))
             skips.append(skips[-1])
         for _ in range(config.blocks):
-            layers.append(_block(config, level, skips[-1], outputs, width))
+            layers.append(_block(config, level, skips[-1], settings))
             skips.append(outputs)
     return layers, skips
 
 
-def _decoder(config: UNetConfig, width: int, skips: list[int]) -> nn.ModuleList:
+def _decoder(config: UNetConfig, settings: BlockSettings, skips: list[int]) -> nn.ModuleList:
     """One block more a level than the encoder has, so that each of the encoder's outputs is used once."""
     layers, inputs, skips = nn.ModuleList(), skips[-1], list(skips)
     for level, outputs in reversed(list(enumerate(config.widths))):
         for _ in range(config.blocks + 1):
-            layers.append(_block(config, level, inputs + skips.pop(), outputs, width))
+            layers.append(_block(config, level, inputs + skips.pop(), settings))
             inputs = outputs
         if level > 0:
-            layers.append(Upsample(outputs))
+            layers.append(upsample(config.resampling, outputs, settings))
     return layers
 
 
-def _block(config: UNetConfig, level: int, inputs: int, outputs: int, width: int) -> Block:
-    head_channels = config.head_channels if _has_attention(config, level) else None
-    return Block(inputs, outputs, width, config.groups, head_channels)
+def _block(config: UNetConfig, level: int, inputs: int, settings: BlockSettings) -> Block:
+    outputs = config.widths[level]
+    return Block(inputs, outputs, settings, config.heads_of(outputs) if config.has_attention(level) else 0)
 
 
-def _check_inputs(config: UNetConfig, x: Tensor, t: Tensor, y: Tensor | None) -> None:
+def _check_inputs(config: UNetConfig, x: Tensor, t: Tensor, y: Tensor | None, low_resolution: Tensor | None) -> None:
     if x.ndim != 4 or x.shape[1] != config.image_channels:
         raise ValueError(f"x: expected shape [B, {config.image_channels}, H, W], got {list(x.shape)}")
     factor = config.downsampling
@@ -188,6 +160,7 @@ def _check_inputs(config: UNetConfig, x: Tensor, t: Tensor, y: Tensor | None) ->
         raise ValueError(f"t: expected shape [{x.shape[0]}], got {list(t.shape)}")
     if y is not None:
         _check_labels(config, x, y)
+    _check_low_resolution(config, x, low_resolution)
 
 
 def _check_labels(config: UNetConfig, x: Tensor, y: Tensor) -> None:
@@ -197,3 +170,15 @@ def _check_labels(config: UNetConfig, x: Tensor, y: Tensor) -> None:
         raise TypeError(f"y: expected int64 labels, got {y.dtype}")
     if y.shape != x.shape[:1]:
         raise ValueError(f"y: expected shape [{x.shape[0]}], got {list(y.shape)}")
+
+
+def _check_low_resolution(config: UNetConfig, x: Tensor, low_resolution: Tensor | None) -> None:
+    channels = config.low_resolution_channels
+    if low_resolution is None:
+        if channels:
+            raise ValueError(f"low_resolution: expected shape [{x.shape[0]}, {channels}, h, w], got None")
+        return
+    if channels == 0:
+        raise ValueError("low_resolution: expected None because the network has no low_resolution_channels, got a tensor")
+    if low_resolution.ndim != 4 or low_resolution.shape[:2] != (x.shape[0], channels):
+        raise ValueError(f"low_resolution: expected shape [{x.shape[0]}, {channels}, h, w], got {list(low_resolution.shape)}")

@@ -1,0 +1,67 @@
+"""Self-attention over the pixels of an image."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fm_fast._ops.guard import transforms_active
+from fm_fast._ops.layout import memory_format
+from fm_fast.nn.norm import GroupNormSiLU
+
+
+def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
+    """The same linear map at every pixel."""
+    return nn.Conv2d(inputs, outputs, kernel_size=1)
+
+
+def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    """The same layer with its weight and bias set to zero: a block that ends in one starts as the identity."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, added to the input: [B, C, H, W] -> [B, C, H, W].
+
+    The channels of the joint projection are ordered as (query, key, value), then head, then feature. In channels_last the projections
+    and what lies between them share their memory, without a copy.
+
+    With `fused` the products run in PyTorch's fused kernels while the network is trained or runs without gradients. These have no
+    second derivative, no forward mode and no batched backward, so everything else (a divergence, torch.func) takes the plain formula.
+    """
+
+    def __init__(self, channels: int, heads: int, groups: int, fused: bool = True) -> None:
+        super().__init__()
+        self.heads, self.fused = heads, fused
+        self.norm = GroupNormSiLU(groups, channels, activation=False, fused=fused)
+        self.query_key_value = conv1x1(channels, 3 * channels)
+        self.projection = zeroed(conv1x1(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        joint = self.query_key_value(self.norm(x))
+        # [B, 3 C, H, W] -> [B, pixels, 3, heads, features] -> three of [B, heads, pixels, features]
+        parts = joint.flatten(2).transpose(1, 2).unflatten(2, (3, self.heads, -1))
+        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = self._mixed(query, key, value).transpose(1, 2).flatten(2)
+        image = mixed.transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + self.projection(image.contiguous(memory_format=memory_format(x)))
+
+    def _mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self._may_fuse():
+            return F.scaled_dot_product_attention(query, key, value)
+        return plain_attention(query, key, value)
+
+    def _may_fuse(self) -> bool:
+        if not self.fused or transforms_active():
+            return False
+        return not torch.is_grad_enabled() or (self.training and self.query_key_value.weight.requires_grad)
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(features)) v for [B, heads, pixels, features], differentiable in every mode and order."""
+    weights = torch.softmax(query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]), dim=-1)
+    return weights @ value

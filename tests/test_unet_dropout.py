@@ -1,0 +1,87 @@
+"""Dropout of the U-Net: a function of (seed, step, sample), the same with plain and fused layers, in a training step's hands."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from unet_helpers import TINY, inputs, shaken
+
+from fm_fast.nn import GroupNormSiLU, UNet
+from fm_fast.random import noise
+
+CONFIG = replace(TINY, dropout=0.5)
+
+
+def keyed(model, seed=3, step=5, first_id=0):
+    model.set_dropout_key(seed, step, first_id)
+    return model
+
+
+@pytest.mark.parametrize("resampling", ["convolution", "block"])
+def test_fused_and_plain_layers_give_the_same_output_and_gradients(resampling):
+    config = replace(CONFIG, resampling=resampling)
+    plain, fused = shaken(UNet(config, fused=False)), UNet(config)
+    fused.load_state_dict(plain.state_dict())
+    x, t, y = inputs(3)
+    outputs = [keyed(model)(x, t, y=y) for model in (plain, fused)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+    for output in outputs:
+        output.square().sum().backward()
+    for (name, one), other in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-4 * float(one.grad.abs().max()) + 1e-6, msg=name)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_masks_depend_on_seed_step_and_sample_only(fused):
+    model, (x, t, y) = shaken(UNet(CONFIG, fused=fused)), inputs(4)
+    whole = keyed(model)(x, t, y=y)
+    torch.testing.assert_close(keyed(model)(x, t, y=y), whole, rtol=0, atol=0)
+    second = keyed(model, first_id=2)(x[2:], t[2:], y=y[2:])
+    torch.testing.assert_close(second, whole[2:], rtol=1e-5, atol=1e-5)
+    for other in ({"seed": 4}, {"step": 6}, {"first_id": 1}):
+        assert (keyed(model, **other)(x, t, y=y) - whole).abs().max() > 1e-2
+    keyed(model, torch.tensor(3), torch.tensor([5]), torch.tensor(0))
+    torch.testing.assert_close(model(x, t, y=y), whole, rtol=0, atol=0)
+
+
+def test_evaluation_has_no_dropout():
+    model, (x, t, y) = shaken(UNet(CONFIG)), inputs(2)
+    without = UNet(TINY)
+    without.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model.eval()(x, t, y=y), without(x, t, y=y), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_each_layer_draws_its_own_part_of_the_stream(fused):
+    model = UNet(CONFIG, fused=fused)
+    layers = [module for module in model.modules() if isinstance(module, GroupNormSiLU) and module.dropout > 0.0]
+    assert len(layers) == 2 + 2 + 4 and [layer.index for layer in layers] == list(range(8))
+    # Dropout zeroes whole activations: of a layer whose result is silu(10) everywhere without it, the mask can be read off.
+    for layer in layers:
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.constant_(layer.bias, 10.0)
+        y = layer(torch.zeros(3, layer.channels, 2, 3), key=torch.tensor([3, 5, 7]))
+        kept = noise((3, layer.channels, 2, 3), seed=3, step=5, stream="dropout", index=layer.index, sample_ids=7) >= 0.5
+        assert torch.equal(y != 0.0, kept)
+
+
+def test_the_key_is_filled_in_place_and_not_stored():
+    model = UNet(CONFIG)
+    key = model.dropout_key
+    keyed(model, 2**62, 2**31, 9)
+    assert model.dropout_key is key and key.dtype == torch.int64 and key.tolist() == [2**62, 2**31, 9]
+    assert "dropout_key" not in model.state_dict()
+    assert keyed(UNet(CONFIG).to(torch.bfloat16)).dropout_key.tolist() == [3, 5, 0]
+
+
+def test_training_without_a_key_is_an_error():
+    model, (x, t, y) = UNet(CONFIG), inputs(2)
+    with pytest.raises(ValueError, match=r"dropout_key: expected set_dropout_key\(seed, step, first_id\) before each training step"):
+        model(x, t, y=y)
+    UNet(TINY)(x, t, y=y)
+
+
+@pytest.mark.parametrize("name", ["seed", "step", "first_id"])
+def test_wrong_keys(name):
+    with pytest.raises(ValueError, match=name):
+        UNet(CONFIG).set_dropout_key(**{"seed": 0, "step": 0} | {name: -1})
