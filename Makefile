@@ -34,11 +34,11 @@ bits: $(BIN)/python
 	$(BIN)/fm-fast likelihood out/digits-dequantised
 
 test: $(BIN)/python
-	$(INSTALL) ".[test,train]"
+	$(INSTALL) ".[test,train,plot]"
 	$(BIN)/pytest -m "not slow and not gpu" tests
 
 test-all: $(BIN)/python
-	$(INSTALL) ".[test,train,dev]"
+	$(INSTALL) ".[test,train,plot,dev]"
 	$(BIN)/pytest -m "not gpu" tests
 
 sanitize: $(BIN)/python

@@ -1,4 +1,4 @@
-"""The command line: fm-fast train | sample | likelihood | info."""
+"""The command line: fm-fast train | sample | likelihood | evaluate | reproduce | info."""
 
 import argparse
 import functools
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import Field, fields, is_dataclass, replace
 from typing import Any, get_args, get_type_hints
 
+from fm_fast.cli_evaluate import add_evaluate
 from fm_fast.cli_likelihood import add_likelihood
+from fm_fast.cli_reproduce import add_reproduce
 from fm_fast.cli_sample import add_sample
 from fm_fast.train.config import PRESETS, TrainConfig
 
@@ -35,6 +37,8 @@ def parser() -> argparse.ArgumentParser:
     _add_train(commands)
     add_sample(commands)
     add_likelihood(commands)
+    add_evaluate(commands)
+    add_reproduce(commands)
     info = commands.add_parser("info", help="print versions and which backend runs here, and why", allow_abbrev=False)
     info.set_defaults(run=_info)
     return root

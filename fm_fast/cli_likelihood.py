@@ -52,7 +52,7 @@ def _likelihood(options: argparse.Namespace) -> None:
 
     device, solver = pick_device(options.device), _solver(options)
     model, config = load_model(options.checkpoint)
-    dataset = _dataset(options.data or f"{config.data}:test", options.limit)
+    dataset = held_out_data(options.data or f"{config.data}:test", options.limit)
     if not config.dequantise:
         print("fm-fast: warning: the network was not trained with --dequantise, so its bits/dim say little", file=sys.stderr)
     if options.json is not None:
@@ -73,7 +73,8 @@ def _solver(options: argparse.Namespace) -> dict[str, Any]:
     return {"steps": steps, **{name: getattr(options, name) for name in names}}
 
 
-def _dataset(source: str, limit: int | None) -> "Dataset":
+def held_out_data(source: str, limit: int | None) -> "Dataset":
+    """The data set of that name, digits:train, PATH:test or PATH (its test split), or its first `limit` images."""
     from fm_fast.train.data import load_dataset
 
     path, _, split = source.rpartition(":")

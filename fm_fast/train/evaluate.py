@@ -1,18 +1,27 @@
-"""How good are the samples: do they show the class that was asked for, and are they more than copies of the training images?"""
+"""How good a trained network is: the short report at the end of training, and the whole protocol of `fm-fast evaluate`."""
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fm_fast.train.config import Recipe
-from fm_fast.train.data import DataOrder, Dataset
+from fm_fast import sampling
+from fm_fast.train.classifier import Classifier, agreement, features, train_classifier
+from fm_fast.train.config import Recipe, TrainConfig
+from fm_fast.train.data import Dataset
+from fm_fast.train.likelihood import DatasetBits, dataset_bits
+from fm_fast.train.quality import feature_distance, fid, median_distance, nearest_neighbour_accuracy
 from fm_fast.train.sample import sample, starting_noise, to_integers
+from fm_fast.train.step import NULL_CLASS
 
-EPOCHS = 15
-BATCH = 100
 PER_CLASS = 20
+# Noise of the report at the end of training and of the evaluation: index 0 is training's own, 1 that of the run's pictures.
+REPORT_NOISE, EVALUATION_NOISE = 2, 3
+
+# The report at the end of training
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ def evaluate(model: nn.Module, recipe: Recipe, train: Dataset, held_out: Dataset
     """Judge PER_CLASS samples of each class, drawn with and without guidance."""
     classifier = train_classifier(train)
     labels = torch.arange(train.classes, device=train.images.device).repeat_interleave(PER_CLASS)
-    x0 = starting_noise((len(labels), *train.images.shape[1:]), recipe, seed, index=2, device=train.images.device)
+    x0 = starting_noise((len(labels), *train.images.shape[1:]), recipe, seed, REPORT_NOISE, device=train.images.device)
     unguided = to_integers(sample(model, x0, labels, recipe, steps), train.levels)
     guided = to_integers(sample(model, x0, labels, recipe, steps, guidance=guidance), train.levels)
     return Quality(
@@ -52,40 +61,125 @@ def evaluate(model: nn.Module, recipe: Recipe, train: Dataset, held_out: Dataset
     )
 
 
-def train_classifier(data: Dataset) -> nn.Module:
-    """A small convolutional classifier of integer images, trained for a few seconds; the same at every call."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = _classifier(data).to(data.images.device)
-    optimiser = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=1e-2)
-    order, steps = DataOrder(len(data), seed=0), EPOCHS * len(data) // BATCH
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, steps)
-    for step in range(steps):
-        rows = order.indices(step * BATCH, BATCH).to(data.images.device)
-        optimiser.zero_grad()
-        F.cross_entropy(model(data.images[rows].float()), data.labels[rows]).backward()
-        optimiser.step()
-        schedule.step()
-    return model.eval()
+# The protocol of `fm-fast evaluate`
 
 
-def _classifier(data: Dataset) -> nn.Module:
-    channels, height, width = data.images.shape[1:]
-    return nn.Sequential(
-        nn.BatchNorm2d(channels),
-        nn.Conv2d(channels, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
-        nn.Flatten(), nn.Linear(64 * ((height + 1) // 2) * ((width + 1) // 2), data.classes),
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Samples:
+    """Unguided samples by an adaptive solver, one for each held-out image and of its class.
+
+    images: uint8 [N, C, H, W]; labels: int64 [N], those that the network was told. nfe_of_batches: calls of the network for each
+    batch of `batch_size` samples (the last may be smaller); the solver's error norm is over a batch, so the count belongs to its size.
+    """
+
+    images: Tensor
+    labels: Tensor
+    nfe_of_batches: tuple[int, ...]
+    batch_size: int
+
+    @property
+    def nfe(self) -> float:
+        """Mean over the samples of the calls that their batch took."""
+        sizes = [min(self.batch_size, len(self.images) - first) for first in range(0, len(self.images), self.batch_size)]
+        return sum(count * size for count, size in zip(self.nfe_of_batches, sizes, strict=True)) / len(self.images)
 
 
-@torch.no_grad()
-def agreement(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of the images uint8 [N, C, H, W] that the classifier assigns to their label."""
-    return float((classifier(images.float()).argmax(dim=1) == labels).float().mean())
+@dataclass(frozen=True)
+class SampleQuality:
+    """Samples against held-out images; each `real_` value is the same number for training images in place of samples.
+
+    agreement: share of samples that a small classifier, trained on the training images, assigns to the class asked for; None without
+    classes. frechet: Fréchet distance of that classifier's features. It is not FID, and comparable only for one data set and
+    number of images. nearest_neighbour: accuracy of the 1-nearest-neighbour two-sample test, 0.5 where they cannot be told apart.
+    novelty: median distance to the nearest training image, relative to that of held-out images; near 0 for copies; None if the held-out
+    images are training images. fid: Inception distance to the held-out images, None if not asked for.
+    """
+
+    agreement: float | None
+    real_agreement: float
+    frechet: float
+    real_frechet: float
+    nearest_neighbour: float
+    real_nearest_neighbour: float
+    novelty: float | None
+    fid: float | None
 
 
-def median_distance(images: Tensor, references: Tensor) -> float:
-    """Median over `images` of the Euclidean distance to the nearest of `references`, in grey levels."""
-    distances = torch.cdist(images.flatten(1).float(), references.flatten(1).float())
-    return float(distances.min(dim=1).values.median())
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What one row of the paper's Table 1 holds, for one network."""
+
+    bits: DatasetBits
+    samples: Samples
+    quality: SampleQuality
+    seconds: float
+
+
+def evaluate_network(
+    model: nn.Module,
+    config: TrainConfig,
+    train: Dataset,
+    held_out: Dataset,
+    *,
+    seed: int = 0,
+    batch_size: int = 256,
+    tolerance: float = 1e-5,
+    unconditional: bool = False,
+    with_fid: bool = False,
+    **likelihood: Any,
+) -> Evaluation:
+    """Bits/dim of the held-out images, NFE of dopri5 and the quality of as many samples (sections 6.1 and E.2 of the paper).
+
+    tolerance: of dopri5, absolute and relative, for samples and likelihoods. likelihood: other arguments of
+    :func:`fm_fast.bits_per_dim`, such as ``draws`` and ``probes``; a fixed-step ``method`` with its ``steps`` takes dopri5's place there.
+    Raises ValueError for data that the network was not made for.
+    """
+    started, solver = time.perf_counter(), {"method": "dopri5", "rtol": tolerance, "atol": tolerance}
+    bits = dataset_bits(model, config, held_out, batch_size, seed, unconditional, **{**solver, **likelihood})
+    samples = draw_samples(model, config, held_out, seed, batch_size, tolerance, unconditional)
+    quality = sample_quality(samples, train_classifier(train), train, held_out, with_fid)
+    return Evaluation(bits, samples, quality, time.perf_counter() - started)
+
+
+def draw_samples(
+    model: nn.Module, config: TrainConfig, like: Dataset, seed: int, batch_size: int, tolerance: float, unconditional: bool = False
+) -> Samples:
+    """As many samples as `like` has images, with its labels (or the null class), by dopri5 without guidance."""
+    labels = torch.full_like(like.labels, NULL_CLASS) if unconditional else like.labels
+    parts, counts = [], []
+    for first, rows in _batches(labels, batch_size):
+        x0 = starting_noise((len(rows), *like.images.shape[1:]), config.recipe, seed, EVALUATION_NOISE, rows.device, first)
+        solved = sampling.sample(
+            model, x0, cond={"y": rows}, path=config.recipe.path, objective=config.recipe.objective,
+            method="dopri5", rtol=tolerance, atol=tolerance,
+        )  # fmt: skip
+        parts.append(to_integers(solved.x, like.levels))
+        counts.append(solved.nfe)
+    return Samples(torch.cat(parts), labels, tuple(counts), batch_size)
+
+
+def _batches(labels: Tensor, batch_size: int) -> Iterator[tuple[int, Tensor]]:
+    for first in range(0, len(labels), batch_size):
+        yield first, labels[first : first + batch_size]
+
+
+def sample_quality(samples: Samples, classifier: Classifier, train: Dataset, held_out: Dataset, with_fid: bool = False) -> SampleQuality:
+    """Judge samples, one for each held-out image; the first training images, at most as many, stand for perfect samples."""
+    count = min(len(held_out), len(train))
+    real, references = train.images[:count], held_out.images[:count]
+    usual = median_distance(held_out.images, train.images)
+    known = bool((samples.labels != NULL_CLASS).all())
+    return SampleQuality(
+        agreement=agreement(classifier, samples.images, samples.labels) if known else None,
+        real_agreement=agreement(classifier, held_out.images, held_out.labels),
+        frechet=_feature_distance(classifier, samples.images[:count], references),
+        real_frechet=_feature_distance(classifier, real, references),
+        nearest_neighbour=nearest_neighbour_accuracy(samples.images[:count], references),
+        real_nearest_neighbour=nearest_neighbour_accuracy(real, references),
+        novelty=median_distance(samples.images, train.images) / usual if usual > 0.0 else None,
+        fid=fid(samples.images, held_out.images, train.levels) if with_fid else None,
+    )
+
+
+def _feature_distance(classifier: Classifier, images: Tensor, references: Tensor) -> float:
+    return feature_distance(features(classifier, images), features(classifier, references))

@@ -1,0 +1,107 @@
+"""fm-fast evaluate: bits/dim, NFE and sample quality of a checkpoint, as in a row of the paper's Table 1."""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fm_fast.cli_likelihood import held_out_data
+from fm_fast.cli_sample import add_run, positive, require_folder
+
+if TYPE_CHECKING:
+    from fm_fast.train.evaluate import Evaluation
+
+NOT_FID = "a distance of a small classifier's features, trained on this data set; it is not FID"
+
+
+def add_evaluate(commands: Any) -> None:
+    """The command's options."""
+    parser = commands.add_parser(
+        "evaluate", allow_abbrev=False, help="bits/dim, NFE and sample quality of a checkpoint",
+        description="Bits per dimension of held-out images and NFE by dopri5, as in the paper's Table 1, and the quality of as many"
+        " samples: agreement with a small classifier, Fréchet distance of its features (not FID), 1-nearest-neighbour two-sample test.",
+    )  # fmt: skip
+    add_run(parser)
+    parser.add_argument("--data", metavar="SOURCE", help="held-out images: digits:test or PATH[:train|:test] [the run's data, :test]")
+    parser.add_argument("--limit", type=positive, metavar="INT", help="the first so many held-out images only [all]")
+    parser.add_argument("--unconditional", action="store_true", help="do not tell the network the labels")
+    parser.add_argument("--draws", type=positive, default=1, metavar="INT", help="dequantisation draws an image; the paper: 10 to 50 [1]")
+    parser.add_argument("--probes", type=positive, default=1, metavar="INT", help="probe vectors of the divergence, fixed for a solve [1]")
+    parser.add_argument("--tolerance", type=float, default=1e-5, metavar="FLOAT", help="absolute and relative, of dopri5 [1e-5]")
+    parser.add_argument("--fid", action="store_true", help="also the Inception distance (needs torch-fidelity, downloads its network)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    import torch
+
+    from fm_fast.train.checkpoint import load_model
+    from fm_fast.train.data import load_dataset
+    from fm_fast.train.evaluate import evaluate_network
+    from fm_fast.train.loop import pick_device
+    from fm_fast.train.quality import require_torch_fidelity
+
+    device = pick_device(options.device)
+    model, config = load_model(options.checkpoint)
+    held_out, train = held_out_data(options.data or f"{config.data}:test", options.limit), load_dataset(config.data)
+    if options.json is not None:
+        require_folder(options.json)
+    if options.fid:
+        require_torch_fidelity()
+    _warn(config.dequantise, torch.equal(held_out.images, train.images[: len(held_out)]))
+    print(f"{held_out.name}: {len(held_out)} held-out images; {config.objective}; dopri5, tolerance {options.tolerance:g}", flush=True)
+    result = evaluate_network(
+        model.to(device), config, train.to(device), held_out.to(device), seed=options.seed, batch_size=options.batch_size,
+        tolerance=options.tolerance, unconditional=options.unconditional, with_fid=options.fid, draws=options.draws, probes=options.probes,
+    )  # fmt: skip
+    print(report(result))
+    if options.json is not None:
+        settings = {name: getattr(options, name) for name in ("seed", "batch_size", "unconditional", "draws", "probes", "tolerance")}
+        content = {
+            "checkpoint": str(options.checkpoint),
+            "data": held_out.name,
+            "objective": config.objective,
+            **settings,
+            **record(result),
+        }
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _warn(dequantised: bool, same: bool) -> None:
+    if not dequantised:
+        print("fm-fast: warning: the network was not trained with --dequantise, so its bits/dim say little", file=sys.stderr)
+    if same:
+        print("fm-fast: warning: the held-out images are training images; name others with --data", file=sys.stderr)
+
+
+def report(result: "Evaluation") -> str:
+    """For people."""
+    bits, samples, quality = result.bits, result.samples, result.quality
+    agreement = "unknown without classes" if quality.agreement is None else f"{quality.agreement:.1%}"
+    novelty = "unknown, they are training images" if quality.novelty is None else f"{quality.novelty:.2f}"
+    return (
+        f"bits/dim: {bits.mean:.4f} +- {bits.mean_std_err:.4f} (standard error of the mean over the images)\n"
+        f"NFE: {samples.nfe:.1f} (mean over {len(samples.images)} samples of their batch's; {len(samples.nfe_of_batches)} batches of"
+        f" {samples.batch_size} or fewer)\n"
+        f"classifier agreement: {agreement} (held-out real images: {quality.real_agreement:.1%})\n"
+        f"feature Fréchet distance: {quality.frechet:.4f} (real images: {quality.real_frechet:.4f}; {NOT_FID})\n"
+        f"1-NN two-sample accuracy: {quality.nearest_neighbour:.3f} (real images: {quality.real_nearest_neighbour:.3f};"
+        " 0.5: cannot be told apart)\n"
+        f"distance to the nearest training image, relative to that of held-out images: {novelty}\n"
+        + (f"FID: {quality.fid:.2f}\n" if quality.fid is not None else "")
+        + f"{result.seconds:.1f} s"
+    )
+
+
+def record(result: "Evaluation") -> dict[str, Any]:
+    """For programs."""
+    bits, samples = result.bits, result.samples
+    return {
+        "bits_per_dim": bits.mean, "std_err": None if math.isnan(bits.mean_std_err) else bits.mean_std_err,
+        "likelihood_nfe": bits.nfe, "nfe": samples.nfe, "nfe_of_batches": list(samples.nfe_of_batches), "samples": len(samples.images),
+        **asdict(result.quality), "frechet_is": NOT_FID, "seconds": result.seconds,
+    }  # fmt: skip

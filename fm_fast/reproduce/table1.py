@@ -1,0 +1,169 @@
+"""Tables 1 and 4 on small images: five objectives, one network, one number of steps; bits/dim, NFE and sample quality.
+
+The paper's data, networks and FID need many GPUs; here the digits or Fashion-MNIST at half its size stand in. Numbers are comparable with
+each other, not with the paper's.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fm_fast.bits import bits_per_dim
+from fm_fast.nn import UNetConfig
+from fm_fast.reproduce.checkerboard import NAMES
+from fm_fast.reproduce.results import Parts, summary, write_json
+from fm_fast.train.checkpoint import load_model
+from fm_fast.train.classifier import train_classifier
+from fm_fast.train.config import PRESETS, RECIPES, TrainConfig
+from fm_fast.train.data import Dataset, load_dataset
+from fm_fast.train.evaluate import draw_samples, sample_quality
+from fm_fast.train.likelihood import dataset_bits
+from fm_fast.train.loop import train
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+FASHION_PACKAGE = "dataset-fashion-mnist"
+# Held-out images for sample quality (as many samples), for bits/dim, and for bits/dim against the number of draws.
+SAMPLES, BITS_IMAGES, DRAW_IMAGES = 200, 48, 8
+BATCH = 64
+DRAWS = (1, 5, 10)
+# Of dopri5; the looser one where only the difference between numbers of draws matters.
+TOLERANCE, DRAWS_TOLERANCE = 1e-5, 1e-3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One objective. The fields of sample quality are those of :class:`fm_fast.train.evaluate.SampleQuality`.
+
+    bits_per_dim, std_err: of the first BITS_IMAGES held-out images, one dequantisation draw. nfe: of dopri5 at atol = rtol = 1e-5, one
+    batch of SAMPLES. draws, bits_by_draws: bits/dim of the first DRAW_IMAGES against the number of dequantisation draws.
+    """
+
+    objective: str
+    bits_per_dim: float
+    std_err: float
+    nfe: float
+    agreement: float
+    real_agreement: float
+    frechet: float
+    real_frechet: float
+    nearest_neighbour: float
+    real_nearest_neighbour: float
+    novelty: float
+    draws: tuple[int, ...]
+    bits_by_draws: tuple[float, ...]
+
+
+def bits_for_draws(logp: Tensor, counts: Sequence[int], dimensions: int, levels: int) -> tuple[float, ...]:
+    """Mean bits/dim against the number K of dequantisation draws (equation 47), from log-densities [draws, B], draws a multiple of each K.
+
+    Each K uses all draws, in groups of K: the same expectation as the first K alone, with less noise.
+    """
+    values = []
+    for count in counts:
+        groups = logp.reshape(-1, count, logp.shape[1])
+        bound = torch.logsumexp(groups, dim=1) - math.log(count)
+        values.append(math.log2(levels / 2.0) - float(bound.mean()) / (dimensions * math.log(2.0)))
+    return tuple(values)
+
+
+def halved(images: Tensor) -> Tensor:
+    """uint8 [N, 1, 28, 28] -> [N, 1, 14, 14], means of 2 x 2 pixels."""
+    return F.avg_pool2d(images.float(), 2).round().to(torch.uint8)
+
+
+def prepare(data: str, out: Path, source: Path | None = None) -> tuple[str, str, TrainConfig]:
+    """(training data, held-out data, settings of a run) for "digits" or "fashion".
+
+    Fashion-MNIST is read from `source`, by default the folder of Debian's package, and stored at half its size in `out`. Raises
+    FileNotFoundError where it is missing.
+    """
+    if data == "digits":
+        return "digits", "digits", replace(PRESETS["digits"], batch_size=BATCH, dequantise=True)
+    folder = source or FASHION
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: Fashion-MNIST is not there; install Debian's package {FASHION_PACKAGE} or pass --source DIR")
+    return _prepare_fashion(folder, out)
+
+
+def _prepare_fashion(source: Path, out: Path) -> tuple[str, str, TrainConfig]:
+    out.mkdir(parents=True, exist_ok=True)
+    files = {split: out / f"fashion-{split}.npz" for split in ("train", "test")}
+    for split, file in files.items():
+        if not file.is_file():
+            dataset = load_dataset(source, split)
+            np.savez_compressed(file, images=halved(dataset.images).numpy(), labels=dataset.labels.numpy())
+    model = replace(UNetConfig.digits(), attention_sizes=(7,))
+    config = replace(PRESETS["digits"], data=str(files["train"]), batch_size=BATCH, dequantise=True, model=model)
+    return str(files["train"]), str(files["test"]), config
+
+
+def row(objective: str, config: TrainConfig, train_data: str, held_out_data: str, seed: int) -> Row:
+    """Train, or continue to train, and measure. The run is a folder of its own, which `fm-fast evaluate` and `sample` read too."""
+    config = replace(config, objective=objective, seed=seed, evaluate=False)
+    train(config, resuming=(Path(config.out) / "checkpoint.pt").is_file())
+    model, config = load_model(config.out)
+    training, held_out = load_dataset(train_data), first(load_dataset(held_out_data, "test"), SAMPLES)
+    samples = draw_samples(model, config, held_out, seed, SAMPLES, TOLERANCE)
+    quality = sample_quality(samples, train_classifier(training), training, held_out)
+    bits = dataset_bits(model, config, first(held_out, BITS_IMAGES), BITS_IMAGES, seed, method="dopri5", rtol=TOLERANCE, atol=TOLERANCE)
+    assert quality.agreement is not None and quality.novelty is not None
+    return Row(
+        objective=objective, bits_per_dim=bits.mean, std_err=bits.mean_std_err, nfe=samples.nfe,
+        draws=DRAWS, bits_by_draws=_bits_by_draws(model, config, first(held_out, DRAW_IMAGES), seed),
+        **{name: value for name, value in asdict(quality).items() if name != "fid"},
+    )  # fmt: skip
+
+
+def first(data: Dataset, count: int) -> Dataset:
+    """The data set's first images."""
+    return replace(data, images=data.images[:count], labels=data.labels[:count])
+
+
+def _bits_by_draws(model: torch.nn.Module, config: TrainConfig, data: Dataset, seed: int) -> tuple[float, ...]:
+    recipe = RECIPES[config.objective]
+    result = bits_per_dim(
+        model, data.images, levels=data.levels, draws=max(DRAWS), cond={"y": data.labels}, path=recipe.path, objective=recipe.objective,
+        method="dopri5", rtol=DRAWS_TOLERANCE, atol=DRAWS_TOLERANCE, seed=seed,
+    )  # fmt: skip
+    return bits_for_draws(result.logp, DRAWS, math.prod(data.images.shape[1:]), data.levels)
+
+
+def reproduce_table1(out: Path, data: str, seed: int, steps: int, source: Path | None = None) -> list[Row]:
+    """All five objectives; writes a run and a part for each, table1-<data>.json and table1-<data>.md into `out`."""
+    train_data, held_out_data, config = prepare(data, out, source)
+    parts = Parts(out / "parts", {"data": data, "seed": seed, "steps": steps})
+    runs = {name: replace(config, steps=steps, out=str(out / f"{data}-{name}")) for name in NAMES}
+    arguments = {f"table1-{data}-{name}": (name, run, train_data, held_out_data, seed) for name, run in runs.items()}
+    rows = parts.get_all(Row, row, arguments)
+    command = f"fm-fast reproduce table1 --data {data} --seed {seed} --steps {steps}"
+    settings = {"samples": SAMPLES, "images_for_bits": BITS_IMAGES, "images_for_draws": DRAW_IMAGES}
+    settings |= {"tolerance": TOLERANCE, "draws_tolerance": DRAWS_TOLERANCE}
+    write_json(
+        out / f"table1-{data}.json", summary(command, parts.seconds(arguments), **settings, results=[asdict(entry) for entry in rows])
+    )
+    (out / f"table1-{data}.md").write_text(as_text(rows) + "\n", encoding="utf-8")
+    return rows
+
+
+def as_text(rows: Sequence[Row]) -> str:
+    """Tables 1 and 4 in Markdown."""
+    real = rows[0]
+    draws = " / ".join(map(str, real.draws))
+    lines = [
+        f"| objective | bits/dim | NFE | class agreement | feature Fréchet (not FID) | 1-NN accuracy | bits/dim, K = {draws} draws |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in rows:
+        by_draws = " / ".join(f"{value:.3f}" for value in entry.bits_by_draws)
+        lines.append(
+            f"| {NAMES[entry.objective]} | {entry.bits_per_dim:.3f} ± {entry.std_err:.3f} | {entry.nfe:.0f} | {entry.agreement:.1%}"
+            f" | {entry.frechet:.3f} | {entry.nearest_neighbour:.3f} | {by_draws} |"
+        )
+    lines.append(f"| real images | | | {real.real_agreement:.1%} | {real.real_frechet:.3f} | {real.real_nearest_neighbour:.3f} | |")
+    return "\n".join(lines)

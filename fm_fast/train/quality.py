@@ -1,0 +1,98 @@
+"""How near samples are to data, as numbers of two sets of vectors or images; each function names its source and formula."""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fm_fast.train.picture import to_8_bit
+
+
+def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> float:
+    """Squared Fréchet distance of two normal distributions, means [D] and covariances [D, D], float64.
+
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)): Dowson & Landau (1982), "The Fréchet distance between multivariate normal distributions".
+    It is also the squared 2-Wasserstein distance. The eigenvalues of C1 C2 are those of C1^(1/2) C2 C1^(1/2), which is symmetric.
+    """
+    values, basis = torch.linalg.eigh(covariance)
+    root = (basis * values.clamp_min(0.0).sqrt()) @ basis.T
+    cross = torch.linalg.eigvalsh(root @ other_covariance @ root).clamp_min(0.0).sqrt().sum()
+    return float((mean - other_mean).square().sum() + covariance.trace() + other_covariance.trace() - 2.0 * cross)
+
+
+def feature_distance(one: Tensor, other: Tensor) -> float:
+    """Fréchet distance of the normal distributions fitted to two sets of features, [N, D] and [M, D].
+
+    The formula of FID (Heusel et al. 2017, "GANs trained by a two time-scale update rule"), on whatever features are given. It is FID only
+    for the features of the Inception network: see :func:`fid`. Biased upwards for few samples, so compare at equal N and M.
+    Raises ValueError for fewer than two rows or unequal dimensions.
+    """
+    if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[1] or min(len(one), len(other)) < 2:
+        raise ValueError(f"features: expected [N, D] and [M, D] with N, M >= 2, got {list(one.shape)} and {list(other.shape)}")
+    (mean, covariance), (other_mean, other_covariance) = _moments(one), _moments(other)
+    return frechet_distance(mean, covariance, other_mean, other_covariance)
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    wide = features.to(torch.float64)
+    return wide.mean(0), torch.cov(wide.T).reshape(wide.shape[1], wide.shape[1])
+
+
+def nearest_neighbour_accuracy(one: Tensor, other: Tensor) -> float:
+    """Leave-one-out accuracy of the 1-nearest-neighbour classifier that tells two sets of equal size apart, [N, ...] each.
+
+    The two-sample test of Lopez-Paz & Oquab (2017), "Revisiting classifier two-sample tests", as used for samples by Xu et al. (2018).
+    1/2 if both come from one distribution, 1 if they are far apart, below 1/2 if one copies the other; standard error about
+    1/(2 sqrt(2 N)). Euclidean distance. Raises ValueError for sets of unequal shape or fewer than two elements.
+    """
+    if one.shape != other.shape or len(one) < 2:
+        raise ValueError(f"expected two sets of equal shape with at least 2 elements, got {list(one.shape)} and {list(other.shape)}")
+    both = torch.cat([one, other]).flatten(1).double()
+    distances = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    from_one = torch.arange(len(both), device=both.device) < len(one)
+    return float((from_one[distances.argmin(1)] == from_one).double().mean())
+
+
+def median_distance(images: Tensor, references: Tensor) -> float:
+    """Median over `images` of the Euclidean distance to the nearest of `references`, in grey levels."""
+    distances = torch.cdist(images.flatten(1).float(), references.flatten(1).float())
+    return float(distances.min(dim=1).values.median())
+
+
+def fid(images: Tensor, references: Tensor, levels: int = 256) -> float:
+    """Fréchet Inception distance (Heusel et al. 2017) of two sets of images uint8 [N, C, H, W], C = 1 or 3, by torch-fidelity.
+
+    Grey images are repeated to three channels and `levels` grey levels are stretched to 256. The network's weights are downloaded at the
+    first call. Raises ImportError, naming the extra, where torch-fidelity is not installed.
+    """
+    inputs = [_Images(_as_rgb(part, levels)) for part in (images, references)]
+    measured = require_torch_fidelity().calculate_metrics(
+        input1=inputs[0], input2=inputs[1], fid=True, cuda=images.is_cuda, batch_size=min(64, len(images)), verbose=False
+    )
+    return float(measured["frechet_inception_distance"])
+
+
+def require_torch_fidelity() -> Any:
+    """The module, or an ImportError that names the extra."""
+    try:
+        return import_module("torch_fidelity")
+    except ImportError as error:
+        raise ImportError("FID needs torch-fidelity: pip install 'fm_fast[fid]'") from error
+
+
+class _Images(torch.utils.data.Dataset):
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+def _as_rgb(images: Tensor, levels: int) -> Tensor:
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"images: expected 1 or 3 channels for FID, got {images.shape[1]}")
+    return to_8_bit(images, levels).expand(-1, 3, -1, -1).cpu()

@@ -1,0 +1,152 @@
+"""fm-fast evaluate: NFE against a counter, sample quality of known samples, and the command's numbers."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from trainer_helpers import tiny
+
+import fm_fast as fm
+from fm_fast.cli import main
+from fm_fast.train.classifier import train_classifier
+from fm_fast.train.data import Dataset, digits
+from fm_fast.train.evaluate import Samples, draw_samples, evaluate_network, sample_quality
+from fm_fast.train.likelihood import dataset_bits
+
+SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "2", "--samples-per-class", "2"]
+TRAIN = ["train", "--steps", "2", "--batch-size", "16", "--no-evaluate", *SMALL]
+OPTIONS = "seed batch-size device data limit unconditional draws probes tolerance fid json"
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return train_classifier(digits())
+
+
+@pytest.fixture
+def trained_classifier(classifier, monkeypatch):
+    """Training it once is enough for all tests of what is done with it."""
+    monkeypatch.setattr("fm_fast.train.evaluate.train_classifier", lambda data: classifier)
+
+
+class Counting(torch.nn.Module):
+    """A field that pulls towards a grey level by label; counts its calls and keeps the labels it was told."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+        self.calls, self.labels = [], []
+
+    def forward(self, x, t, y):
+        self.calls.append(len(x))
+        self.labels.append(y)
+        return self.scale * ((y.float() / 10 - 0.5).reshape(-1, 1, 1, 1) - x)
+
+
+def first(data, count):
+    return Dataset(data.name, data.images[:count], data.labels[:count], data.classes, data.levels)
+
+
+def test_nfe_is_the_number_of_calls_and_labels_are_those_of_the_images():
+    model, like = Counting(), first(digits("test"), 10)
+    samples = draw_samples(model, tiny(), like, seed=0, batch_size=4, tolerance=1e-5)
+    assert [model.calls.count(4), model.calls.count(2)] == [sum(samples.nfe_of_batches[:2]), samples.nfe_of_batches[2]]
+    assert samples.nfe == (4 * samples.nfe_of_batches[0] + 4 * samples.nfe_of_batches[1] + 2 * samples.nfe_of_batches[2]) / 10
+    assert torch.equal(model.labels[0], like.labels[:4]) and torch.equal(samples.labels, like.labels)
+    assert samples.images.shape == like.images.shape and samples.images.dtype == torch.uint8
+    draw_samples(model, tiny(), like, seed=0, batch_size=4, tolerance=1e-5, unconditional=True)
+    assert set(model.labels[-1].tolist()) == {-1}
+
+
+def test_samples_are_the_exact_flow():
+    """dx/dt = 2 (m - x) from noise: x(1) = m + (x0 - m) e^-2."""
+    like = first(digits("test"), 6)
+    samples = draw_samples(Counting(), tiny(), like, seed=3, batch_size=4, tolerance=1e-7)
+    x0 = fm.noise((6, 1, 8, 8), seed=3, step=0, index=3)
+    mean = (like.labels.float() / 10 - 0.5).reshape(-1, 1, 1, 1)
+    expected = ((mean + (x0 - mean) * torch.exp(torch.tensor(-2.0)) + 1) * 8.5).floor().clamp(0, 16)
+    assert float((samples.images == expected).float().mean()) > 0.999
+
+
+def test_a_smaller_tolerance_costs_more_evaluations():
+    like = first(digits("test"), 4)
+    counts = [draw_samples(Counting(), tiny(), like, 0, 4, tolerance).nfe for tolerance in (1e-3, 1e-5, 1e-7)]
+    assert counts[0] < counts[1] < counts[2] and all((count - 2) % 6 == 0 for count in counts)
+
+
+def test_real_images_pass_as_samples_and_copies_and_noise_do_not(classifier):
+    train, held_out = digits(), digits("test")
+    count = len(held_out)
+
+    def quality(images, labels=held_out.labels):
+        return sample_quality(Samples(images, labels, (0, 0), 256), classifier, train, held_out)
+
+    real = quality(held_out.images)
+    assert real.agreement == real.real_agreement >= 0.97 and real.frechet == pytest.approx(0.0, abs=1e-9)
+    assert real.novelty == 1.0 and real.fid is None
+    copies = quality(train.images[:count], train.labels[:count])
+    assert copies.novelty == 0.0 and copies.frechet == copies.real_frechet and copies.nearest_neighbour == copies.real_nearest_neighbour
+    noise = quality(torch.randint(0, 17, held_out.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    assert noise.agreement is not None and noise.agreement < 0.3 and noise.nearest_neighbour > 0.9
+    assert noise.frechet > 10 * noise.real_frechet and noise.novelty > 1.5
+    assert quality(held_out.images, torch.full_like(held_out.labels, -1)).agreement is None
+
+
+def test_bits_are_those_of_the_likelihood_by_dopri5(trained_classifier):
+    model, held_out = Counting().eval(), first(digits("test"), 5)
+    result = evaluate_network(model, tiny(), digits(), held_out, seed=2, batch_size=3, tolerance=1e-4, draws=2)
+    expected = dataset_bits(model, tiny(), held_out, 3, 2, method="dopri5", rtol=1e-4, atol=1e-4, draws=2)
+    torch.testing.assert_close(result.bits.bpd, expected.bpd)
+    fixed = evaluate_network(model, tiny(), digits(), held_out, seed=2, batch_size=3, method="midpoint", steps=4)
+    assert fixed.bits.nfe == 8, "a fixed-step method takes dopri5's place"
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert (
+        main(["train", "digits", "--steps", "2", "--batch-size", "16", "--dequantise", "--no-evaluate", "--out", str(folder), *SMALL]) == 0
+    )
+    return folder
+
+
+def test_help_lists_every_option_and_says_what_is_not_fid(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["evaluate", "--help"])
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert set(re.findall(r" --([a-z-]+)", text)) - {"help"} == set(OPTIONS.split())
+    assert "(not FID)" in text
+
+
+def test_command(run, tmp_path, capsys, trained_classifier):
+    out = tmp_path / "result.json"
+    arguments = ["evaluate", str(run), "--limit", "6", "--batch-size", "4", "--tolerance", "1e-3", "--json", str(out)]
+    assert main(arguments) == 0
+    answer, record = capsys.readouterr(), json.loads(out.read_text())
+    assert answer.err == "" and "it is not FID" in answer.out and "digits:test: 6 held-out images" in answer.out
+    assert f"bits/dim: {record['bits_per_dim']:.4f} +- {record['std_err']:.4f}" in answer.out
+    assert f"NFE: {record['nfe']:.1f} (mean over 6 samples" in answer.out and len(record["nfe_of_batches"]) == 2
+    assert record["objective"] == "fm-ot" and record["fid"] is None and "not FID" in record["frechet_is"]
+    assert 0 <= record["agreement"] <= 1 and 0 <= record["nearest_neighbour"] <= 1 and record["novelty"] > 0
+
+
+def test_training_images_as_held_out_ones_are_noticed(run, capsys, trained_classifier):
+    assert main(["evaluate", str(run), "--data", "digits:train", "--limit", "4", "--tolerance", "1e-2", "--unconditional"]) == 0
+    answer = capsys.readouterr()
+    assert "the held-out images are training images; name others with --data" in answer.err
+    assert "unknown without classes" in answer.out and "unknown, they are training images" in answer.out
+
+
+def test_errors_are_told_before_the_work(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    assert main(["evaluate", str(run), "--fid"]) == 1
+    assert "FID needs torch-fidelity: pip install 'fm_fast[fid]'" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--json", str(tmp_path / "no" / "r.json")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path)]) == 1
+    assert "no such checkpoint" in capsys.readouterr().err
