@@ -426,3 +426,20 @@ WRONG_RAW = {
 def test_wrong_arguments_of_the_raw_op(message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fm_fast.group_norm_silu(**raw_arguments(**WRONG_RAW[message]))
+
+
+@pytest.mark.parametrize("how", ["batched", "create_graph"])
+def test_an_input_computed_from_another_gets_its_own_gradient_only(how):
+    """As in a U-Net, whose decoder reads a skip connection beside what was computed from it."""
+    source = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    layer = GroupNormSiLU(2, 8).double()
+    y = layer(torch.sin(3.0 * source), second=source)
+    layer.fused = False
+    plain = layer(torch.sin(3.0 * source), second=source)
+    z = torch.randn(2, *y.shape, dtype=torch.float64)
+    expected = torch.stack([torch.autograd.grad(plain, source, row, retain_graph=True)[0] for row in z])
+    if how == "batched":
+        (found,) = torch.autograd.grad(y, source, z, is_grads_batched=True)
+    else:
+        found = torch.stack([torch.autograd.grad(y, source, row, create_graph=True)[0] for row in z])
+    torch.testing.assert_close(found, expected)

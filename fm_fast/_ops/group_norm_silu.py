@@ -122,8 +122,12 @@ def _gradients(
 def _differentiable_gradients(
     tensors: list[Tensor | None], key: Tensor | None, tail: tuple[Any, ...], grad_y: Tensor, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """The gradients by the plain formula, themselves differentiable: what create_graph=True asks for."""
+    """The gradients by the plain formula, themselves differentiable: what create_graph=True asks for.
+
+    They are taken at views of the inputs: one input may be computed from another, and its gradient must not pass through that one here.
+    """
     with torch.enable_grad():
+        tensors = [None if t is None else t.view_as(t) for t in tensors]
         y = _plain(tuple(tensors), key, NormSettings(*tail), "reference")  # type: ignore[arg-type]
         wanted = [t for t, wants in zip(tensors, needed, strict=False) if wants and t is not None]
         found = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))
