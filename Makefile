@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CPP_SOURCES = $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo bits test test-all sanitize lint format bench gpu-report clean
+.PHONY: help demo bits test test-all sanitize lint format docs bench gpu-report clean
 
 help:
 	@echo "make demo        install and train on the shipped digits"
@@ -17,6 +17,7 @@ help:
 	@echo "make sanitize    the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make lint        ruff, pyright, clang-format"
 	@echo "make format      rewrite the sources with ruff and clang-format"
+	@echo "make docs        this documentation as a site, into build/site"
 	@echo "make bench       benchmarks on this machine"
 	@echo "make gpu-report  build, tests and benchmarks on a CUDA machine (STAGE=build|test|sanitize|bench for one of them)"
 	@echo "make clean       remove the environment and everything that was built"
@@ -38,7 +39,7 @@ test: $(BIN)/python
 	$(BIN)/pytest -m "not slow and not gpu" tests
 
 test-all: $(BIN)/python
-	$(INSTALL) ".[test,train,plot,dev]"
+	$(INSTALL) ".[test,train,plot,dev,docs]"
 	$(BIN)/pytest -m "not gpu" tests
 
 sanitize: $(BIN)/python
@@ -57,6 +58,11 @@ format: $(BIN)/python
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+# Without fm_fast: the reference is read from the sources.
+docs: $(BIN)/python
+	$(INSTALL) latex2mathml mkdocs-material "mkdocstrings[python]" ruff
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(BIN)/python
 	$(INSTALL) ".[test,train]"

@@ -207,8 +207,8 @@ def log_likelihood(
     """Log-density of data under the model: back to the noise at t0, the divergence carried along (appendix C, equations 31-35).
 
     Args:
-        model, cond, path, objective, method, steps, grid, t0, t1, guidance, rtol, atol, max_steps, dtype, on_nonfinite, progress,
-            backend: as in :func:`fm_fast.sample`.
+        model, cond, path, objective, method, steps, grid, t0, t1, guidance: as in :func:`fm_fast.sample`.
+        rtol, atol, max_steps, dtype, on_nonfinite, progress, backend: as in :func:`fm_fast.sample`.
         x1: data [B, ...] in the model's space.
         probes, kind, mode, memory_budget, replicates, seed, step, sample_ids, create_graph: as in :func:`fm_fast.divergence`. Fixed-step
             methods draw new probes at every evaluation that counts, adaptive ones hold theirs for the whole solve.

@@ -15,13 +15,13 @@ TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class RungeKutta:
-    """An explicit Runge-Kutta method: stage i is evaluated at x + h sum_j a[i][j] k_j, and the step ends at x + h sum_i b[i] k_i.
+    """An explicit Runge-Kutta method: stage i is evaluated at x + h sum_j a_ij k_j, and the step ends at x + h sum_i b_i k_i.
 
     Args:
         a: one row a stage, row i holding the i weights of the stages before it: ``((), (0.5,))`` for midpoint.
         b: one weight a stage; they sum to 1.
 
-    Stage times are c_i = sum_j a[i][j]. Raises ValueError for rows of the wrong length, numbers that are not finite, and weights that
+    Stage times are c_i = sum_j a_ij. Raises ValueError for rows of the wrong length, numbers that are not finite, and weights that
     do not sum to 1.
     """
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,21 @@ info = fm_fast.info()
 print(fm_fast.__file__)
 print(sorted(info.build["built"]), info.build["skipped"].get("cpu"))
 print(fm_fast._backends.resolve("path_loss", torch.device("cpu")))
+"""
+# A loss and its gradient by both backends, and a sample with its log-density: all ops but the trainer's.
+USE = """
+import fm_fast as fm, torch
+model, x1 = torch.nn.Linear(4, 4), torch.arange(32.0).reshape(8, 4) / 32
+def gradients(backend):
+    model.zero_grad()
+    fm.flow_matching_loss(lambda x, t: model(x), x1, seed=0, step=0, backend=backend).backward()
+    return [p.grad.clone() for p in model.parameters()]
+for ours, plain in zip(gradients("cpp"), gradients("reference")):
+    torch.testing.assert_close(ours, plain)
+probes = {"kind": "rademacher", "probes": 2, "seed": 0}
+s = fm.sample_with_log_prob(lambda x, t: model(x), fm.noise((8, 4), seed=0, step=0), steps=4, backend="cpp", **probes)
+assert s.x.shape == (8, 4) and bool(s.logp.isfinite().all()) and float(s.std_err.max()) > 0
+print(torch.__version__)
 """
 
 pytestmark = pytest.mark.slow
@@ -172,6 +188,56 @@ def test_impossible_requests_stop_with_one_line(checkout: Path, tmp_path: Path, 
     output = result.stdout + result.stderr
     assert message in output
     assert "Traceback" not in output
+
+
+# The wheel on a package index, and with other versions of torch
+
+
+def repair_command(folder: Path, wheel: Path) -> list[str]:
+    """cibuildwheel's, as pyproject.toml has it, run by this Python."""
+    (command,) = re.findall(r'^repair-wheel-command = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    return [sys.executable, "-m", *(part.format(dest_dir=folder, wheel=wheel) for part in shlex.split(command))]
+
+
+@has_compiler
+def test_repair_for_a_package_index_changes_the_platform_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
+    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    if importlib.util.find_spec("auditwheel") is None or shutil.which("patchelf", path=tools) is None:
+        pytest.skip("needs auditwheel and patchelf")
+    wheel = make_wheel(checkout, tmp_path / "dist", FM_FAST_BUILD="cpu")
+    command = repair_command(tmp_path / "repaired", wheel)
+    succeed(*command, PATH=tools)
+    (repaired,) = (tmp_path / "repaired").glob("*.whl")
+    assert re.fullmatch(r"fm_fast-[\d.]+-py3-none-manylinux_\w+\.whl", repaired.name)
+    assert contents(repaired) == contents(wheel)
+    assert report_of(repaired, tmp_path / "site") == ["['cpu'] None", "cpp"]
+
+    exclusion = command.index("--exclude")
+    refused = run(*command[:exclusion], *command[exclusion + 2 :], PATH=tools)
+    assert refused.returncode != 0
+    assert "libtorch_cpu.so" in refused.stderr
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    """The files of a wheel but for its metadata, which name the platform."""
+    archive = zipfile.ZipFile(wheel)
+    return {entry: archive.read(entry) for entry in archive.namelist() if ".dist-info/" not in entry and not entry.endswith("/")}
+
+
+@has_compiler
+@pytest.mark.download
+@pytest.mark.parametrize("requirement", ["torch==2.10.0", "torch"], ids=["oldest", "newest"])
+def test_wheel_runs_on_other_torch_versions(requirement: str, checkout: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """One and the same wheel on the oldest and the newest torch, each installed with all that it asks for."""
+    if "download" not in (request.config.option.markexpr or ""):
+        pytest.skip("downloads gigabytes: ask for it by -m download")
+    wheel, environment = make_wheel(checkout, tmp_path / "dist", FM_FAST_BUILD="cpu"), tmp_path / "environment"
+    succeed(sys.executable, "-m", "venv", environment)
+    python = environment / "bin" / "python"
+    succeed(python, "-m", "pip", "install", "-q", "--no-cache-dir", requirement, wheel)
+    version = succeed(python, "-c", USE, cwd=tmp_path).strip()
+    print(f"fm_fast ran on torch {version}")
+    assert version.startswith("2.10.0") == (requirement == "torch==2.10.0")
 
 
 # What the library needs from the machine
