@@ -27,11 +27,11 @@ $(BIN)/python:
 
 demo: $(BIN)/python
 	$(INSTALL) ".[train]"
-	$(BIN)/fm-fast train digits
+	$(BIN)/fm-fast train digits --overwrite
 
 bits: $(BIN)/python
 	$(INSTALL) ".[train]"
-	$(BIN)/fm-fast train digits --dequantise --out out/digits-dequantised
+	$(BIN)/fm-fast train digits --dequantise --out out/digits-dequantised --overwrite
 	$(BIN)/fm-fast likelihood out/digits-dequantised
 
 test: $(BIN)/python

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from benchmarks import log_prob, peers
 from benchmarks.log_prob import LogProb
 from fm_fast.random import noise
-from fm_fast.train.checkpoint import load_model
 from fm_fast.train.data import load_dataset
+from fm_fast.train.weights import load_model
 
 IMAGES, DRAWS = 4, 12
 
@@ -24,7 +24,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.variance", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("run", help="folder of a run on the digits, or its checkpoint.pt")
+    parser.add_argument("run", help="folder of a run on the digits, or a checkpoint of it")
     parser.add_argument("--steps", type=int, default=100, help="of the comparison with flow_matching")
     parser.add_argument("--kind-steps", type=int, default=20, help="of the comparison of kinds")
     return parser.parse_args()

@@ -18,7 +18,10 @@ FROM_DATA = ("image_size", "image_channels", "classes")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `fm-fast`: 0 on success, 1 for an error in the data or the run, 2 for a wrong command line, 130 if interrupted."""
+    """Entry point of `fm-fast`: 0 on success, 1 for an error in the data or the run, 2 for a wrong command line, 130 for Ctrl-C.
+
+    Training ends with 143 after SIGTERM.
+    """
     options = parser().parse_args(arguments)
     try:
         options.run(options)
@@ -51,7 +54,9 @@ def _add_train(commands: Any) -> None:
         " Defaults in brackets are those of digits; other data have their own (preset images).",
     )  # fmt: skip
     parser.add_argument("preset", nargs="?", choices=sorted(PRESETS), help="settings to start from [images with --data]")
-    parser.add_argument("--resume", action="store_true", help="continue from checkpoint.pt in the folder --out")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="continue from the newest valid checkpoint in the folder --out")
+    start.add_argument("--overwrite", action="store_true", help="delete the checkpoints of another run in the folder --out")
     _add_fields(parser, TrainConfig, PRESETS["digits"])
     parser.set_defaults(run=_train)
 
@@ -87,7 +92,7 @@ def _numbers(kind: type, text: str) -> tuple[Any, ...]:
 
 def config_from(options: argparse.Namespace) -> TrainConfig:
     """The preset with the given options in place of its own values. Raises ValueError if no data are named."""
-    given = {name: value for name, value in vars(options).items() if name not in ("run", "preset", "resume")}
+    given = {name: value for name, value in vars(options).items() if name not in ("run", "preset", "resume", "overwrite")}
     preset = PRESETS[options.preset or ("images" if given.get("data", "digits") != "digits" else "digits")]
     if options.preset is None and "data" not in given:
         raise ValueError("train: expected a preset (digits) or --data PATH")
@@ -101,7 +106,7 @@ def _train(options: argparse.Namespace) -> None:
     config = config_from(options)
     if not config.data:
         raise ValueError("data: expected --data PATH with preset images")
-    train(config, resuming=options.resume)
+    train(config, options.resume, options.overwrite)
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -46,9 +46,9 @@ def add_likelihood(commands: Any) -> None:
 
 
 def _likelihood(options: argparse.Namespace) -> None:
-    from fm_fast.train.checkpoint import load_model
     from fm_fast.train.likelihood import dataset_bits
     from fm_fast.train.loop import pick_device
+    from fm_fast.train.weights import load_model
 
     device, solver = pick_device(options.device), _solver(options)
     model, config = load_model(options.checkpoint)

@@ -40,7 +40,7 @@ def add_sample(commands: Any) -> None:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """What every command that reads a checkpoint takes."""
-    parser.add_argument("checkpoint", metavar="RUN", help="a checkpoint.pt, or the folder of a run that holds one")
+    parser.add_argument("checkpoint", metavar="RUN", help="the folder of a run, a checkpoint of it, or a .safetensors file of its weights")
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="the result is a function of this number and the settings [0]")
     parser.add_argument("--batch-size", type=positive, default=256, metavar="INT", help="images at a time; fixed steps give the same [256]")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... [auto]")
@@ -75,10 +75,10 @@ def _output_file(text: str) -> Path:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from fm_fast.train.checkpoint import load_model
     from fm_fast.train.data import levels_of
     from fm_fast.train.loop import pick_device
     from fm_fast.train.sample import sample_classes
+    from fm_fast.train.weights import load_model
 
     device = pick_device(options.device)
     model, config = load_model(options.checkpoint)

@@ -79,7 +79,8 @@ def test_errors_are_one_line_and_exit_code_1(arguments, message, capsys, tmp_pat
 def test_short_run_and_resume(tmp_path, capsys):
     arguments = ["train", "digits", "--batch-size", "8", "--log-every", "1", "--no-evaluate", "--out", str(tmp_path), *SMALL]
     assert main([*arguments, "--steps", "3"]) == 0
-    assert {file.name for file in tmp_path.iterdir()} == {"checkpoint.pt", "samples.png", "log.jsonl"}
+    names = {"checkpoint-00000003.pt", "weights.safetensors", "samples.png", "log.jsonl"}
+    assert {file.name for file in tmp_path.iterdir()} == names
     assert "step 3/3" in capsys.readouterr().out
     assert main([*arguments, "--steps", "5", "--resume"]) == 0
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -90,7 +91,7 @@ def test_short_run_and_resume(tmp_path, capsys):
 
 def test_resume_without_a_checkpoint(tmp_path, capsys):
     assert main(["train", "digits", "--resume", "--out", str(tmp_path), *SMALL]) == 1
-    assert "checkpoint.pt: no such checkpoint" in capsys.readouterr().err
+    assert "no checkpoint-NUMBER.pt in this folder" in capsys.readouterr().err
 
 
 def test_own_data(tmp_path):

@@ -11,9 +11,10 @@ import torch
 from trainer_helpers import decode_png
 
 from fm_fast.cli import main
-from fm_fast.train.checkpoint import load_model, read_checkpoint
+from fm_fast.train.checkpoint import read_checkpoint
 from fm_fast.train.data import digits
 from fm_fast.train.npz import read_npz
+from fm_fast.train.weights import load_model
 
 SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "2", "--samples-per-class", "3"]
 # A few large steps: the network's output must matter to what is compared.
@@ -54,7 +55,7 @@ def test_the_picture_of_the_run_again(run, tmp_path):
     out = tmp_path / "again.png"
     assert main(["sample", str(run), "--count", "3", "--out", str(out)]) == 0
     assert picture(out) == picture(run / "samples.png")
-    assert main(["sample", str(run / "checkpoint.pt"), "--count", "3", "--out", str(out), "--seed", "1"]) == 0
+    assert main(["sample", str(run / "checkpoint-00000008.pt"), "--count", "3", "--out", str(out), "--seed", "1"]) == 0
     assert picture(out) != picture(run / "samples.png")
 
 
@@ -219,7 +220,7 @@ def test_wrong_command_lines(arguments, message, capsys):
         (["likelihood", "RUN", "--rtol", "0", "--method", "dopri5"], "rtol must be positive, got 0.0"),
         (["sample", "no/such/run"], "no/such/run: no such checkpoint"),
         (["likelihood", "no/such/run"], "no/such/run: no such checkpoint"),
-        (["sample", "."], "checkpoint.pt: no such checkpoint"),
+        (["sample", "."], "no checkpoint-NUMBER.pt in this folder"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_1(arguments, message, run, capsys, tmp_path, monkeypatch):
@@ -232,10 +233,10 @@ def test_errors_are_one_line_and_exit_code_1(arguments, message, run, capsys, tm
 @pytest.mark.parametrize("command", ["sample", "likelihood"])
 @pytest.mark.parametrize("damage", ["cut", "text", "other", "settings", "weights"])
 def test_damaged_checkpoints(damage, command, run, tmp_path, capsys):
-    file = tmp_path / "checkpoint.pt"
-    content = read_checkpoint(run / "checkpoint.pt")
+    file = tmp_path / "checkpoint-00000008.pt"
+    content = read_checkpoint(run / "checkpoint-00000008.pt")
     if damage == "cut":
-        file.write_bytes((run / "checkpoint.pt").read_bytes()[:1000])
+        file.write_bytes((run / "checkpoint-00000008.pt").read_bytes()[:1000])
     elif damage == "text":
         file.write_text("not a checkpoint")
     elif damage == "other":

@@ -107,6 +107,9 @@ def test_importance_times_are_independent_of_the_batch_split():
 def test_configuration_survives_storage():
     for preset in PRESETS.values():
         assert from_dict(to_dict(preset)) == preset
+        assert from_dict(json.loads(json.dumps(to_dict(preset)))) == preset
+    with pytest.raises(TypeError, match="colour"):
+        from_dict({**to_dict(tiny()), "colour": "red"})
 
 
 @pytest.mark.parametrize(
@@ -184,7 +187,12 @@ def test_judges_know_real_digits_and_copies():
 
 def test_whole_run_writes_its_files_and_reports(tmp_path, capsys):
     result = train(tiny(steps=3, out=str(tmp_path / "run"), sample_steps=2, samples_per_class=2, log_every=1))
-    assert {file.name for file in (tmp_path / "run").iterdir()} == {"checkpoint.pt", "samples.png", "log.jsonl"}
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {
+        "checkpoint-00000003.pt",
+        "weights.safetensors",
+        "samples.png",
+        "log.jsonl",
+    }
     width, height, pixel, _ = decode_png((tmp_path / "run" / "samples.png").read_bytes())
     assert (width, height, pixel) == (2 * 102 + 6, 10 * 102 + 6, 1)
     assert result.quality is not None and result.state.step == 3

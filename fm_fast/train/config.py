@@ -47,7 +47,7 @@ class TrainConfig:
     """All settings of a run. Raises ValueError, naming the setting, for a value out of range."""
 
     data: str = _option("digits", "'digits' (shipped), or a file or folder: IDX, CIFAR-10, .npz, or images in a subfolder a class")
-    out: str = _option("out/digits", "folder for checkpoint.pt, samples.png, log.jsonl", resumable=True)
+    out: str = _option("out/digits", "folder for checkpoints, weights.safetensors, samples.png, log.jsonl", resumable=True)
     objective: str = _option("fm-ot", f"row of the paper's Table 1: {', '.join(RECIPES)}")
     steps: int = _option(500, "training steps in all", resumable=True)
     batch_size: int = _option(128, "images a step")
@@ -74,6 +74,7 @@ class TrainConfig:
     sample_every: int = _option(250, "training steps between two sample pictures, 0 for one at the end", resumable=True)
     samples_per_class: int = _option(10, "columns of the sample picture", resumable=True)
     checkpoint_every: int = _option(250, "training steps between two checkpoints, 0 for one at the end", resumable=True)
+    keep_checkpoints: int = _option(2, "newest checkpoints to keep, 0 for all", resumable=True)
     log_every: int = _option(20, "training steps between two lines of the log", resumable=True)
     evaluate: bool = _option(True, "judge the samples at the end (shipped digits only)", resumable=True)
     model: UNetConfig = field(default_factory=UNetConfig.digits)
@@ -93,7 +94,7 @@ def _check(config: TrainConfig) -> None:
         _require(name, getattr(config, name) >= 1, "at least 1", getattr(config, name))
     for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
         _require(name, getattr(config, name) in choices, f"one of {', '.join(choices)}", getattr(config, name))
-    for name in ("warmup", "micro_batch", "clip", "weight_decay", "sample_every", "checkpoint_every", "seed"):
+    for name in ("warmup", "micro_batch", "clip", "weight_decay", "sample_every", "checkpoint_every", "keep_checkpoints", "seed"):
         _require(name, getattr(config, name) >= 0, "0 or more", getattr(config, name))
     for name in ("label_drop", "flip"):
         _require(name, 0.0 <= getattr(config, name) <= 1.0, "a share in [0, 1]", getattr(config, name))
@@ -131,8 +132,13 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
-    """The inverse of `to_dict`. Raises ValueError or TypeError for values that no configuration has."""
-    return TrainConfig(**{**values, "model": UNetConfig(**values["model"])})
+    """The inverse of `to_dict`, also by way of JSON. Raises ValueError or TypeError for values that no configuration has."""
+    return TrainConfig(**{**_tuples(values), "model": UNetConfig(**_tuples(values["model"]))})
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def resume_conflicts(stored: TrainConfig, asked: TrainConfig) -> list[str]:

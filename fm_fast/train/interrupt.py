@@ -1,4 +1,4 @@
-"""Ctrl-C between steps instead of within one, where weights, moments and average would disagree."""
+"""Ctrl-C and SIGTERM between steps instead of within one, where weights, moments and average would disagree."""
 
 import signal
 import threading
@@ -7,24 +7,30 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+def stop(number: int) -> None:
+    """End the run for that signal: KeyboardInterrupt for Ctrl-C, SystemExit(143) for SIGTERM (128 + 15, as shells report it)."""
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
 @contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C was pressed; pressed twice, it interrupts at once.
+def deferred_interrupt() -> Iterator[Callable[[], int]]:
+    """Yields a function that tells which signal asked the run to stop, 0 for none; the second one stops it at once.
 
-    Outside the main thread, where Python delivers no signals, it always tells False.
+    Outside the main thread, where Python delivers no signals, it always tells 0.
     """
-    asked = threading.Event()
+    asked = [0]
 
-    def note(signal_number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked[0]:
+            stop(number)
+        asked[0] = number
 
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield lambda: 0
         return
-    previous = signal.signal(signal.SIGINT, note)
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield lambda: asked[0]
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fm_fast.train.config import TrainConfig
+from fm_fast.train.files import replaced_whole
 
 
 class Logger:
@@ -28,8 +29,7 @@ class Logger:
         self._quartiles: list[Tensor] = []
         self._since = time.perf_counter()
         self._bar = _progress_bar(config.steps, first_step)
-        if first_step == 0:
-            file.write_text("")
+        _keep_records(file, first_step)
 
     def step(self, step: int, loss: Tensor, rate: float, by_quartile: Tensor | None = None) -> None:
         """Note the loss of the step that finished as number `step` (counted from 1), and its sums and counts [2, 4] by quartile of t."""
@@ -91,6 +91,21 @@ class Logger:
         remaining = (self.config.steps - step) * self.config.batch_size / speed
         steps = f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}"
         print(f"{steps}  loss {loss:.4f}  lr {rate:.2e}  {speed:.0f} images/s  {_duration(remaining)} left", flush=True)
+
+
+def _keep_records(file: Path, last_step: int) -> None:
+    """Leave the records up to that step only: a run that was killed may have logged steps after its last checkpoint."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    with replaced_whole(file) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= last_step))
+
+
+def _step_of(line: str) -> float:
+    """Infinity for a line that was cut off."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def _duration(seconds: float) -> str:

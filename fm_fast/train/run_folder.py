@@ -1,0 +1,103 @@
+"""The folder of a run: its files' names, its numbered checkpoints, and that no run overwrites another's unasked."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fm_fast.train.checkpoint import read_checkpoint, save_checkpoint
+from fm_fast.train.config import TrainConfig
+from fm_fast.train.files import TEMPORARY, only_writer
+from fm_fast.train.step import TrainState
+
+NUMBERED = re.compile(r"checkpoint-(\d{8,})\.pt")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest valid checkpoint, its content, and what is wrong with each newer file."""
+
+    file: Path
+    content: dict[str, Any]
+    damaged: dict[Path, str]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [f"{problem}; {self.file.name} is used instead" for problem in self.damaged.values()]
+
+    def set_damaged_aside(self) -> None:
+        """Rename the newer files, so that they do not pass for the newest once training has gone on from here."""
+        for file in self.damaged:
+            file.rename(file.with_name(f"{file.name}.damaged"))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """checkpoint-00000500.pt and the like (the number counts finished steps), weights.safetensors, log.jsonl and pictures."""
+
+    path: Path
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.png"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights.safetensors"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step:08d}.pt"
+
+    def checkpoints(self) -> list[Path]:
+        """Those that are there, newest first, valid or not."""
+        files = self.path.iterdir() if self.path.is_dir() else ()
+        numbered = [(int(match[1]), file) for file in files if (match := NUMBERED.fullmatch(file.name))]
+        return [file for _, file in sorted(numbered, reverse=True)]
+
+    def newest_valid(self) -> "Found":
+        """The newest checkpoint that can be read. Raises FileNotFoundError if there is none, ValueError if all are damaged."""
+        files, damaged = self.checkpoints(), {}
+        for file in files:
+            try:
+                return Found(file, read_checkpoint(file), damaged)
+            except ValueError as error:
+                damaged[file] = str(error)
+        if not files:
+            raise FileNotFoundError(f"{self.path}: no checkpoint-NUMBER.pt in this folder")
+        raise ValueError("; ".join(damaged.values()))
+
+    def save(self, state: TrainState, config: TrainConfig) -> Path:
+        """Write a checkpoint, then delete all but the newest `config.keep_checkpoints`."""
+        file = self.checkpoint(state.step)
+        save_checkpoint(file, state, config)
+        if config.keep_checkpoints > 0:
+            for old in self.checkpoints()[config.keep_checkpoints :]:
+                old.unlink()
+        return file
+
+    @contextlib.contextmanager
+    def held(self, resuming: bool, overwriting: bool) -> Iterator[None]:
+        """Keep other runs out, and for a new run make sure that no checkpoints are there.
+
+        Raises FileExistsError where a new run would mix its checkpoints with those of another, or another process is writing.
+        """
+        with only_writer(self.path):
+            found = self.checkpoints()
+            if found and not (resuming or overwriting):
+                raise FileExistsError(
+                    f"{self.path}: holds the checkpoints of another run ({found[0].name});"
+                    " --resume continues it, --overwrite deletes it, or choose another --out"
+                )
+            self._tidy([] if resuming else [*found, self.weights, self.log])
+            yield
+
+    def _tidy(self, outdated: list[Path]) -> None:
+        """Delete what a new run replaces, and what an interrupted write left behind."""
+        for file in (*outdated, *self.path.glob(f"checkpoint-*{TEMPORARY}"), *self.path.glob(f"{self.weights.name}*{TEMPORARY}")):
+            file.unlink(missing_ok=True)

@@ -1,0 +1,91 @@
+"""The averaged network of a run as safetensors, which any program can read, and back: from such a file, a checkpoint or a folder."""
+
+import json
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fm_fast.train.checkpoint import first_line, read_checkpoint
+from fm_fast.train.config import TrainConfig, from_dict, to_dict
+from fm_fast.train.files import replaced_whole
+from fm_fast.train.run_folder import RunFolder
+from fm_fast.train.step import build_model
+
+FORMAT = "fm_fast.weights"
+VERSION = "1"
+SUFFIX = ".safetensors"
+Stored = tuple[dict[str, Any], dict[str, Tensor]]  # a configuration as plain values, and the weights by name
+
+
+def can_write_weights() -> bool:
+    """Whether the package safetensors is installed."""
+    return find_spec("safetensors") is not None
+
+
+def save_weights(path: Path, weights: dict[str, Tensor], config: TrainConfig, step: int) -> None:
+    """Write the weights with their names, and the configuration and the step in the file's metadata; `path` is never half a file."""
+    from safetensors.torch import save_file
+
+    metadata = {"format": FORMAT, "version": VERSION, "step": str(step), "config": json.dumps(to_dict(config))}
+    with replaced_whole(path) as temporary:
+        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary, metadata)
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, TrainConfig]:
+    """The averaged network of a run, ready for sampling (evaluation mode, no gradients), and the run's configuration.
+
+    path: a checkpoint, a .safetensors file of this library, or the folder of a run, whose newest valid checkpoint counts.
+    Raises FileNotFoundError for what is missing, ValueError for damaged files and those of other programs.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = _of_folder(file)
+    values, weights = _read_weights(file) if file.suffix == SUFFIX else _read_average(file)
+    try:
+        config = from_dict(values)
+        model = build_model(config)
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{file}: expected the settings and weights of a network, got others ({first_line(error)})") from error
+    return model.eval().requires_grad_(False), config
+
+
+def _of_folder(path: Path) -> Path:
+    """The newest valid checkpoint; a folder without any may hold the averaged weights alone."""
+    folder = RunFolder(path)
+    if not folder.checkpoints() and folder.weights.is_file():
+        return folder.weights
+    found = folder.newest_valid()
+    for text in found.warnings:
+        warnings.warn(text, stacklevel=3)
+    return found.file
+
+
+def _read_average(path: Path) -> Stored:
+    content = read_checkpoint(path)
+    try:
+        return content["config"], content["state"]["average"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected the settings and weights of a network, got others") from error
+
+
+def _read_weights(path: Path) -> Stored:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not can_write_weights():
+        raise ImportError(f"{path}: reading it needs safetensors: pip install safetensors, or 'fm_fast[train]'")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a complete safetensors file, but it cannot be read ({first_line(error)})") from error
+    found = (metadata.get("format"), metadata.get("version"))
+    if found != (FORMAT, VERSION):
+        raise ValueError(f"{path}: expected weights of fm_fast (format {FORMAT!r}, version {VERSION!r}), got {found}")
+    return json.loads(metadata["config"]), weights

@@ -1,0 +1,138 @@
+"""Runs that are killed, at random and while they write, go on in a fresh process bit by bit as if nothing had happened."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import killed_run
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+from trainer_helpers import tiny
+
+from fm_fast.cli import main
+from fm_fast.train import loop, train
+from fm_fast.train.run_folder import RunFolder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+DEADLINE = 120  # seconds, so that a process that hangs fails the test
+
+
+def start(folder, *arguments):
+    """killed_run.py in a fresh process."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(Path(killed_run.__file__)), str(folder), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@contextlib.contextmanager
+def running(folder, *arguments):
+    process = start(folder, *arguments)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def last_logged(folder):
+    log = RunFolder(folder).log
+    return len(log.read_text().splitlines()) if log.is_file() else 0
+
+
+def kill_at_random(folder, delay):
+    """End the process without farewell, some time after its first checkpoint."""
+    with running(folder) as process:
+        until = time.monotonic() + DEADLINE
+        while last_logged(folder) < 5 and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.002)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=DEADLINE)
+        assert process.returncode in (-signal.SIGKILL, 0), output
+    return last_logged(folder)
+
+
+def finish(folder, keep):
+    with running(folder, "--keep", str(keep)) as process:
+        output, _ = process.communicate(timeout=DEADLINE)
+        assert process.returncode == 0, output
+    return torch.load(keep, weights_only=True), output
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield killed_run.run(tmp_path_factory.mktemp("straight"))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def assert_same_values(one, two):
+    """Nested dictionaries and lists of tensors and plain values are equal, tensors bit by bit."""
+    leaves, others = pytree.tree_flatten(one), pytree.tree_flatten(two)
+    assert leaves[1] == others[1] and len(leaves[0]) > 0
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(leaves[0], others[0], strict=True))
+
+
+def test_killed_while_writing_a_checkpoint_and_at_random(uninterrupted, tmp_path):
+    with running(tmp_path, "--kill-at-save", "4") as process:
+        process.communicate(timeout=DEADLINE)
+        assert process.returncode == -signal.SIGKILL
+    written = {file.name for file in tmp_path.glob("checkpoint*.pt")}
+    assert written == {"checkpoint-00000006.pt", "checkpoint-00000009.pt"} and last_logged(tmp_path) == 12
+    assert [file.stat().st_size > 20_000 for file in tmp_path.glob("*.tmp")] == [True], "it was in the middle of the fourth"
+    resumed, output = finish(tmp_path, tmp_path / "ending.pt")
+    assert "steps 9..30" in output and not list(tmp_path.glob("*.tmp"))
+    assert set(resumed) == {"model", "average", "optimiser", "step", "next_batch"} and resumed["step"] == 30
+    assert_same_values(uninterrupted, resumed)
+    assert [json.loads(line)["step"] for line in RunFolder(tmp_path).log.read_text().splitlines()] == list(range(1, 31))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_at_random_moments(seed, uninterrupted, tmp_path):
+    delays = random.Random(seed)
+    for _ in range(2):
+        kill_at_random(tmp_path, delays.uniform(0.0, 0.5))
+    resumed, _ = finish(tmp_path, tmp_path / "ending.pt")
+    assert_same_values(uninterrupted, resumed)
+
+
+def signal_after(monkeypatch, steps, number):
+    """Send this process a signal in the middle of that step."""
+    original = loop.training_step
+
+    def training_step(state, *arguments, **options):
+        if state.step == steps - 1:
+            os.kill(os.getpid(), number)
+        return original(state, *arguments, **options)
+
+    monkeypatch.setattr(loop, "training_step", training_step)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_step_finish_and_saves(number, code, tmp_path, monkeypatch, capsys):
+    settings = {**killed_run.SETTINGS, "steps": 6, "checkpoint_every": 0}
+    straight = train(tiny(out=str(tmp_path / "a"), **settings))
+    with monkeypatch.context() as patch:
+        signal_after(patch, 4, number)
+        patch.setattr("fm_fast.cli.config_from", lambda options: tiny(out=str(tmp_path / "b"), **settings))
+        before = signal.getsignal(number)
+        try:
+            assert main(["train", "digits"]) == code
+        except SystemExit as ending:
+            assert ending.code == code
+        assert signal.getsignal(number) is before
+    assert "interrupted after step 4; continue with --resume" in capsys.readouterr().out
+    assert [file.name for file in (tmp_path / "b").glob("checkpoint*")] == ["checkpoint-00000004.pt"]
+    resumed = train(tiny(out=str(tmp_path / "b"), **settings), resuming=True)
+    assert_same_values(killed_run.ended_with(straight.state, straight.config), killed_run.ended_with(resumed.state, resumed.config))

@@ -1,0 +1,226 @@
+"""The folder of a run: numbered checkpoints, the newest valid one, old ones deleted, and no run in another's way."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_helpers import CPU, assert_same_state, flat, tiny
+
+from fm_fast.train import train
+from fm_fast.train.checkpoint import read_checkpoint
+from fm_fast.train.data import digits
+from fm_fast.train.files import only_writer, replaced_whole
+from fm_fast.train.loop import advance
+from fm_fast.train.run_folder import RunFolder
+from fm_fast.train.step import new_state
+from fm_fast.train.weights import load_model, save_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUICK = {"sample_every": 0, "sample_steps": 1, "samples_per_class": 1, "evaluate": False, "batch_size": 4, "steps": 8}
+
+
+def run(folder, resuming=False, overwriting=False, **changes):
+    return train(tiny(**{**QUICK, "out": str(folder), "checkpoint_every": 2, **changes}), resuming, overwriting)
+
+
+def names(folder):
+    return sorted(file.name for file in folder.glob("checkpoint*"))
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    run(tmp_path / "two")
+    assert names(tmp_path / "two") == ["checkpoint-00000006.pt", "checkpoint-00000008.pt"]
+    run(tmp_path / "all", keep_checkpoints=0)
+    assert names(tmp_path / "all") == [f"checkpoint-{step:08d}.pt" for step in (2, 4, 6, 8)]
+
+
+def test_the_order_is_that_of_the_numbers(tmp_path):
+    for name in (
+        "checkpoint-99999999.pt",
+        "checkpoint-100000000.pt",
+        "checkpoint-00000001.pt",
+        "checkpoint-1.pt",
+        "checkpoint-00000002.pt.x",
+    ):
+        (tmp_path / name).touch()
+    found = [file.name for file in RunFolder(tmp_path).checkpoints()]
+    assert found == ["checkpoint-100000000.pt", "checkpoint-99999999.pt", "checkpoint-00000001.pt"]
+    assert RunFolder(tmp_path / "nowhere").checkpoints() == []
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def foreign(file):
+    torch.save({"model": {}}, file)
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def newer_version(file):
+    torch.save({**read_checkpoint(file), "version": 99}, file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, "expected a complete checkpoint of fm_fast"),
+        (foreign, "expected a checkpoint of fm_fast"),
+        (empty, "expected a complete checkpoint of fm_fast"),
+        (newer_version, "expected checkpoint version 2, got 99"),
+    ],
+)
+def test_the_checkpoint_before_a_damaged_one_is_used(damage, message, tmp_path, capsys):
+    straight = run(tmp_path, keep_checkpoints=3)
+    damaged = [tmp_path / f"checkpoint-{step:08d}.pt" for step in (6, 8)]
+    for file in damaged:
+        damage(file)
+    capsys.readouterr()
+    resumed = run(tmp_path, True, checkpoint_every=0, keep_checkpoints=1)
+    shown = capsys.readouterr().out
+    for file in damaged:
+        assert f"warning: {file}: {message}" in shown
+    assert shown.count("; checkpoint-00000004.pt is used instead") == 2 and "steps 4..8" in shown
+    assert_same_state(straight.state, resumed.state)
+    assert names(tmp_path) == ["checkpoint-00000006.pt.damaged", "checkpoint-00000008.pt", "checkpoint-00000008.pt.damaged"]
+
+
+def test_nothing_but_damaged_checkpoints(tmp_path):
+    run(tmp_path)
+    for file in RunFolder(tmp_path).checkpoints():
+        cut(file)
+    with pytest.raises(ValueError, match=r"checkpoint-00000008.pt: expected a complete .*checkpoint-00000006.pt: expected a complete"):
+        run(tmp_path, True)
+    with pytest.raises(FileNotFoundError, match="nowhere: no checkpoint-NUMBER.pt in this folder"):
+        run(tmp_path / "nowhere", True)
+
+
+def test_a_new_run_overwrites_another_only_when_told_to(tmp_path):
+    run(tmp_path, steps=4)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match=r"holds the checkpoints of another run \(checkpoint-00000004.pt\); --resume .* --overwrite"):
+        run(tmp_path, seed=1)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    other = run(tmp_path, overwriting=True, seed=1, steps=2)
+    assert names(tmp_path) == ["checkpoint-00000002.pt"] and load_model(tmp_path)[1] == other.config
+    with pytest.raises(ValueError, match="resume, overwrite: expected one of them"):
+        run(tmp_path, True, True)
+
+
+def test_two_processes_never_write_into_one_folder(tmp_path):
+    """The second is refused while the first lives; the system lets go of the folder with the process."""
+    code = "import sys, pathlib; from fm_fast.train.files import only_writer\nwith only_writer(pathlib.Path(sys.argv[1])): input()"
+    setup = f"import sys; sys.path[:0] = {[*sys.path]!r}\n"
+    with only_writer(tmp_path), pytest.raises(FileExistsError, match="another run is writing into this folder"):
+        run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    holder = subprocess.run([sys.executable, "-c", setup + code, str(tmp_path)], input="\n", text=True, timeout=60)
+    assert holder.returncode == 0
+    with only_writer(tmp_path):
+        pass
+
+
+def test_what_a_killed_run_left_is_tidied(tmp_path):
+    run(tmp_path, steps=4, log_every=1)
+    (tmp_path / "checkpoint-00000006.pt.abc.tmp").touch()
+    (tmp_path / "weights.safetensors.abc.tmp").touch()
+    log = tmp_path / "log.jsonl"
+    lines = log.read_text()
+    log.write_text(lines + '{"step": 5, "loss": 1}\n{"step": 6, "lo')  # steps after the last checkpoint, cut off
+    run(tmp_path, True, steps=6, log_every=1)
+    assert not list(tmp_path.glob("*.tmp"))
+    records = log.read_text().splitlines()
+    assert records[:4] == lines.splitlines() and [json.loads(record)["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
+    file = tmp_path / "name"
+    for text in ("first", "second"):
+        with replaced_whole(file) as temporary:
+            temporary.write_text(text)
+    with pytest.raises(KeyError), replaced_whole(file) as temporary:
+        temporary.write_text("third")
+        raise KeyError
+    assert file.read_text() == "second" and list(tmp_path.iterdir()) == [file]
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask(tmp_path)
+
+
+def umask(tmp_path):
+    (tmp_path / "plain").touch()
+    return 0o666 & ~((tmp_path / "plain").stat().st_mode & 0o777)
+
+
+# Averaged weights
+
+
+@pytest.fixture
+def state_and_config():
+    config = tiny(objective="score", label_drop=0.25)
+    state = new_state(config, CPU)
+    advance(state, config, digits(), 2)
+    return state, config
+
+
+def test_load_model_gives_the_averaged_network(tmp_path, state_and_config):
+    pytest.importorskip("safetensors")
+    state, config = state_and_config
+    folder = RunFolder(tmp_path)
+    save_weights(folder.weights, state.average.state_dict(), config, 2)
+    alone = load_model(tmp_path)
+    folder.save(state, config)
+    for model, stored in (alone, load_model(folder.weights), load_model(folder.checkpoint(2)), load_model(str(tmp_path))):
+        assert stored == config and not model.training
+        assert torch.equal(flat(model), flat(state.average)) and not any(p.requires_grad for p in model.parameters())
+
+
+def test_any_program_can_read_the_weights(tmp_path, state_and_config):
+    """The format read by hand: an 8-byte length, a JSON header, the numbers."""
+    pytest.importorskip("safetensors")
+    state, config = state_and_config
+    save_weights(tmp_path / "w.safetensors", state.average.state_dict(), config, 2)
+    content = (tmp_path / "w.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert header.pop("__metadata__")["step"] == "2"
+    expected = state.average.state_dict()
+    assert set(header) == set(expected)
+    for name, entry in header.items():
+        first, last = (8 + length + offset for offset in entry["data_offsets"])
+        values = torch.frombuffer(bytearray(content[first:last]), dtype=torch.float32).reshape(entry["shape"])
+        assert entry["dtype"] == "F32" and torch.equal(values, expected[name])
+
+
+def test_damaged_and_foreign_weights(tmp_path, state_and_config):
+    safetensors = pytest.importorskip("safetensors.torch")
+    state, config = state_and_config
+    file = tmp_path / "w.safetensors"
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_model(file)
+    save_weights(file, state.average.state_dict(), config, 2)
+    cut(file)
+    with pytest.raises(ValueError, match=r"w.safetensors: expected a complete safetensors file"):
+        load_model(file)
+    safetensors.save_file({"a": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match=r"w.safetensors: expected weights of fm_fast .*got \(None, None\)"):
+        load_model(file)
+    save_weights(file, {"a": torch.zeros(2)}, config, 2)
+    with pytest.raises(ValueError, match=r"w.safetensors: expected the settings and weights of a network, got others"):
+        load_model(file)
+
+
+def test_load_model_says_which_checkpoint_it_took(tmp_path):
+    run(tmp_path)
+    cut(tmp_path / "checkpoint-00000008.pt")
+    with pytest.warns(UserWarning, match=r"checkpoint-00000008.pt: .*; checkpoint-00000006.pt is used"):
+        model, _ = load_model(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(flat(model), flat(load_model(tmp_path / "checkpoint-00000006.pt")[0]))
+    assert Path(tmp_path / "checkpoint-00000008.pt").is_file(), "reading renames nothing"
