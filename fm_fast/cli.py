@@ -11,7 +11,8 @@ from fm_fast.cli_evaluate import add_evaluate
 from fm_fast.cli_likelihood import add_likelihood
 from fm_fast.cli_reproduce import add_reproduce
 from fm_fast.cli_sample import add_sample
-from fm_fast.train.config import PRESETS, TrainConfig
+from fm_fast.train.config import TrainConfig
+from fm_fast.train.presets import PRESETS, SUMMARIES
 
 # Fields of the network that the data decides.
 FROM_DATA = ("image_size", "image_channels", "classes")
@@ -51,7 +52,9 @@ def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
         "train", allow_abbrev=False, help="train the reference U-Net",
         description="Train the reference U-Net. `fm-fast train digits` uses the shipped digits, `fm-fast train --data PATH` your images."
-        " Defaults in brackets are those of digits; other data have their own (preset images).",
+        " Defaults in brackets are those of digits; other presets have their own.",
+        epilog="presets:\n" + "\n".join(f"  {name:20} {SUMMARIES[name]}" for name in PRESETS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("preset", nargs="?", choices=sorted(PRESETS), help="settings to start from [images with --data]")
     start = parser.add_mutually_exclusive_group()
@@ -95,7 +98,7 @@ def config_from(options: argparse.Namespace) -> TrainConfig:
     given = {name: value for name, value in vars(options).items() if name not in ("run", "preset", "resume", "overwrite")}
     preset = PRESETS[options.preset or ("images" if given.get("data", "digits") != "digits" else "digits")]
     if options.preset is None and "data" not in given:
-        raise ValueError("train: expected a preset (digits) or --data PATH")
+        raise ValueError(f"train: expected a preset ({', '.join(PRESETS)}) or --data PATH")
     model = replace(preset.model, **{name.removeprefix("model."): value for name, value in given.items() if "." in name})
     return replace(preset, model=model, **{name: value for name, value in given.items() if "." not in name})
 
@@ -105,7 +108,7 @@ def _train(options: argparse.Namespace) -> None:
 
     config = config_from(options)
     if not config.data:
-        raise ValueError("data: expected --data PATH with preset images")
+        raise ValueError(f"data: expected --data PATH with preset {options.preset}")
     train(config, options.resume, options.overwrite)
 
 

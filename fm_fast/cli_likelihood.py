@@ -52,7 +52,7 @@ def _likelihood(options: argparse.Namespace) -> None:
 
     device, solver = pick_device(options.device), _solver(options)
     model, config = load_model(options.checkpoint)
-    dataset = held_out_data(options.data or f"{config.data}:test", options.limit)
+    dataset = held_out_data(options.data or f"{config.data}:test", options.limit, config)
     if not config.dequantise:
         print("fm-fast: warning: the network was not trained with --dequantise, so its bits/dim say little", file=sys.stderr)
     if options.json is not None:
@@ -73,12 +73,13 @@ def _solver(options: argparse.Namespace) -> dict[str, Any]:
     return {"steps": steps, **{name: getattr(options, name) for name in names}}
 
 
-def held_out_data(source: str, limit: int | None) -> "Dataset":
-    """The data set of that name, digits:train, PATH:test or PATH (its test split), or its first `limit` images."""
+def held_out_data(source: str, limit: int | None, config: "TrainConfig") -> "Dataset":
+    """The data set of that name, digits:train, PATH:test or PATH (its test split), or its first `limit` images, as the run prepares them."""
     from fm_fast.train.data import load_dataset
 
     path, _, split = source.rpartition(":")
-    dataset = load_dataset(path, split) if path and split in SPLITS else load_dataset(source, "test")
+    path, split = (path, split) if path and split in SPLITS else (source, "test")
+    dataset = load_dataset(path, split, config.preparation)
     return replace(dataset, name=source, images=dataset.images[:limit], labels=dataset.labels[:limit])
 
 

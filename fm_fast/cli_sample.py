@@ -93,10 +93,10 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _classes(names: Sequence[str], known: int) -> list[int]:
     """The class numbers that were asked for; [-1] for none."""
+    if names == ["none"] or (names == ["all"] and known == 0):
+        return [NO_CLASS]
     if names == ["all"]:
         return list(range(known))
-    if names == ["none"]:
-        return [NO_CLASS]
     if not all(name.isdecimal() and int(name) < known for name in names):
         raise ValueError(f"classes: expected numbers in 0..{known - 1}, all, or none, got {' '.join(names)}")
     return [int(name) for name in names]

@@ -10,7 +10,8 @@ import pytest
 
 from fm_fast.cli import FROM_DATA, config_from, main, parser
 from fm_fast.nn import UNetConfig
-from fm_fast.train.config import PRESETS, TrainConfig
+from fm_fast.train.config import TrainConfig
+from fm_fast.train.presets import PRESETS
 
 SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "2", "--samples-per-class", "2"]
 
@@ -60,7 +61,7 @@ def test_wrong_command_lines(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train"], "train: expected a preset (digits) or --data PATH"),
+        (["train"], "train: expected a preset (digits, fashion, "),
         (["train", "images"], "data: expected --data PATH"),
         (["train", "digits", "--objective", "fm"], "objective: expected one of fm-ot, fm-vp"),
         (["train", "--data", "no/such/folder"], "no/such/folder: no such file or folder"),

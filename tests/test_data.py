@@ -253,7 +253,7 @@ def test_damaged_image_folder(tmp_path):
 
 
 def test_unknown_sources(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file or folder; expected 'digits' or a path"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder; expected 'digits', 'fashion' or a path"):
         load_dataset(tmp_path / "nowhere")
     (tmp_path / "data.csv").write_text("1,2")
     with pytest.raises(ValueError, match=r"data.csv: expected a .npz"):

@@ -98,7 +98,7 @@ def test_nothing_but_damaged_checkpoints(tmp_path):
         cut(file)
     with pytest.raises(ValueError, match=r"checkpoint-00000008.pt: expected a complete .*checkpoint-00000006.pt: expected a complete"):
         run(tmp_path, True)
-    with pytest.raises(FileNotFoundError, match="nowhere: no checkpoint-NUMBER.pt in this folder"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no checkpoint-NUMBER.pt in this folder"):
         run(tmp_path / "nowhere", True)
 
 

@@ -1,4 +1,4 @@
-"""What a training run is: frozen values with a preset for each data set and a recipe for each objective of the paper's Table 1."""
+"""What a training run is: frozen values, and a recipe for each objective of the paper's Table 1. Presets are in train/presets.py."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -7,6 +7,7 @@ from fm_fast.nn import UNetConfig
 from fm_fast.paths import OT, VP, Path
 from fm_fast.solvers import METHODS
 from fm_fast.train.averaging import WIDEST
+from fm_fast.train.prepare import Preparation
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,16 @@ def _option(default: Any, text: str, resumable: bool = False) -> Any:
 class TrainConfig:
     """All settings of a run. Raises ValueError, naming the setting, for a value out of range."""
 
-    data: str = _option("digits", "'digits' (shipped), or a file or folder: IDX, CIFAR-10, .npz, or images in a subfolder a class")
+    data: str = _option(
+        "digits", "'digits' (shipped), 'fashion', or a file or folder: IDX, CIFAR-10, .npz, or images in a subfolder a class"
+    )
+    resize: int = _option(0, "cut out the middle square of a folder's images and bring it to this height and width, 0 to leave them")
+    pool: int = _option(1, "replace blocks of this many pixels a side by their mean")
+    pad: int = _option(0, "frame of this many pixels of value 0")
+    test_share: float = _option(0.0, "share of the images held out of data that come without a test set")
+    conditional: bool = _option(True, "tell the network the labels")
+    memory_limit: float = _option(4.0, "GiB of pixels above which a folder's images lie in a mapped file", resumable=True)
+    cache: str = _option("~/.cache/fm_fast", "folder for such files", resumable=True)
     out: str = _option("out/digits", "folder for checkpoints, weights.safetensors, samples.png, log.jsonl", resumable=True)
     objective: str = _option("fm-ot", f"row of the paper's Table 1: {', '.join(RECIPES)}")
     steps: int = _option(500, "training steps in all", resumable=True)
@@ -86,19 +96,42 @@ class TrainConfig:
     def recipe(self) -> Recipe:
         return RECIPES[self.objective]
 
+    @property
+    def preparation(self) -> Preparation:
+        """What happens to the images before training."""
+        return Preparation(self.resize, self.pool, self.pad, self.test_share, self.memory_limit, self.cache)
+
+
+NOT_NEGATIVE = (
+    "resize", "pad", "memory_limit", "warmup", "micro_batch", "clip", "weight_decay", "seed", "sample_every", "checkpoint_every",
+    "keep_checkpoints",
+)  # fmt: skip
+
 
 def _check(config: TrainConfig) -> None:
     if config.objective not in RECIPES:
         raise ValueError(f"objective: expected one of {', '.join(RECIPES)}, got {config.objective!r}")
-    for name in ("steps", "batch_size", "sample_steps", "samples_per_class", "log_every"):
+    for name in ("steps", "batch_size", "sample_steps", "samples_per_class", "log_every", "pool"):
         _require(name, getattr(config, name) >= 1, "at least 1", getattr(config, name))
     for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
         _require(name, getattr(config, name) in choices, f"one of {', '.join(choices)}", getattr(config, name))
-    for name in ("warmup", "micro_batch", "clip", "weight_decay", "sample_every", "checkpoint_every", "keep_checkpoints", "seed"):
+    for name in (
+        "warmup",
+        "micro_batch",
+        "clip",
+        "weight_decay",
+        "sample_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "seed",
+        "resize",
+        "pad",
+        "memory_limit",
+    ):
         _require(name, getattr(config, name) >= 0, "0 or more", getattr(config, name))
     for name in ("label_drop", "flip"):
         _require(name, 0.0 <= getattr(config, name) <= 1.0, "a share in [0, 1]", getattr(config, name))
-    for name in ("beta1", "beta2", "ema_decay"):
+    for name in ("beta1", "beta2", "ema_decay", "test_share"):
         _require(name, 0.0 <= getattr(config, name) < 1.0, "a number in [0, 1)", getattr(config, name))
     for width in config.ema_widths:
         _require("ema_widths", 0.0 < width <= WIDEST, f"shares of the run, at most {WIDEST:.4f}", width)
@@ -111,19 +144,11 @@ def _require(name: str, holds: bool, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
-PRESETS = {
-    "digits": TrainConfig(),
-    "images": TrainConfig(
-        data="", out="out/images", steps=20_000, learning_rate=5e-4, warmup=1000, beta2=0.999, ema_decay=0.9999,
-        sample_every=2000, checkpoint_every=2000, log_every=50, sample_steps=50, model=UNetConfig.small(),
-    ),
-}  # fmt: skip
-
-
 def fit_to_data(config: TrainConfig, image_shape: tuple[int, ...], classes: int) -> TrainConfig:
     """The same run with the network's channels, size and classes taken from the data (image_shape is C, H, W)."""
     channels, height, _ = image_shape
-    return replace(config, model=replace(config.model, image_channels=channels, image_size=height, classes=classes))
+    known = classes if config.conditional else 0
+    return replace(config, model=replace(config.model, image_channels=channels, image_size=height, classes=known))
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Data sets as one uint8 tensor of images and one int64 tensor of labels, and the order in which training reads them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,49 +9,91 @@ from torch import Tensor
 from fm_fast.random import noise
 from fm_fast.train.cifar import is_cifar_folder, read_cifar10
 from fm_fast.train.idx import read_idx
-from fm_fast.train.npz import read_npz
+from fm_fast.train.image_folder import list_images, read_images, split_folder
+from fm_fast.train.npz import array_names, read_npz
+from fm_fast.train.prepare import Preparation, pooled_and_padded, rows_of_split
 
 DIGITS = Path(__file__).parent.parent / "datasets" / "digits.npz"
 DIGITS_TRAIN = 1500
 DIGITS_LEVELS = 17
 LEVELS = 256
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+# Where Debian's and Ubuntu's package dataset-fashion-mnist puts it, and a place of one's own.
+FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("data/fashion-mnist"))
+PREPARED = Preparation()
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """images: uint8 [N, C, H, W] with values 0..levels-1; labels: int64 [N] in 0..classes-1."""
+    """images: uint8 [N, C, H, W] with values 0..levels-1; labels: int64 [N] in 0..classes-1.
+
+    mapped: the images lie in a file, hence on the CPU, and go to the labels' device batch by batch. divided: the source has a train and
+    a test part.
+    """
 
     name: str
     images: Tensor
     labels: Tensor
     classes: int
     levels: int = LEVELS
+    mapped: bool = False
+    divided: bool = True
 
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches are."""
+        return self.labels.device
+
     def to(self, device: torch.device) -> "Dataset":
-        """The same data on a device: small sets stay there for the whole run."""
-        return Dataset(self.name, self.images.to(device), self.labels.to(device), self.classes, self.levels)
+        """The same data on a device: sets that fit into memory stay there for the whole run."""
+        return replace(self, images=self.images if self.mapped else self.images.to(device), labels=self.labels.to(device))
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(images, labels) of the rows int64 [B], given on the CPU."""
+        there = rows.to(self.device, non_blocking=True)
+        images = self.images[rows if self.mapped else there]
+        return images.to(self.device, non_blocking=True), self.labels[there]
 
 
-def load_dataset(source: str | Path, split: str = "train") -> Dataset:
+def load_dataset(source: str | Path, split: str = "train", preparation: Preparation = PREPARED) -> Dataset:
     """The data set at `source`; split is "train" or "test".
 
-    source: "digits" (shipped); a folder of IDX files (MNIST, Fashion-MNIST), of CIFAR-10 batches, or of images with one
-    subfolder a class; a CIFAR-10 .tar.gz archive; an .npz archive with `images` and `labels`; or an IDX image file.
-    An .npz archive, an IDX file and a folder of images have no splits: `split` is ignored.
+    source: "digits" (shipped); "fashion" (Fashion-MNIST as installed by Debian's package dataset-fashion-mnist); a folder of IDX files
+    (MNIST, Fashion-MNIST), of CIFAR-10 batches, or of images with one subfolder a class, perhaps within train and test; a CIFAR-10
+    .tar.gz archive; an .npz archive with `images` and `labels`, perhaps `test_images` and `test_labels`; or an IDX image file.
+    Of data without a test part, `preparation.test_share` is held out; if that is 0, both splits are all of them.
     Raises FileNotFoundError for what is missing and ValueError, naming the file, for what is damaged.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
+    dataset = _read(source, split, preparation)
+    if not dataset.divided and preparation.test_share > 0.0:
+        rows = rows_of_split(len(dataset), preparation.test_share, split)
+        dataset = replace(dataset, images=dataset.images[rows], labels=dataset.labels[rows])
+    if preparation.pool == 1 and preparation.pad == 0:
+        return dataset
+    return replace(dataset, images=pooled_and_padded(dataset.name, dataset.images, preparation), mapped=False)
+
+
+def _read(source: str | Path, split: str, preparation: Preparation) -> Dataset:
     if str(source) == "digits":
         return digits(split)
+    if str(source) == "fashion":
+        return replace(_from_folder(_fashion_folder(), split, preparation), name="fashion")
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; expected 'digits' or a path to data")
-    return _from_folder(path, split) if path.is_dir() else _from_file(path, split)
+        raise FileNotFoundError(f"{path}: no such file or folder; expected 'digits', 'fashion' or a path to data")
+    return _from_folder(path, split, preparation) if path.is_dir() else _from_file(path, split)
+
+
+def _fashion_folder() -> Path:
+    for folder in FASHION_FOLDERS:
+        if folder.is_dir():
+            return folder
+    places = " or ".join(map(str, FASHION_FOLDERS))
+    raise FileNotFoundError(f"fashion: expected Fashion-MNIST in {places}; `apt-get install dataset-fashion-mnist`, or give --data FOLDER")
 
 
 def levels_of(source: str) -> int:
@@ -66,8 +108,8 @@ def digits(split: str = "train") -> Dataset:
     return make_dataset("digits", images[rows], labels[rows], levels=DIGITS_LEVELS, classes=10)
 
 
-def make_dataset(name: str, images: Tensor, labels: Tensor, levels: int = LEVELS, classes: int | None = None) -> Dataset:
-    """Checked data set: images uint8 [N, H, W] or [N, C, H, W], labels of any integer dtype [N]."""
+def make_dataset(name: str, images: Tensor, labels: Tensor, levels: int = LEVELS, classes: int | None = None, **marks: bool) -> Dataset:
+    """Checked data set (`marks` are mapped and divided): images uint8 [N, H, W] or [N, C, H, W], labels of any integer dtype [N]."""
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.numel() == 0:
         raise ValueError(f"{name}: expected images uint8 [N, H, W] or [N, C, H, W], not empty, got {images.dtype} {list(images.shape)}")
     if labels.shape != images.shape[:1]:
@@ -75,11 +117,11 @@ def make_dataset(name: str, images: Tensor, labels: Tensor, levels: int = LEVELS
     images = images.unsqueeze(1) if images.ndim == 3 else images
     classes = int(labels.max()) + 1 if classes is None else classes
     _check_ranges(name, images, labels, levels, classes)
-    return Dataset(name, images.contiguous(), labels.to(torch.int64), classes, levels)
+    return Dataset(name, images.contiguous(), labels.to(torch.int64), classes, levels, **marks)
 
 
 def _check_ranges(name: str, images: Tensor, labels: Tensor, levels: int, classes: int) -> None:
-    if int(images.max()) >= levels:
+    if levels < LEVELS and int(images.max()) >= levels:
         raise ValueError(f"{name}: expected pixel values below {levels}, got {int(images.max())}")
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise ValueError(f"{name}: expected labels in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
@@ -89,24 +131,37 @@ def _from_file(path: Path, split: str) -> Dataset:
     if path.name.endswith((".tar.gz", ".tgz", ".tar")):
         return make_dataset(path.name, *read_cifar10(path, split), classes=10)
     if path.suffix == ".npz":
-        images, labels = read_npz(path, ("images", "labels"))
-        return make_dataset(path.name, images, labels)
+        return _from_npz(path, split)
     if "idx3-ubyte" in path.name:
-        return make_dataset(path.name, read_idx(path, 3), read_idx(_label_file(path), 1))
+        return make_dataset(path.name, read_idx(path, 3), read_idx(_label_file(path), 1), divided=False)
     raise ValueError(f"{path}: expected a .npz, an *-images-idx3-ubyte[.gz] or a CIFAR-10 .tar.gz file")
+
+
+def _from_npz(path: Path, split: str) -> Dataset:
+    divided = {"test_images", "test_labels"} <= array_names(path)
+    names = ("test_images", "test_labels") if divided and split == "test" else ("images", "labels")
+    images, labels = read_npz(path, names)
+    return make_dataset(path.name, images, labels, divided=divided)
 
 
 def _label_file(images: Path) -> Path:
     return images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
 
 
-def _from_folder(folder: Path, split: str) -> Dataset:
+def _from_folder(folder: Path, split: str, preparation: Preparation) -> Dataset:
     if is_cifar_folder(folder):
         return make_dataset(folder.name, *read_cifar10(folder, split), classes=10)
     idx_files = sorted(folder.glob("*-images-idx3-ubyte*"))
     if idx_files:
-        return _from_file(_idx_file_of_split(folder, idx_files, split), split)
-    return _from_image_folder(folder)
+        return replace(_from_file(_idx_file_of_split(folder, idx_files, split), split), divided=True)
+    return _from_image_folder(folder, split, preparation)
+
+
+def _from_image_folder(folder: Path, split: str, preparation: Preparation) -> Dataset:
+    part = split_folder(folder, split)
+    files, labels, classes = list_images(part or folder)
+    images, mapped = read_images(files, preparation)
+    return make_dataset(folder.name, images, labels, classes=classes, mapped=mapped, divided=part is not None)
 
 
 def _idx_file_of_split(folder: Path, files: list[Path], split: str) -> Path:
@@ -115,38 +170,6 @@ def _idx_file_of_split(folder: Path, files: list[Path], split: str) -> Path:
         if file.name.startswith(prefixes):
             return file
     raise FileNotFoundError(f"{folder}: expected {prefixes[0]}-images-idx3-ubyte[.gz], found {[file.name for file in files]}")
-
-
-def _from_image_folder(folder: Path) -> Dataset:
-    """One class a subfolder, in alphabetical order; every image is read as RGB and must have the size of the first."""
-    names = sorted(child.name for child in folder.iterdir() if child.is_dir())
-    files = [(file, number) for number, name in enumerate(names) for file in _image_files(folder / name)]
-    if not files:
-        raise FileNotFoundError(f"{folder}: expected IDX files, CIFAR-10 batches, or a subfolder of images for each class")
-    images = [_read_image(file) for file, _ in files]
-    for (file, _), image in zip(files, images, strict=True):
-        if image.shape != images[0].shape:
-            height, width = images[0].shape[1:]
-            raise ValueError(f"{file}: expected {height}x{width} pixels like {files[0][0].name}, got {image.shape[1]}x{image.shape[2]}")
-    return make_dataset(folder.name, torch.stack(images), torch.tensor([number for _, number in files]), classes=len(names))
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def _read_image(file: Path) -> Tensor:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("a folder of images needs Pillow: pip install pillow") from error
-    try:
-        with Image.open(file) as image:
-            rgb = image.convert("RGB")
-            pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-            return pixels.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{file}: expected a readable image, got: {error}") from error
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:

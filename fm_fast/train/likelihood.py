@@ -51,10 +51,11 @@ def dataset_bits(
     results, started = [], time.perf_counter()
     for first in range(0, len(dataset), batch_size):
         rows = slice(first, first + batch_size)
-        labels = torch.full_like(dataset.labels[rows], NULL_CLASS) if unconditional else dataset.labels[rows]
+        images, labels = dataset.images[rows].to(dataset.device), dataset.labels[rows]
+        condition = {"y": torch.full_like(labels, NULL_CLASS) if unconditional else labels} if config.model.classes else {}
         results.append(
             bits_per_dim(
-                model, dataset.images[rows], levels=dataset.levels, cond={"y": labels}, path=config.recipe.path,
+                model, images, levels=dataset.levels, cond=condition, path=config.recipe.path,
                 objective=config.recipe.objective, seed=seed, sample_ids=first, **arguments,
             )
         )  # fmt: skip
@@ -66,7 +67,7 @@ def _check(config: TrainConfig, dataset: Dataset) -> None:
     expected = (config.model.image_channels, config.model.image_size, config.model.image_size)
     if (channels, height, width) != expected:
         raise ValueError(f"data: expected images of {expected} for this network, got {(channels, height, width)}")
-    if dataset.classes > config.model.classes:
+    if 0 < config.model.classes < dataset.classes:
         raise ValueError(f"data: expected at most {config.model.classes} classes for this network, got {dataset.classes}")
 
 

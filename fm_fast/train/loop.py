@@ -54,7 +54,7 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
     if resuming and overwriting:
         raise ValueError("resume, overwrite: expected one of them, got both")
     device = pick_device(config.device)
-    dataset = load_dataset(config.data).to(device)
+    dataset = load_dataset(config.data, "train", config.preparation).to(device)
     config = fit_to_data(config, dataset.images.shape[1:], dataset.classes)
     run = Run(new_state(config, device), config, dataset, RunFolder(Path(config.out)))
     with run.folder.held(resuming, overwriting):
@@ -137,8 +137,10 @@ def _due(step: int, every: int) -> bool:
 def _write_picture(run: Run) -> None:
     """One row a class (the first ten classes), always from the same noise, so that two pictures show the training between them."""
     config, dataset, columns = run.config, run.dataset, run.config.samples_per_class
-    labels = torch.arange(min(dataset.classes, PICTURE_CLASSES), device=dataset.images.device).repeat_interleave(columns)
-    x0 = starting_noise((len(labels), *dataset.images.shape[1:]), config.recipe, config.seed, index=1, device=labels.device)
+    rows = min(dataset.classes, PICTURE_CLASSES)
+    labels = torch.arange(rows, device=dataset.device).repeat_interleave(columns) if config.conditional else None
+    shape = (rows * columns, *dataset.images.shape[1:])
+    x0 = starting_noise(shape, config.recipe, config.seed, index=1, device=dataset.device)
     x = sample(run.state.average, x0, labels, config.recipe, config.sample_steps, config.sample_method, config.guidance)
     write_images(run.folder.samples, to_integers(x, dataset.levels), dataset.levels, columns)
 
@@ -161,9 +163,9 @@ def _report(run: Run, seconds: float) -> Result:
 
 def _quality(run: Run) -> Quality | None:
     config, dataset = run.config, run.dataset
-    if config.data != "digits" or not config.evaluate:
+    if config.data != "digits" or not (config.evaluate and config.conditional):
         return None
-    held_out = load_dataset("digits", "test").to(dataset.images.device)
+    held_out = load_dataset("digits", "test", config.preparation).to(dataset.device)
     quality = evaluate(run.state.average, config.recipe, dataset, held_out, config.seed, config.guidance, config.sample_steps)
     print(quality, flush=True)
     return quality

@@ -20,6 +20,15 @@ def read_npz(path: Path, names: tuple[str, ...]) -> list[Tensor]:
     return [_integers(arrays[name], f"{path}[{name}]") for name in names]
 
 
+def array_names(path: Path) -> set[str]:
+    """The names of the arrays, without reading them; none where the archive is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except zipfile.BadZipFile:
+        return set()
+
+
 def _load(path: Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as archive:

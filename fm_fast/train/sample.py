@@ -23,21 +23,21 @@ def starting_noise(shape: tuple[int, ...], recipe: Recipe, seed: int, index: int
 def sample(
     model: nn.Module,
     x0: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     recipe: Recipe,
     steps: int | None,
     method: str = "midpoint",
     guidance: float = 1.0,
     **options: Any,
 ) -> Tensor:
-    """Samples [B, ...] from noise x0, float32, for int64 labels [B]: :func:`fm_fast.sample` with the recipe's path and objective.
+    """Samples [B, ...] from noise x0, float32: :func:`fm_fast.sample` with the recipe's path and objective.
 
-    guidance w: v = v_u + w (v_c - v_u), with v_u for the null class; 1 evaluates the conditional network only. Adaptive methods take no
-    steps. options: other arguments of :func:`fm_fast.sample`.
+    labels: int64 [B], or None for a network without classes. guidance w: v = v_u + w (v_c - v_u), with v_u for the null class; 1
+    evaluates the conditional network only. Adaptive methods take no steps. options: other arguments of :func:`fm_fast.sample`.
     """
-    guided = Guidance(guidance, {"y": NULL_CLASS}) if guidance != 1.0 else None
+    guided = Guidance(guidance, {"y": NULL_CLASS}) if guidance != 1.0 and labels is not None else None
     return sampling.sample(
-        model, x0, cond={"y": labels}, path=recipe.path, objective=recipe.objective, method=method,
+        model, x0, cond={} if labels is None else {"y": labels}, path=recipe.path, objective=recipe.objective, method=method,
         steps=None if is_adaptive(method) else steps, guidance=guided, **options,
     ).x  # fmt: skip
 
@@ -53,8 +53,9 @@ def sample_classes(
     device, side = next(model.parameters()).device, config.model.image_size
     labels, parts = torch.tensor(classes).repeat_interleave(count), []
     for first in range(0, len(labels), batch_size):
-        rows = labels[first : first + batch_size].to(device)
-        x0 = starting_noise((len(rows), config.model.image_channels, side, side), config.recipe, seed, 1, device, first)
+        part = labels[first : first + batch_size]
+        rows = part.to(device) if config.model.classes else None
+        x0 = starting_noise((len(part), config.model.image_channels, side, side), config.recipe, seed, 1, device, first)
         parts.append(to_integers(sample(model, x0, rows, config.recipe, **options), levels).cpu())
     return torch.cat(parts), labels
 

@@ -133,8 +133,8 @@ def sample_losses(
         dtype=DTYPES[config.precision], seed=seed, step=step, sample_ids=first_id, **times,
     )  # fmt: skip
     _fill_keys(state, seed, step, first_id)
-    y = drop_labels(labels, config.label_drop, seed, step, first_id)
-    output = (network or state.model)(point.x_t, point.t, y=y)
+    condition = {"y": drop_labels(labels, config.label_drop, seed, step, first_id)} if config.model.classes else {}
+    output = (network or state.model)(point.x_t, point.t, **condition)
     return point.loss(output, weight=weight, reduction="none"), point.t
 
 
@@ -161,12 +161,12 @@ def training_step(
     compiled or in DistributedDataParallel. Nothing waits for the device.
     """
     samples = share.samples(config.batch_size)
-    total = torch.zeros((), device=dataset.images.device)
-    quartiles = torch.zeros(2, QUARTILES, device=dataset.images.device)
+    total = torch.zeros((), device=dataset.device)
+    quartiles = torch.zeros(2, QUARTILES, device=dataset.device)
     for part, last in _micro_batches(samples, config.micro_batch):
-        rows = order.indices(state.step * config.batch_size + part.start, len(part)).to(dataset.images.device, non_blocking=True)
+        images, labels = dataset.batch(order.indices(state.step * config.batch_size + part.start, len(part)))
         with _gradients_kept_local(network, not last):
-            losses, t = sample_losses(state, config, dataset.images[rows], dataset.labels[rows], dataset.levels, part.start, network)
+            losses, t = sample_losses(state, config, images, labels, dataset.levels, part.start, network)
             (losses.sum() / len(samples)).backward()
         with torch.no_grad():
             total += losses.sum() / len(samples)

@@ -1,0 +1,113 @@
+"""Read a folder of images with one subfolder a class, into memory or, where they are too many, into a mapped file."""
+
+import hashlib
+import math
+import sys
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fm_fast.train.files import replaced_whole
+from fm_fast.train.prepare import GIB, Preparation
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+TEST_FOLDERS = ("test", "val", "validation")
+# Fewer images are read before a progress bar would be seen.
+FEW = 2000
+
+
+def split_folder(folder: Path, split: str) -> Path | None:
+    """The subfolder of that split, where the folder is divided into train and test (or val); else None."""
+    if not (folder / "train").is_dir():
+        return None
+    names = TEST_FOLDERS if split == "test" else ("train",)
+    return next((folder / name for name in names if (folder / name).is_dir()), None)
+
+
+def list_images(folder: Path) -> tuple[list[Path], Tensor, int]:
+    """(files, labels int64 [N], number of classes): one class a subfolder, in alphabetical order. Raises FileNotFoundError for none."""
+    names = sorted(child.name for child in folder.iterdir() if child.is_dir())
+    found = [(file, number) for number, name in enumerate(names) for file in _image_files(folder / name)]
+    if not found:
+        raise FileNotFoundError(f"{folder}: expected IDX files, CIFAR-10 batches, or a subfolder of images for each class")
+    return [file for file, _ in found], torch.tensor([number for _, number in found]), len(names)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+
+
+def read_images(files: list[Path], preparation: Preparation) -> tuple[Tensor, bool]:
+    """(RGB images uint8 [N, 3, H, W], whether they lie in a mapped file).
+
+    All must have the size of the first, if they are not resized. A mapped file is kept in the cache and read again as long as the
+    images' names, sizes and times are the same. Raises ValueError for an image that cannot be read or has another size.
+    """
+    shape = (len(files), *_read_image(files[0], preparation.resize).shape)
+    size = math.prod(shape)
+    if size <= preparation.limit_in_bytes:
+        return _fill(torch.empty(shape, dtype=torch.uint8), files, preparation.resize), False
+    cache = Path(preparation.cache).expanduser() / f"images-{_fingerprint(files, preparation.resize)}.u8"
+    if not (cache.is_file() and cache.stat().st_size == size):
+        print(f"{size / GIB:.2f} GiB of pixels, above memory_limit {preparation.memory_limit:g}: writing {cache}", flush=True)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_whole(cache) as temporary:
+            _fill(torch.from_file(str(temporary), shared=True, size=size, dtype=torch.uint8).reshape(shape), files, preparation.resize)
+    return torch.from_file(str(cache), shared=False, size=size, dtype=torch.uint8).reshape(shape), True
+
+
+def _fingerprint(files: list[Path], resize: int) -> str:
+    digest = hashlib.sha256(str(resize).encode())
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:20]
+
+
+def _fill(images: Tensor, files: list[Path], resize: int) -> Tensor:
+    for number, file in enumerate(_with_progress(files)):
+        image = _read_image(file, resize)
+        if image.shape != images.shape[1:]:
+            height, width = images.shape[2:]
+            raise ValueError(
+                f"{file}: expected {height}x{width} pixels like {files[0].name}, got {image.shape[1]}x{image.shape[2]};"
+                " --resize brings all to one size"
+            )
+        images[number] = image
+    return images
+
+
+def _with_progress(files: list[Path]) -> Iterable[Path]:
+    if len(files) < FEW or not sys.stderr.isatty() or find_spec("tqdm") is None:
+        return files
+    from tqdm import tqdm
+
+    return tqdm(files, desc="reading images", unit="image", dynamic_ncols=True)
+
+
+def _read_image(file: Path, resize: int) -> Tensor:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("a folder of images needs Pillow: pip install pillow, or 'fm_fast[train]'") from error
+    try:
+        with Image.open(file) as image:
+            rgb = image.convert("RGB")
+            rgb = _middle_square(rgb, resize) if resize else rgb
+            pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+            return pixels.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{file}: expected a readable image, got: {error}") from error
+
+
+def _middle_square(image: Any, size: int) -> Any:
+    """Each pixel of the result is the mean of those it covers when the image shrinks (Pillow's box filter), as for ImageNet 32 and 64."""
+    from PIL import Image
+
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.resize((size, size), Image.Resampling.BOX, box=(left, top, left + side, top + side))

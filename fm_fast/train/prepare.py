@@ -1,0 +1,51 @@
+"""What happens to the images of a data set before training sees them, and which of them are held out."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fm_fast.random import noise
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """In this order: resize (images of a folder only), pool, pad; then the share for tests is put aside.
+
+    resize: cut out the middle square and bring it to this height and width, 0 to leave the images as they are. pool: replace blocks of
+    this many pixels a side by their mean. pad: add a frame of this many pixels of value 0. test_share: share of the images, always the
+    same ones, that is held out of data that come without a test set. memory_limit: GiB of pixels above which a folder's images lie in a
+    file that is mapped into memory, in `cache`.
+    """
+
+    resize: int = 0
+    pool: int = 1
+    pad: int = 0
+    test_share: float = 0.0
+    memory_limit: float = 4.0
+    cache: str = "~/.cache/fm_fast"
+
+    @property
+    def limit_in_bytes(self) -> int:
+        return int(self.memory_limit * GIB)
+
+
+def pooled_and_padded(name: str, images: Tensor, preparation: Preparation) -> Tensor:
+    """uint8 [N, C, H, W]; means are rounded to the nearest integer. Raises ValueError if the blocks do not fill the images."""
+    pool, pad = preparation.pool, preparation.pad
+    height, width = images.shape[-2:]
+    if height % pool or width % pool:
+        raise ValueError(f"pool: expected a divisor of the height and width of {name}, {height}x{width}, got {pool}")
+    if pool > 1:
+        images = torch.cat([F.avg_pool2d(part.float(), pool).round().to(torch.uint8) for part in images.split(4096)])
+    return F.pad(images, (pad, pad, pad, pad)) if pad else images
+
+
+def rows_of_split(size: int, share: float, split: str) -> Tensor:
+    """The indices int64 [n] of "train" or "test", in ascending order: which images are held out depends on their number only."""
+    held_out = round(size * share)
+    order = noise((size,), seed=0, step=0, stream="data_order", index=1, kind="word", device="cpu").argsort(stable=True)
+    return (order[:held_out] if split == "test" else order[held_out:]).sort().values
