@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, objective):
     config, data = tiny(objective=objective), digits()
     straight, first, second = trained(config, data, 20), trained(config, data, 10), new_state(config, CPU)
-    checkpoint.save_checkpoint(tmp_path / "c.pt", first, config)
+    checkpoint.save_checkpoint(tmp_path / "c.pt", first.state_dict(), config)
     checkpoint.resume(tmp_path / "c.pt", second, config)
     assert_same_state(first, second)
     assert len(moments(second)) == 4 * len(list(second.model.parameters()))
@@ -36,7 +36,7 @@ def trained(config, data, steps):
 
 def test_resume_refuses_other_settings_but_takes_more_steps(tmp_path):
     config = tiny()
-    checkpoint.save_checkpoint(tmp_path / "c.pt", new_state(config, CPU), config)
+    checkpoint.save_checkpoint(tmp_path / "c.pt", new_state(config, CPU).state_dict(), config)
     checkpoint.resume(tmp_path / "c.pt", new_state(config, CPU), replace(config, steps=40, out="elsewhere", log_every=3))
     other = replace(config, seed=1, batch_size=8)
     with pytest.raises(ValueError, match="cannot resume with other settings: batch_size: 16 -> 8; seed: 0 -> 1"):
@@ -46,7 +46,7 @@ def test_resume_refuses_other_settings_but_takes_more_steps(tmp_path):
 def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
     config, path = tiny(), tmp_path / "c.pt"
     state = new_state(config, CPU)
-    checkpoint.save_checkpoint(path, state, config)
+    checkpoint.save_checkpoint(path, state.state_dict(), config)
     before = path.read_bytes()
 
     def half_a_save(content, file):
@@ -55,7 +55,7 @@ def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", half_a_save)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save_checkpoint(path, state, config)
+        checkpoint.save_checkpoint(path, state.state_dict(), config)
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["c.pt"]
 
 
@@ -63,7 +63,7 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
     config, path = tiny(), tmp_path / "c.pt"
     with pytest.raises(FileNotFoundError, match=r"c.pt: no such checkpoint"):
         checkpoint.read_checkpoint(path)
-    checkpoint.save_checkpoint(path, new_state(config, CPU), config)
+    checkpoint.save_checkpoint(path, new_state(config, CPU).state_dict(), config)
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"garbage", b"\x80\x02not a checkpoint"):
         path.write_bytes(damaged)

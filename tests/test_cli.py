@@ -80,7 +80,7 @@ def test_errors_are_one_line_and_exit_code_1(arguments, message, capsys, tmp_pat
 def test_short_run_and_resume(tmp_path, capsys):
     arguments = ["train", "digits", "--batch-size", "8", "--log-every", "1", "--no-evaluate", "--out", str(tmp_path), *SMALL]
     assert main([*arguments, "--steps", "3"]) == 0
-    names = {"checkpoint-00000003.pt", "weights.safetensors", "samples.png", "log.jsonl"}
+    names = {"checkpoint-00000003.pt", "weights.safetensors", "samples.png", "loss.png", "log.jsonl"}
     assert {file.name for file in tmp_path.iterdir()} == names
     assert "step 3/3" in capsys.readouterr().out
     assert main([*arguments, "--steps", "5", "--resume"]) == 0

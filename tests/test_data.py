@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fm_fast.train.data import DataOrder, digits, epoch_order, load_dataset, make_dataset
+from fm_fast.train.prepare import Preparation
 
 np = pytest.importorskip("numpy")
 
@@ -299,3 +300,90 @@ def test_order_does_not_depend_on_the_batch_size():
         parts = [order.indices(first, min(size, 35 - first)) for first in range(0, 35, size)]
         assert torch.equal(torch.cat(parts), whole)
     assert all(torch.equal(whole[e * 10 : e * 10 + 10].sort().values, torch.arange(10)) for e in range(3))
+
+
+# Preparation and splits
+
+
+def test_pooling_and_padding(idx_folder):
+    folder, _, _ = idx_folder
+    images = random_images(3, 6, 4)
+    (folder / "train-images-idx3-ubyte").write_bytes(idx_bytes(images))
+    (folder / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(3, dtype=np.uint8)))
+    found = load_dataset(folder, "train", Preparation(pool=2, pad=1)).images[:, 0].numpy()
+    means = images.astype(np.float64).reshape(3, 3, 2, 2, 2).mean(axis=(2, 4))
+    assert found.shape == (3, 5, 4) and found.dtype == np.uint8
+    assert np.abs(found[:, 1:-1, 1:-1] - means).max() <= 0.5
+    assert found.sum() == found[:, 1:-1, 1:-1].sum(), "the frame is 0"
+    with pytest.raises(ValueError, match=r"pool: expected a divisor of the height and width of .*6x4, got 4"):
+        load_dataset(folder, "train", Preparation(pool=4))
+
+
+def test_a_share_is_held_out(tmp_path):
+    images = np.arange(50, dtype=np.uint8).repeat(4).reshape(50, 2, 2)
+    np.savez(tmp_path / "set.npz", images=images, labels=np.zeros(50, dtype=np.int64))
+    parts = [load_dataset(tmp_path / "set.npz", split, Preparation(test_share=0.2)).images[:, 0, 0, 0] for split in ("train", "test")]
+    assert [len(part) for part in parts] == [40, 10]
+    assert torch.cat(parts).sort().values.tolist() == list(range(50)) and parts[1].tolist() != list(range(40, 50))
+    assert len(load_dataset(tmp_path / "set.npz", "test")) == 50
+    np.savez(tmp_path / "set.npz", images=images, labels=np.zeros(50), test_images=images[:3], test_labels=np.zeros(3, dtype=np.int64))
+    assert len(load_dataset(tmp_path / "set.npz", "test", Preparation(test_share=0.2))) == 3
+
+
+def write_images(folder, pixels):
+    image = pytest.importorskip("PIL.Image")
+    for number, values in enumerate(pixels):
+        file = folder / "ab"[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.fromarray(values).save(file)
+
+
+def test_a_folder_in_parts(tmp_path):
+    pixels = random_images(6, 4, 4, 3)
+    write_images(tmp_path / "train", pixels[:4])
+    write_images(tmp_path / "val", pixels[4:])
+    train, held_out = load_dataset(tmp_path), load_dataset(tmp_path, "test")
+    assert train.labels.tolist() == [0, 0, 1, 1] and held_out.labels.tolist() == [0, 1]
+    assert np.array_equal(held_out.images.permute(0, 2, 3, 1).numpy(), pixels[4:])
+
+
+def test_images_of_any_size_are_cropped_and_resized(tmp_path):
+    wide, tall = random_images(4, 10, 3), random_images(8, 4, 3)
+    write_images(tmp_path, [wide, tall])
+    data = load_dataset(tmp_path, "train", Preparation(resize=2))
+    for found, square in zip(data.images, (wide[:, 3:7], tall[2:6]), strict=True):
+        means = square.astype(np.float64).reshape(2, 2, 2, 2, 3).mean(axis=(1, 3))
+        assert np.abs(found.permute(1, 2, 0).numpy() - means).max() <= 1.0
+
+
+def test_too_many_pixels_are_mapped(tmp_path, capsys):
+    pixels = random_images(8, 5, 5, 3)
+    write_images(tmp_path / "images", pixels)
+    limit = (8 * 75 - 1) / 2**30
+    mapped = Preparation(memory_limit=limit, cache=str(tmp_path / "cache"))
+    plain, first = load_dataset(tmp_path / "images"), load_dataset(tmp_path / "images", "train", mapped)
+    assert first.mapped and not plain.mapped and torch.equal(first.images, plain.images)
+    (cache,) = (tmp_path / "cache").iterdir()
+    assert cache.stat().st_size == 600 and f"writing {cache}" in capsys.readouterr().out
+    rows = torch.tensor([5, 0, 5])
+    for found, expected in zip(first.to(torch.device("cpu")).batch(rows), plain.batch(rows), strict=True):
+        assert torch.equal(found, expected)
+    # The images stay on the CPU, batches go to the labels' device.
+    there = first.to(torch.device("meta"))
+    assert there.images.device.type == "cpu" and there.batch(rows)[0].device.type == "meta"
+    written = cache.stat().st_mtime_ns
+    assert torch.equal(load_dataset(tmp_path / "images", "train", mapped).images, plain.images)
+    assert cache.stat().st_mtime_ns == written and capsys.readouterr().out == "", "not written again"
+    write_images(tmp_path / "images", random_images(8, 5, 5, 3)[::-1])
+    assert not torch.equal(load_dataset(tmp_path / "images", "train", mapped).images, plain.images), "other images"
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_fashion_is_found_where_debian_puts_it(idx_folder, monkeypatch, tmp_path):
+    folder, images, _ = idx_folder
+    monkeypatch.setattr("fm_fast.train.data.FASHION_FOLDERS", (tmp_path / "nowhere", folder))
+    data = load_dataset("fashion")
+    assert data.name == "fashion" and np.array_equal(data.images[:, 0].numpy(), images)
+    monkeypatch.setattr("fm_fast.train.data.FASHION_FOLDERS", (tmp_path / "nowhere",))
+    with pytest.raises(FileNotFoundError, match=r"fashion: expected Fashion-MNIST in .*nowhere; `apt-get install dataset-fashion-mnist`"):
+        load_dataset("fashion")

@@ -174,7 +174,7 @@ def test_load_model_gives_the_averaged_network(tmp_path, state_and_config):
     folder = RunFolder(tmp_path)
     save_weights(folder.weights, state.average.state_dict(), config, 2)
     alone = load_model(tmp_path)
-    folder.save(state, config)
+    folder.save(state.state_dict(), config)
     for model, stored in (alone, load_model(folder.weights), load_model(folder.checkpoint(2)), load_model(str(tmp_path))):
         assert stored == config and not model.training
         assert torch.equal(flat(model), flat(state.average)) and not any(p.requires_grad for p in model.parameters())

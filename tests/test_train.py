@@ -14,6 +14,7 @@ from fm_fast.nn import Preconditioned
 from fm_fast.train import train
 from fm_fast.train.config import RECIPES, from_dict, to_dict
 from fm_fast.train.data import digits
+from fm_fast.train.distributed import Team
 from fm_fast.train.evaluate import agreement, evaluate, median_distance, train_classifier
 from fm_fast.train.log import Logger
 from fm_fast.train.loop import advance, pick_device
@@ -145,7 +146,7 @@ def test_devices():
 
 def test_log_reports_means_and_stops_at_a_loss_that_is_not_finite(tmp_path, capsys):
     config = tiny(log_every=2, steps=5)
-    logger = Logger(tmp_path / "log.jsonl", config, first_step=0)
+    logger = Logger(tmp_path / "log.jsonl", config, 0, Team(CPU))
     for step, loss in enumerate([1.0, 3.0, 5.0, 7.0, 9.0], start=1):
         logger.step(step, torch.tensor(loss), rate=0.1)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -157,7 +158,7 @@ def test_log_reports_means_and_stops_at_a_loss_that_is_not_finite(tmp_path, caps
 
 
 def test_log_leaves_out_losses_that_are_not_finite_and_shows_quartiles(tmp_path):
-    logger = Logger(tmp_path / "log.jsonl", tiny(log_every=3, steps=6), first_step=0)
+    logger = Logger(tmp_path / "log.jsonl", tiny(log_every=3, steps=6), 0, Team(CPU))
     nothing, two = torch.zeros(2, 4), torch.tensor([[1.0, 0.0, 4.0, 8.0], [2.0, 0.0, 1.0, 4.0]])
     for step, loss, quartiles in ((1, 1.0, two), (2, math.nan, nothing), (3, 2.0, two)):
         logger.step(step, torch.tensor(loss), 0.1, quartiles)
@@ -168,7 +169,7 @@ def test_log_leaves_out_losses_that_are_not_finite_and_shows_quartiles(tmp_path)
 def test_log_shows_a_bar_to_a_terminal(tmp_path, capsys, monkeypatch):
     pytest.importorskip("tqdm")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    logger = Logger(tmp_path / "log.jsonl", tiny(log_every=1, steps=2), first_step=0)
+    logger = Logger(tmp_path / "log.jsonl", tiny(log_every=1, steps=2), 0, Team(CPU))
     logger.step(1, torch.tensor(0.5), rate=0.1)
     logger.say("a line")
     logger.close()

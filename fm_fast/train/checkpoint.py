@@ -16,9 +16,9 @@ VERSION = 2
 PARTS = {"format", "version", "config", "state"}
 
 
-def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
-    """Write the state and the configuration; `path` is never half a file."""
-    content = {"format": FORMAT, "version": VERSION, "config": to_dict(config), "state": state.state_dict()}
+def save_checkpoint(path: Path, stored: dict[str, Any], config: TrainConfig) -> None:
+    """Write a state's `state_dict()` and the configuration; `path` is never half a file."""
+    content = {"format": FORMAT, "version": VERSION, "config": to_dict(config), "state": stored}
     with replaced_whole(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
 

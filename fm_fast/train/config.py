@@ -36,6 +36,8 @@ RECIPES = {
 
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")  # functions of train/schedule.py
 PRECISIONS = ("float32", "bfloat16")
+PARALLEL = ("ddp", "fsdp")
+PARALLEL_TEXT = "the batch only (ddp), or weights, moments and averages too (fsdp)"
 
 
 def _option(default: Any, text: str, resumable: bool = False) -> Any:
@@ -78,6 +80,7 @@ class TrainConfig:
     dequantise: bool = _option(False, "add uniform noise within a grey level")
     seed: int = _option(0, "the run is a function of this number and the settings")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...", resumable=True)
+    parallel: str = _option("ddp", f"what several processes (torchrun) share: {PARALLEL_TEXT}", resumable=True)
     guidance: float = _option(2.0, "guidance weight w of the sample pictures: v_u + w (v_c - v_u); 1 is no guidance", resumable=True)
     sample_method: str = _option("midpoint", f"solver of the sample pictures: {', '.join(METHODS)}", resumable=True)
     sample_steps: int = _option(20, "solver steps of the sample pictures", resumable=True)
@@ -86,6 +89,7 @@ class TrainConfig:
     checkpoint_every: int = _option(250, "training steps between two checkpoints, 0 for one at the end", resumable=True)
     keep_checkpoints: int = _option(2, "newest checkpoints to keep, 0 for all", resumable=True)
     log_every: int = _option(20, "training steps between two lines of the log", resumable=True)
+    tensorboard: bool = _option(False, "also write the log for TensorBoard", resumable=True)
     evaluate: bool = _option(True, "judge the samples at the end (shipped digits only)", resumable=True)
     model: UNetConfig = field(default_factory=UNetConfig.digits)
 
@@ -113,7 +117,7 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"objective: expected one of {', '.join(RECIPES)}, got {config.objective!r}")
     for name in ("steps", "batch_size", "sample_steps", "samples_per_class", "log_every", "pool"):
         _require(name, getattr(config, name) >= 1, "at least 1", getattr(config, name))
-    for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+    for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("parallel", PARALLEL)):
         _require(name, getattr(config, name) in choices, f"one of {', '.join(choices)}", getattr(config, name))
     for name in (
         "warmup",

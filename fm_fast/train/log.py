@@ -1,10 +1,11 @@
-"""Progress for people (a line or a bar on stdout) and for programs (one JSON object a line)."""
+"""Progress for people (a line or a bar on stdout) and for programs (one JSON object a line; TensorBoard where asked for)."""
 
 import json
 import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,54 @@ import torch
 from torch import Tensor
 
 from fm_fast.train.config import TrainConfig
+from fm_fast.train.devices import peak_memory, peak_tflops
+from fm_fast.train.distributed import Team
 from fm_fast.train.files import replaced_whole
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a team does in a second. share_of_peak: of the devices' best speed, None where that is not known."""
+
+    images: float
+    tflops: float
+    share_of_peak: float | None
+
+    @classmethod
+    def of(cls, images: int, seconds: float, flops_per_image: int, config: TrainConfig, team: Team) -> "Speed":
+        rate = images / max(seconds, 1e-9)
+        tflops = rate * flops_per_image * 1e-12
+        peak = peak_tflops(team.device, config.precision)
+        return cls(rate, tflops, None if peak is None else tflops / (peak * team.share.world))
+
+    @property
+    def record(self) -> dict[str, float | None]:
+        share = None if self.share_of_peak is None else round(self.share_of_peak, 4)
+        return {"images_per_second": round(self.images, 1), "tflops": round(self.tflops, 4), "share_of_peak": share}
+
+    def __str__(self) -> str:
+        peak = "" if self.share_of_peak is None else f" ({self.share_of_peak:.0%} of peak)"
+        return f"{self.images:.0f} images/s, {self.tflops:.3g} TFLOP/s{peak}"
 
 
 class Logger:
     """Collects losses without reading them from the device, and reports their mean every `log_every` steps.
 
     The mean is that of the finite losses, since a step without a finite gradient is left out; the number of others is reported.
-    Raises FloatingPointError at such a point if no loss is finite.
+    Every process of a team has one, but only the first's writes. Raises FloatingPointError at such a point if no loss is finite.
     """
 
-    def __init__(self, file: Path, config: TrainConfig, first_step: int) -> None:
-        self.file, self.config = file, config
+    def __init__(self, file: Path, config: TrainConfig, first_step: int, team: Team, flops_per_image: int = 0) -> None:
+        self.file, self.config, self.team, self.flops_per_image = file, config, team, flops_per_image
         self._losses: list[Tensor] = []
         self._quartiles: list[Tensor] = []
         self._since = time.perf_counter()
-        self._bar = _progress_bar(config.steps, first_step)
-        _keep_records(file, first_step)
+        self._bar = _progress_bar(config.steps, first_step) if team.first else None
+        self._board = _tensorboard(file.parent) if team.first and config.tensorboard else None
+        if team.first:
+            _keep_records(file, first_step)
 
     def step(self, step: int, loss: Tensor, rate: float, by_quartile: Tensor | None = None) -> None:
         """Note the loss of the step that finished as number `step` (counted from 1), and its sums and counts [2, 4] by quartile of t."""
@@ -50,47 +82,75 @@ class Logger:
         return seconds
 
     def say(self, text: str) -> None:
-        """Print a line without breaking the progress bar."""
-        if self._bar is None:
-            print(text, flush=True)
-        else:
+        """Print a line, once a team, without breaking the progress bar."""
+        if self._bar is not None:
             self._bar.write(text)
+        elif self.team.first:
+            print(text, flush=True)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        for sink in (self._bar, self._board):
+            if sink is not None:
+                sink.close()
 
     def _report(self, step: int, rate: float) -> None:
-        losses, quartiles = [float(value) for value in self._losses], self._mean_by_quartile()
+        losses, quartiles = self._mean_losses(), self._mean_by_quartile()
         finite = [value for value in losses if math.isfinite(value)]
         loss = sum(finite) / len(finite) if finite else losses[-1]
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        speed = len(losses) * self.config.batch_size / seconds
+        images = len(losses) * self.config.batch_size
+        speed = Speed.of(images, time.perf_counter() - self._since, self.flops_per_image, self.config, self.team)
         self._losses, self._quartiles, self._since = [], [], time.perf_counter()
-        record = {"learning_rate": rate, "images": step * self.config.batch_size, "images_per_second": round(speed, 1)}
-        self._write(step=step, loss=loss, **record, loss_by_quartile=quartiles, not_finite=len(losses) - len(finite))
-        self._show(step, loss, rate, speed)
+        record = {"step": step, "loss": loss, "learning_rate": rate, "images": step * self.config.batch_size, **speed.record}
+        record |= {"loss_by_quartile": quartiles, "not_finite": len(losses) - len(finite)}
+        record |= {"peak_memory_gib": round(peak_memory(self.team.device) / GIB, 3)}
+        if self.team.first:
+            self._write(record)
+            self._show(step, loss, rate, speed)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step}; a lower learning_rate or a smaller clip may help")
+
+    def _mean_losses(self) -> list[float]:
+        """The steps' losses, averaged over the processes."""
+        return (self.team.total(torch.stack(self._losses)) / self.team.share.world).tolist()
 
     def _mean_by_quartile(self) -> list[float | None]:
         """Mean losses of t in the quarters of [0, 1]; None where no sample fell."""
         if not self._quartiles:
             return []
-        sums, counts = torch.stack(self._quartiles).sum(0).tolist()
+        sums, counts = self.team.total(torch.stack(self._quartiles).sum(0)).tolist()
         return [total / count if count else None for total, count in zip(sums, counts, strict=True)]
 
-    def _write(self, **record: Any) -> None:
+    def _write(self, record: dict[str, Any]) -> None:
         with self.file.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for name, value in _scalars(record):
+                self._board.add_scalar(name, value, record["step"])
 
-    def _show(self, step: int, loss: float, rate: float, speed: float) -> None:
+    def _show(self, step: int, loss: float, rate: float, speed: Speed) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed}")
             return
-        remaining = (self.config.steps - step) * self.config.batch_size / speed
+        remaining = (self.config.steps - step) * self.config.batch_size / speed.images
         steps = f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}"
-        print(f"{steps}  loss {loss:.4f}  lr {rate:.2e}  {speed:.0f} images/s  {_duration(remaining)} left", flush=True)
+        print(f"{steps}  loss {loss:.4f}  lr {rate:.2e}  {speed}  {_duration(remaining)} left", flush=True)
+
+
+def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
+    """The numbers of a record by name, lists as name/0, name/1, ..."""
+    found = []
+    for name, value in record.items():
+        parts = {f"{name}/{i}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
+        found += [(key, part) for key, part in parts.items() if part is not None and name != "step"]
+    return found
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard: --tensorboard needs it: pip install tensorboard") from error
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def _keep_records(file: Path, last_step: int) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 from fm_fast.train.checkpoint import read_checkpoint, save_checkpoint
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.files import TEMPORARY, only_writer
-from fm_fast.train.step import TrainState
 
 NUMBERED = re.compile(r"checkpoint-(\d{8,})\.pt")
 
@@ -48,6 +47,10 @@ class RunFolder:
         return self.path / "samples.png"
 
     @property
+    def curve(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
     def weights(self) -> Path:
         return self.path / "weights.safetensors"
 
@@ -72,10 +75,10 @@ class RunFolder:
             raise FileNotFoundError(f"{self.path}: no checkpoint-NUMBER.pt in this folder")
         raise ValueError("; ".join(damaged.values()))
 
-    def save(self, state: TrainState, config: TrainConfig) -> Path:
-        """Write a checkpoint, then delete all but the newest `config.keep_checkpoints`."""
-        file = self.checkpoint(state.step)
-        save_checkpoint(file, state, config)
+    def save(self, stored: dict[str, Any], config: TrainConfig) -> Path:
+        """Write a checkpoint of a state's `state_dict()`, then delete all but the newest `config.keep_checkpoints`."""
+        file = self.checkpoint(stored["step"])
+        save_checkpoint(file, stored, config)
         if config.keep_checkpoints > 0:
             for old in self.checkpoints()[config.keep_checkpoints :]:
                 old.unlink()
@@ -94,7 +97,7 @@ class RunFolder:
                     f"{self.path}: holds the checkpoints of another run ({found[0].name});"
                     " --resume continues it, --overwrite deletes it, or choose another --out"
                 )
-            self._tidy([] if resuming else [*found, self.weights, self.log])
+            self._tidy([] if resuming else [*found, self.weights, self.log, self.curve])
             yield
 
     def _tidy(self, outdated: list[Path]) -> None:

@@ -1,0 +1,136 @@
+"""Several processes train one network: `torchrun --nproc-per-node N --no-python fm-fast train ...`; gloo on CPUs, NCCL on GPUs.
+
+A sample's noise, time and label depend on its place in the whole batch, so any number of processes computes the same losses, up to the
+order of summation. Process 0 alone writes files and prints.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fm_fast.train.config import TrainConfig
+from fm_fast.train.devices import pick_device
+from fm_fast.train.sharded import ShardedState, sharded_state
+from fm_fast.train.step import WHOLE, Model, Share, TrainState, network_of, new_state
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process's device and share of every batch, and what the processes tell one another. One process is a team, too."""
+
+    device: torch.device
+    share: Share = WHOLE
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files and prints."""
+        return self.share.rank == 0
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over the processes."""
+        if self.share.world > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    def agreed(self, value: Value) -> Value:
+        """Process 0's value."""
+        box: list[Any] = [value]
+        if self.share.world > 1:
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Process 0 goes through the block, then the others: what it leaves on the disk is there for them."""
+        if not self.first:
+            self._wait()
+        yield
+        if self.first:
+            self._wait()
+
+    def _wait(self) -> None:
+        if self.share.world > 1:
+            dist.monitored_barrier() if self.device.type == "cpu" else dist.barrier()
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[Team]:
+    """The team that torchrun started this process for, or this process alone. Raises ValueError for a device that is not there."""
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(os.environ):
+        yield Team(pick_device(device))
+        return
+    place = pick_device(device)
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    # Messages between the hosts go through gloo also where gradients go through NCCL.
+    dist.init_process_group("gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl")
+    try:
+        yield Team(place, Share(dist.get_rank(), dist.get_world_size()))
+    finally:
+        dist.destroy_process_group()
+
+
+class StopVote:
+    """Lets all processes stop after the same step when one of them is asked to.
+
+    The votes of a step are counted at the next one, so that no process waits for another's.
+    """
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+        self._votes = torch.zeros(1, dtype=torch.int64)
+        self._pending: Any = None
+
+    def __call__(self, asked: int) -> int:
+        """The largest number that a process was asked with at the step before this one; alone, `asked` itself."""
+        if self._team.share.world == 1:
+            return asked
+        decided = self._count()
+        self._votes.fill_(asked)
+        self._pending = dist.all_reduce(self._votes, dist.ReduceOp.MAX, async_op=True)
+        return decided
+
+    def _count(self) -> int:
+        if self._pending is None:
+            return 0
+        self._pending.wait()
+        self._pending = None
+        return int(self._votes)
+
+    def close(self) -> None:
+        """Count the last votes, which nobody needs any more."""
+        self._count()
+
+
+def state_of(config: TrainConfig, team: Team) -> TrainState:
+    """The state before the first step, in shards where the configuration asks for them."""
+    if team.share.world > 1 and config.parallel == "fsdp":
+        return sharded_state(config, team.device)
+    return new_state(config, team.device)
+
+
+def team_network(state: TrainState, config: TrainConfig, team: Team) -> Model:
+    """What steps call: the state's model, which with several processes also averages their gradients."""
+    if team.share.world == 1 or config.parallel == "fsdp":
+        return network_of(state, config)
+    # Each process's dropout key is its own.
+    parallel: nn.Module = DistributedDataParallel(state.model, broadcast_buffers=False)
+    return torch.compile(parallel) if config.compile else parallel  # type: ignore[return-value]
+
+
+def averaged_model(state: TrainState) -> nn.Module:
+    """The averaged network, whole; every process must ask for it."""
+    if isinstance(state, ShardedState):
+        state.gather_average()
+    return state.average

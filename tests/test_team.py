@@ -1,0 +1,178 @@
+"""Two gloo processes against one with the whole batch: equal losses and weights, one writer, resuming with another number of them."""
+
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_helpers import CPU, tiny
+
+from fm_fast.train import loop, train
+from fm_fast.train.checkpoint import read_checkpoint
+from fm_fast.train.config import TrainConfig
+from fm_fast.train.distributed import Team
+from fm_fast.train.run_folder import RunFolder
+
+STEPS, MIDDLE = 8, 4
+SETTINGS = {
+    "steps": STEPS, "batch_size": 16, "label_drop": 0.3, "flip": 0.5, "dequantise": True, "ema_widths": (0.1,), "clip": 0.5,
+    "sample_every": 0, "sample_steps": 1, "samples_per_class": 1, "evaluate": False, "checkpoint_every": MIDDLE, "log_every": 1,
+    "device": "cpu",
+}  # fmt: skip
+
+
+def config(folder, **changes):
+    return tiny(**{**SETTINGS, "out": str(folder), **changes})
+
+
+# What each of two processes does. The second one's folder must never appear.
+
+
+def straight(folder, parallel):
+    train(config(folder / parallel, parallel=parallel))
+
+
+def resumed(folder, parallel):
+    """Go on from the middle of the run of one process."""
+    train(config(folder / f"resumed-{parallel}", parallel=parallel), resuming=True)
+
+
+def stopped(folder, parallel):
+    """The second process alone is asked to stop; both do, after the same step."""
+    original = loop.training_step
+
+    def training_step(state, *arguments, **options):
+        if state.step == 2 and int(os.environ["RANK"]) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(state, *arguments, **options)
+
+    loop.training_step = training_step
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            train(config(folder / f"stopped-{parallel}", parallel=parallel, steps=100, checkpoint_every=0))
+    finally:
+        loop.training_step = original
+
+
+FAST = [(straight, "ddp"), (resumed, "ddp"), (stopped, "ddp")]
+SLOW = [(straight, "fsdp"), (resumed, "fsdp")]
+
+
+def work(rank, scenarios, ports, folder):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    for (scenario, parallel), port in zip(scenarios, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        scenario(folder if rank == 0 else folder / "second", parallel)
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The folder of a run of one process."""
+    place, threads = tmp_path_factory.mktemp("runs") / "alone", torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(config(place))
+    torch.set_num_threads(threads)
+    return place
+
+
+def of_two(place, alone, scenarios):
+    """Let two processes go through the scenarios; `resumed` finds the checkpoint in the middle of the run of one."""
+    for scenario, parallel in scenarios:
+        if scenario is resumed:
+            copy_middle(alone, place / f"resumed-{parallel}")
+    torch.multiprocessing.spawn(work, (scenarios, free_ports(len(scenarios)), place), nprocs=2)
+    return place
+
+
+def copy_middle(source, target):
+    target.mkdir(exist_ok=True)
+    middle = RunFolder(source).checkpoint(MIDDLE)
+    (target / middle.name).write_bytes(middle.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory, alone):
+    return of_two(tmp_path_factory.mktemp("ddp"), alone, FAST)
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory, alone):
+    return of_two(tmp_path_factory.mktemp("fsdp"), alone, SLOW)
+
+
+def losses(folder):
+    records = [json.loads(line) for line in RunFolder(folder).log.read_text().splitlines()]
+    return {record["step"]: [record["loss"], *record["loss_by_quartile"]] for record in records}
+
+
+def assert_same_run(found: Path, expected: Path):
+    """Losses of every step and quartile, weights, moments and averages, up to the order in which float32 numbers were added."""
+    one, other = losses(found), losses(expected)
+    for step, values in one.items():
+        assert values == pytest.approx(other[step], rel=1e-4), step
+    stored, reference = (read_checkpoint(RunFolder(place).checkpoint(STEPS))["state"] for place in (found, expected))
+    for part in ("model", "average"):
+        assert set(stored[part]) == set(reference[part])
+        for name, value in reference[part].items():
+            torch.testing.assert_close(stored[part][name], value, rtol=1e-3, atol=2e-4)
+    for i, entry in reference["optimiser"]["state"].items():
+        assert set(stored["optimiser"]["state"][i]) == set(entry)
+        for name, value in entry.items():
+            found_value = stored["optimiser"]["state"][i][name]
+            assert found_value.shape == value.shape and found_value.dtype == value.dtype
+            torch.testing.assert_close(found_value, value, rtol=1e-3, atol=2e-4 if name == "averages" else 1e-3 * float(value.abs().max()))
+
+
+PARALLEL = ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_two_processes_equal_one_with_the_double_batch(name, alone, request):
+    folder = request.getfixturevalue(name)
+    assert_same_run(folder / name, alone)
+    assert_same_run(folder / f"resumed-{name}", alone)
+    assert list(losses(folder / name)) == list(range(1, STEPS + 1))
+    assert list(losses(folder / f"resumed-{name}")) == list(range(MIDDLE + 1, STEPS + 1))
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_the_first_process_alone_writes(name, alone, request):
+    folder = request.getfixturevalue(name)
+    assert not (folder / "second").exists()
+    assert {file.name for file in (folder / name).iterdir()} == {file.name for file in alone.iterdir()}
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_one_process_goes_on_where_two_were(name, alone, request, tmp_path, one_thread):
+    copy_middle(request.getfixturevalue(name) / name, tmp_path)
+    train(config(tmp_path), resuming=True)
+    assert_same_run(tmp_path, alone)
+
+
+def test_processes_stop_after_the_same_step(ddp):
+    (file,) = RunFolder(ddp / "stopped-ddp").checkpoints()
+    assert file.name == "checkpoint-00000004.pt", "asked during step 3; the votes are counted one step later"
+
+
+def test_one_process_is_a_team(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    team = Team(CPU)
+    value = torch.ones(2)
+    assert team.first and team.total(value) is value and team.agreed("x") == "x"
+    with pytest.raises(ValueError, match="parallel: expected one of ddp, fsdp, got 'dp'"):
+        TrainConfig(parallel="dp")

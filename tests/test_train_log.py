@@ -1,0 +1,122 @@
+"""What a run tells: speed, floating-point operations against a count by hand, TensorBoard, and the loss curve."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from trainer_helpers import CPU, tiny
+
+from fm_fast.nn import UNetConfig
+from fm_fast.train import devices
+from fm_fast.train.curve import draw_curves, read_curves
+from fm_fast.train.devices import flops_per_image, peak_memory, peak_tflops
+from fm_fast.train.distributed import Team
+from fm_fast.train.log import Logger, Speed
+from fm_fast.train.presets import PRESETS
+from fm_fast.train.step import Share
+
+MILLION = 10**6
+
+
+def log_lines(path, **changes):
+    logger = Logger(path, tiny(log_every=1, steps=3, **changes), 0, Team(CPU), 3 * MILLION)
+    for step in (1, 2, 3):
+        logger.step(step, torch.tensor(2.0 / step), 0.1, torch.tensor([[4.0, 0.0, 1.0, 2.0], [2.0, 0.0, 1.0, 4.0]]))
+    logger.close()
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_line_of_the_log(tmp_path):
+    first = log_lines(tmp_path / "log.jsonl")[0]
+    assert (first["step"], first["loss"], first["images"], first["not_finite"]) == (1, 2.0, 16, 0)
+    assert first["loss_by_quartile"] == [2.0, None, 1.0, 0.5]
+    assert first["tflops"] == pytest.approx(first["images_per_second"] * 3e-6, abs=1e-4) and first["share_of_peak"] is None
+    assert 0.05 < first["peak_memory_gib"] < 100
+
+
+def test_speed(monkeypatch):
+    monkeypatch.setattr("fm_fast.train.log.peak_tflops", lambda device, precision: 100.0)
+    speed = Speed.of(64, 2.0, 5 * 10**11, tiny(), Team(CPU, Share(0, 2)))
+    assert (speed.images, speed.tflops, speed.share_of_peak) == (32.0, 16.0, 0.08)
+    assert str(speed) == "32 images/s, 16 TFLOP/s (8% of peak)"
+
+
+@pytest.mark.parametrize(("name", "gflops"), [("cifar10-torchcfm", 37.32), ("cifar10-paper", 168.4)])
+def test_operations_of_known_networks(name, gflops):
+    """The counts of the published networks, which torchcfm's and guided-diffusion's own modules have as well."""
+    assert flops_per_image(PRESETS[name]) * 1e-9 == pytest.approx(gflops, rel=1e-3)
+
+
+def test_operations_counted_by_hand():
+    """No attention but the middle's, one level, one block: convolutions 3x3 and 1x1, linear layers and two products of attention."""
+    net = UNetConfig(4, 1, 0, channels=8, multipliers=(1,), blocks=1, attention_sizes=(), head_channels=8, groups=4)
+    pixels, c, e = 16, 8, 32
+    block = 2 * 9 * c * c * pixels + 2 * c * e
+    decoder = 2 * (9 * 2 * c * c * pixels + 9 * c * c * pixels + 2 * c * c * pixels + 2 * c * e)
+    attention = (3 + 1) * c * c * pixels + 2 * pixels * pixels * c
+    forward = 9 * c * pixels + (c * e + e * e) + block + (2 * block + attention) + decoder + 9 * c * pixels
+    # Backward: as many again for each operand's gradient, but none for those of the network's inputs, x and the sinusoids of t.
+    expected = 2 * (3 * forward - 9 * c * pixels - c * e)
+    assert flops_per_image(tiny(model=net)) == expected
+
+
+def test_known_devices(monkeypatch):
+    assert peak_tflops(CPU, "float32") is None and peak_memory(CPU) > 10**7
+    for name, peaks in (("NVIDIA H200", (989.0, 494.0)), ("NVIDIA H100 PCIe", (756.0, 378.0)), ("NVIDIA T0", (None, None))):
+        monkeypatch.setattr(devices.torch.cuda, "get_device_name", lambda device, name=name: name)
+        found = tuple(peak_tflops(torch.device("cuda", 0), precision) for precision in ("bfloat16", "float32"))
+        assert found == peaks
+
+
+class Board:
+    def __init__(self, folder):
+        self.folder, self.scalars = folder, []
+        Board.latest = self
+
+    def add_scalar(self, name, value, step):
+        self.scalars.append((name, value, step))
+
+    def close(self):
+        self.scalars.append("closed")
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Board
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    log_lines(tmp_path / "log.jsonl", tensorboard=True)
+    assert Board.latest.folder == str(tmp_path / "tensorboard")
+    assert {("loss", 1.0, 2), ("loss_by_quartile/0", 2.0, 1), ("loss_by_quartile/3", 0.5, 3)} <= set(Board.latest.scalars)
+    assert Board.latest.scalars[-1] == "closed" and not any("quartile/1" in entry[0] for entry in Board.latest.scalars)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="--tensorboard needs it: pip install tensorboard"):
+        log_lines(tmp_path / "log.jsonl", tensorboard=True)
+
+
+def test_the_curve_is_where_the_losses_are(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    log, picture = tmp_path / "log.jsonl", tmp_path / "loss.png"
+    log.write_text("".join(json.dumps({"step": step, "loss": 3.0}) + "\n" for step in range(1, 101)))
+    draw_curves(log, picture)
+    with image.open(picture) as found:
+        assert found.size == (800, 500)
+        column = [found.getpixel((425, y)) for y in range(21, 450)]
+    # The scale reaches from 2 to 5, over 430 pixels: ln(3/2) / ln(5/2) = 0.4425 of them above the bottom, at 450.
+    black = [21 + y for y, pixel in enumerate(column) if pixel == (0, 0, 0)]
+    assert black and all(abs(y - (450 - 0.4425 * 430)) <= 2 for y in black)
+    log.write_text(json.dumps({"step": 1, "loss": float("nan")}) + "\n")
+    draw_curves(log, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_curves_of_a_log(tmp_path):
+    curves = read_curves(log_file(tmp_path))
+    assert curves["loss"] == [(1, 2.0), (2, 1.0), (3, pytest.approx(2 / 3))]
+    assert curves["t in 0..1/4"] == [(1, 2.0), (2, 2.0), (3, 2.0)] and curves["1/4..1/2"] == []
+
+
+def log_file(folder):
+    log_lines(folder / "log.jsonl")
+    return folder / "log.jsonl"
