@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -17,10 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.devices import pick_device
-from fm_fast.train.sharded import ShardedState, sharded_state
 from fm_fast.train.step import WHOLE, Model, Share, TrainState, network_of, new_state
 
 Value = TypeVar("Value")
+# The others wait while the first process reads a million images for the first time; torchrun notices when a process dies.
+PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def joined(device: str) -> Iterator[Team]:
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
     # Messages between the hosts go through gloo also where gradients go through NCCL.
-    dist.init_process_group("gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl")
+    dist.init_process_group("gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=PATIENCE)
     try:
         yield Team(place, Share(dist.get_rank(), dist.get_world_size()))
     finally:
@@ -116,6 +118,8 @@ class StopVote:
 def state_of(config: TrainConfig, team: Team) -> TrainState:
     """The state before the first step, in shards where the configuration asks for them."""
     if team.share.world > 1 and config.parallel == "fsdp":
+        from fm_fast.train.sharded import sharded_state  # which takes torch longer to import than everything else
+
         return sharded_state(config, team.device)
     return new_state(config, team.device)
 
@@ -127,10 +131,3 @@ def team_network(state: TrainState, config: TrainConfig, team: Team) -> Model:
     # Each process's dropout key is its own.
     parallel: nn.Module = DistributedDataParallel(state.model, broadcast_buffers=False)
     return torch.compile(parallel) if config.compile else parallel  # type: ignore[return-value]
-
-
-def averaged_model(state: TrainState) -> nn.Module:
-    """The averaged network, whole; every process must ask for it."""
-    if isinstance(state, ShardedState):
-        state.gather_average()
-    return state.average

@@ -13,7 +13,7 @@ from fm_fast.train.config import TrainConfig, fit_to_data
 from fm_fast.train.curve import can_draw, draw_curves
 from fm_fast.train.data import DataOrder, Dataset, load_dataset
 from fm_fast.train.devices import flops_per_image, pick_device
-from fm_fast.train.distributed import StopVote, Team, averaged_model, joined, state_of, team_network
+from fm_fast.train.distributed import StopVote, Team, joined, state_of, team_network
 from fm_fast.train.evaluate import Quality, evaluate
 from fm_fast.train.interrupt import deferred_interrupt, stop
 from fm_fast.train.log import Logger
@@ -72,6 +72,8 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
             run = Run(state_of(config, team), config, dataset, folder, team)
             if resuming:
                 _resume(run)
+            if team.first:
+                folder.tidy(resuming)
             _say(run, _headline(run))
             return _report(run, _run(run))
 
@@ -149,7 +151,7 @@ def _save(run: Run) -> None:
 
 
 def _write_pictures(run: Run) -> None:
-    average = averaged_model(run.state)
+    average = run.state.averaged()
     if run.team.first:
         _write_samples(run, average)
         if can_draw():
@@ -183,7 +185,7 @@ def _report(run: Run, seconds: float) -> Result:
     folder = run.folder
     files = [file for file in (folder.samples, folder.curve, folder.checkpoint(run.config.steps), folder.weights) if file.exists()]
     _say(run, f"trained in {seconds:.1f} s; wrote {', '.join(map(str, files))} and {folder.log}")
-    return Result(run.state, run.config, seconds, _quality(run, averaged_model(run.state)))
+    return Result(run.state, run.config, seconds, _quality(run, run.state.averaged()))
 
 
 def _quality(run: Run, average: nn.Module) -> Quality | None:

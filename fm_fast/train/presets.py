@@ -23,8 +23,8 @@ PRESETS = {
     "digits": TrainConfig(),
     # 28x28 images averaged to 14x14 and framed to 16x16: minutes on two CPU cores.
     "fashion": TrainConfig(
-        data="fashion", out="out/fashion", pool=2, pad=1, steps=2000, batch_size=64, learning_rate=1.5e-3, warmup=50, ema_decay=0.995,
-        sample_every=500, checkpoint_every=500, log_every=25, guidance=1.5, evaluate=False,
+        data="fashion", out="out/fashion", pool=2, pad=1, steps=600, batch_size=64, learning_rate=1.5e-3, warmup=30, ema_decay=0.99,
+        sample_every=200, checkpoint_every=200, log_every=25, guidance=1.5, evaluate=False,
         model=replace(NETWORKS["fashion"], image_size=16, attention_sizes=(4,)),
     ),
     "images": TrainConfig(

@@ -86,9 +86,9 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self, resuming: bool, overwriting: bool) -> Iterator[None]:
-        """Keep other runs out, and for a new run make sure that no checkpoints are there.
+        """Keep other runs out, and a new run from mixing its checkpoints with those of another.
 
-        Raises FileExistsError where a new run would mix its checkpoints with those of another, or another process is writing.
+        Raises FileExistsError where there are such and neither is wanted, or where another process is writing.
         """
         with only_writer(self.path):
             found = self.checkpoints()
@@ -97,10 +97,10 @@ class RunFolder:
                     f"{self.path}: holds the checkpoints of another run ({found[0].name});"
                     " --resume continues it, --overwrite deletes it, or choose another --out"
                 )
-            self._tidy([] if resuming else [*found, self.weights, self.log, self.curve])
             yield
 
-    def _tidy(self, outdated: list[Path]) -> None:
-        """Delete what a new run replaces, and what an interrupted write left behind."""
+    def tidy(self, resuming: bool) -> None:
+        """Delete what an interrupted write left behind, and before a new run the files of the one that it replaces."""
+        outdated = [] if resuming else [*self.checkpoints(), self.weights, self.log, self.curve]
         for file in (*outdated, *self.path.glob(f"checkpoint-*{TEMPORARY}"), *self.path.glob(f"{self.weights.name}*{TEMPORARY}")):
             file.unlink(missing_ok=True)

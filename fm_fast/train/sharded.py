@@ -96,16 +96,16 @@ class ShardedState(TrainState):
     optimiser: ShardedAdamWEMA  # type: ignore[reportIncompatibleVariableOverride]
 
     @torch.no_grad()
-    def gather_average(self) -> None:
-        """Bring `average` up to date, on every process."""
+    def averaged(self) -> nn.Module:
+        """`average`, gathered anew; every process must ask for it."""
         for p, whole, shard in zip(self.average.parameters(), self.optimiser.whole, self.optimiser.shards, strict=True):
             p.copy_(_like(whole, self.optimiser.state[shard]["averages"][0]).full_tensor())
+        return self.average
 
     def state_dict(self) -> dict[str, Any]:
-        self.gather_average()
         optimiser = self.optimiser.whole_state_dict()
         weights = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in self.model.state_dict().items()}
-        return {"model": weights, "average": self.average.state_dict(), "optimiser": optimiser, "step": self.step}
+        return {"model": weights, "average": self.averaged().state_dict(), "optimiser": optimiser, "step": self.step}
 
     @torch.no_grad()
     def load_state_dict(self, stored: dict[str, Any]) -> None:

@@ -38,6 +38,10 @@ class TrainState:
     def __post_init__(self) -> None:
         self.dropout_keys = tuple(buffer for name, buffer in self.model.named_buffers() if name.rpartition(".")[2] == "dropout_key")
 
+    def averaged(self) -> nn.Module:
+        """`average`, up to date."""
+        return self.average
+
     def state_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimiser")}
         return {**parts, "step": self.step}
