@@ -51,8 +51,9 @@ def parser() -> argparse.ArgumentParser:
 def _add_train(commands: Any) -> None:
     parser = commands.add_parser(
         "train", allow_abbrev=False, help="train the reference U-Net",
-        description="Train the reference U-Net. `fm-fast train digits` uses the shipped digits, `fm-fast train --data PATH` your images."
-        " Defaults in brackets are those of digits; other presets have their own.",
+        description="Train the reference U-Net. `fm-fast train digits` uses the shipped digits, `fm-fast train --data PATH` your images.\n"
+        "Defaults in brackets are those of digits; other presets have their own. Several processes, one a device:\n"
+        "torchrun --nproc-per-node N --no-python fm-fast train ...",
         epilog="presets:\n" + "\n".join(f"  {name:20} {SUMMARIES[name]}" for name in PRESETS),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

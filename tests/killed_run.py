@@ -17,7 +17,7 @@ from fm_fast.train.data import DataOrder, digits
 from fm_fast.train.run_folder import RunFolder
 
 SETTINGS = {
-    "steps": 30, "batch_size": 8, "label_drop": 0.3, "flip": 0.5, "dequantise": True,
+    "steps": 20, "batch_size": 8, "label_drop": 0.3, "flip": 0.5, "dequantise": True,
     "sample_every": 0, "sample_steps": 1, "samples_per_class": 1, "evaluate": False, "checkpoint_every": 3, "log_every": 1,
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ import io
 import pickle
 import struct
 import tarfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -347,6 +348,16 @@ def test_a_folder_in_parts(tmp_path):
     assert np.array_equal(held_out.images.permute(0, 2, 3, 1).numpy(), pixels[4:])
 
 
+def test_a_share_of_a_folder_is_held_out(tmp_path):
+    pixels = random_images(10, 4, 4, 3)
+    write_images(tmp_path, pixels)
+    parts = [load_dataset(tmp_path, split, Preparation(test_share=0.3)) for split in ("train", "test")]
+    assert [len(part) for part in parts] == [7, 3]
+    whole = load_dataset(tmp_path)
+    found = {(image.numpy().tobytes(), int(label)) for part in parts for image, label in zip(part.images, part.labels, strict=True)}
+    assert found == {(image.numpy().tobytes(), int(label)) for image, label in zip(whole.images, whole.labels, strict=True)}
+
+
 def test_images_of_any_size_are_cropped_and_resized(tmp_path):
     wide, tall = random_images(4, 10, 3), random_images(8, 4, 3)
     write_images(tmp_path, [wide, tall])
@@ -371,6 +382,8 @@ def test_too_many_pixels_are_mapped(tmp_path, capsys):
     # The images stay on the CPU, batches go to the labels' device.
     there = first.to(torch.device("meta"))
     assert there.images.device.type == "cpu" and there.batch(rows)[0].device.type == "meta"
+    with pytest.raises(ValueError, match="images: above memory_limit, expected pool 1 and pad 0"):
+        load_dataset(tmp_path / "images", "train", replace(mapped, pad=1))
     written = cache.stat().st_mtime_ns
     assert torch.equal(load_dataset(tmp_path / "images", "train", mapped).images, plain.images)
     assert cache.stat().st_mtime_ns == written and capsys.readouterr().out == "", "not written again"

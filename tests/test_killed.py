@@ -83,7 +83,7 @@ def assert_same_values(one, two):
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(leaves[0], others[0], strict=True))
 
 
-def test_killed_while_writing_a_checkpoint_and_at_random(uninterrupted, tmp_path):
+def test_killed_while_writing_a_checkpoint(uninterrupted, tmp_path):
     with running(tmp_path, "--kill-at-save", "4") as process:
         process.communicate(timeout=DEADLINE)
         assert process.returncode == -signal.SIGKILL
@@ -91,10 +91,10 @@ def test_killed_while_writing_a_checkpoint_and_at_random(uninterrupted, tmp_path
     assert written == {"checkpoint-00000006.pt", "checkpoint-00000009.pt"} and last_logged(tmp_path) == 12
     assert [file.stat().st_size > 20_000 for file in tmp_path.glob("*.tmp")] == [True], "it was in the middle of the fourth"
     resumed, output = finish(tmp_path, tmp_path / "ending.pt")
-    assert "steps 9..30" in output and not list(tmp_path.glob("*.tmp"))
-    assert set(resumed) == {"model", "average", "optimiser", "step", "next_batch"} and resumed["step"] == 30
+    assert "steps 9..20" in output and not list(tmp_path.glob("*.tmp"))
+    assert set(resumed) == {"model", "average", "optimiser", "step", "next_batch"} and resumed["step"] == 20
     assert_same_values(uninterrupted, resumed)
-    assert [json.loads(line)["step"] for line in RunFolder(tmp_path).log.read_text().splitlines()] == list(range(1, 31))
+    assert [json.loads(line)["step"] for line in RunFolder(tmp_path).log.read_text().splitlines()] == list(range(1, 21))
 
 
 @pytest.mark.slow

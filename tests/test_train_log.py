@@ -18,6 +18,7 @@ from fm_fast.train.presets import PRESETS
 from fm_fast.train.step import Share
 
 MILLION = 10**6
+LARGE_NETWORKS = [("cifar10-paper", 168.4), ("imagenet32-paper", 219.2), ("imagenet64-paper", 657.9), ("imagenet128-paper", 2394.0)]
 
 
 def log_lines(path, **changes):
@@ -43,7 +44,9 @@ def test_speed(monkeypatch):
     assert str(speed) == "32 images/s, 16 TFLOP/s (8% of peak)"
 
 
-@pytest.mark.parametrize(("name", "gflops"), [("cifar10-torchcfm", 37.32), ("cifar10-paper", 168.4)])
+@pytest.mark.parametrize(
+    ("name", "gflops"), [("cifar10-torchcfm", 37.32), *(pytest.param(*row, marks=pytest.mark.slow) for row in LARGE_NETWORKS)]
+)
 def test_operations_of_known_networks(name, gflops):
     """The counts of the published networks, which torchcfm's and guided-diffusion's own modules have as well."""
     assert flops_per_image(PRESETS[name]) * 1e-9 == pytest.approx(gflops, rel=1e-3)

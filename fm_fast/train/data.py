@@ -74,7 +74,9 @@ def load_dataset(source: str | Path, split: str = "train", preparation: Preparat
         dataset = replace(dataset, images=dataset.images[rows], labels=dataset.labels[rows])
     if preparation.pool == 1 and preparation.pad == 0:
         return dataset
-    return replace(dataset, images=pooled_and_padded(dataset.name, dataset.images, preparation), mapped=False)
+    if dataset.mapped:
+        raise ValueError(f"{dataset.name}: above memory_limit, expected pool 1 and pad 0 (resize is possible), or a higher limit")
+    return replace(dataset, images=pooled_and_padded(dataset.name, dataset.images, preparation))
 
 
 def _read(source: str | Path, split: str, preparation: Preparation) -> Dataset:
@@ -160,8 +162,11 @@ def _from_folder(folder: Path, split: str, preparation: Preparation) -> Dataset:
 def _from_image_folder(folder: Path, split: str, preparation: Preparation) -> Dataset:
     part = split_folder(folder, split)
     files, labels, classes = list_images(part or folder)
+    if part is None and preparation.test_share > 0.0:
+        rows = rows_of_split(len(files), preparation.test_share, split)
+        files, labels = [files[row] for row in rows], labels[rows]
     images, mapped = read_images(files, preparation)
-    return make_dataset(folder.name, images, labels, classes=classes, mapped=mapped, divided=part is not None)
+    return make_dataset(folder.name, images, labels, classes=classes, mapped=mapped)
 
 
 def _idx_file_of_split(folder: Path, files: list[Path], split: str) -> Path:

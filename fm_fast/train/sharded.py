@@ -110,7 +110,11 @@ class ShardedState(TrainState):
     @torch.no_grad()
     def load_state_dict(self, stored: dict[str, Any]) -> None:
         for name, value in self.model.state_dict().items():
-            value.to_local().copy_(_shard(value, stored["model"][name]))
+            whole = stored["model"][name]
+            if isinstance(value, DTensor):
+                value.to_local().copy_(_shard(value, whole))
+            else:
+                value.copy_(whole)
         self.optimiser.load_whole_state_dict(stored["optimiser"])
         self.step = stored["step"]
 
