@@ -39,15 +39,16 @@ def add_evaluate(commands: Any) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     import torch
 
-    from fm_fast.train.checkpoint import load_model
     from fm_fast.train.data import load_dataset
     from fm_fast.train.evaluate import evaluate_network
     from fm_fast.train.loop import pick_device
     from fm_fast.train.quality import require_torch_fidelity
+    from fm_fast.train.weights import load_model
 
     device = pick_device(options.device)
     model, config = load_model(options.checkpoint)
-    held_out, train = held_out_data(options.data or f"{config.data}:test", options.limit), load_dataset(config.data)
+    held_out = held_out_data(options.data or f"{config.data}:test", options.limit, config)
+    train = load_dataset(config.data, "train", config.preparation)
     if options.json is not None:
         require_folder(options.json)
     if options.fid:

@@ -74,7 +74,7 @@ def _solver(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def held_out_data(source: str, limit: int | None, config: "TrainConfig") -> "Dataset":
-    """The data set of that name, digits:train, PATH:test or PATH (its test split), or its first `limit` images, as the run prepares them."""
+    """The data set named digits:train, PATH:test or PATH (its test split), or its first `limit` images, as the run prepares its own."""
     from fm_fast.train.data import load_dataset
 
     path, _, split = source.rpartition(":")

@@ -1,6 +1,7 @@
 """Presets against the paper's Table 3, and runs of every kind by the command line: without labels, with held-out images, by name."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from fm_fast.cli import config_from, main, parser
 from fm_fast.nn.presets import PRESETS as NETWORKS
 from fm_fast.train.data import digits
+from fm_fast.train.evaluate import draw_samples
 from fm_fast.train.presets import PRESETS, SUMMARIES
 from fm_fast.train.weights import load_model
 
@@ -57,6 +59,8 @@ def test_a_network_without_labels(tmp_path, capsys, one_thread):
     assert np.load(samples)["images"].shape == (3, 1, 8, 8) and np.load(samples)["labels"].tolist() == [-1] * 3
     assert main(["sample", str(run), "--classes", "1", "--out", str(samples)]) == 1
     assert "classes: expected " in capsys.readouterr().err
+    drawn = draw_samples(model, config, replace(digits("test"), images=digits().images[:2], labels=digits().labels[:2]), 0, 2, 0.1)
+    assert drawn.images.shape == (2, 1, 8, 8) and drawn.labels.tolist() == [-1, -1]
     assert main(["likelihood", str(run), "--limit", "2", "--steps", "2", "--json", str(tmp_path / "bits.json")]) == 0
     assert json.loads((tmp_path / "bits.json").read_text())["images"] == 2
 

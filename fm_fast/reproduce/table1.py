@@ -18,13 +18,15 @@ from fm_fast.bits import bits_per_dim
 from fm_fast.nn import UNetConfig
 from fm_fast.reproduce.checkerboard import NAMES
 from fm_fast.reproduce.results import Parts, summary, write_json
-from fm_fast.train.checkpoint import load_model
 from fm_fast.train.classifier import train_classifier
-from fm_fast.train.config import PRESETS, RECIPES, TrainConfig
+from fm_fast.train.config import RECIPES, TrainConfig
 from fm_fast.train.data import Dataset, load_dataset
 from fm_fast.train.evaluate import draw_samples, sample_quality
 from fm_fast.train.likelihood import dataset_bits
 from fm_fast.train.loop import train
+from fm_fast.train.presets import PRESETS
+from fm_fast.train.run_folder import RunFolder
+from fm_fast.train.weights import load_model
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 FASHION_PACKAGE = "dataset-fashion-mnist"
@@ -106,7 +108,7 @@ def _prepare_fashion(source: Path, out: Path) -> tuple[str, str, TrainConfig]:
 def row(objective: str, config: TrainConfig, train_data: str, held_out_data: str, seed: int) -> Row:
     """Train, or continue to train, and measure. The run is a folder of its own, which `fm-fast evaluate` and `sample` read too."""
     config = replace(config, objective=objective, seed=seed, evaluate=False)
-    train(config, resuming=(Path(config.out) / "checkpoint.pt").is_file())
+    train(config, resuming=bool(RunFolder(Path(config.out)).checkpoints()))
     model, config = load_model(config.out)
     training, held_out = load_dataset(train_data), first(load_dataset(held_out_data, "test"), SAMPLES)
     samples = draw_samples(model, config, held_out, seed, SAMPLES, TOLERANCE)

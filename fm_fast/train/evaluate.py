@@ -145,12 +145,13 @@ def draw_samples(
     model: nn.Module, config: TrainConfig, like: Dataset, seed: int, batch_size: int, tolerance: float, unconditional: bool = False
 ) -> Samples:
     """As many samples as `like` has images, with its labels (or the null class), by dopri5 without guidance."""
-    labels = torch.full_like(like.labels, NULL_CLASS) if unconditional else like.labels
+    knows_classes = config.model.classes > 0
+    labels = torch.full_like(like.labels, NULL_CLASS) if unconditional or not knows_classes else like.labels
     parts, counts = [], []
     for first, rows in _batches(labels, batch_size):
         x0 = starting_noise((len(rows), *like.images.shape[1:]), config.recipe, seed, EVALUATION_NOISE, rows.device, first)
         solved = sampling.sample(
-            model, x0, cond={"y": rows}, path=config.recipe.path, objective=config.recipe.objective,
+            model, x0, cond={"y": rows} if knows_classes else {}, path=config.recipe.path, objective=config.recipe.objective,
             method="dopri5", rtol=tolerance, atol=tolerance,
         )  # fmt: skip
         parts.append(to_integers(solved.x, like.levels))
