@@ -164,7 +164,7 @@ def link(library: str, objects: Iterable[Step], stubs: list[Step], tool: str, ex
 
 
 def compiled_once(source: Path) -> bool:
-    return source.name.startswith(("register", "dispatch"))
+    return source.parent == SOURCES or source.name.startswith(("register", "dispatch"))
 
 
 def cpu_variants() -> dict[str, tuple[str, ...]]:
@@ -172,7 +172,7 @@ def cpu_variants() -> dict[str, tuple[str, ...]]:
 
 
 def cpu_objects(tool: str) -> list[Step]:
-    found = sources("cpu", "*.cpp")
+    found = [*sources("cpu", "*.cpp"), *sources("", "*.cpp")]
     if not found:
         raise NotBuilt("there are no C++ sources in csrc/cpu")
     flags = (*COMMON_FLAGS, f"-I{SOURCES}")

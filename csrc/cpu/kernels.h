@@ -1,42 +1,10 @@
-// The torch-free layer: what the CPU kernels read and write, and how work is cut into units.
+// The torch-free layer of the CPU: what its kernels read and write, and how work is cut into units.
 // Plain data only: this header is compiled under several instruction sets.
 #pragma once
 
-#include "../path.h"
+#include "../calls.h"
 
 namespace fm {
-
-enum class Dtype : int { float32, float64, float16, bfloat16, uint8, int64 };
-
-static inline int64_t element_size(Dtype dtype) {
-  constexpr int64_t kSizes[] = {4, 8, 2, 2, 1, 8};
-  return kSizes[static_cast<int>(dtype)];
-}
-
-// A [B, C, P] tensor by element strides. data == nullptr: absent.
-struct View {
-  void* data;
-  Dtype dtype;
-  int64_t batch_stride, channel_stride, point_stride;
-};
-
-// C = dimension 1 where there are more than two dimensions, else 1. width = size of the last dimension (what a flip mirrors).
-struct Shape {
-  int64_t batch, channels, points, width;
-};
-
-// Sample b has id ids[b], or first_id + b where ids is nullptr.
-struct Key {
-  uint32_t seed_low, seed_high, step;
-  int64_t first_id;
-  const int64_t* ids;
-};
-
-// How x1 becomes data: mirrored with this probability; uint8 mapped with these levels.
-struct DataTransform {
-  double flip, levels;
-  bool dequantise;
-};
 
 // A unit is the smallest piece of work given to a thread: some whole samples, or one tile of one sample.
 // The cut depends on shapes and layouts only, never on the number of threads, and so do all sums.
@@ -44,59 +12,25 @@ struct Tiling {
   int64_t tile_channels, tile_points, channel_tiles, point_tiles, samples_per_unit, units;
 };
 
-enum class DrawKind : int { normal = 0, uniform = 1, sign = 2, word = 3 };
-
-struct NoiseArgs {
-  Shape shape;
+struct NoiseArgs : NoiseCall {
   Tiling tiling;
-  View out;
   Key key;
-  DrawKind kind;
-  uint32_t tag;
 };
 
-// t and the six coefficients of every sample; the tensors are float64 if wide, else float32. Units are samples.
-struct ScheduleArgs {
-  void *t, *coefficients;  // [B] and [B, 6]
-  bool wide;
+// Units are samples.
+struct ScheduleArgs : ScheduleCall {
   Key key;
-  Path path;
-  int objective;
-  TimeLaw law;
 };
 
-struct SampleArgs {
-  Shape shape;
+struct SampleArgs : SampleCall {
   Tiling tiling;
-  View x_t, x1, x0;
   Key key;
-  DataTransform transform;
-  const void* coefficients;  // [B, 6], float32 or float64
-  Dtype coefficient_dtype;
-  bool wide;  // computes in double
 };
 
-struct LossArgs {
-  Shape shape;
+struct LossArgs : LossCall {
   Tiling tiling;
-  View o, x1, x0, grad, weight;  // grad, weight: may be absent
-  View x_t;                      // what path_sample made of x1 and drawn noise, in the compute type, or absent
   Key key;
-  DataTransform transform;
-  const void* coefficients;
-  Dtype coefficient_dtype;
-  const void* sample_weight;  // [B] float32 or float64, or nullptr
-  Dtype sample_weight_dtype;
-  View grad_output;    // strides (batch, -, -), or absent for 1
-  double grad_factor;  // 2 over the reduction's divisor
-  double* partial;     // [B, channel_tiles * point_tiles] sums of the loss, or nullptr
-  bool wide;
-};
-
-// A tensor [B, ...], or the two halves of a tensor [2B, ...] (second == nullptr: one tensor).
-struct HalvedView {
-  View first;
-  void* second;
+  double* partial;  // [B, channel_tiles * point_tiles] sums of the loss, or nullptr
 };
 
 struct StepTerm {

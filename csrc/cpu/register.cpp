@@ -1,8 +1,14 @@
 // Registration of the CPU implementations. Schemas live in fm_fast/_ops/schemas.py; the ops read their arguments in that order.
-#include "../torch_abi.h"
+#include "../unbox.h"
 #include "ops.h"
 
 namespace fm {
+
+void check_device(const abi::Tensor& tensor) {
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  if (tensor.device_type() != cpu) tensor.fail("expected a CPU tensor");
+}
+
 namespace {
 
 constexpr struct {

@@ -27,12 +27,6 @@ FM_INLINE Tile tile_of(const Shape& shape, const Tiling& tiling, int64_t sample,
   return Tile{sample, index, channel, channels, point, points, padded(points)};
 }
 
-FM_INLINE uint32_t sample_id(const Key& key, int64_t sample) {
-  return static_cast<uint32_t>(key.ids ? key.ids[sample] : key.first_id + sample);
-}
-
-FM_INLINE Stream stream_of(const Key& key, uint32_t tag) { return Stream{key.seed_low, key.seed_high, key.step, tag}; }
-
 FM_INLINE int64_t offset_of(const View& view, const Tile& tile) {
   return tile.sample * view.batch_stride + tile.channel * view.channel_stride + tile.point * view.point_stride;
 }
@@ -40,11 +34,6 @@ FM_INLINE int64_t offset_of(const View& view, const Tile& tile) {
 template <class T>
 FM_INLINE bool usable_in_place(const View& view) {
   return view.dtype == DtypeOf<T>::value && view.point_stride == 1;
-}
-
-// A float32 or float64 number.
-FM_INLINE double number_at(const void* data, Dtype dtype, int64_t index) {
-  return dtype == Dtype::float64 ? static_cast<const double*>(data)[index] : static_cast<double>(static_cast<const float*>(data)[index]);
 }
 
 // --- noise ---------------------------------------------------------------------------------------------------------------------------

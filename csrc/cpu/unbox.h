@@ -1,10 +1,7 @@
-// From torch tensors to the views of kernels.h, with every check that memory safety needs.
-// (Friendly errors are Python's work: these are the last line of defence of a raw op call.)
+// What the ops of the CPU share beyond unboxing: torch's threads, and sums in a fixed order.
 #pragma once
 
-#include <initializer_list>
-
-#include "../torch_abi.h"
+#include "../unbox.h"
 #include "kernels.h"
 #include "tiling.h"
 
@@ -13,51 +10,14 @@ namespace fm {
 constexpr int64_t kGrain = 16;         // units of a thread, of about a microsecond each
 constexpr int64_t kInlineSums = 2048;  // doubles that a call may keep on its stack
 
-// An enumerated argument: values that no kernel knows must not run as something else.
-int code(int64_t value, int64_t least, int64_t most, const char* name);
-// A whole number in a range.
-int64_t whole(int64_t value, int64_t least, int64_t most, const char* name);
-
-void check_device(const abi::Tensor& tensor);
-
-// Dtype of a tensor; fails for those we do not know.
-Dtype dtype_of(const abi::Tensor& tensor);
-bool is_wide(const abi::Tensor& tensor);
-
-// [B, C, P] of a data tensor.
-Shape shape_of(const abi::Tensor& tensor);
-
-// View of a tensor with the sizes of `like`; an optional tensor without elements is absent.
-View view_of(const abi::Tensor& tensor, const abi::Tensor& like);
-View float_view(const abi::Tensor& tensor, const abi::Tensor& like);
-View float_view_or_absent(const abi::Tensor& tensor, const abi::Tensor& like);
-
-// A tensor [B, C, ...] of the dtype and sizes of `like`, but with `channels` channels.
-View channels_view(const abi::Tensor& tensor, const abi::Tensor& like, int64_t channels);
-
-// One number a channel, [C], or one a sample and channel, [B, C], of any floating dtype and strides; absent without elements.
-View table_view(const abi::Tensor& tensor, int64_t batch, int64_t channels);
-
-// A tensor of the sizes of `like`, or with twice its batch.
-HalvedView halved_view(const abi::Tensor& tensor, const abi::Tensor& like);
-
-// Dense float32 or float64 tensors of `numel` elements: t, coef, weights.
-void* dense_floats(const abi::Tensor& tensor, int64_t numel);
-
-double* dense_doubles(const abi::Tensor& tensor, int64_t numel);
-const int64_t* dense_integers(const abi::Tensor& tensor);
-
-// (seed, step, first id) or (seed, step, one id a sample).
-Key key_of(const abi::Tensor& key, int64_t batch);
-
-// Fails if gradients are being recorded and one of the inputs wants its own: raw ops have no derivative.
-void refuse_grad(std::initializer_list<const abi::Tensor*> inputs);
-
-// The same for a list.
-void refuse_grad(const abi::TensorList& inputs);
+inline Key key_of(const abi::Tensor& key, int64_t batch) { return key_of(key_words(key, batch)); }
 
 // Sum in fixed order.
-double sum_in_order(const double* values, int64_t count);
+inline double sum_in_order(const double* values, int64_t count) {
+  double lanes[4] = {0, 0, 0, 0};
+  for (int64_t i = 0; i < count; ++i) lanes[i % 4] += values[i];
+  return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+}
 
 // Runs kernel(args, begin, end) over `units` on torch's threads, at least `grain` of them on each.
 template <class Args>

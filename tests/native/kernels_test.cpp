@@ -59,7 +59,8 @@ void check_noise(const Isa& isa, const Shape& shape, int layout, const Key& key)
 // Times and coefficients of a batch that vectors do not divide, against the scalar law of each sample.
 void check_schedule(const Isa& isa, const Key& key, int64_t batch, int sampler) {
   std::vector<float> t(static_cast<size_t>(batch) + 1, 0.25f), rows(6 * static_cast<size_t>(batch) + 1, -1.0f);
-  fm::ScheduleArgs args = {t.data(), rows.data(), false, key, {fm::kPathOT, 0.125, 0.0}, fm::kVelocity, {sampler, 0.5, 1.5, 0.0, 0.75}};
+  fm::ScheduleCall call = {t.data(), rows.data(), false, {fm::kPathOT, 0.125, 0.0}, fm::kVelocity, {sampler, 0.5, 1.5, 0.0, 0.75}};
+  fm::ScheduleArgs args = {call, key};
   isa.schedule(args, 0, batch);
   fm::Stream stream = {key.seed_low, key.seed_high, key.step, fm::kStreamTime};
   for (int64_t b = 0; b < batch; ++b) {

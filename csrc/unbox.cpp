@@ -56,11 +56,6 @@ bool is_dense(const abi::Tensor& tensor) {
 
 }  // namespace
 
-void check_device(const abi::Tensor& tensor) {
-  static const int32_t cpu = aoti_torch_device_type_cpu();
-  if (tensor.device_type() != cpu) tensor.fail("expected a CPU tensor");
-}
-
 int code(int64_t value, int64_t least, int64_t most, const char* name) {
   if (value < least || value > most)
     throw std::runtime_error(std::string("fm_fast: argument ") + name + ": unknown code " + std::to_string(value));
@@ -173,16 +168,12 @@ const int64_t* dense_integers(const abi::Tensor& tensor) {
   return static_cast<const int64_t*>(tensor.data());
 }
 
-Key key_of(const abi::Tensor& key, int64_t batch) {
+KeyWords key_words(const abi::Tensor& key, int64_t batch) {
   check_device(key);
   int64_t numel = key.numel();
   if (dtype_of(key) != Dtype::int64 || !is_dense(key) || (numel != 3 && numel != 2 + batch))
     key.fail("expected a contiguous int64 tensor (seed, step, first id) or (seed, step, one id a sample)");
-  const int64_t* words = static_cast<const int64_t*>(key.data());
-  uint64_t seed = static_cast<uint64_t>(words[0]);
-  bool listed = numel == 2 + batch;
-  return Key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(words[1]), listed ? 0 : words[2],
-             listed ? words + 2 : nullptr};
+  return KeyWords{static_cast<const int64_t*>(key.data()), numel == 2 + batch};
 }
 
 namespace {
@@ -202,12 +193,6 @@ void refuse_grad(std::initializer_list<const abi::Tensor*> inputs) {
 void refuse_grad(const abi::TensorList& inputs) {
   if (!aoti_torch_grad_mode_is_enabled()) return;
   for (int64_t i = 0; i < inputs.size(); ++i) refuse_grad(inputs[i]);
-}
-
-double sum_in_order(const double* values, int64_t count) {
-  double lanes[4] = {0, 0, 0, 0};
-  for (int64_t i = 0; i < count; ++i) lanes[i % 4] += values[i];
-  return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
 }
 
 }  // namespace fm

@@ -1,0 +1,94 @@
+// The arguments of an op's call, read from torch's stack in the order of fm_fast/_ops/schemas.py and checked: all that a backend needs.
+#pragma once
+
+#include "path.h"
+#include "tensors.h"
+
+namespace fm {
+
+namespace abi {
+class Arguments;
+}
+
+struct NoiseCall {
+  Shape shape;
+  View out;
+  KeyWords key_words;
+  DrawKind kind;
+  uint32_t tag;
+};
+
+// How t [B] and the coefficients [B, 6] are filled; both are float64 where `wide`, else float32.
+struct ScheduleCall {
+  void *t, *coefficients;
+  bool wide;
+  Path path;  // kPathGiven: both are there already
+  int objective;
+  TimeLaw law;
+};
+
+struct SampleCall {
+  Shape shape;
+  View x_t, x1, x0;  // x0 may be absent: it is drawn
+  KeyWords key_words;
+  DataTransform transform;
+  const void* coefficients;  // [B, 6], float32 or float64
+  Dtype coefficient_dtype;
+  bool wide;  // computes in double
+  ScheduleCall schedule;
+};
+
+struct LossCall {
+  Shape shape;
+  View o, x1, x0, grad, weight;  // x0, grad, weight: may be absent
+  View x_t;                      // what path_sample made of x1 and drawn noise, in the compute type, or absent
+  KeyWords key_words;
+  DataTransform transform;
+  const void* coefficients;
+  Dtype coefficient_dtype;
+  const void* sample_weight;  // [B] float32 or float64, or nullptr
+  Dtype sample_weight_dtype;
+  View grad_output;    // strides (batch, -, -), or absent for 1
+  double grad_factor;  // 2 over the reduction's divisor
+  int reduction;
+  double divisor;
+  void* loss;  // one number or [B], float32 or float64; absent in the backward pass
+  Dtype loss_dtype;
+  bool wide;
+};
+
+NoiseCall read_noise(abi::Arguments* in);
+SampleCall read_path_sample(abi::Arguments* in);
+LossCall read_path_loss(abi::Arguments* in);
+LossCall read_path_loss_backward(abi::Arguments* in);
+
+// One letter an argument, as abi::Arguments wants them.
+constexpr const char* kNoiseArguments = "TTiii";
+constexpr const char* kPathSampleArguments = "TTTTTTiffiifffffffb";
+constexpr const char* kPathLossArguments = "TTTTTTTTiffbO";
+constexpr const char* kPathLossBackwardArguments = "TTTTTTTTiffb";
+
+// The six numbers of a sample and its time, which is clamped where it is given.
+template <class T>
+FM_HD Coefficients coefficients_of(const ScheduleCall& schedule, const Key& key, int64_t sample, T* time) {
+  T given = static_cast<T*>(schedule.t)[sample];
+  const TimeLaw& law = schedule.law;
+  double t = law.sampler == kTimeGiven ? clamp_time(law, static_cast<double>(given))
+                                       : draw_time(law, stream_of(key, kStreamTime), sample_id(key, sample));
+  *time = static_cast<T>(t);
+  return coefficients(schedule.path, schedule.objective, static_cast<double>(*time));
+}
+
+template <class T>
+FM_HD void put_coefficients(const ScheduleCall& schedule, int64_t sample, T time, const Coefficients& c) {
+  T* row = static_cast<T*>(schedule.coefficients) + 6 * sample;
+  static_cast<T*>(schedule.t)[sample] = time;
+  row[0] = static_cast<T>(c.a);
+  row[1] = static_cast<T>(c.s);
+  row[2] = static_cast<T>(c.c1);
+  row[3] = static_cast<T>(c.c0);
+  row[4] = static_cast<T>(c.k);
+  row[5] = static_cast<T>(c.w);
+}
+
+}  // namespace fm
