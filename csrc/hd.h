@@ -7,8 +7,10 @@
 
 #if defined(__CUDACC__)
 #define FM_HD static __host__ __device__ __forceinline__
+#define FM_UNROLL _Pragma("unroll")
 #else
 #define FM_HD static inline
+#define FM_UNROLL
 #endif
 
 namespace fm {
@@ -39,6 +41,17 @@ FM_HD double multiply_add(double a, double b, double c) {
   return __builtin_fma(a, b, c);
 #else
   return a * b + c;
+#endif
+}
+
+// Of zero or a normal number. The exactly rounded root costs a GPU eight instructions, this one costs one and is off by one ulp at most.
+FM_HD float square_root(float x) {
+#if defined(__CUDA_ARCH__)
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+#else
+  return sqrtf(x);
 #endif
 }
 

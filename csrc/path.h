@@ -38,16 +38,27 @@ FM_HD Schedule schedule_vp(double beta_min, double beta_max, double t) {
 }
 
 FM_HD Schedule schedule_ve(double sigma_min, double sigma_max, double t) {
-  double ratio = sigma_max / sigma_min, sigma = sigma_min * pow(ratio, 1.0 - t);
-  return Schedule{1.0, sigma, 0.0, -sigma * log(ratio)};
+  double growth = log(sigma_max / sigma_min), sigma = sigma_min * exp((1.0 - t) * growth);
+  return Schedule{1.0, sigma, 0.0, -sigma * growth};
+}
+
+constexpr double kHalfPi = 1.57079632679489661923;
+
+FM_HD void sin_cos_of_quarter_turn(double t, double* sine, double* cosine) {
+#if defined(__CUDA_ARCH__)
+  sincospi(0.5 * t, sine, cosine);  // needs no table for large angles, and so no memory
+#else
+  *sine = sin(kHalfPi * t);
+  *cosine = cos(kHalfPi * t);
+#endif
 }
 
 FM_HD Schedule schedule(const Path& path, double t) {
-  constexpr double kHalfPi = 1.57079632679489661923;
   if (path.kind == kPathVP) return schedule_vp(path.a, path.b, t);
   if (path.kind == kPathVE) return schedule_ve(path.a, path.b, t);
   if (path.kind == kPathCosine) {
-    double alpha = sin(kHalfPi * t), sigma = cos(kHalfPi * t);
+    double alpha, sigma;
+    sin_cos_of_quarter_turn(t, &alpha, &sigma);
     return Schedule{alpha, sigma, kHalfPi * sigma, -kHalfPi * alpha};
   }
   return Schedule{t, 1.0 - (1.0 - path.a) * t, 1.0, -(1.0 - path.a)};

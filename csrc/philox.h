@@ -27,11 +27,22 @@ struct Stream {
   uint32_t key0, key1, step, tag;
 };
 
-FM_HD uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32); }
+FM_HD uint64_t multiply_wide(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;  // one instruction, where the compiler would take two or three
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
+FM_HD uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(multiply_wide(a, b) >> 32); }
 
 FM_HD Words philox_round(Words c, uint32_t key0, uint32_t key1) {
-  return Words{{multiply_high(kPhiloxMultiplier1, c.w[2]) ^ c.w[1] ^ key0, kPhiloxMultiplier1 * c.w[2],
-                multiply_high(kPhiloxMultiplier0, c.w[0]) ^ c.w[3] ^ key1, kPhiloxMultiplier0 * c.w[0]}};
+  uint64_t product0 = multiply_wide(c.w[0], kPhiloxMultiplier0), product1 = multiply_wide(c.w[2], kPhiloxMultiplier1);
+  return Words{{static_cast<uint32_t>(product1 >> 32) ^ c.w[1] ^ key0, static_cast<uint32_t>(product1),
+                static_cast<uint32_t>(product0 >> 32) ^ c.w[3] ^ key1, static_cast<uint32_t>(product0)}};
 }
 
 FM_HD Words philox(Words counter, uint32_t key0, uint32_t key1) {

@@ -15,6 +15,8 @@ class TorchLibraryOpaque;
 using TorchLibraryHandle = TorchLibraryOpaque*;
 struct StableListOpaque;
 using StableListHandle = StableListOpaque*;
+struct CUDAGuardOpaque;
+using CUDAGuardHandle = CUDAGuardOpaque*;
 using AOTITorchError = int32_t;
 using StableIValue = uint64_t;
 
@@ -31,6 +33,7 @@ FM_TORCH int32_t aoti_torch_dtype_float64();
 FM_TORCH int32_t aoti_torch_dtype_uint8();
 FM_TORCH int32_t aoti_torch_dtype_int64();
 FM_TORCH int32_t aoti_torch_device_type_cpu();
+FM_TORCH int32_t aoti_torch_device_type_cuda();
 FM_TORCH bool aoti_torch_grad_mode_is_enabled();
 
 FM_TORCH AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
@@ -42,6 +45,10 @@ FM_TORCH AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t*
 FM_TORCH AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* ret_dtype);
 FM_TORCH AOTITorchError aoti_torch_get_device_type(AtenTensorHandle tensor, int32_t* ret_device_type);
 
+FM_TORCH AOTITorchError aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* ret_device_index);
+FM_TORCH AOTITorchError aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes_ptr, const int64_t* strides_ptr, int32_t dtype,
+                                                 int32_t device_type, int32_t device_index, AtenTensorHandle* ret_new_tensor);
+
 FM_TORCH AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* k, const char* file, uint32_t line,
                                                      TorchLibraryHandle* ret_new_torch_lib);
 FM_TORCH AOTITorchError torch_library_impl(TorchLibraryHandle self, const char* name, void (*fn)(StableIValue*, uint64_t, uint64_t),
@@ -52,6 +59,11 @@ FM_TORCH AOTITorchError torch_list_size(StableListHandle list_handle, size_t* si
 FM_TORCH AOTITorchError torch_list_get_item(StableListHandle list_handle, size_t index, StableIValue* element);
 FM_TORCH AOTITorchError torch_delete_list(StableListHandle list_handle);
 FM_TORCH AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain_size, ParallelFunc func, void* ctx);
+
+// In libtorch_cuda.so; the others are in libtorch_cpu.so.
+FM_TORCH AOTITorchError aoti_torch_create_cuda_guard(int32_t device_index, CUDAGuardHandle* ret_guard);
+FM_TORCH AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardHandle guard);
+FM_TORCH AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 }  // extern "C"
 
@@ -96,6 +108,7 @@ class Tensor {
   void* data() const { return get<void*>(aoti_torch_get_data_ptr, "get_data_ptr"); }
   int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype, "get_dtype"); }
   int32_t device_type() const { return get<int32_t>(aoti_torch_get_device_type, "get_device_type"); }
+  int32_t device_index() const { return get<int32_t>(aoti_torch_get_device_index, "get_device_index"); }
 
   [[noreturn]] void fail(const std::string& problem) const {
     throw std::runtime_error(std::string("fm_fast: argument ") + name_ + ": " + problem);
@@ -163,6 +176,8 @@ class Arguments {
     }
   }
 
+  // The first argument, without moving on.
+  Tensor first(const char* name) const { return Tensor(handle(0), name); }
   Tensor tensor(const char* name) { return Tensor(handle(next_++), name); }
   std::optional<Tensor> optional_tensor(const char* name) {
     const StableIValue* box = boxed(next_++);

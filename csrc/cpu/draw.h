@@ -67,9 +67,9 @@ static Generator make_generator(const Stream& stream) {
   g.one = all_floats(1.0f);
   g.exponent_scale = all_floats(kMinusTwoLogTwo * kTwoToMinus23);
   g.turn_scale = all_floats(0x1p-31f);
-  for (int i = 0; i < 7; ++i) g.log[i] = all_floats(kLog[i]);
-  for (int i = 0; i < 4; ++i) g.sin[i] = all_floats(kSin[i]);
-  for (int i = 0; i < 3; ++i) g.cos[i] = all_floats(kCos[i]);
+  for (int i = 0; i < 7; ++i) g.log[i] = all_floats(kLog.c[i]);
+  for (int i = 0; i < 4; ++i) g.sin[i] = all_floats(kSin.c[i]);
+  for (int i = 0; i < 3; ++i) g.cos[i] = all_floats(kCos.c[i]);
   return g;
 }
 

@@ -1,0 +1,143 @@
+// x_t = a x1 + s x0, with x0 read or drawn (paper eq. 20 for OT, 11 in general), and the time and coefficients of each sample.
+#include "kernels.h"
+#include "samples.h"
+
+namespace fm {
+namespace cuda {
+namespace {
+
+constexpr int kPackedBlocks = 7;  // the coefficients of a path take more registers than its elements do
+
+struct SampleLaunch {
+  SampleCall call;
+  Geometry geometry;
+  Blocks blocks;
+};
+
+// What the elements of a sample share.
+template <class T>
+struct SampleRecord {
+  T a, s;
+  uint32_t id;
+  bool mirror;
+};
+
+template <class C>
+__device__ Coefficients filled_coefficients(const ScheduleCall& schedule, const Key& key, int64_t sample, bool owns) {
+  C time;
+  Coefficients c = coefficients_of<C>(schedule, key, sample, &time);
+  if (owns) put_coefficients<C>(schedule, sample, time, c);
+  // As the loss will read them.
+  return Coefficients{static_cast<double>(static_cast<C>(c.a)), static_cast<double>(static_cast<C>(c.s)), c.c1, c.c0, c.k, c.w};
+}
+
+// kWide: whether times and coefficients may be float64.
+template <class T, bool kWide>
+__device__ SampleRecord<T> prepare_sample(const SampleCall& call, const Key& key, int64_t sample, bool owns) {
+  Coefficients c = {};
+  if (call.schedule.path.kind == kPathGiven) {
+    c.a = number_at(call.coefficients, kWide ? call.coefficient_dtype : Dtype::float32, 6 * sample);
+    c.s = number_at(call.coefficients, kWide ? call.coefficient_dtype : Dtype::float32, 6 * sample + 1);
+  } else if (kWide && call.schedule.wide) {
+    c = filled_coefficients<double>(call.schedule, key, sample, owns);
+  } else {
+    c = filled_coefficients<float>(call.schedule, key, sample, owns);
+  }
+  uint32_t id = sample_id(key, sample);
+  return SampleRecord<T>{static_cast<T>(c.a), static_cast<T>(c.s), id, is_mirrored(call.transform, key, id)};
+}
+
+template <class XT, class X1, bool kDraw>
+__global__ void __launch_bounds__(kThreads, kPackedBlocks) packed_kernel(const SampleLaunch launch) {
+  using P = Packs<XT>;
+  const SampleCall& call = launch.call;
+  const Geometry& geometry = launch.geometry;
+  const Key key = key_of(call.key_words);
+  const Stream stream = stream_of(key, kStreamX0), dequantise = stream_of(key, kStreamDequantise);
+  auto prepare = [&](int64_t sample, bool owns) { return prepare_sample<float, false>(call, key, sample, owns); };
+  walk<SampleRecord<float>>(geometry, prepare, [&](const SampleRecord<float>& shared, const Run& run) {
+    const SampleRecord<float> record = shared;
+    const uint32_t elements = static_cast<uint32_t>(run.elements);
+    const int64_t base = static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(run.sample)) * elements);
+    for (uint32_t chunk = run.first_chunk; chunk < run.stop_chunk; ++chunk) {
+      Pack<X1, P::kWidth> x1_packs[P::kCount];
+      Pack<XT, P::kWidth> x0_packs[P::kCount];
+      FM_UNROLL
+      for (int i = 0; i < P::kCount; ++i) {
+        uint32_t offset = P::offset(geometry, chunk, run.lane, i);
+        if (offset >= elements) continue;
+        x1_packs[i] = load_data_pack<P::kWidth, X1>(call.x1, base, offset, record.mirror, launch.blocks.width);
+        if (!kDraw) x0_packs[i] = load_pack<XT, P::kWidth>(call.x0.data, base + offset);
+      }
+      FM_UNROLL
+      for (int i = 0; i < P::kCount; ++i) {
+        uint32_t offset = P::offset(geometry, chunk, run.lane, i), block = offset / kBlock;
+        if (offset >= elements) continue;
+        float x1[P::kWidth], x0[P::kWidth], x_t[P::kWidth];
+        map_data_pack<P::kWidth>(x1_packs[i], call.transform, dequantise, record.id, block, x1);
+        source_pack<kDraw>(x0_packs[i], stream, record.id, block, x0);
+        for (int j = 0; j < P::kWidth; ++j) x_t[j] = interpolate(record.a, x1[j], record.s, x0[j]);
+        store_pack(static_cast<XT*>(call.x_t.data), base + offset, x_t);
+      }
+    }
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kWideBlocks) strided_kernel(const SampleLaunch launch) {
+  const SampleCall& call = launch.call;
+  const Key key = key_of(call.key_words);
+  const Stream stream = stream_of(key, kStreamX0), dequantise = stream_of(key, kStreamDequantise);
+  auto prepare = [&](int64_t sample, bool owns) { return prepare_sample<T, true>(call, key, sample, owns); };
+  walk<SampleRecord<T>>(launch.geometry, prepare, [&](const SampleRecord<T>& record, const Run& run) {
+    for (uint32_t chunk = run.first_chunk; chunk < run.stop_chunk; ++chunk)
+      for (int i = 0; i < kEach / kBlock; ++i) {
+        int64_t index = block_index(launch.geometry, run, chunk, i);
+        if (index * kBlock >= run.elements) continue;
+        BlockPlace at = place_of_block(launch.blocks, index);
+        T x1[kBlock], x0[kBlock], x_t[kBlock];
+        load_data_block<T>(call.x1, run.sample, launch.blocks, at, record.mirror, call.transform, dequantise, record.id, x1);
+        source_block<T>(call.x0, run.sample, at, stream, record.id, x0);
+        for (int j = 0; j < kBlock; ++j) x_t[j] = interpolate(record.a, x1[j], record.s, x0[j]);
+        store_block<T>(call.x_t, run.sample, at, x_t);
+      }
+  });
+}
+
+template <class XT, class X1, bool kDraw>
+bool run_packed(const SampleCall& call, void* stream) {
+  const Shape& shape = call.shape;
+  if (!are_packed(shape, call.transform, Packs<XT>::kWidth, {&call.x_t, &call.x1, &call.x0})) return false;
+  SampleLaunch args = {call, geometry(shape.batch, shape.channels * shape.points), blocks_of_sample(shape, call.x_t)};
+  launch(packed_kernel<XT, X1, kDraw>, blocks_of(args.geometry, kPackedBlocks), stream, args);
+  return true;
+}
+
+// The dtypes of training: x1 like x_t, float32 or uint8; x0 drawn, or like both.
+template <class XT>
+bool run_packed_as(const SampleCall& call, void* stream) {
+  Dtype x_t = call.x_t.dtype, x1 = call.x1.dtype;
+  if (call.x0.data) return x1 == x_t && call.x0.dtype == x_t && run_packed<XT, XT, false>(call, stream);
+  if (x1 == x_t) return run_packed<XT, XT, true>(call, stream);
+  if (x1 == Dtype::float32) return run_packed<XT, float, true>(call, stream);
+  return x1 == Dtype::uint8 && run_packed<XT, uint8_t, true>(call, stream);
+}
+
+bool runs_packed(const SampleCall& call, void* stream) {
+  if (call.wide) return false;
+  if (call.x_t.dtype == Dtype::float32) return run_packed_as<float>(call, stream);
+  if (call.x_t.dtype == Dtype::bfloat16) return run_packed_as<Bfloat16>(call, stream);
+  return run_packed_as<Float16>(call, stream);
+}
+
+}  // namespace
+
+void path_sample(const SampleCall& call, void* stream) {
+  if (call.shape.batch == 0 || runs_packed(call, stream)) return;
+  SampleLaunch args = {call, {}, blocks_of_sample(call.shape, call.x_t)};
+  args.geometry = geometry(call.shape.batch, args.blocks.channels * args.blocks.row_blocks * kBlock);
+  launch(call.wide ? strided_kernel<double> : strided_kernel<float>, blocks_of(args.geometry, kWideBlocks), stream, args);
+}
+
+}  // namespace cuda
+}  // namespace fm

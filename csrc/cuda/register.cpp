@@ -1,0 +1,72 @@
+// Registration of the CUDA implementations, and the session of a call. Schemas live in fm_fast/_ops/schemas.py.
+#include "kernels.h"
+#include "ops.h"
+#include "session.h"
+
+// Tests register the same functions elsewhere.
+#ifndef FM_NAMESPACE
+#define FM_NAMESPACE "fm_fast"
+#define FM_DISPATCH_KEY "CUDA"
+#endif
+#define FM_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace fm {
+
+void check_device(const abi::Tensor& tensor) {
+  static const int32_t cuda = aoti_torch_device_type_cuda();
+  if (tensor.device_type() != cuda) tensor.fail("expected a CUDA tensor");
+  if (tensor.device_index() != cuda::current_device()) tensor.fail("expected a tensor on the device of the op's first argument");
+}
+
+namespace cuda {
+
+Session::Session(const abi::Arguments& in) {
+  abi::Tensor first = in.first("first");
+  if (first.device_type() != aoti_torch_device_type_cuda()) first.fail("expected a CUDA tensor");
+  device_ = first.device_index();
+  abi::check(aoti_torch_create_cuda_guard(device_, &guard_), "create_cuda_guard");
+  abi::check(aoti_torch_get_current_cuda_stream(device_, &stream_), "get_current_cuda_stream");
+}
+
+Session::~Session() {
+  if (scratch_) aoti_torch_delete_tensor_object(scratch_);
+  if (guard_) aoti_torch_delete_cuda_guard(guard_);
+}
+
+void* Session::allocate(int64_t doubles) {
+  if (doubles < 1) doubles = 1;
+  const int64_t stride = 1;
+  abi::check(
+      aoti_torch_empty_strided(1, &doubles, &stride, aoti_torch_dtype_float64(), aoti_torch_device_type_cuda(), device_, &scratch_),
+      "empty_strided");
+  return abi::Tensor(scratch_, "scratch").data();
+}
+
+namespace {
+
+constexpr struct {
+  const char* name;
+  void (*run)(StableIValue*, uint64_t, uint64_t);
+} kOps[] = {{"path_sample", path_sample}, {"path_loss", path_loss}, {"path_loss_backward", path_loss_backward}};
+
+// A failure leaves ops without a CUDA implementation (torch says so when one is called): never end the process that loads us.
+bool register_all() {
+  TorchLibraryHandle library = nullptr;
+  if (aoti_torch_library_init_impl(FM_NAMESPACE, FM_DISPATCH_KEY, "csrc/cuda/register.cpp", 0, &library)) return false;
+  for (const auto& op : kOps)
+    if (torch_library_impl(library, op.name, op.run, abi::kTorchVersion)) return false;
+  return true;
+}
+
+const bool registered = register_all();
+
+}  // namespace
+}  // namespace cuda
+}  // namespace fm
+
+// 1 if all operators were registered.
+FM_EXPORT int fm_fast_cuda_registered(void) { return fm::cuda::registered ? 1 : 0; }
+
+// The newest CUDA version that the driver supports, 0 without a driver, and the version that this library was built with: 13000 is 13.0.
+FM_EXPORT int fm_fast_cuda_driver_version(void) { return fm::cuda::driver_version(); }
+FM_EXPORT int fm_fast_cuda_runtime_version(void) { return fm::cuda::runtime_version(); }

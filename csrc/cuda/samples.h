@@ -1,0 +1,155 @@
+// The walk over samples whose elements take noise: as packs of neighbours, or a counter block at a time in any layout.
+#pragma once
+
+#include "../loss.h"
+#include "draw.h"
+#include "geometry.h"
+#include "pack.h"
+
+namespace fm {
+namespace cuda {
+
+constexpr int kBlock = 4;  // numbers of a Philox block
+
+// How a sample [C, P] is cut into counter blocks, which lie in its rows (a row a channel) one after the other.
+struct Blocks {
+  int64_t channels, points, row_blocks;
+  Divisor row, width;  // blocks of a row, or channels where they are neighbours in memory; the last dimension's size
+  bool channels_first;
+};
+
+inline Blocks blocks_of_sample(const Shape& shape, const View& fastest) {
+  int64_t row_blocks = (shape.points + kBlock - 1) / kBlock, blocks = shape.channels * row_blocks;
+  bool channels_first = shape.channels > 1 && fastest.channel_stride < fastest.point_stride;
+  Divisor row = divisor(channels_first ? shape.channels : row_blocks, blocks), width = divisor(shape.width, shape.points);
+  return Blocks{shape.channels, shape.points, row_blocks, row, width, channels_first};
+}
+
+// Elements `point` .. point + count - 1 of a channel, and the counter of their noise.
+struct BlockPlace {
+  int64_t channel, point;
+  int count;
+  uint32_t counter;
+};
+
+FM_HD BlockPlace place_of_block(const Blocks& blocks, int64_t index) {
+  int64_t quotient = divide(index, blocks.row), rest = index - quotient * blocks.row.value;
+  int64_t channel = blocks.channels_first ? rest : quotient, block = blocks.channels_first ? quotient : rest;
+  int64_t point = block * kBlock, left = blocks.points - point;
+  int count = left < kBlock ? static_cast<int>(left) : kBlock;
+  return BlockPlace{channel, point, count, static_cast<uint32_t>(channel * blocks.row_blocks + block)};
+}
+
+// The i-th counter block of a thread.
+FM_HD int64_t block_index(const Geometry& g, const Run& run, uint32_t chunk, int i) {
+  return ((static_cast<int64_t>(chunk) * (kEach / kBlock) + i) << g.team_bits) + run.lane;
+}
+
+FM_HD int64_t offset_of(const View& view, int64_t sample, int64_t channel, int64_t point) {
+  return sample * view.batch_stride + channel * view.channel_stride + point * view.point_stride;
+}
+
+// The point that a mirrored sample shows at `point`.
+template <class Index>
+FM_HD Index mirrored(Index point, const Divisor& width) {
+  Index size = static_cast<Index>(width.value), column = point - divide(point, width) * size;
+  return point - column + (size - 1 - column);
+}
+
+FM_HD bool is_mirrored(const DataTransform& transform, const Key& key, uint32_t id) {
+  return transform.flip > 0 && flips(stream_of(key, kStreamFlip), id, transform.flip);
+}
+
+// Neighbours that a thread takes of a tensor with elements of S, and how often it does.
+template <class S>
+struct Packs {
+  static constexpr int kWidth = sizeof(S) == 2 ? 8 : 4;
+  static constexpr int kCount = kEach / kWidth;
+
+  FM_HD uint32_t offset(const Geometry& g, uint32_t chunk, uint32_t lane, int i) {
+    return (((chunk * kCount + static_cast<uint32_t>(i)) << g.team_bits) + lane) * kWidth;
+  }
+};
+
+// A pack of x1 of the sample that begins at `base`, mirrored where its sample is.
+template <int kWidth, class X1>
+FM_HD Pack<X1, kWidth> load_data_pack(const View& x1, int64_t base, uint32_t offset, bool mirror, const Divisor& width) {
+  if (!mirror) return load_pack<X1, kWidth>(x1.data, base + offset);
+  return reversed(load_pack<X1, kWidth>(x1.data, base + mirrored(offset + (kWidth - 1), width)));
+}
+
+// Floating data is data already.
+template <int kWidth, class X1>
+FM_HD void map_data_pack(const Pack<X1, kWidth>& pack, const DataTransform&, const Stream&, uint32_t, uint32_t, float (&x1)[kWidth]) {
+  widen_pack(pack, x1);
+}
+
+template <int kWidth>
+FM_HD void map_data_pack(const Pack<uint8_t, kWidth>& pack, const DataTransform& transform, const Stream& dequantise, uint32_t id,
+                         uint32_t block, float (&x1)[kWidth]) {
+  float u[kWidth], scale = static_cast<float>(2.0 / transform.levels);
+  for (int i = 0; i < kWidth; ++i) u[i] = 0.5f;
+  if (transform.dequantise)
+    for (int i = 0; i < kWidth / kBlock; ++i) draw_uniforms(dequantise, id, block + static_cast<uint32_t>(i), u + kBlock * i);
+  widen_pack(pack, x1);
+  for (int i = 0; i < kWidth; ++i) x1[i] = data_map<float>(x1[i], u[i], scale);
+}
+
+// x0 of a pack of elements: drawn, or as it was read.
+template <bool kDraw, class S, int kWidth>
+FM_HD void source_pack(const Pack<S, kWidth>& pack, const Stream& stream, uint32_t id, uint32_t block, float (&x0)[kWidth]) {
+  if (!kDraw) widen_pack(pack, x0);
+  for (int i = 0; kDraw && i < kWidth / kBlock; ++i) draw_normals(stream, id, block + static_cast<uint32_t>(i), x0 + kBlock * i);
+}
+
+// x1 of a counter block in any layout and dtype.
+template <class T>
+FM_HD void load_data_block(const View& x1, int64_t sample, const Blocks& blocks, const BlockPlace& place, bool mirror,
+                           const DataTransform& transform, const Stream& dequantise, uint32_t id, T (&to)[kBlock]) {
+  float u[kBlock] = {0.5f, 0.5f, 0.5f, 0.5f};
+  bool integers = x1.dtype == Dtype::uint8;
+  if (integers && transform.dequantise) draw_uniforms(dequantise, id, place.counter, u);
+  T scale = static_cast<T>(2.0 / transform.levels);
+  for (int i = 0; i < kBlock; ++i) {
+    if (i >= place.count) continue;
+    int64_t point = mirror ? mirrored(place.point + i, blocks.width) : place.point + i;
+    T value = load_any<T>(x1, offset_of(x1, sample, place.channel, point));
+    to[i] = integers ? data_map<T>(value, static_cast<T>(u[i]), scale) : value;
+  }
+}
+
+template <class T>
+FM_HD void load_block(const View& view, int64_t sample, const BlockPlace& place, T (&to)[kBlock]) {
+  for (int i = 0; i < kBlock; ++i)
+    if (i < place.count) to[i] = load_any<T>(view, offset_of(view, sample, place.channel, place.point + i));
+}
+
+template <class T>
+FM_HD void store_block(const View& view, int64_t sample, const BlockPlace& place, const T (&from)[kBlock]) {
+  for (int i = 0; i < kBlock; ++i)
+    if (i < place.count) store_any<T>(view, offset_of(view, sample, place.channel, place.point + i), from[i]);
+}
+
+// x0 of a counter block: read, or drawn.
+template <class T>
+FM_HD void source_block(const View& x0, int64_t sample, const BlockPlace& place, const Stream& stream, uint32_t id, T (&to)[kBlock]) {
+  if (x0.data) return load_block<T>(x0, sample, place, to);
+  float z[kBlock];
+  draw_normals(stream, id, place.counter, z);
+  for (int i = 0; i < kBlock; ++i) to[i] = static_cast<T>(z[i]);
+}
+
+
+// Whether samples can be walked pack by pack of `width` elements, with 32-bit offsets inside a sample.
+template <int kViews>
+inline bool are_packed(const Shape& shape, const DataTransform& transform, int64_t width, const View* const (&views)[kViews]) {
+  int64_t elements = shape.channels * shape.points;
+  bool rows = (shape.channels == 1 || shape.points % kBlock == 0) && elements % width == 0 && elements < kWordLimit - kThreads * kEach;
+  rows = rows && shape.batch < kWordLimit;
+  if (transform.flip > 0 && shape.width % width != 0) return false;
+  for (const View* view : views) rows = rows && is_packed(*view, shape, width);
+  return rows;
+}
+
+}  // namespace cuda
+}  // namespace fm
