@@ -221,7 +221,7 @@ def static_cudart(nvcc: Path) -> str:
 
 
 def plan_cuda() -> Plan:
-    kernels, host = sources("cuda", "*.cu"), sources("cuda", "*.cpp")
+    kernels, host = sources("cuda", "*.cu"), [*sources("cuda", "*.cpp"), *sources("", "*.cpp")]
     if not kernels:
         raise NotBuilt("no CUDA sources in this version")
     nvcc, tool, library = find_nvcc(), shlex.join(find_compiler()), "libfm_fast_cuda.so"

@@ -55,7 +55,9 @@ class PathSample:
             _checks.weight(weight, self._x1)
         if _ops.needs_reference(self._backend, self._x1, self._x0, self.coef, weight):
             return reference.path_loss(o, *self._plain(), self.coef, weight, reduction)
-        return _ops.path_loss(o, self._x1, self._x0, self._drawn_point(point), self._key, self.coef, weight, reduction, self._spec)
+        return _ops.path_loss(
+            o, self._x1, self._x0, self._drawn_point(point), self._key, self.coef, weight, reduction, self._spec, self._backend
+        )
 
     def _drawn_point(self, writes: int | None) -> Tensor | None:
         """x_t, if it is certainly still what this draw wrote: dividing the noise out of it costs a CPU less than drawing it again."""
@@ -139,7 +141,7 @@ def sample_path(
         coefficients = loss_coefficients(spec.path, spec.objective, times).to(wide)
         if _ops.needs_reference(chosen, coefficients):
             return _plain_sample(x1, x0, times, key, spec, out, wide)
-    x_t, times, coefficients = _ops.path_sample(x1, x0, times, coefficients, key, spec, out)
+    x_t, times, coefficients = _ops.path_sample(x1, x0, times, coefficients, key, spec, out, chosen)
     point = x_t if x0 is None and chosen == "cpp" else None  # a GPU draws faster than it reads
     return PathSample(x_t, times, coefficients, x1, x0, key, spec, chosen, point, _writes(x1, x0, point))
 

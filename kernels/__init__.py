@@ -1,7 +1,7 @@
-"""Triton kernels: the ops on NVIDIA GPUs where no compiled CUDA library is there. Importing needs neither a GPU nor Triton.
+"""Triton kernels: the ops on GPUs, where they are asked for or no compiled CUDA library is there. Importing needs neither a GPU nor Triton.
 
-One op a file: formula, kernel, launcher. ``register`` makes the launchers the CUDA implementations of the ``fm_fast`` ops; each is
-imported, and Triton with it, at its first call.
+One op a file: formula, kernel, launcher. ``register`` makes the launchers the CUDA implementations of ops; each is imported, and Triton
+with it, at its first call.
 """
 
 import functools
@@ -48,15 +48,14 @@ def _requires_grad(argument: Any) -> bool:
     return isinstance(argument, torch.Tensor) and argument.requires_grad
 
 
-def register() -> torch.library.Library | None:
-    """Register every launcher for dispatch key CUDA; None, and nothing done, without Triton.
+def register(namespace: str) -> torch.library.Library | None:
+    """Register every launcher for dispatch key CUDA of the ops in ``namespace``; None, and nothing done, without Triton.
 
-    The registrations live as long as the returned library is kept. Only one implementation can own the key, so do not call this where
-    the compiled CUDA library is loaded.
+    The registrations live as long as the returned library is kept.
     """
     if importlib.util.find_spec("triton") is None:
         return None
-    library = torch.library.Library("fm_fast", "IMPL")
+    library = torch.library.Library(namespace, "IMPL")
     for op in LAUNCHERS:
         library.impl(op, _lazily(op), "CUDA")
     return library

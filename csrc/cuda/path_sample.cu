@@ -6,8 +6,6 @@ namespace fm {
 namespace cuda {
 namespace {
 
-constexpr int kPackedBlocks = 7;  // the coefficients of a path take more registers than its elements do
-
 struct SampleLaunch {
   SampleCall call;
   Geometry geometry;
@@ -22,33 +20,56 @@ struct SampleRecord {
   bool mirror;
 };
 
+// The paths that take no more than a few instructions a sample are evaluated where they are used.
+bool is_simple(const ScheduleCall& schedule) {
+  return schedule.path.kind == kPathOT && schedule.objective != kScoreFlow && schedule.law.sampler != kTimeLogitNormal;
+}
+
+// The same call, so that the compiler knows it to be simple and leaves out the rest.
+__device__ __forceinline__ ScheduleCall simple(const ScheduleCall& call) {
+  ScheduleCall schedule = call;
+  schedule.path.kind = kPathOT;
+  if (schedule.objective == kScoreFlow) schedule.objective = kVelocity;
+  if (schedule.law.sampler == kTimeLogitNormal) schedule.law.sampler = kTimeUniform;
+  return schedule;
+}
+
 template <class C>
-__device__ Coefficients filled_coefficients(const ScheduleCall& schedule, const Key& key, int64_t sample, bool owns) {
+__device__ __forceinline__ Coefficients fill(const ScheduleCall& schedule, const Key& key, int64_t sample, bool owns) {
   C time;
   Coefficients c = coefficients_of<C>(schedule, key, sample, &time);
   if (owns) put_coefficients<C>(schedule, sample, time, c);
-  // As the loss will read them.
-  return Coefficients{static_cast<double>(static_cast<C>(c.a)), static_cast<double>(static_cast<C>(c.s)), c.c1, c.c0, c.k, c.w};
+  c.a = static_cast<double>(static_cast<C>(c.a));  // as the loss will read them
+  c.s = static_cast<double>(static_cast<C>(c.s));
+  return c;
 }
 
-// kWide: whether times and coefficients may be float64.
+// Every other path: a thread a sample, before the kernel that reads the coefficients.
+__global__ void __launch_bounds__(kThreads) schedule_kernel(const SampleLaunch launch) {
+  const Key key = key_of(launch.call.key_words);
+  int64_t sample = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  for (; sample < launch.call.shape.batch; sample += int64_t(gridDim.x) * kThreads)
+    launch.call.schedule.wide ? fill<double>(launch.call.schedule, key, sample, true) : fill<float>(launch.call.schedule, key, sample, true);
+}
+
+// kWide: whether coefficients may be float64.
 template <class T, bool kWide>
-__device__ SampleRecord<T> prepare_sample(const SampleCall& call, const Key& key, int64_t sample, bool owns) {
+__device__ __forceinline__ SampleRecord<T> prepare_sample(const SampleCall& call, const Key& key, int64_t sample, bool owns) {
   Coefficients c = {};
   if (call.schedule.path.kind == kPathGiven) {
     c.a = number_at(call.coefficients, kWide ? call.coefficient_dtype : Dtype::float32, 6 * sample);
     c.s = number_at(call.coefficients, kWide ? call.coefficient_dtype : Dtype::float32, 6 * sample + 1);
   } else if (kWide && call.schedule.wide) {
-    c = filled_coefficients<double>(call.schedule, key, sample, owns);
+    c = fill<double>(simple(call.schedule), key, sample, owns);
   } else {
-    c = filled_coefficients<float>(call.schedule, key, sample, owns);
+    c = fill<float>(simple(call.schedule), key, sample, owns);
   }
   uint32_t id = sample_id(key, sample);
   return SampleRecord<T>{static_cast<T>(c.a), static_cast<T>(c.s), id, is_mirrored(call.transform, key, id)};
 }
 
 template <class XT, class X1, bool kDraw>
-__global__ void __launch_bounds__(kThreads, kPackedBlocks) packed_kernel(const SampleLaunch launch) {
+__global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const SampleLaunch launch) {
   using P = Packs<XT>;
   const SampleCall& call = launch.call;
   const Geometry& geometry = launch.geometry;
@@ -109,7 +130,7 @@ bool run_packed(const SampleCall& call, void* stream) {
   const Shape& shape = call.shape;
   if (!are_packed(shape, call.transform, Packs<XT>::kWidth, {&call.x_t, &call.x1, &call.x0})) return false;
   SampleLaunch args = {call, geometry(shape.batch, shape.channels * shape.points), blocks_of_sample(shape, call.x_t)};
-  launch(packed_kernel<XT, X1, kDraw>, blocks_of(args.geometry, kPackedBlocks), stream, args);
+  launch(packed_kernel<XT, X1, kDraw>, blocks_of(args.geometry, kBlocks), stream, args);
   return true;
 }
 
@@ -132,9 +153,16 @@ bool runs_packed(const SampleCall& call, void* stream) {
 
 }  // namespace
 
-void path_sample(const SampleCall& call, void* stream) {
-  if (call.shape.batch == 0 || runs_packed(call, stream)) return;
+void path_sample(const SampleCall& given, void* stream) {
+  SampleCall call = given;
+  if (call.shape.batch == 0) return;
   SampleLaunch args = {call, {}, blocks_of_sample(call.shape, call.x_t)};
+  if (call.schedule.path.kind != kPathGiven && !is_simple(call.schedule)) {
+    int64_t needed = (call.shape.batch + kThreads - 1) / kThreads, most = device_blocks(kBlocks);
+    launch(schedule_kernel, needed < most ? needed : most, stream, args);
+    args.call.schedule.path.kind = call.schedule.path.kind = kPathGiven;
+  }
+  if (runs_packed(call, stream)) return;
   args.geometry = geometry(call.shape.batch, args.blocks.channels * args.blocks.row_blocks * kBlock);
   launch(call.wide ? strided_kernel<double> : strided_kernel<float>, blocks_of(args.geometry, kWideBlocks), stream, args);
 }

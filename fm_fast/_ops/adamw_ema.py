@@ -41,7 +41,7 @@ def adamw_ema_norm(total: Tensor, gradients: Sequence[Tensor], backend: str) -> 
     if needs_reference(backend):
         total.copy_(reference.square_sum(gradients))
     else:
-        run(_adamw_ema_norm, total, gradients)
+        run(_adamw_ema_norm[backend], total, gradients)
 
 
 def adamw_ema(
@@ -62,7 +62,7 @@ def adamw_ema(
     """
     if not needs_reference(backend):
         flat = (state.m, state.v, state.averages, state.counts)
-        return run(_adamw_ema, parameters, copies, *flat, gradients, state.layout, total, settings, decays)
+        return run(_adamw_ema[backend], parameters, copies, *flat, gradients, state.layout, total, settings, decays)
     with torch.no_grad():
         _plain(parameters, copies, gradients, state, total.reshape(()), settings, decays)
 

@@ -46,8 +46,8 @@ def group_norm_silu(inputs: Inputs, key: Tensor | None, settings: NormSettings, 
     tensors = (native_layout(x), *[None if t is None else native_layout(t) for t in inputs[1:]])
     tail = (settings.groups, settings.eps, settings.activation, settings.dropout, settings.index)
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
-        return _GroupNormSiLU.apply(*tensors, key, tail)
-    return _fused(tensors, key, tail)[0]
+        return _GroupNormSiLU.apply(*tensors, key, tail, backend)
+    return _fused(tensors, key, tail, backend)[0]
 
 
 def _plain(inputs: Inputs, key: Tensor | None, settings: NormSettings, backend: str) -> Tensor:
@@ -62,14 +62,14 @@ def _plain(inputs: Inputs, key: Tensor | None, settings: NormSettings, backend: 
     return reference.group_norm_silu(*inputs, settings.groups, settings.eps, settings.activation, mask)
 
 
-def _fused(tensors: tuple[Tensor | None, ...], key: Tensor | None, tail: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _fused(tensors: tuple[Tensor | None, ...], key: Tensor | None, tail: tuple[Any, ...], backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """The result [B, C, ...] in the memory format of x, and the statistics [B, groups]."""
     x, second = tensors[:2]
     assert x is not None
     wide = reference.accumulation_dtype(x)
     mean, rstd = (x.new_empty(x.shape[0], tail[0], dtype=wide) for _ in range(2))
     y = torch.empty_like(x) if second is None else _empty_joined(x, second)
-    run(_forward, y, mean, rstd, *_filled((*tensors, key), x), *tail)
+    run(_forward[backend], y, mean, rstd, *_filled((*tensors, key), x), *tail)
     return y, mean, rstd
 
 
@@ -88,11 +88,11 @@ class _GroupNormSiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, key, tail = arguments
-        y, mean, rstd = _fused(tuple(tensors), key, tail)
+        *tensors, key, tail, backend = arguments
+        y, mean, rstd = _fused(tuple(tensors), key, tail, backend)
         present = savable(tuple(t for t in (*tensors, key) if t is not None))
         ctx.present = tuple(t is not None for t in (*tensors, key))
-        ctx.tail = tail
+        ctx.tail, ctx.backend = tail, backend
         ctx.save_for_backward(*present, mean, rstd)
         return y
 
@@ -104,18 +104,18 @@ class _GroupNormSiLU(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(grad_y):
             gradients = _differentiable_gradients(tensors, key, ctx.tail, grad_y, ctx.needs_input_grad)
         else:
-            gradients = _gradients(tensors, mean, rstd, key, ctx.tail, grad_y)
-        return (*gradients, None, None)
+            gradients = _gradients(tensors, mean, rstd, key, ctx.tail, grad_y, ctx.backend)
+        return (*gradients, None, None, None)
 
 
 def _gradients(
-    tensors: list[Tensor | None], mean: Tensor, rstd: Tensor, key: Tensor | None, tail: tuple[Any, ...], grad_y: Tensor
+    tensors: list[Tensor | None], mean: Tensor, rstd: Tensor, key: Tensor | None, tail: tuple[Any, ...], grad_y: Tensor, backend: str
 ) -> list[Tensor | None]:
     x = tensors[0]
     assert x is not None
     groups, _, *others = tail
     gradients = [None if t is None else torch.empty_like(t) for t in tensors]
-    _backward(*_filled((*gradients, native_layout(grad_y), *tensors, mean, rstd, key), x), groups, *others)
+    _backward[backend](*_filled((*gradients, native_layout(grad_y), *tensors, mean, rstd, key), x), groups, *others)
     return gradients
 
 

@@ -16,7 +16,7 @@ def noise(key: Tensor, shape: tuple[int, ...], kind: Kind, stream: int, index: i
     if needs_reference(backend):
         return reference.noise(key, shape, kind, stream, index).to(dtype)
     out = torch.empty(shape, dtype=dtype, device=key.device)
-    _noise(out, key, int(kind), int(stream), index)
+    _noise[backend](out, key, int(kind), int(stream), index)
     return out
 
 

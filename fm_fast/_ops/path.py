@@ -18,7 +18,14 @@ _path_loss_backward = schemas.op("path_loss_backward")
 
 
 def path_sample(
-    x1: Tensor, x0: Tensor | None, t: Tensor | None, coefficients: Tensor | None, key: Tensor, spec: PathSpec, dtype: torch.dtype
+    x1: Tensor,
+    x0: Tensor | None,
+    t: Tensor | None,
+    coefficients: Tensor | None,
+    key: Tensor,
+    spec: PathSpec,
+    dtype: torch.dtype,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x_t, t [B], coefficients [B, 6]) in one pass over x1; with ``coefficients`` given, t is too and both are used as they are."""
     wide = reference.accumulation_dtype(x1, x0, coefficients) if dtype != torch.float64 else torch.float64
@@ -30,7 +37,7 @@ def path_sample(
     path = spec.kernel_path if coefficients is None else (GIVEN_TIME, 0.0, 0.0)
     times_drawn = (sampler, spec.t_sampler.mean, spec.t_sampler.std, *spec.t_range)
     x0 = absent(rows) if x0 is None else native_layout(x0)
-    run(_path_sample, x_t, times, rows, x1, x0, key, *path, spec.objective.code, *times_drawn, *_data_map(spec))
+    run(_path_sample[backend], x_t, times, rows, x1, x0, key, *path, spec.objective.code, *times_drawn, *_data_map(spec))
     return x_t, times, rows
 
 
@@ -44,6 +51,7 @@ def path_loss(
     weight: Tensor | None,
     reduction: str,
     spec: PathSpec,
+    backend: str,
 ) -> Tensor:
     """The reduced loss, differentiable in ``o`` (twice); float32, or float64 for float64 data.
 
@@ -56,21 +64,23 @@ def path_loss(
     tail = (reference.REDUCTIONS.index(reduction), *_data_map(spec))
     if torch.is_grad_enabled() and o.requires_grad:
         o, *others = savable(inputs)
-        return _PathLoss.apply(o, tuple(others), x_t, tail)
+        return _PathLoss.apply(o, tuple(others), x_t, tail, backend)
     with torch.no_grad():  # the raw op would otherwise look for gradients to refuse
-        return _fused_loss(inputs, x_t, tail, with_gradient=False)[0]
+        return _fused_loss(inputs, x_t, tail, backend, with_gradient=False)[0]
 
 
 def _data_map(spec: PathSpec) -> tuple[float, int, bool]:
     return spec.flip, spec.levels, spec.dequantise
 
 
-def _fused_loss(inputs: tuple[Tensor, ...], x_t: Tensor | None, tail: tuple[Any, ...], with_gradient: bool) -> tuple[Tensor, Tensor]:
+def _fused_loss(
+    inputs: tuple[Tensor, ...], x_t: Tensor | None, tail: tuple[Any, ...], backend: str, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
     o, coefficients = inputs[0], inputs[4]
     shape = o.shape[:1] if tail[0] == reference.REDUCTIONS.index("none") else ()
     loss = o.new_empty(shape, dtype=reference.accumulation_dtype(o, coefficients))
     gradient = torch.empty_like(o) if with_gradient else o.new_empty(0)
-    _path_loss(loss, gradient, *inputs, *tail, x_t)
+    _path_loss[backend](loss, gradient, *inputs, *tail, x_t)
     return loss, gradient
 
 
@@ -82,9 +92,11 @@ class _PathLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, o: Tensor, others: tuple[Tensor, ...], x_t: Tensor | None, tail: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
-        loss, gradient = _fused_loss((o, *others), x_t, tail, with_gradient=o.dtype != torch.float16)
-        ctx.tail = tail
+    def forward(  # type: ignore[override]
+        ctx: Any, o: Tensor, others: tuple[Tensor, ...], x_t: Tensor | None, tail: tuple[Any, ...], backend: str
+    ) -> Tensor:
+        loss, gradient = _fused_loss((o, *others), x_t, tail, backend, with_gradient=o.dtype != torch.float16)
+        ctx.tail, ctx.backend = tail, backend
         ctx.save_for_backward(o, *others, gradient)
         return loss
 
@@ -95,10 +107,10 @@ class _PathLoss(torch.autograd.Function):
             result = _differentiable_gradient(inputs, ctx.tail, grad_output)
         elif gradient.dtype == torch.float16:
             result = torch.empty_like(inputs[0])
-            _path_loss_backward(result, *inputs, grad_output.contiguous(), *ctx.tail)
+            _path_loss_backward[ctx.backend](result, *inputs, grad_output.contiguous(), *ctx.tail)
         else:
             result = _scaled(gradient, grad_output)
-        return result, None, None, None
+        return result, None, None, None, None
 
 
 def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:

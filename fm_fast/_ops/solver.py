@@ -25,7 +25,7 @@ def linear_step(backend: str) -> Callable[..., None]:
     Writes table[row, 0] x + sum_j table[row, 1 + j] m(outputs[j]) into out, which may be x, and once or twice into copy where it is not
     empty; see :func:`fm_fast.reference.linear_step`.
     """
-    return _plain_linear_step if backend == "reference" else _linear_step
+    return _plain_linear_step if backend == "reference" else _linear_step[backend]
 
 
 def _plain_linear_step(out: Tensor, copy: Tensor, x: Tensor, outputs: Sequence[Tensor], table: Tensor, row: int, guidance: float) -> None:
@@ -73,7 +73,7 @@ def probe(like: Tensor, probes: ProbeSet, first: int, count: int, backend: str) 
         return signs.to(like.dtype)
     out = torch.empty((count * shape[0], *shape[1:]), dtype=like.dtype, device=like.device, memory_format=memory_format(like))
     out = out.unflatten(0, (count, shape[0])) if shape[0] else out.reshape(count, *shape)
-    _probe(out, probes.key, probes.codes, probes.rows, probes.index, first, probes.share)
+    _probe[backend](out, probes.key, probes.codes, probes.rows, probes.index, first, probes.share)
     return out
 
 
@@ -88,7 +88,7 @@ def divergence_step(
     if not needs_reference(backend):
         kind = Kind.normal if probes.normal else Kind.sign
         tail = (PROBE_KINDS[kind], probes.index, first, probes.share, probes.groups, bias, factor)
-        _divergence_step(sums, dots, products, probes.key, probes.codes, probes.rows, *tail)
+        _divergence_step[backend](sums, dots, products, probes.key, probes.codes, probes.rows, *tail)
         return
     count = products.shape[0]
     z = probe(products[0], probes, first, count, "reference")
