@@ -1,6 +1,7 @@
 // The arguments of an op's call, read from torch's stack in the order of fm_fast/_ops/schemas.py and checked: all that a backend needs.
 #pragma once
 
+#include "evaluation.h"
 #include "path.h"
 #include "tensors.h"
 
@@ -57,16 +58,55 @@ struct LossCall {
   bool wide;
 };
 
+struct StepTerm {
+  HalvedView k;  // the conditional half first
+  double coefficient;
+};
+
+// y = a x + sum_j c_j m(k_j). The views may have been merged: elementwise work has no logical order.
+struct StepCall {
+  Shape shape;
+  View out, x;
+  HalvedView copy;             // may be absent
+  const double* coefficients;  // a, c_1, ..., c_count, in memory of the op's device
+  int64_t count;
+  double guidance;
+  bool wide;
+};
+
+// Probes first, first + 1, ... of stream "probe".
+struct ProbeCall {
+  Shape shape;
+  View view;  // of the first probe
+  int64_t probe_stride, probes;
+  KeyWords key_words;
+  int64_t index, first, share;
+  const int64_t *codes, *rows;  // of structured probes (rows: of these probes), or nullptr
+};
+
+// Of a call's probes into dots; after the last probe of an evaluation its estimate goes to the sums.
+struct DivergenceCall {
+  ProbeCall probes;  // `view` is g
+  bool normals, last;
+  double* dots;  // of these probes, [probes, B]
+  Evaluation evaluation;
+};
+
 NoiseCall read_noise(abi::Arguments* in);
 SampleCall read_path_sample(abi::Arguments* in);
 LossCall read_path_loss(abi::Arguments* in);
 LossCall read_path_loss_backward(abi::Arguments* in);
+ProbeCall read_probe(abi::Arguments* in);
+DivergenceCall read_divergence_step(abi::Arguments* in);
 
 // One letter an argument, as abi::Arguments wants them.
 constexpr const char* kNoiseArguments = "TTiii";
 constexpr const char* kPathSampleArguments = "TTTTTTiffiifffffffb";
 constexpr const char* kPathLossArguments = "TTTTTTTTiffbO";
 constexpr const char* kPathLossBackwardArguments = "TTTTTTTTiffb";
+constexpr const char* kLinearStepArguments = "TTTLTif";
+constexpr const char* kProbeArguments = "TTTTiii";
+constexpr const char* kDivergenceStepArguments = "TTTTTTiiiiiff";
 
 // The six numbers of a sample and its time, which is clamped where it is given.
 template <class T>

@@ -33,21 +33,10 @@ struct LossArgs : LossCall {
   double* partial;  // [B, channel_tiles * point_tiles] sums of the loss, or nullptr
 };
 
-struct StepTerm {
-  HalvedView k;  // the conditional half first
-  double coefficient;
-};
-
-// y = coefficient x + sum_j coefficient_j k_j. Shape and views may have been merged: elementwise work has no logical order.
-struct StepArgs {
-  Shape shape;
+struct StepArgs : StepCall {
   Tiling tiling;
-  View out, x;
-  HalvedView copy;  // may be absent
   const StepTerm* terms;
-  int64_t count;
-  double coefficient, guidance;
-  bool wide;
+  double coefficient;  // of x
 };
 
 // Bit p % 128 of block c * ceil(P / 128) + p / 128 of a probe: the parity of codes[c * P + p] & its row.
@@ -57,14 +46,10 @@ struct ParityArgs {
   uint32_t* parities;  // four words a block
 };
 
-// Probes first, first + 1, ... of stream "probe". Units count those of all probes, `tiling` cuts one.
-struct ProbeArgs {
-  Shape shape;
+// Units count those of all probes, `tiling` cuts one.
+struct ProbeArgs : ProbeCall {
   Tiling tiling;
-  View view;  // of the first probe
-  int64_t probe_stride;
   Key key;
-  int64_t index, first, share;
   const uint32_t* parities;  // or nullptr
 };
 

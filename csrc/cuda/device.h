@@ -17,7 +17,8 @@ namespace cuda {
 
 constexpr int kThreads = 128;  // of a block, always
 constexpr int kWarp = 32;      // threads
-// Blocks that a multiprocessor holds at once, which is what a kernel's registers are cut to: 64 a thread, or 96 where it computes in double.
+// Blocks that a multiprocessor holds at once, which is what a kernel's registers are cut to: 64 a thread, or 96 where it computes in
+// double.
 constexpr int kBlocks = 8;
 constexpr int kWideBlocks = 5;
 

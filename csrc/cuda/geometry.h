@@ -1,4 +1,4 @@
-// How a launch covers samples: a thread takes kEach elements of a sample at a time, a team of threads a chunk of it.
+// How a launch covers samples: a thread takes a few elements of a sample at a time (kEach), a team of threads a chunk of it.
 //
 // A block has kThreads / team teams. Where a sample is one chunk, teams take different samples, else there is one team. Tiles, which are a
 // chunk or the chunks of several samples, are dealt to blocks in equal runs, so that a block meets few samples and prepares each once.
@@ -24,13 +24,12 @@ inline Divisor divisor(int64_t value, int64_t largest) {
   Divisor d = {value < 1 ? 1 : value, 0, 0, largest >= kWordLimit};
   if (d.wide) return d;
   while ((int64_t(1) << d.shift) < d.value) ++d.shift;
-  d.multiplier = static_cast<uint32_t>((((uint64_t(1) << d.shift) - static_cast<uint64_t>(d.value)) << 32) / static_cast<uint64_t>(d.value)) + 1;
+  d.multiplier =
+      static_cast<uint32_t>((((uint64_t(1) << d.shift) - static_cast<uint64_t>(d.value)) << 32) / static_cast<uint64_t>(d.value)) + 1;
   return d;
 }
 
-FM_HD uint32_t divide(uint32_t n, const Divisor& d) {
-  return (multiply_high(n, d.multiplier) + n) >> d.shift;
-}
+FM_HD uint32_t divide(uint32_t n, const Divisor& d) { return (multiply_high(n, d.multiplier) + n) >> d.shift; }
 
 FM_HD int64_t divide(int64_t n, const Divisor& d) {
   return d.wide ? n / d.value : static_cast<int64_t>(divide(static_cast<uint32_t>(n), d));
@@ -43,11 +42,11 @@ struct Geometry {
   uint32_t tiles;
 };
 
-inline Geometry geometry(int64_t batch, int64_t elements) {
+inline Geometry geometry(int64_t batch, int64_t elements, int each = kEach) {
   Geometry g = {batch, elements, 0, 1, 1, 0};
-  while (g.team < kThreads && g.team * kEach < elements) g.team = 1u << ++g.team_bits;
+  while (g.team < kThreads && int64_t(g.team) * each < elements) g.team = 1u << ++g.team_bits;
   if (g.team > kWarp) g.team = 1u << (g.team_bits = 7);  // sums of a team then cross either one warp or the block
-  int64_t chunk = int64_t(g.team) * kEach, teams = kThreads / g.team;
+  int64_t chunk = int64_t(g.team) * each, teams = kThreads / g.team;
   int64_t chunks = elements > chunk ? (elements + chunk - 1) / chunk : 1, tiles = (batch + teams - 1) / teams * chunks;
   if (tiles >= kWordLimit) throw std::runtime_error("fm_fast: too many elements for one launch");
   g.chunks = static_cast<uint32_t>(chunks);

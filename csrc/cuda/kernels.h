@@ -12,6 +12,19 @@ void path_sample(const SampleCall& call, void* stream);
 void path_loss(const LossCall& call, double* scratch, void* stream);
 int64_t path_loss_scratch(const LossCall& call);
 
+// `terms` without coefficients, which are read on the device; kMostTerms of them at most.
+constexpr int64_t kMostTerms = 32;
+void linear_step(const StepCall& call, const StepTerm* terms, void* stream);
+
+// The words by which structured probes turn the random signs: none where the probes are not structured.
+int64_t parity_words(const ProbeCall& call);
+void fill_parities(const ProbeCall& call, uint32_t* parities, void* stream);
+void probe(const ProbeCall& call, uint32_t stream_code, const uint32_t* parities, void* stream);
+
+// `scratch` holds divergence_scratch(call) doubles.
+void divergence_step(const DivergenceCall& call, const uint32_t* parities, double* scratch, void* stream);
+int64_t divergence_scratch(const DivergenceCall& call);
+
 // The current device, and versions of the driver and of the runtime in this library.
 int current_device();
 int driver_version();

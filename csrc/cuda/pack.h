@@ -46,9 +46,7 @@ FM_HD void widen_pack(const Pack<S, kCount>& pack, float (&to)[kCount]) {
 FM_HD uint32_t reversed_word(uint32_t word, float) { return word; }
 FM_HD uint32_t reversed_word(uint32_t word, Bfloat16) { return word << 16 | word >> 16; }
 FM_HD uint32_t reversed_word(uint32_t word, Float16) { return word << 16 | word >> 16; }
-FM_HD uint32_t reversed_word(uint32_t word, uint8_t) {
-  return word << 24 | (word & 0xff00u) << 8 | (word >> 8 & 0xff00u) | word >> 24;
-}
+FM_HD uint32_t reversed_word(uint32_t word, uint8_t) { return word << 24 | (word & 0xff00u) << 8 | (word >> 8 & 0xff00u) | word >> 24; }
 
 template <class S, int kCount>
 FM_HD Pack<S, kCount> reversed(const Pack<S, kCount>& pack) {
@@ -128,7 +126,8 @@ inline bool is_packed(const View& view, const Shape& shape, int64_t width) {
   int64_t elements = shape.channels * shape.points;
   uintptr_t boundary = static_cast<uintptr_t>(access_bytes(static_cast<int>(element_size(view.dtype) * width)));
   bool row = view.point_stride == 1 && (shape.channels == 1 || view.channel_stride == shape.points);
-  return !view.data || (row && (shape.batch == 1 || view.batch_stride == elements) && reinterpret_cast<uintptr_t>(view.data) % boundary == 0);
+  return !view.data ||
+         (row && (shape.batch == 1 || view.batch_stride == elements) && reinterpret_cast<uintptr_t>(view.data) % boundary == 0);
 }
 
 }  // namespace cuda

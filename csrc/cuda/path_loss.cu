@@ -41,7 +41,7 @@ __device__ LossRecord<T> prepare_sample(const LossCall& call, const Key& key, in
 // Hands in a chunk's sum where the loss is one a sample.
 __device__ __forceinline__ void put_chunk(const LossLaunch& launch, const Run& run, uint32_t chunk, double sum) {
   const Geometry& g = launch.geometry;
-  sum = g.team > kWarp ? sum_block(sum) : sum_lanes(sum, g.team);
+  sum = sum_team(sum, g.team);
   if (run.lane == 0 && run.sample < g.batch) launch.partial[run.sample * g.chunks + chunk] = sum;
 }
 
@@ -209,7 +209,7 @@ struct LossPlan {
 LossPlan plan(const LossCall& call) {
   Kernel packed = packed_kernel_of(call), kernel = packed ? packed : (call.wide ? strided_kernel<double> : strided_kernel<float>);
   LossLaunch args = {call, {}, blocks_of_sample(call.shape, call.o), nullptr, nullptr};
-  int64_t padded = args.blocks.channels * args.blocks.row_blocks * kBlock;
+  int64_t padded = padded_elements(args.blocks);
   args.geometry = geometry(call.shape.batch, packed ? call.shape.channels * call.shape.points : padded);
   return LossPlan{kernel, blocks_of(args.geometry, packed ? kBlocks : kWideBlocks), args};
 }

@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const SampleLaunch l
   const Key key = key_of(launch.call.key_words);
   int64_t sample = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   for (; sample < launch.call.shape.batch; sample += int64_t(gridDim.x) * kThreads)
-    launch.call.schedule.wide ? fill<double>(launch.call.schedule, key, sample, true) : fill<float>(launch.call.schedule, key, sample, true);
+    launch.call.schedule.wide ? fill<double>(launch.call.schedule, key, sample, true)
+                              : fill<float>(launch.call.schedule, key, sample, true);
 }
 
 // kWide: whether coefficients may be float64.
@@ -163,7 +164,7 @@ void path_sample(const SampleCall& given, void* stream) {
     args.call.schedule.path.kind = call.schedule.path.kind = kPathGiven;
   }
   if (runs_packed(call, stream)) return;
-  args.geometry = geometry(call.shape.batch, args.blocks.channels * args.blocks.row_blocks * kBlock);
+  args.geometry = geometry(call.shape.batch, padded_elements(args.blocks));
   launch(call.wide ? strided_kernel<double> : strided_kernel<float>, blocks_of(args.geometry, kWideBlocks), stream, args);
 }
 

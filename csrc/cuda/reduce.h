@@ -24,6 +24,9 @@ __device__ inline double sum_block(double value) {
   return value;
 }
 
+// Over a team, which is the block or a part of a warp; valid in its first thread.
+__device__ inline double sum_team(double value, uint32_t team) { return team > kWarp ? sum_block(value) : sum_lanes(value, team); }
+
 // Whether this block is the last of the launch to get here; it then sees what the others wrote before. `arrived` starts at zero.
 __device__ inline bool is_last_block(uint32_t* arrived) {
   __shared__ bool last;

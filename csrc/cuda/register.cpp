@@ -36,9 +36,8 @@ Session::~Session() {
 void* Session::allocate(int64_t doubles) {
   if (doubles < 1) doubles = 1;
   const int64_t stride = 1;
-  abi::check(
-      aoti_torch_empty_strided(1, &doubles, &stride, aoti_torch_dtype_float64(), aoti_torch_device_type_cuda(), device_, &scratch_),
-      "empty_strided");
+  abi::check(aoti_torch_empty_strided(1, &doubles, &stride, aoti_torch_dtype_float64(), aoti_torch_device_type_cuda(), device_, &scratch_),
+             "empty_strided");
   return abi::Tensor(scratch_, "scratch").data();
 }
 
@@ -47,7 +46,13 @@ namespace {
 constexpr struct {
   const char* name;
   void (*run)(StableIValue*, uint64_t, uint64_t);
-} kOps[] = {{"path_sample", path_sample}, {"path_loss", path_loss}, {"path_loss_backward", path_loss_backward}};
+} kOps[] = {{"noise", noise},
+            {"path_sample", path_sample},
+            {"path_loss", path_loss},
+            {"path_loss_backward", path_loss_backward},
+            {"linear_step", linear_step},
+            {"probe", probe},
+            {"divergence_step", divergence_step}};
 
 // A failure leaves ops without a CUDA implementation (torch says so when one is called): never end the process that loads us.
 bool register_all() {

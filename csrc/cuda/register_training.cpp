@@ -1,4 +1,4 @@
-// The ops of training, from torch's arguments to kernels: path_sample, path_loss and its backward.
+// The ops of training, from torch's arguments to kernels: noise, path_sample, path_loss and its backward.
 #include "kernels.h"
 #include "ops.h"
 #include "session.h"
@@ -7,6 +7,12 @@ namespace fm {
 namespace cuda {
 
 using abi::Arguments;
+
+void noise(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments in(stack, kNoiseArguments);
+  Session session(in);
+  noise(read_noise(&in), session.stream());
+}
 
 void path_sample(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack, kPathSampleArguments);

@@ -1,4 +1,4 @@
-// The walk over samples whose elements take noise: as packs of neighbours, or a counter block at a time in any layout.
+// Samples whose elements take noise: as packs of neighbours, or a counter block at a time in any layout.
 #pragma once
 
 #include "../loss.h"
@@ -13,17 +13,19 @@ constexpr int kBlock = 4;  // numbers of a Philox block
 
 // How a sample [C, P] is cut into counter blocks, which lie in its rows (a row a channel) one after the other.
 struct Blocks {
-  int64_t channels, points, row_blocks;
+  int64_t channels, points, row_blocks, size;
   Divisor row, width;  // blocks of a row, or channels where they are neighbours in memory; the last dimension's size
   bool channels_first;
 };
 
-inline Blocks blocks_of_sample(const Shape& shape, const View& fastest) {
-  int64_t row_blocks = (shape.points + kBlock - 1) / kBlock, blocks = shape.channels * row_blocks;
+inline Blocks blocks_of_sample(const Shape& shape, const View& fastest, int64_t size = kBlock) {
+  int64_t row_blocks = (shape.points + size - 1) / size, blocks = shape.channels * row_blocks;
   bool channels_first = shape.channels > 1 && fastest.channel_stride < fastest.point_stride;
   Divisor row = divisor(channels_first ? shape.channels : row_blocks, blocks), width = divisor(shape.width, shape.points);
-  return Blocks{shape.channels, shape.points, row_blocks, row, width, channels_first};
+  return Blocks{shape.channels, shape.points, row_blocks, size, row, width, channels_first};
 }
+
+inline int64_t padded_elements(const Blocks& blocks) { return blocks.channels * blocks.row_blocks * blocks.size; }
 
 // Elements `point` .. point + count - 1 of a channel, and the counter of their noise.
 struct BlockPlace {
@@ -35,8 +37,8 @@ struct BlockPlace {
 FM_HD BlockPlace place_of_block(const Blocks& blocks, int64_t index) {
   int64_t quotient = divide(index, blocks.row), rest = index - quotient * blocks.row.value;
   int64_t channel = blocks.channels_first ? rest : quotient, block = blocks.channels_first ? quotient : rest;
-  int64_t point = block * kBlock, left = blocks.points - point;
-  int count = left < kBlock ? static_cast<int>(left) : kBlock;
+  int64_t point = block * blocks.size, left = blocks.points - point;
+  int count = static_cast<int>(left < blocks.size ? left : blocks.size);
   return BlockPlace{channel, point, count, static_cast<uint32_t>(channel * blocks.row_blocks + block)};
 }
 
@@ -138,7 +140,6 @@ FM_HD void source_block(const View& x0, int64_t sample, const BlockPlace& place,
   draw_normals(stream, id, place.counter, z);
   for (int i = 0; i < kBlock; ++i) to[i] = static_cast<T>(z[i]);
 }
-
 
 // Whether samples can be walked pack by pack of `width` elements, with 32-bit offsets inside a sample.
 template <int kViews>

@@ -160,6 +160,8 @@ inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
   return before;
 }
 
+inline int __popcll(int64_t value) { return __builtin_popcountll(static_cast<unsigned long long>(value)); }
+
 template <class T>
 T __ldcg(const T* from) {
   return *from;

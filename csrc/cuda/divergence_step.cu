@@ -1,0 +1,169 @@
+// z . (J^T z) of each probe and sample (Hutchinson's estimate of the divergence), with the probes z drawn again instead of read.
+#include "kernels.h"
+#include "reduce.h"
+#include "signs.h"
+
+namespace fm {
+namespace cuda {
+namespace {
+
+// Each chunk's sum is handed in by the first thread of its team.
+__device__ __forceinline__ void put_sum(const SignLaunch& launch, const Run& run, uint32_t chunk, double sum) {
+  const Geometry& g = launch.geometry;
+  sum = sum_team(sum, g.team);
+  if (run.lane == 0 && run.sample < g.batch) launch.partial[run.sample * g.chunks + chunk] = sum;
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, kBlocks) packed_signs_kernel(const SignLaunch launch) {
+  constexpr int kWidth = Packs<S>::kWidth, kCount = kSigns / kWidth;
+  const Key key = key_of(launch.call.key_words);
+  auto prepare = [&](int64_t entry, bool) { return sign_record(launch, key, entry); };
+  walk<SignRecord>(launch.geometry, prepare, [&](const SignRecord& record, const Run& run) {
+    for (uint32_t chunk = run.first_chunk; chunk < run.stop_chunk; ++chunk) {
+      int64_t unit = (static_cast<int64_t>(chunk) << launch.geometry.team_bits) + run.lane;
+      float sum = 0;
+      if (unit * kSigns < run.elements) {
+        Signs signs = draw_signs(launch, key, record, unit);
+        Pack<S, kWidth> packs[kCount];
+        FM_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+          int start = pack_start<kWidth>(signs, i);
+          if (start < signs.at.count) packs[i] = load_pack<S, kWidth>(launch.call.view.data, sign_offset(launch, record, signs, start));
+        }
+        FM_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+          int start = pack_start<kWidth>(signs, i);
+          float g[kWidth];
+          if (start >= signs.at.count) continue;
+          widen_pack(packs[i], g);
+          for (int j = 0; j < kWidth; ++j) sum += with_sign(g[j], pack_word<kWidth>(signs, i), start % kWordSigns + j);
+        }
+      }
+      put_sum(launch, run, chunk, static_cast<double>(sum));
+    }
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocks) strided_signs_kernel(const SignLaunch launch) {
+  const Key key = key_of(launch.call.key_words);
+  auto prepare = [&](int64_t entry, bool) { return sign_record(launch, key, entry); };
+  walk<SignRecord>(launch.geometry, prepare, [&](const SignRecord& record, const Run& run) {
+    for (uint32_t chunk = run.first_chunk; chunk < run.stop_chunk; ++chunk) {
+      int64_t unit = (static_cast<int64_t>(chunk) << launch.geometry.team_bits) + run.lane;
+      T sum = 0;
+      if (unit * kSigns < run.elements) {
+        Signs signs = draw_signs(launch, key, record, unit);
+        FM_UNROLL
+        for (int i = 0; i < kSigns; ++i) {
+          int start = i * kSignLanes + signs.lane;
+          if (start >= signs.at.count) continue;
+          T g = load_any<T>(launch.call.view, sign_offset(launch, record, signs, start));
+          sum += with_sign(g, signs.words.w[i * kSignLanes / kWordSigns], start % kWordSigns);
+        }
+      }
+      put_sum(launch, run, chunk, static_cast<double>(sum));
+    }
+  });
+}
+
+// The model was given probes of its own dtype.
+FM_HD float rounded_to(Dtype dtype, float z) {
+  if (dtype == Dtype::bfloat16) return widen(to_bfloat16(z));
+  return dtype == Dtype::float16 ? widen(to_float16(z)) : z;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocks) normals_kernel(const SignLaunch launch) {
+  const View& view = launch.call.view;
+  const Key key = key_of(launch.call.key_words);
+  auto prepare = [&](int64_t entry, bool) { return sign_record(launch, key, entry); };
+  walk<SignRecord>(launch.geometry, prepare, [&](const SignRecord& record, const Run& run) {
+    for (uint32_t chunk = run.first_chunk; chunk < run.stop_chunk; ++chunk) {
+      T sum = 0;
+      for (int i = 0; i < kEach / kBlock; ++i) {
+        int64_t index = block_index(launch.geometry, run, chunk, i);
+        if (index * kBlock >= run.elements) continue;
+        BlockPlace at = place_of_block(launch.blocks, index);
+        float z[kBlock];
+        draw_normals(stream_of(key, record.tag), record.id, at.counter, z);
+        for (int j = 0; j < kBlock; ++j) {
+          if (j >= at.count) continue;
+          T g = load_any<T>(view, record.base + at.channel * view.channel_stride + (at.point + j) * view.point_stride);
+          sum = multiply_add(g, static_cast<T>(rounded_to(view.dtype, z[j])), sum);
+        }
+      }
+      put_sum(launch, run, chunk, static_cast<double>(sum));
+    }
+  });
+}
+
+struct DotsLaunch {
+  const double* partial;
+  double* dots;
+  int64_t entries, chunks;
+};
+
+// The chunks of each probe and sample, added by one warp.
+__global__ void __launch_bounds__(kThreads) dots_kernel(const DotsLaunch launch) {
+  constexpr int kWarps = kThreads / kWarp;
+  for (int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; i < launch.entries; i += int64_t(gridDim.x) * kWarps) {
+    double sum = sum_partials_of_warp(launch.partial + i * launch.chunks, launch.chunks);
+    if (threadIdx.x % kWarp == 0) launch.dots[i] = sum;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) finish_kernel(const Evaluation evaluation) {
+  for (int64_t b = int64_t(blockIdx.x) * kThreads + threadIdx.x; b < evaluation.batch; b += int64_t(gridDim.x) * kThreads)
+    finish_evaluation(evaluation, b);
+}
+
+int64_t at_most(int64_t blocks) {
+  int64_t most = device_blocks(kBlocks);
+  return blocks < most ? blocks : most;
+}
+
+using Kernel = void (*)(SignLaunch);
+
+template <class S>
+Kernel packed_or_strided(const ProbeCall& call) {
+  return has_packed_rows(call, Packs<S>::kWidth) ? packed_signs_kernel<S> : strided_signs_kernel<float>;
+}
+
+Kernel kernel_of(const DivergenceCall& call) {
+  const ProbeCall& probes = call.probes;
+  if (call.normals) return probes.view.dtype == Dtype::float64 ? normals_kernel<double> : normals_kernel<float>;
+  if (probes.view.dtype == Dtype::float64) return strided_signs_kernel<double>;
+  if (probes.view.dtype == Dtype::float32) return packed_or_strided<float>(probes);
+  return probes.view.dtype == Dtype::bfloat16 ? packed_or_strided<Bfloat16>(probes) : packed_or_strided<Float16>(probes);
+}
+
+SignLaunch launch_of(const DivergenceCall& call, const uint32_t* parities) {
+  SignLaunch args = sign_launch(call.probes, kStreamProbe, parities);
+  if (!call.normals) return args;
+  args.blocks = blocks_of_sample(call.probes.shape, call.probes.view);
+  args.geometry = geometry(call.probes.probes * call.probes.shape.batch, padded_elements(args.blocks));
+  return args;
+}
+
+}  // namespace
+
+int64_t divergence_scratch(const DivergenceCall& call) {
+  const Geometry g = launch_of(call, nullptr).geometry;
+  return g.chunks > 1 ? g.batch * g.chunks : 0;
+}
+
+void divergence_step(const DivergenceCall& call, const uint32_t* parities, double* scratch, void* stream) {
+  SignLaunch args = launch_of(call, parities);
+  bool direct = args.geometry.chunks == 1;
+  args.partial = direct ? call.dots : scratch;
+  if (args.geometry.batch > 0) launch(kernel_of(call), blocks_of(args.geometry, kBlocks), stream, args);
+  DotsLaunch dots = {scratch, call.dots, args.geometry.batch, args.geometry.chunks};
+  if (!direct && dots.entries > 0) launch(dots_kernel, at_most((dots.entries + 3) / 4), stream, dots);
+  if (call.last && call.evaluation.batch > 0)
+    launch(finish_kernel, at_most((call.evaluation.batch + kThreads - 1) / kThreads), stream, call.evaluation);
+}
+
+}  // namespace cuda
+}  // namespace fm

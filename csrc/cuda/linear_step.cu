@@ -1,0 +1,169 @@
+// y = a x + sum_j c_j m(k_j): every explicit update of a Runge-Kutta or multistep method, with the mixing of guided velocities.
+#include "../elementwise.h"
+#include "geometry.h"
+#include "kernels.h"
+#include "pack.h"
+
+namespace fm {
+namespace cuda {
+namespace {
+
+struct StepLaunch {
+  StepCall call;
+  StepTerm terms[kMostTerms];
+  Divisor points, channels;  // of the strided walk
+};
+
+template <class T>
+FM_HD T mixed(T conditional, T unconditional, T guidance) {
+  return multiply_add(guidance, conditional - unconditional, unconditional);
+}
+
+// Rows of packs, and what is left of them element by element. S: dtype of the terms and of the copy; kTerms: at least call.count.
+template <class S, int kTerms>
+__global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const StepLaunch launch) {
+  constexpr int kWidth = sizeof(S) == 2 ? 8 : 4;
+  const StepCall& call = launch.call;
+  const float guidance = static_cast<float>(call.guidance), a = static_cast<float>(call.coefficients[0]);
+  float c[kTerms];
+  FM_UNROLL
+  for (int j = 0; j < kTerms; ++j) c[j] = j < call.count ? static_cast<float>(call.coefficients[1 + j]) : 0.0f;
+  const int64_t packs = call.shape.points / kWidth, threads = int64_t(gridDim.x) * kThreads;
+  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t pack = thread; pack < packs; pack += threads) {
+    const int64_t offset = pack * kWidth;
+    Pack<float, kWidth> x_pack = load_pack<float, kWidth>(call.x.data, offset);
+    Pack<S, kWidth> k_packs[kTerms], unconditional_packs[kTerms];
+    FM_UNROLL
+    for (int j = 0; j < kTerms; ++j) {
+      if (j < call.count) k_packs[j] = load_pack<S, kWidth>(launch.terms[j].k.first.data, offset);
+      if (j < call.count && launch.terms[j].k.second) unconditional_packs[j] = load_pack<S, kWidth>(launch.terms[j].k.second, offset);
+    }
+    float y[kWidth];
+    widen_pack(x_pack, y);
+    for (int i = 0; i < kWidth; ++i) y[i] *= a;
+    FM_UNROLL
+    for (int j = 0; j < kTerms; ++j) {
+      if (j >= call.count) continue;
+      float k[kWidth], unconditional[kWidth];
+      widen_pack(k_packs[j], k);
+      if (launch.terms[j].k.second) {
+        widen_pack(unconditional_packs[j], unconditional);
+        for (int i = 0; i < kWidth; ++i) k[i] = mixed(k[i], unconditional[i], guidance);
+      }
+      for (int i = 0; i < kWidth; ++i) y[i] = multiply_add(c[j], k[i], y[i]);
+    }
+    store_pack(static_cast<float*>(call.out.data), offset, y);
+    if (call.copy.first.data) store_pack(static_cast<S*>(call.copy.first.data), offset, y);
+    if (call.copy.second) store_pack(static_cast<S*>(call.copy.second), offset, y);
+  }
+  const int64_t rest = packs * kWidth + thread;
+  if (rest >= call.shape.points) return;
+  float y = a * static_cast<const float*>(call.x.data)[rest];
+  FM_UNROLL
+  for (int j = 0; j < kTerms; ++j) {
+    if (j >= call.count) continue;
+    float k = load_as<float>(static_cast<const S*>(launch.terms[j].k.first.data)[rest]);
+    if (launch.terms[j].k.second) k = mixed(k, load_as<float>(static_cast<const S*>(launch.terms[j].k.second)[rest]), guidance);
+    y = multiply_add(c[j], k, y);
+  }
+  static_cast<float*>(call.out.data)[rest] = y;
+  if (call.copy.first.data) store_as(y, static_cast<S*>(call.copy.first.data) + rest);
+  if (call.copy.second) store_as(y, static_cast<S*>(call.copy.second) + rest);
+}
+
+FM_HD int64_t offset_of(const View& view, int64_t sample, int64_t channel, int64_t point) {
+  return sample * view.batch_stride + channel * view.channel_stride + point * view.point_stride;
+}
+
+FM_HD View second_half(const HalvedView& view) {
+  View half = view.first;
+  half.data = view.second;
+  return half;
+}
+
+// An element at a time, for any layout, dtypes and number of terms.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocks) strided_kernel(const StepLaunch launch) {
+  const StepCall& call = launch.call;
+  const T guidance = static_cast<T>(call.guidance), a = static_cast<T>(call.coefficients[0]);
+  const int64_t count = call.shape.batch * call.shape.channels * call.shape.points;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads) {
+    int64_t row = divide(i, launch.points), point = i - row * launch.points.value;
+    int64_t sample = divide(row, launch.channels), channel = row - sample * launch.channels.value;
+    T y = a * load_any<T>(call.x, offset_of(call.x, sample, channel, point));
+    for (int64_t j = 0; j < call.count; ++j) {
+      const HalvedView& term = launch.terms[j].k;
+      int64_t offset = offset_of(term.first, sample, channel, point);
+      T k = load_any<T>(term.first, offset);
+      if (term.second) k = mixed(k, load_any<T>(second_half(term), offset), guidance);
+      y = multiply_add(static_cast<T>(call.coefficients[1 + j]), k, y);
+    }
+    store_any<T>(call.out, offset_of(call.out, sample, channel, point), y);
+    int64_t offset = offset_of(call.copy.first, sample, channel, point);
+    if (call.copy.first.data) store_any<T>(call.copy.first, offset, y);
+    if (call.copy.second) store_any<T>(second_half(call.copy), offset, y);
+  }
+}
+
+// Dimensions that all tensors keep together become one.
+void merge_step(StepLaunch* args) {
+  View* views[3 + kMostTerms];
+  int64_t count = 0;
+  views[count++] = &args->call.out;
+  views[count++] = &args->call.x;
+  if (args->call.copy.first.data) views[count++] = &args->call.copy.first;
+  for (int64_t j = 0; j < args->call.count; ++j) views[count++] = &args->terms[j].k.first;
+  merge(&args->call.shape, Views{views, count});
+}
+
+bool on_boundary(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+bool is_row(const View& view, const void* second, Dtype dtype) {
+  return view.dtype == dtype && view.point_stride == 1 && on_boundary(view.data) && on_boundary(second);
+}
+
+// The dtype of all terms and of the copy, if everything is one row of packs with a float32 state; int64 if not.
+Dtype dtype_of_rows(const StepLaunch& args) {
+  const StepCall& call = args.call;
+  Dtype dtype = args.terms[0].k.first.dtype;
+  bool rows = call.shape.batch == 1 && call.shape.channels == 1 && dtype != Dtype::float64 && call.count <= 8;
+  rows = rows && is_row(call.out, nullptr, Dtype::float32) && is_row(call.x, nullptr, Dtype::float32);
+  if (call.copy.first.data) rows = rows && is_row(call.copy.first, call.copy.second, dtype);
+  for (int64_t j = 0; j < call.count; ++j) rows = rows && is_row(args.terms[j].k.first, args.terms[j].k.second, dtype);
+  return rows ? dtype : Dtype::int64;
+}
+
+using Kernel = void (*)(StepLaunch);
+
+template <class S>
+Kernel packed(int64_t terms) {
+  if (terms == 1) return packed_kernel<S, 1>;
+  if (terms == 2) return packed_kernel<S, 2>;
+  return terms <= 4 ? packed_kernel<S, 4> : packed_kernel<S, 8>;
+}
+
+Kernel kernel_of(const StepLaunch& args) {
+  Dtype dtype = dtype_of_rows(args);
+  if (dtype == Dtype::float32) return packed<float>(args.call.count);
+  if (dtype == Dtype::bfloat16) return packed<Bfloat16>(args.call.count);
+  if (dtype == Dtype::float16) return packed<Float16>(args.call.count);
+  return args.call.wide ? strided_kernel<double> : strided_kernel<float>;
+}
+
+}  // namespace
+
+void linear_step(const StepCall& call, const StepTerm* terms, void* stream) {
+  StepLaunch args = {call, {}, {}, {}};
+  int64_t count = call.shape.batch * call.shape.channels * call.shape.points;
+  if (count == 0) return;
+  for (int64_t j = 0; j < call.count; ++j) args.terms[j] = terms[j];
+  merge_step(&args);
+  args.points = divisor(args.call.shape.points, count);
+  args.channels = divisor(args.call.shape.channels, count);
+  int64_t needed = (count + kThreads * kEach - 1) / (kThreads * kEach), most = device_blocks(kBlocks);
+  launch(kernel_of(args), needed < most ? needed : most, stream, args);
+}
+
+}  // namespace cuda
+}  // namespace fm

@@ -1,0 +1,119 @@
+"""The CUDA kernels, their launchers and their registration, run on the CPU thread by thread: see tests/native/cuda_emulation.h."""
+
+import device_parity as parity
+import emulated_cuda
+import pytest
+import torch
+
+PLACE = parity.Place("cpu", "cuda")
+
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.skipif(emulated_cuda.COMPILER is None, reason="no g++"),
+    pytest.mark.usefixtures("emulation", "poisoned_outputs"),
+]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    return emulated_cuda.load(emulated_cuda.build(tmp_path_factory.mktemp("emulated")))
+
+
+@pytest.fixture
+def emulation(emulated, monkeypatch):
+    emulated_cuda.install(monkeypatch)
+
+
+@pytest.mark.parametrize("shape", parity.SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_training_ops(shape, dtype):
+    parity.check_training_ops(PLACE, shape, dtype)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("shape", [(300, 2), (7, 40), (2, 5000), (3, 3, 16, 16)], ids=str)
+def test_reductions(shape, reduction):
+    parity.check_training_ops(PLACE, shape, torch.float32, reduction)
+
+
+@pytest.mark.parametrize("path", parity.PATHS)
+@pytest.mark.parametrize("objective", parity.OBJECTIVES)
+def test_paths_and_objectives(path, objective):
+    parity.check_path_and_objective(PLACE, path, objective)
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "stratified", "logit-normal"])
+def test_times(sampler):
+    parity.check_times(PLACE, sampler)
+
+
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_given_noise_times_and_weights(dtype):
+    parity.check_given(PLACE, dtype)
+
+
+@pytest.mark.parametrize("x1_dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("layouts", [("contiguous", "channels_last"), ("channels_last", "every second"), ("misaligned", "misaligned")], ids=str)
+def test_mixed_dtypes_and_layouts(x1_dtype, layouts):
+    parity.check_layouts(PLACE, x1_dtype, torch.bfloat16, layouts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 16, 16), (3, 3, 9, 7), (4, 5, 6)], ids=str)
+@pytest.mark.parametrize("x1_dtype", [torch.uint8, torch.float32], ids=str)
+def test_data_map(dtype, shape, x1_dtype):
+    parity.check_data_map(PLACE, x1_dtype, dtype, shape, flip=0.5)
+    if x1_dtype == torch.uint8:
+        parity.check_data_map(PLACE, x1_dtype, dtype, shape, flip=0.5, levels=17, dequantise=True)
+
+
+def test_noise_is_the_reference_noise():
+    parity.check_noise_is_the_reference_noise(PLACE)
+
+
+def test_half_precision_gradient():
+    parity.check_half_precision_gradient(PLACE)
+
+
+def test_repeats():
+    parity.check_repeats(PLACE, (9, 3, 16, 16), 2)
+
+
+def test_empty():
+    parity.check_empty(PLACE)
+
+
+def test_noise():
+    parity.check_noise(PLACE)
+
+
+@pytest.mark.parametrize("shape", parity.SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("terms", [1, 3, 8, 9])
+def test_linear_step(shape, dtype, terms):
+    parity.check_linear_step(PLACE, shape, dtype, terms)
+
+
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_linear_step_in_mixed_layouts(dtype):
+    parity.check_linear_step_in_mixed_layouts(PLACE, dtype)
+
+
+def test_linear_step_refuses_more_terms_than_it_can_hold():
+    x = torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="argument k: expected at most 32 tensors"):
+        parity.step(PLACE, x, [x] * 33, [1.0] * 34)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (2, 4099), (2, 3, 33, 33), (3, 3, 16, 16), (2, 3, 2, 3, 5), (2, 2, 16, 24)], ids=str)
+@pytest.mark.parametrize("kind", ["rademacher", "hadamard"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_probe(shape, kind, channels_last):
+    parity.check_probe(PLACE, shape, kind, channels_last)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 2), (2, 4099), (2, 3, 33, 33), (3, 3, 16, 16), (2, 3, 40, 64)], ids=str)
+@pytest.mark.parametrize("kind", ["rademacher", "hadamard", "gaussian"])
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_divergence_step(shape, kind, dtype):
+    parity.check_divergence_step(PLACE, shape, kind, dtype, times=1)
