@@ -107,14 +107,26 @@ def load_native() -> str | None:
     return None
 
 
+def _check_driver(path: Path) -> None:
+    """A driver older than the toolkit's major version can't run its binaries. Asking for its version starts nothing on a GPU."""
+    library = ctypes.CDLL(str(path))
+    driver, runtime = library.fm_fast_cuda_driver_version(), library.fm_fast_cuda_runtime_version()
+    if 0 < driver < runtime // 1000 * 1000:
+        shown = [f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime)]
+        raise _Unavailable(f"the driver supports CUDA {shown[0]}, the library was built with CUDA {shown[1]}")
+
+
 @functools.cache
 def load_cuda() -> str | None:
-    """Load the CUDA library once, where torch has CUDA. Returns None, or the reason why it can't run."""
+    """Load the CUDA library once, where torch has CUDA. Returns None, or the reason why it can't run.
+
+    Loading reads a file and registers the ops; the kernels go to a GPU when they are first launched.
+    """
     try:
         _library("cuda")
         if torch.version.cuda is None:
             raise _Unavailable("this torch was built without CUDA")
-        _load("cuda")
+        _check_driver(_load("cuda"))
     except _Unavailable as reason:
         return str(reason)
     return None

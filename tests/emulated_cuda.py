@@ -32,7 +32,9 @@ def build(folder: Path, *extra: str) -> Path:
         objects = list(pool.map(lambda source: _compile(source, folder, extra), sources))
     library, torch_libraries = folder / "libfm_fast_emulated.so", Path(torch.__file__).parent / "lib"
     # -Bsymbolic: calls of torch's CUDA functions find the stand-ins in this library.
-    _run(COMPILER, "-shared", "-Wl,-Bsymbolic", *extra, *objects, f"-L{torch_libraries}", "-Wl,--no-as-needed", "-ltorch_cpu", "-o", library)
+    _run(
+        COMPILER, "-shared", "-Wl,-Bsymbolic", *extra, *objects, f"-L{torch_libraries}", "-Wl,--no-as-needed", "-ltorch_cpu", "-o", library
+    )
     return library
 
 

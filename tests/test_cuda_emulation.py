@@ -53,7 +53,9 @@ def test_given_noise_times_and_weights(dtype):
 
 
 @pytest.mark.parametrize("x1_dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("layouts", [("contiguous", "channels_last"), ("channels_last", "every second"), ("misaligned", "misaligned")], ids=str)
+@pytest.mark.parametrize(
+    "layouts", [("contiguous", "channels_last"), ("channels_last", "every second"), ("misaligned", "misaligned")], ids=str
+)
 def test_mixed_dtypes_and_layouts(x1_dtype, layouts):
     parity.check_layouts(PLACE, x1_dtype, torch.bfloat16, layouts)
 

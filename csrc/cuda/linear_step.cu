@@ -19,57 +19,68 @@ FM_HD T mixed(T conditional, T unconditional, T guidance) {
   return multiply_add(guidance, conditional - unconditional, unconditional);
 }
 
-// Rows of packs, and what is left of them element by element. S: dtype of the terms and of the copy; kTerms: at least call.count.
-template <class S, int kTerms>
+// y += the terms first, first + 1, ... of one pack, kAbreast at most; their loads come first, beside each other.
+template <int kAbreast, class S, int kWidth>
+__device__ __forceinline__ void add_terms(const StepLaunch& launch, int64_t first, int64_t offset, float guidance, float (&y)[kWidth]) {
+  const StepCall& call = launch.call;
+  Pack<S, kWidth> packs[kAbreast], unconditional_packs[kAbreast];
+  FM_UNROLL
+  for (int j = 0; j < kAbreast; ++j) {
+    if (first + j >= call.count) continue;
+    const HalvedView& term = launch.terms[first + j].k;
+    packs[j] = load_pack<S, kWidth>(term.first.data, offset);
+    if (term.second) unconditional_packs[j] = load_pack<S, kWidth>(term.second, offset);
+  }
+  FM_UNROLL
+  for (int j = 0; j < kAbreast; ++j) {
+    if (first + j >= call.count) continue;
+    const float c = static_cast<float>(call.coefficients[1 + first + j]);
+    float k[kWidth], unconditional[kWidth];
+    widen_pack(packs[j], k);
+    if (launch.terms[first + j].k.second) {
+      widen_pack(unconditional_packs[j], unconditional);
+      for (int i = 0; i < kWidth; ++i) k[i] = mixed(k[i], unconditional[i], guidance);
+    }
+    for (int i = 0; i < kWidth; ++i) y[i] = multiply_add(c, k[i], y[i]);
+  }
+}
+
+// What rows of packs leave over.
+template <class S>
+__device__ __forceinline__ void step_element(const StepLaunch& launch, int64_t i) {
+  const StepCall& call = launch.call;
+  const float guidance = static_cast<float>(call.guidance);
+  float y = static_cast<float>(call.coefficients[0]) * static_cast<const float*>(call.x.data)[i];
+  for (int64_t j = 0; j < call.count; ++j) {
+    const HalvedView& term = launch.terms[j].k;
+    float k = load_as<float>(static_cast<const S*>(term.first.data)[i]);
+    if (term.second) k = mixed(k, load_as<float>(static_cast<const S*>(term.second)[i]), guidance);
+    y = multiply_add(static_cast<float>(call.coefficients[1 + j]), k, y);
+  }
+  static_cast<float*>(call.out.data)[i] = y;
+  if (call.copy.first.data) store_as(y, static_cast<S*>(call.copy.first.data) + i);
+  if (call.copy.second) store_as(y, static_cast<S*>(call.copy.second) + i);
+}
+
+// Rows of packs. S: dtype of the terms and of the copy.
+template <class S, int kAbreast>
 __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const StepLaunch launch) {
   constexpr int kWidth = sizeof(S) == 2 ? 8 : 4;
   const StepCall& call = launch.call;
   const float guidance = static_cast<float>(call.guidance), a = static_cast<float>(call.coefficients[0]);
-  float c[kTerms];
-  FM_UNROLL
-  for (int j = 0; j < kTerms; ++j) c[j] = j < call.count ? static_cast<float>(call.coefficients[1 + j]) : 0.0f;
   const int64_t packs = call.shape.points / kWidth, threads = int64_t(gridDim.x) * kThreads;
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t pack = thread; pack < packs; pack += threads) {
     const int64_t offset = pack * kWidth;
-    Pack<float, kWidth> x_pack = load_pack<float, kWidth>(call.x.data, offset);
-    Pack<S, kWidth> k_packs[kTerms], unconditional_packs[kTerms];
-    FM_UNROLL
-    for (int j = 0; j < kTerms; ++j) {
-      if (j < call.count) k_packs[j] = load_pack<S, kWidth>(launch.terms[j].k.first.data, offset);
-      if (j < call.count && launch.terms[j].k.second) unconditional_packs[j] = load_pack<S, kWidth>(launch.terms[j].k.second, offset);
-    }
     float y[kWidth];
-    widen_pack(x_pack, y);
+    widen_pack(load_pack<float, kWidth>(call.x.data, offset), y);
     for (int i = 0; i < kWidth; ++i) y[i] *= a;
-    FM_UNROLL
-    for (int j = 0; j < kTerms; ++j) {
-      if (j >= call.count) continue;
-      float k[kWidth], unconditional[kWidth];
-      widen_pack(k_packs[j], k);
-      if (launch.terms[j].k.second) {
-        widen_pack(unconditional_packs[j], unconditional);
-        for (int i = 0; i < kWidth; ++i) k[i] = mixed(k[i], unconditional[i], guidance);
-      }
-      for (int i = 0; i < kWidth; ++i) y[i] = multiply_add(c[j], k[i], y[i]);
-    }
+    for (int64_t first = 0; first < call.count; first += kAbreast) add_terms<kAbreast, S>(launch, first, offset, guidance, y);
     store_pack(static_cast<float*>(call.out.data), offset, y);
     if (call.copy.first.data) store_pack(static_cast<S*>(call.copy.first.data), offset, y);
     if (call.copy.second) store_pack(static_cast<S*>(call.copy.second), offset, y);
   }
-  const int64_t rest = packs * kWidth + thread;
-  if (rest >= call.shape.points) return;
-  float y = a * static_cast<const float*>(call.x.data)[rest];
-  FM_UNROLL
-  for (int j = 0; j < kTerms; ++j) {
-    if (j >= call.count) continue;
-    float k = load_as<float>(static_cast<const S*>(launch.terms[j].k.first.data)[rest]);
-    if (launch.terms[j].k.second) k = mixed(k, load_as<float>(static_cast<const S*>(launch.terms[j].k.second)[rest]), guidance);
-    y = multiply_add(c[j], k, y);
-  }
-  static_cast<float*>(call.out.data)[rest] = y;
-  if (call.copy.first.data) store_as(y, static_cast<S*>(call.copy.first.data) + rest);
-  if (call.copy.second) store_as(y, static_cast<S*>(call.copy.second) + rest);
+  if (packs * kWidth + thread < call.shape.points) step_element<S>(launch, packs * kWidth + thread);
 }
 
 FM_HD int64_t offset_of(const View& view, int64_t sample, int64_t channel, int64_t point) {
@@ -127,7 +138,7 @@ bool is_row(const View& view, const void* second, Dtype dtype) {
 Dtype dtype_of_rows(const StepLaunch& args) {
   const StepCall& call = args.call;
   Dtype dtype = args.terms[0].k.first.dtype;
-  bool rows = call.shape.batch == 1 && call.shape.channels == 1 && dtype != Dtype::float64 && call.count <= 8;
+  bool rows = call.shape.batch == 1 && call.shape.channels == 1 && dtype != Dtype::float64;
   rows = rows && is_row(call.out, nullptr, Dtype::float32) && is_row(call.x, nullptr, Dtype::float32);
   if (call.copy.first.data) rows = rows && is_row(call.copy.first, call.copy.second, dtype);
   for (int64_t j = 0; j < call.count; ++j) rows = rows && is_row(args.terms[j].k.first, args.terms[j].k.second, dtype);
@@ -139,8 +150,7 @@ using Kernel = void (*)(StepLaunch);
 template <class S>
 Kernel packed(int64_t terms) {
   if (terms == 1) return packed_kernel<S, 1>;
-  if (terms == 2) return packed_kernel<S, 2>;
-  return terms <= 4 ? packed_kernel<S, 4> : packed_kernel<S, 8>;
+  return terms == 2 ? packed_kernel<S, 2> : packed_kernel<S, 4>;
 }
 
 Kernel kernel_of(const StepLaunch& args) {

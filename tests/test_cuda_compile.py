@@ -1,0 +1,139 @@
+"""The CUDA sources compiled by nvcc for every architecture, without a GPU: no spills, wide accesses, budgets of the main loops.
+
+The budgets are the counts of nvcc 13.0 for sm_90 with a little room; a change that exceeds one is slower on every GPU. A loop's count
+includes its rarely taken branches (mirrored data, element weights, losses a sample).
+"""
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+KERNEL_FILES = sorted((SOURCES / "cuda").glob("*.cu"))
+ARCHITECTURES = (80, 90, 100, 120)
+ELEMENTS = 8  # of a thread in one pass of a main loop
+RESOURCES = re.compile(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="nvcc was not found"),
+    pytest.mark.skipif(find_spec("triton") is None, reason="cuobjdump and nvdisasm come with triton, which is not installed"),
+]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a cubin: its resources and its instructions, with the places that branches go back to."""
+
+    registers: int
+    stack: int
+    local: int
+    opcodes: tuple[str, ...]
+    loops: tuple[tuple[int, int], ...]
+
+    def main_loop(self) -> Counter:
+        """Opcodes of the smallest loop that stores to global memory in 16-byte accesses."""
+        bodies = [self.opcodes[first : last + 1] for first, last in self.loops]
+        return Counter(min((body for body in bodies if any(op.startswith("STG.E.128") for op in body)), key=len))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the main loop of one kernel may cost on sm_90: instructions an element; how many 16-byte loads and stores it has."""
+
+    file: str
+    kernel: str
+    instructions: float
+    loads: int
+    stores: int
+
+    def __str__(self):
+        return f"{self.file} {self.kernel}"
+
+
+# kernel: the template arguments (output, x1, whether x0 is drawn) as they are mangled.
+BF16 = r"NS_8Bfloat16ES\d+_"
+BUDGETS = [
+    Budget("path_loss", f"{BF16}Lb1", 64, 3, 1),
+    Budget("path_loss", "ffLb1", 72, 6, 2),
+    Budget("path_loss", f"{BF16}Lb0", 32, 4, 1),
+    Budget("path_sample", f"{BF16}Lb1", 44, 2, 1),
+    Budget("path_sample", "ffLb1", 51, 4, 2),
+    Budget("path_sample", f"{BF16}Lb0", 12, 3, 1),
+]
+
+
+def tool(name, *arguments):
+    program = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+
+
+def compile_cubin(source, architecture, folder):
+    cubin = folder / f"{source.stem}.{architecture}.cubin"
+    code = f"arch=compute_{architecture},code=sm_{architecture}"
+    command = [NVCC, "-std=c++17", "-O3", "-Werror", "all-warnings", "-gencode", code, f"-I{SOURCES}", "-cubin", source, "-o", cubin]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return cubin
+
+
+def kernels_of(cubin):
+    resources = {m[1]: tuple(map(int, m.groups()[1:])) for m in RESOURCES.finditer(tool("cuobjdump", "-res-usage", cubin))}
+    code = dict(_listing(section) for section in re.split(r"\n\t\.section\t\.text\.", tool("nvdisasm", cubin))[1:])
+    return {name: Kernel(registers, stack, local, *code[name]) for name, (registers, stack, _, local) in resources.items()}
+
+
+def _listing(section):
+    """(name, (opcodes, loops)) of one function of a disassembly."""
+    opcodes, labels, branches = [], {}, []
+    for line in section.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = len(opcodes)
+        elif found := INSTRUCTION.search(line):
+            if found[1].startswith("BRA") and (target := re.search(r"\.L_x_\d+", found[2])):
+                branches.append((target[0], len(opcodes)))
+            opcodes.append(found[1])
+    loops = tuple((labels[target], place) for target, place in branches if labels.get(target, place + 1) < place)
+    return section.split(",", 1)[0], (tuple(opcodes), loops)
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory):
+    """Every file for every architecture that this nvcc knows."""
+    folder = tmp_path_factory.mktemp("cubins")
+    known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    jobs = [(source, arch) for source in KERNEL_FILES for arch in ARCHITECTURES if f"compute_{arch}\n" in known]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(
+            zip([(source.stem, arch) for source, arch in jobs], pool.map(lambda job: compile_cubin(*job, folder), jobs), strict=True)
+        )
+
+
+def test_no_kernel_spills_on_any_architecture(cubins):
+    assert {file for file, _ in cubins} == {source.stem for source in KERNEL_FILES}
+    for (file, architecture), cubin in cubins.items():
+        for name, kernel in kernels_of(cubin).items():
+            spilled = [op for op in kernel.opcodes if op.startswith(("LDL", "STL"))]
+            assert (kernel.stack, kernel.local, spilled) == (0, 0, []), f"{file} sm_{architecture} {name}"
+            assert kernel.registers <= 96, f"{file} sm_{architecture} {name}"
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_main_loops_are_within_budget(cubins, budget):
+    kernels = kernels_of(cubins[budget.file, 90])
+    (kernel,) = [kernel for name, kernel in kernels.items() if re.search(f"packed_kernelI{budget.kernel}", name)]
+    loop = kernel.main_loop()
+    count = {kind: sum(n for op, n in loop.items() if op.startswith(kind)) for kind in ("LDG.E.128", "STG.E.128")}
+    assert kernel.registers <= 64
+    assert (loop.total() - loop["NOP"]) / ELEMENTS <= budget.instructions
+    assert (count["LDG.E.128"], count["STG.E.128"]) == (budget.loads, budget.stores)
+    assert not [op for op in loop if op.startswith(("LDG.E.U8", "LDG.E.U16", "LDG.E.S16"))]

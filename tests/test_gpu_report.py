@@ -1,0 +1,99 @@
+"""The control flow of the GPU report on a machine without a GPU: what it runs, records and returns."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+import torch
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
+
+from benchmarks import gpu_report, registry, results
+
+SURROUNDINGS = {"device": "Some GPU", "date": "2026-01-02", "triton": ""}
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A make-believe GPU: commands are recorded instead of run; those that contain a text of ``fails`` fail."""
+    commands, fails = [], []
+
+    def succeeds(command):
+        commands.append(" ".join(command))
+        return not any(text in commands[-1] for text in fails)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(results, "environment", lambda *arguments: SURROUNDINGS)
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(gpu_report, "_succeeds", succeeds)
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda name: f"/tools/{name}")
+    return commands, fails
+
+
+def stages():
+    return json.loads((results.FOLDER / "Some_GPU-2026-01-02-stages.json").read_text())["stages"]
+
+
+def test_without_a_gpu_nothing_runs(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_report.main([]) == 2
+    assert "nothing was run" in capsys.readouterr().out
+
+
+def test_all_stages_run_in_processes_of_their_own(machine, capsys):
+    commands, fails = machine
+    fails.append("gpu_report test")
+    assert gpu_report.main([]) == 1
+    assert [command.split()[-1] for command in commands] == ["build", "test", "sanitize", "bench"]
+    assert "test: FAILED" in capsys.readouterr().out
+
+
+def test_stages_are_recorded_beside_each_other(machine):
+    _, fails = machine
+    assert gpu_report.main(["build"]) == 0
+    fails.append("-m gpu")
+    assert gpu_report.main(["test"]) == 1
+    assert stages() == {"build": {"install": "ok", "info": "ok"}, "test": {"tests": "FAILED"}}
+
+
+def test_both_sanitizers_run(machine):
+    commands, _ = machine
+    assert gpu_report.main(["sanitize"]) == 0
+    assert stages()["sanitize"] == {"memcheck": "ok", "racecheck": "ok"}
+    assert sum("--tool racecheck" in command and "pytest" in command for command in commands) == 1
+
+
+def test_a_sanitizer_that_finds_something_fails(machine):
+    machine[1].append("racecheck --error-exitcode 1 " + sys.executable + " -m pytest")
+    assert gpu_report.main(["sanitize"]) == 1
+    assert stages()["sanitize"] == {"memcheck": "ok", "racecheck": "FAILED"}
+
+
+def test_a_refused_or_missing_sanitizer_is_recorded(machine, monkeypatch):
+    machine[1].append("compute-sanitizer")
+    assert gpu_report.main(["sanitize"]) == 0
+    assert set(stages()["sanitize"].values()) == {"refused here, on a trivial program too"}
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda name: None)
+    assert gpu_report.main(["sanitize"]) == 0
+    assert set(stages()["sanitize"].values()) == {"compute-sanitizer is not installed"}
+
+
+def test_rows_are_kept_when_a_later_setting_fails(machine, monkeypatch):
+    row = results.Row("op", "ours", "mode", "size", "float32", "ms", 1.0, 0.9, 1.1)
+    outcomes = iter([[row], RuntimeError("out of memory")])
+
+    def measure(*arguments):
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(gpu_report.run, "settings", lambda op, options: ["first", "second"])
+    monkeypatch.setattr(gpu_report.run, "measure", measure)
+    monkeypatch.setattr(gpu_report.run, "table", lambda rows, ours: "table")
+    monkeypatch.setattr(registry, "OPS", {"path_loss": registry.OPS["path_loss"]})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        gpu_report.main(["bench"])
+    (kept,) = json.loads((results.FOLDER / "Some_GPU-2026-01-02.json").read_text())
+    assert (kept["provider"], kept["median"], kept["device"]) == ("ours", 1.0, "Some GPU")
