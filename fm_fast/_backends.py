@@ -34,6 +34,7 @@ from fm_fast._version import __version__
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 OPS = ("noise", "path_sample", "path_loss", "linear_step", "probe", "divergence_step", "adamw_ema", "group_norm_silu")
+CUDA_OPS = ("noise", "path_sample", "path_loss", "linear_step", "probe", "divergence_step")  # those with a kernel in csrc/cuda
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 _SERVES = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
@@ -165,12 +166,16 @@ def _triton_reason(op: str) -> str | None:
 # The choice
 
 
+def _cuda_reason(op: str) -> str | None:
+    return load_cuda() if op in CUDA_OPS else f"there is no CUDA C++ kernel for {op}"
+
+
 def _find_reason(op: str, device_type: str, backend: str) -> str | None:
     if backend == "reference":
         return None
     if _SERVES[backend] != device_type:
         return f"it runs on {_SERVES[backend]}, not on {device_type}"
-    return {"cpp": load_native, "cuda": load_cuda, "triton": functools.partial(_triton_reason, op)}[backend]()
+    return {"cpp": load_native, "cuda": functools.partial(_cuda_reason, op), "triton": functools.partial(_triton_reason, op)}[backend]()
 
 
 _REASONS = {(op, device, backend): _find_reason(op, device, backend) for op in OPS for device in _PREFERENCE for backend in BACKENDS}
