@@ -143,7 +143,8 @@ class Mask {
     if (args.dropout > 0) generator_ = make_generator(stream_of(args.key, args.tag));
   }
 
-  Block<const T> of(const Piece& piece) {
+  // Not inlined: the generator's code once a compute type is enough.
+  __attribute__((noinline)) Block<const T> of(const Piece& piece) {
     if (args_.dropout == 0) return Block<const T>{nullptr, 0};
     const Tile& tile = piece.tile;
     draw_tile<ToUniforms>(generator_, args_.shape, args_.key, tile, Ahead{}, uniforms_);
