@@ -4,8 +4,8 @@ torch is not needed, neither here nor for its headers: the sources declare the f
 call, and the libraries are linked against empty stand-ins that carry the names of torch's own. So the build takes seconds, also under
 build isolation, and one file serves every Python and every torch >= 2.10.
 
-Environment: FM_FAST_BUILD=auto|cpu|cuda|none (auto builds what it can and records why the rest was left out; cpu and cuda insist),
-MAX_JOBS, TORCH_CUDA_ARCH_LIST, CXX, CUDA_HOME or CUDA_PATH.
+Environment: FM_FAST_BUILD=auto|cpu|cuda|none, MAX_JOBS, TORCH_CUDA_ARCH_LIST, CXX, CUDA_HOME or CUDA_PATH. auto builds what it can and
+what this machine can run (the CUDA kernels take minutes), and records why the rest was left out; cpu and cuda insist.
 """
 
 from __future__ import annotations
@@ -135,6 +135,14 @@ def find_nvcc() -> Path:
     if nvcc:
         return Path(nvcc).resolve()
     raise NotBuilt("nvcc was not found (looked in CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)")
+
+
+NVIDIA_DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
+
+
+def require_driver() -> None:
+    if not any(map(os.path.exists, NVIDIA_DRIVER)):
+        raise NotBuilt("this machine has no NVIDIA driver (FM_FAST_BUILD=cuda builds the library all the same)")
 
 
 def output_lines(command: list[str]) -> list[str]:
@@ -271,6 +279,8 @@ def build_libraries(mode: str, scratch: Path, destination: Path) -> dict[str, ob
         try:
             if mode == "none" or (mode == "cpu" and name == "cuda"):
                 raise NotBuilt(f"FM_FAST_BUILD={mode}")
+            if mode == "auto" and name == "cuda":
+                require_driver()
             plan = make_plan()
             shutil.copy2(run_ninja(plan, scratch / name), destination / plan.library)
             built[name] = plan.record

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -193,6 +194,15 @@ def test_impossible_requests_stop_with_one_line(checkout: Path, tmp_path: Path, 
     output = result.stdout + result.stderr
     assert message in output
     assert "Traceback" not in output
+
+
+@has_compiler
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia/version").exists(), reason="a machine without a GPU")
+def test_an_automatic_build_takes_no_minutes_for_kernels_that_cannot_run_here(checkout: Path, tmp_path: Path) -> None:
+    wheel = make_wheel(checkout, tmp_path / "dist", FM_FAST_BUILD="auto")
+    info = json.loads(zipfile.ZipFile(wheel).read("fm_fast/_native/build_info.json"))
+    assert list(info["built"]) == ["cpu"]
+    assert info["skipped"]["cuda"] == "this machine has no NVIDIA driver (FM_FAST_BUILD=cuda builds the library all the same)"
 
 
 has_nvcc = pytest.mark.skipif(shutil.which("nvcc", path=f"{os.environ.get('PATH')}:/usr/local/cuda/bin") is None, reason="needs nvcc")

@@ -25,6 +25,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {"portable": ()} | (
     else {}
 )
 
+VARIED = [path.name for path in sorted(SOURCES.glob("cpu/*.cpp")) if not path.name.startswith(("register", "dispatch"))]
+
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
@@ -115,16 +117,20 @@ def test_declarations_equal_torch(tmp_path: Path) -> None:
     compile_object(HERE / "abi_check.cpp", tmp_path / "abi_check.o", f"-I{include}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not X86, reason="instruction sets of x86-64")
-def test_kernels_of_instruction_sets_share_no_symbol(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "source", [path.name for path in sorted(SOURCES.glob("cpu/*.cpp")) if not path.name.startswith(("register", "dispatch"))]
+)
+def test_kernels_of_instruction_sets_share_no_symbol(source: str, tmp_path: Path) -> None:
     """Nothing compiled for AVX-512 may replace a function of the portable kernels at link time."""
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("no nm")
     defined = []
     for isa, flags in VARIANTS.items():
-        unit = compile_object(HERE / "units.cpp", tmp_path / f"{isa}.o", *flags, f"-DFM_ISA={isa}")
+        unit = compile_object(SOURCES / "cpu" / source, tmp_path / f"{isa}.o", *flags, f"-DFM_ISA={isa}")
         lines = run([nm, "--defined-only", "--extern-only", str(unit)]).decode().splitlines()
         defined.append({line.split()[-1] for line in lines})
-    assert all(len(names) == 8 for names in defined), defined
+    assert len(set(map(len, defined))) == 1 and defined[0], defined
     assert not set.intersection(*defined)

@@ -1,8 +1,6 @@
-// All kernels of one instruction set in one translation unit (FM_ISA is given on the command line).
+// The kernels that test programs run, of one instruction set, in one translation unit (FM_ISA is given on the command line).
 #include "cpu/adamw_ema.cpp"
 #include "cpu/divergence_step.cpp"
-#include "cpu/group_norm_silu.cpp"
-#include "cpu/group_norm_silu_backward.cpp"
 #include "cpu/linear_step.cpp"
 #include "cpu/noise.cpp"
 #include "cpu/path_loss.cpp"
