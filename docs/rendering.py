@@ -3,6 +3,7 @@
 import html
 import re
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import griffe
@@ -25,10 +26,18 @@ def _as_mathml(formula: re.Match[str]) -> str:
 class Docstrings(griffe.Extension):
     """Docstrings as Markdown: roles become links, literal blocks become Python code."""
 
-    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring:
-            text = LITERAL_BLOCK.sub(_as_fence, obj.docstring.value)
-            obj.docstring.value = ROLE.sub(lambda role: _as_link(obj, role[1]), text)
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        for obj in _objects(pkg):
+            if obj.docstring:
+                text = LITERAL_BLOCK.sub(_as_fence, obj.docstring.value)
+                obj.docstring.value = ROLE.sub(lambda role, obj=obj: _as_link(obj, role[1]), text)
+
+
+def _objects(obj: griffe.Object) -> Iterator[griffe.Object]:
+    yield obj
+    for member in obj.members.values():
+        if not member.is_alias:
+            yield from _objects(member)
 
 
 def _as_fence(block: re.Match[str]) -> str:
@@ -36,11 +45,16 @@ def _as_fence(block: re.Match[str]) -> str:
 
 
 def _as_link(obj: griffe.Object, name: str) -> str:
-    return f"[`{name.rsplit('.', 1)[-1]}`][{name if name.startswith('fm_fast.') else _full_name(obj, name)}]"
+    """A link, or the bare name where it is not ours, as a method inherited from torch."""
+    target = name if name.startswith("fm_fast.") else _full_name(obj, name)
+    text = f"`{name.rsplit('.', 1)[-1]}`"
+    return text if target is None else f"[{text}][{target}]"
 
 
-def _full_name(obj: griffe.Object, name: str) -> str:
-    """The path of a name as the docstring's module or class sees it."""
-    if obj.is_class and name in obj.members:
-        return f"{obj.path}.{name}"
-    return f"{obj.module.path}.{name}"
+def _full_name(obj: griffe.Object, name: str) -> str | None:
+    """The path of a name as the docstring's class or module sees it."""
+    for scope in (obj, obj.parent, obj.module):
+        member = scope.members.get(name) if scope is not None and (scope.is_class or scope.is_module) else None
+        if member is not None:
+            return member.target_path if member.is_alias else member.path
+    return None

@@ -18,6 +18,8 @@ from document_code import blocks
 from test_packaging import ENVIRONMENT_VARIABLES
 
 import fm_fast as fm
+import fm_fast.nn
+import fm_fast.train
 from fm_fast import _backends
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,7 +212,7 @@ def directives() -> set[str]:
 def public_names() -> dict[str, Any]:
     """Everything that users are told to use, by its full name: fm_fast's own names, and those of its modules that list theirs."""
     names = {f"fm_fast.{name}": getattr(fm, name) for name in fm.__all__ if name != "__version__"}
-    modules = [value for value in names.values() if isinstance(value, types.ModuleType)]
+    modules = [*(value for value in names.values() if isinstance(value, types.ModuleType)), fm_fast.nn, fm_fast.train]
     listed = {f"{module.__name__}.{name}": getattr(module, name) for module in modules for name in getattr(module, "__all__", ())}
     return {**names, **listed}
 
