@@ -25,7 +25,7 @@ TRUE_NLL = math.log(8.0)
 WIDTH, LAYERS, BATCH, LEARNING_RATE = 128, 4, 512, 1e-3
 SNAPSHOTS = 8
 SAMPLES = 1024
-HELD_OUT = 1024
+HELD_OUT, NLL_STEPS = 1024, 100
 LATE_LOSSES = 300
 COUNTS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 REFERENCE_STEPS = 500
@@ -140,9 +140,9 @@ def _midpoint(model: nn.Module, recipe: Recipe, x0: Tensor, steps: int, save: Se
 def _measure(
     objective: str, model: nn.Module, recipe: Recipe, seed: int, snapshots: tuple[int, ...], nfe: tuple[int, ...], losses: Tensor
 ) -> ObjectiveResult:
-    nll = -log_likelihood(
-        model, checkerboard(HELD_OUT, seed, 2**31), path=recipe.path, objective=recipe.objective, method="rk4", steps=100, kind="exact"
-    ).logp
+    points = checkerboard(HELD_OUT, seed, 2**31)
+    trained = {"path": recipe.path, "objective": recipe.objective}
+    nll = -log_likelihood(model, points, method="rk4", steps=NLL_STEPS, kind="exact", **trained).logp
     x0 = _start(SAMPLES, seed)
     exact = _midpoint(model, recipe, x0, REFERENCE_STEPS).x
     errors = tuple(float((_midpoint(model, recipe, x0, count // 2).x - exact).square().mean()) for count in COUNTS)
