@@ -149,4 +149,4 @@ def test_errors_are_told_before_the_work(run, tmp_path, capsys, monkeypatch):
     assert main(["evaluate", str(run), "--json", str(tmp_path / "no" / "r.json")]) == 1
     assert "there is no folder" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path)]) == 1
-    assert "no such checkpoint" in capsys.readouterr().err
+    assert "no checkpoint-NUMBER.pt in this folder" in capsys.readouterr().err

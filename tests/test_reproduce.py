@@ -227,6 +227,7 @@ def tiny_table(monkeypatch):
     monkeypatch.setattr(table1, "prepare", lambda data, out, source=None: ("digits", "digits", config))
 
 
+@pytest.mark.slow
 def test_table1_command_and_its_restart(tiny_table, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     arguments = ["reproduce", "table1", "--steps", "2", "--out", str(tmp_path)]

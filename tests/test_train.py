@@ -194,6 +194,7 @@ def test_whole_run_writes_its_files_and_reports(tmp_path, capsys):
         "weights.safetensors",
         "samples.png",
         "log.jsonl",
+        "loss.png",
     }
     width, height, pixel, _ = decode_png((tmp_path / "run" / "samples.png").read_bytes())
     assert (width, height, pixel) == (2 * 102 + 6, 10 * 102 + 6, 1)
