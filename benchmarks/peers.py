@@ -3,7 +3,10 @@
 import importlib.metadata
 from collections.abc import Sequence
 
-PINNED = {"torchdiffeq": "0.2.5", "flow_matching": "1.0.10"}
+PINNED = {"torchdiffeq": "0.2.5", "flow_matching": "1.0.10", "torchcfm": "1.0.7"}
+# torchcfm asks for much that a U-Net and a loss do not need.
+DEFAULT_INSTALLATION = "pip install -e '.[bench]'"
+INSTALLATION = {"torchcfm": f"{DEFAULT_INSTALLATION} && pip install --no-deps torchcfm==1.0.7"}
 
 
 def version(name: str) -> str | None:
@@ -21,5 +24,5 @@ def remarks(names: Sequence[str]) -> list[str]:
 
 def _remark(name: str, found: str | None) -> str:
     if found is None:
-        return f"{name} is not installed and left out: pip install -e '.[bench]'"
+        return f"{name} is not installed and left out: {INSTALLATION.get(name, DEFAULT_INSTALLATION)}"
     return f"{name} {found} is not the version that was meant: {PINNED[name]}"

@@ -1,6 +1,7 @@
 """Every benchmarked op by its name."""
 
 from benchmarks.op import Op
-from benchmarks.ops import adamw_ema, divergence, group_norm_silu, likelihood, path_loss, sampler
+from benchmarks.ops import adamw_ema, divergence, group_norm_silu, likelihood, path_loss, sampler, train_step
 
-OPS: dict[str, Op] = {op.name: op for op in (path_loss.OP, sampler.OP, divergence.OP, likelihood.OP, adamw_ema.OP, group_norm_silu.OP)}
+MODULES = (path_loss, sampler, divergence, likelihood, adamw_ema, group_norm_silu, train_step)
+OPS: dict[str, Op] = {module.OP.name: module.OP for module in MODULES}

@@ -8,20 +8,8 @@ from torch.nn import functional as F
 
 from fm_fast._ops.guard import transforms_active
 from fm_fast._ops.layout import memory_format
+from fm_fast.nn.convolution import conv1x1, zeroed
 from fm_fast.nn.norm import GroupNormSiLU
-
-
-def conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
-    """The same linear map at every pixel."""
-    return nn.Conv2d(inputs, outputs, kernel_size=1)
-
-
-def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
-    """The same layer with its weight and bias set to zero: a block that ends in one starts as the identity."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
 
 
 class Attention(nn.Module):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fm_fast.nn.attention import Attention, conv1x1, zeroed
+from fm_fast.nn.attention import Attention
+from fm_fast.nn.convolution import conv1x1, conv3x3, zeroed
 from fm_fast.nn.norm import GroupNormSiLU
 
 
@@ -22,11 +23,6 @@ class BlockSettings:
     dropout: float = 0.0
     scale_shift: bool = True
     fused: bool = True
-
-
-def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """Keeps the size of [B, C, H, W]; divides it with stride > 1."""
-    return nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1)
 
 
 class ResidualBlock(nn.Module):

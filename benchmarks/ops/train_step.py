@@ -1,0 +1,185 @@
+"""train_step: a whole training step of a U-Net of 1.1 M parameters, against torchcfm's: its U-Net, loss and averaging, with Adam.
+
+A step draws the noise and the times, and does the loss, its gradient, the clipping, Adam and the average of the weights. All networks
+have the same shape and the same weights. In bfloat16, torchcfm runs under autocast, and a second time in float32, which is its default;
+our weights are bfloat16 with float32 masters in the optimiser.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fm_fast as fm
+from benchmarks import peers
+from benchmarks.op import Op, Provider, Setting
+from fm_fast.nn import UNet, UNetConfig, load_torchcfm
+from fm_fast.train.averaging import fixed_decay
+from fm_fast.train.optimiser import AdamWEMA
+
+SIZES = {"32x32": (64, 3, 32, 32), "16x16": (64, 3, 16, 16), "tiny": (4, 3, 16, 16)}
+CHANNELS, MULTIPLIERS, BLOCKS, HEAD_CHANNELS = 32, (1, 2, 2), 1, 32
+RATE, DECAY, NORM, SEED = 2e-4, 0.9999, 1.0, 0
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Data, the noise and times at which all losses are compared, and the networks to start from: ours, and theirs of the same weights."""
+
+    x1: Tensor
+    x0: Tensor
+    t: Tensor
+    network: UNet
+    theirs: nn.Module | None
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A provider at work; calling it takes one step. loss_at: its loss for given (x1, x0, t)."""
+
+    step: Callable[[], Any]
+    loss_at: Callable[[Tensor, Tensor, Tensor], Tensor]
+    dtype: torch.dtype
+
+    def __call__(self) -> None:
+        self.step()
+
+
+def inputs(setting: Setting) -> Inputs:
+    x1, x0 = (fm.noise(setting.shape, seed=SEED, step=0, index=index) for index in (1, 2))
+    t = fm.noise(setting.shape[:1], seed=SEED, step=0, stream="t")
+    config = _config(setting)
+    if peers.version("torchcfm") is None:
+        return Inputs(x1, x0, t, _shaken(UNet(config)), None)
+    theirs = _shaken(_torchcfm_network(config))
+    return Inputs(x1, x0, t, load_torchcfm(theirs.state_dict(), config), theirs)
+
+
+def _config(setting: Setting) -> UNetConfig:
+    """Attention in the second level; the embedding added and t not scaled, as in torchcfm."""
+    _, colours, side, _ = setting.shape
+    return UNetConfig(
+        side, colours, 0, channels=CHANNELS, multipliers=MULTIPLIERS, blocks=BLOCKS, attention_sizes=(side // 2,),
+        head_channels=HEAD_CHANNELS, scale_shift=False, time_scale=1.0,
+    )  # fmt: skip
+
+
+def _torchcfm_network(config: UNetConfig) -> nn.Module:
+    from torchcfm.models.unet.unet import UNetModel
+
+    return UNetModel(
+        image_size=config.image_size, in_channels=config.image_channels, model_channels=CHANNELS, out_channels=config.image_channels,
+        num_res_blocks=BLOCKS, attention_resolutions=(2,), channel_mult=MULTIPLIERS, num_head_channels=HEAD_CHANNELS,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _shaken(network: nn.Module) -> Any:
+    """Weights that hide nothing behind a zero: every second convolution would otherwise start there."""
+    for number, parameter in enumerate(network.parameters()):
+        parameter.add_(0.02 * fm.noise((1, parameter.numel()), seed=number, step=0).reshape(parameter.shape))
+    return network
+
+
+# Providers
+
+
+def _fm_fast(fused: bool) -> Callable[[Inputs, Setting], Trainer]:
+    return lambda given, setting: _trainer(given, setting.dtype, fused)
+
+
+def _trainer(given: Inputs, dtype: torch.dtype, fused: bool) -> Trainer:
+    model = UNet(given.network.config, fused=fused)
+    model.load_state_dict(given.network.state_dict())
+    model.to(dtype)
+    optimiser = AdamWEMA(model.parameters(), RATE, weight_decay=0.0, max_norm=NORM, averages=[fixed_decay(DECAY)])
+    steps = itertools.count()
+
+    def step() -> None:
+        optimiser.zero_grad()
+        fm.flow_matching_loss(model, given.x1, seed=SEED, step=next(steps), dtype=dtype).backward()
+        optimiser.step()
+
+    def loss_at(x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        return fm.flow_matching_loss(model, x1, x0=x0, t=t, dtype=dtype)
+
+    return Trainer(step, loss_at, dtype)
+
+
+def _torchcfm(autocast: bool) -> Callable[[Inputs, Setting], Trainer]:
+    def build(given: Inputs, setting: Setting) -> Trainer:
+        from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
+
+        model, average = copy.deepcopy(given.theirs), copy.deepcopy(given.theirs)
+        assert model is not None and average is not None
+        optimiser, matcher = torch.optim.Adam(model.parameters(), lr=RATE), ConditionalFlowMatcher(sigma=0.0)
+
+        def loss_between(x_t: Tensor, t: Tensor, target: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                return torch.mean((model(t, x_t) - target) ** 2)
+
+        def step() -> None:
+            optimiser.zero_grad()
+            t, x_t, target = matcher.sample_location_and_conditional_flow(torch.randn_like(given.x1), given.x1)
+            loss_between(x_t, t, target).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), NORM)
+            optimiser.step()
+            _average(model, average)
+
+        def loss_at(x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+            _, x_t, target = matcher.sample_location_and_conditional_flow(x0, x1, t=t)
+            return loss_between(x_t, t, target)
+
+        return Trainer(step, loss_at, setting.dtype if autocast else torch.float32)
+
+    return build
+
+
+@torch.no_grad()
+def _average(model: nn.Module, average: nn.Module) -> None:
+    """As its examples do it: tensor after tensor of the state dict."""
+    weights, averages = model.state_dict(), average.state_dict()
+    for name, value in weights.items():
+        averages[name].copy_(averages[name] * DECAY + value * (1.0 - DECAY))
+
+
+def providers(setting: Setting) -> list[Provider]:
+    found = [Provider("fm_fast", _fm_fast(True)), Provider("fm_fast, plain layers", _fm_fast(False))]
+    if peers.version("torchcfm"):
+        found.append(Provider("torchcfm, float32", _torchcfm(False)))
+        if setting.dtype == torch.bfloat16:
+            found.append(Provider("torchcfm, autocast", _torchcfm(True)))
+    return found
+
+
+# Correctness
+
+
+def check(given: Inputs, setting: Setting, step: Trainer) -> None:
+    """The loss at given (x1, x0, t) against the formula in float64, before and after two steps, which must have lowered it."""
+    model = UNet(given.network.config, fused=False)
+    model.load_state_dict(given.network.state_dict())
+    wanted = float(_formula(model.double(), given.x1.double(), given.x0.double(), given.t))
+    with torch.no_grad():
+        found = float(step.loss_at(given.x1, given.x0, given.t))
+    error, tolerance = abs(found / wanted - 1.0), TOLERANCE[step.dtype]
+    assert error <= tolerance, f"the loss is off by {error:.1e} (relative), more than {tolerance:.0e}"
+    step(), step()
+    with torch.no_grad():
+        later = float(step.loss_at(given.x1, given.x0, given.t))
+    assert later < found, f"the loss is {later:.6f} after two steps and was {found:.6f} before"
+
+
+@torch.no_grad()
+def _formula(model: UNet, x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """Equation 23 of Lipman et al. (2023) with sigma_min = 0."""
+    time = t.double().reshape(-1, 1, 1, 1)
+    return (model(time * x1 + (1.0 - time) * x0, t) - (x1 - x0)).square().mean()
+
+
+OP = Op("train_step", SIZES, ("Adam, clipped, averaged",), inputs, providers, check, devices=("cpu",), peers=("torchcfm",), rounds=10)
