@@ -18,10 +18,10 @@ from fm_fast.reproduce.mixture import FastMixture, blob_images, image_mixture
 from fm_fast.reproduce.results import Parts, rounded
 from fm_fast.testing import GaussianMixture
 from fm_fast.train.classifier import train_classifier
-from fm_fast.train.config import RECIPES
-from fm_fast.train.data import digits
-from fm_fast.train.npz import read_npz
+from fm_fast.train.config import RECIPES, fit_to_data
+from fm_fast.train.data import digits, load_dataset
 from fm_fast.train.run_folder import RunFolder
+from fm_fast.train.step import build_model
 
 WIDE = torch.float64
 
@@ -185,29 +185,23 @@ def test_bits_against_draws_are_those_of_bits_per_dim():
     assert one > five > ten, "more draws tighten the bound (equation 47)"
 
 
-def test_halved_images_by_hand():
-    image = torch.tensor([[0, 4, 255, 255], [8, 0, 255, 255]], dtype=torch.uint8).reshape(1, 1, 2, 4)
-    assert table1.halved(image).tolist() == [[[[3, 255]]]]
-
-
-def test_fashion_is_stored_at_half_its_size(tmp_path):
+def test_fashion_is_averaged_to_14_pixels(tmp_path):
     pixels = numpy.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=numpy.uint8)
-    for prefix in ("train", "t10k"):
-        head = bytes([0, 0, 8, 3, 0, 0, 0, 12, 0, 0, 0, 28, 0, 0, 0, 28])
-        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
-        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 12]) + bytes(range(10)) + bytes(2))
-    train_data, held_out, config = table1.prepare("fashion", tmp_path / "out", tmp_path)
-    images, labels = read_npz(tmp_path / "out" / "fashion-test.npz", ("images", "labels"))
-    assert (str(config.data), held_out) == (train_data, str(tmp_path / "out" / "fashion-test.npz")) and config.dequantise
-    assert images.shape == (12, 1, 14, 14) and torch.equal(images, table1.halved(torch.from_numpy(pixels)[:, None]))
-    assert labels.tolist() == [*range(10), 0, 0]
+    head = bytes([0, 0, 8, 3, 0, 0, 0, 12, 0, 0, 0, 28, 0, 0, 0, 28])
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 12]) + bytes(range(10)) + bytes(2))
+    config = table1.settings("fashion", tmp_path)
+    images = load_dataset(config.data, "test", config.preparation).images
+    assert images.shape == (12, 1, 14, 14) and config.dequantise and table1.settings("fashion").data == "fashion"
+    assert int(images[3, 0, 2, 5]) == round(float(pixels[3, 4:6, 10:12].mean()))
+    build_model(fit_to_data(config, (1, 14, 14), 10))(torch.zeros(1, 1, 14, 14), torch.zeros(1), y=torch.zeros(1, dtype=torch.int64))
 
 
-def test_fashion_that_is_missing_names_the_package(tmp_path, capsys):
+def test_data_that_are_missing(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     arguments = ["reproduce", "table1", "--data", "fashion", "--source", str(tmp_path / "none"), "--out", str(tmp_path)]
     assert main(arguments) == 1
-    assert "none: Fashion-MNIST is not there; install Debian's package dataset-fashion-mnist or pass --source" in capsys.readouterr().err
+    assert "none: no such file or folder" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -223,8 +217,8 @@ def tiny_table(monkeypatch):
         "DRAWS_TOLERANCE": 1e-1,
     }.items():
         monkeypatch.setattr(table1, name, value)
-    config = tiny(dequantise=True, model=TINY_NET, sample_steps=2, samples_per_class=1)
-    monkeypatch.setattr(table1, "prepare", lambda data, out, source=None: ("digits", "digits", config))
+    config = tiny(dequantise=True, evaluate=False, model=TINY_NET, sample_steps=2, samples_per_class=1)
+    monkeypatch.setattr(table1, "settings", lambda data, source=None: config)
 
 
 @pytest.mark.slow

@@ -9,13 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fm_fast.bits import bits_per_dim
-from fm_fast.nn import UNetConfig
 from fm_fast.reproduce.checkerboard import NAMES
 from fm_fast.reproduce.results import Parts, summary, write_json
 from fm_fast.train.classifier import train_classifier
@@ -28,8 +25,6 @@ from fm_fast.train.presets import PRESETS
 from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.weights import load_model
 
-FASHION = Path("/usr/share/datasets/fashion-mnist")
-FASHION_PACKAGE = "dataset-fashion-mnist"
 # Held-out images for sample quality (as many samples), for bits/dim, and for bits/dim against the number of draws.
 SAMPLES, BITS_IMAGES, DRAW_IMAGES = 200, 48, 8
 BATCH = 64
@@ -74,43 +69,20 @@ def bits_for_draws(logp: Tensor, counts: Sequence[int], dimensions: int, levels:
     return tuple(values)
 
 
-def halved(images: Tensor) -> Tensor:
-    """uint8 [N, 1, 28, 28] -> [N, 1, 14, 14], means of 2 x 2 pixels."""
-    return F.avg_pool2d(images.float(), 2).round().to(torch.uint8)
-
-
-def prepare(data: str, out: Path, source: Path | None = None) -> tuple[str, str, TrainConfig]:
-    """(training data, held-out data, settings of a run) for "digits" or "fashion".
-
-    Fashion-MNIST is read from `source`, by default the folder of Debian's package, and stored at half its size in `out`. Raises
-    FileNotFoundError where it is missing.
-    """
+def settings(data: str, source: Path | None = None) -> TrainConfig:
+    """The run for "digits" or "fashion": Fashion-MNIST in `source`, or where Debian's package puts it, averaged to 14 x 14 pixels."""
+    digits = replace(PRESETS["digits"], batch_size=BATCH, dequantise=True, evaluate=False)
     if data == "digits":
-        return "digits", "digits", replace(PRESETS["digits"], batch_size=BATCH, dequantise=True)
-    folder = source or FASHION
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: Fashion-MNIST is not there; install Debian's package {FASHION_PACKAGE} or pass --source DIR")
-    return _prepare_fashion(folder, out)
+        return digits
+    return replace(digits, data=str(source or "fashion"), pool=2, model=replace(digits.model, attention_sizes=(7,)))
 
 
-def _prepare_fashion(source: Path, out: Path) -> tuple[str, str, TrainConfig]:
-    out.mkdir(parents=True, exist_ok=True)
-    files = {split: out / f"fashion-{split}.npz" for split in ("train", "test")}
-    for split, file in files.items():
-        if not file.is_file():
-            dataset = load_dataset(source, split)
-            np.savez_compressed(file, images=halved(dataset.images).numpy(), labels=dataset.labels.numpy())
-    model = replace(UNetConfig.digits(), attention_sizes=(7,))
-    config = replace(PRESETS["digits"], data=str(files["train"]), batch_size=BATCH, dequantise=True, model=model)
-    return str(files["train"]), str(files["test"]), config
-
-
-def row(objective: str, config: TrainConfig, train_data: str, held_out_data: str, seed: int) -> Row:
+def row(objective: str, config: TrainConfig) -> Row:
     """Train, or continue to train, and measure. The run is a folder of its own, which `fm-fast evaluate` and `sample` read too."""
-    config = replace(config, objective=objective, seed=seed, evaluate=False)
     train(config, resuming=bool(RunFolder(Path(config.out)).checkpoints()))
     model, config = load_model(config.out)
-    training, held_out = load_dataset(train_data), first(load_dataset(held_out_data, "test"), SAMPLES)
+    seed, training = config.seed, load_dataset(config.data, "train", config.preparation)
+    held_out = first(load_dataset(config.data, "test", config.preparation), SAMPLES)
     samples = draw_samples(model, config, held_out, seed, SAMPLES, TOLERANCE)
     quality = sample_quality(samples, train_classifier(training), training, held_out)
     bits = dataset_bits(model, config, first(held_out, BITS_IMAGES), BITS_IMAGES, seed, method="dopri5", rtol=TOLERANCE, atol=TOLERANCE)
@@ -138,17 +110,16 @@ def _bits_by_draws(model: torch.nn.Module, config: TrainConfig, data: Dataset, s
 
 def reproduce_table1(out: Path, data: str, seed: int, steps: int, source: Path | None = None) -> list[Row]:
     """All five objectives; writes a run and a part for each, table1-<data>.json and table1-<data>.md into `out`."""
-    train_data, held_out_data, config = prepare(data, out, source)
+    config = replace(settings(data, source), seed=seed, steps=steps)
     parts = Parts(out / "parts", {"data": data, "seed": seed, "steps": steps})
-    runs = {name: replace(config, steps=steps, out=str(out / f"{data}-{name}")) for name in NAMES}
-    arguments = {f"table1-{data}-{name}": (name, run, train_data, held_out_data, seed) for name, run in runs.items()}
+    runs = {name: replace(config, objective=name, out=str(out / f"{data}-{name}")) for name in NAMES}
+    arguments = {f"table1-{data}-{name}": (name, run) for name, run in runs.items()}
     rows = parts.get_all(Row, row, arguments)
     command = f"fm-fast reproduce table1 --data {data} --seed {seed} --steps {steps}"
-    settings = {"samples": SAMPLES, "images_for_bits": BITS_IMAGES, "images_for_draws": DRAW_IMAGES}
-    settings |= {"tolerance": TOLERANCE, "draws_tolerance": DRAWS_TOLERANCE}
-    write_json(
-        out / f"table1-{data}.json", summary(command, parts.seconds(arguments), **settings, results=[asdict(entry) for entry in rows])
-    )
+    sizes = {"samples": SAMPLES, "images_for_bits": BITS_IMAGES, "images_for_draws": DRAW_IMAGES}
+    tolerances = {"tolerance": TOLERANCE, "draws_tolerance": DRAWS_TOLERANCE}
+    content = summary(command, parts.seconds(arguments), **sizes, **tolerances, results=[asdict(entry) for entry in rows])
+    write_json(out / f"table1-{data}.json", content)
     (out / f"table1-{data}.md").write_text(as_text(rows) + "\n", encoding="utf-8")
     return rows
 
