@@ -213,8 +213,8 @@ def test_16_bit_convolutions_without_16_bit_arithmetic_are_float32_rounded_once(
         output = layer(x)
     expected = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), stride=2, padding=1)
     assert output.dtype == torch.bfloat16 and output.is_contiguous(memory_format=layout)
-    # Half a unit in the last place of bfloat16, and a little for float32 sums.
-    torch.testing.assert_close(output.double(), expected, rtol=2**-9 + 1e-6, atol=1e-5)
+    # Half a unit in the last place of bfloat16 is up to 2^-8 of the value (its significand has 8 bits), and a little for float32 sums.
+    torch.testing.assert_close(output.double(), expected, rtol=2**-8 + 1e-6, atol=1e-5)
     output.sum().backward()
     assert layer.weight.grad.dtype == layer.weight.dtype and torch.isfinite(layer.weight.grad).all()
 
