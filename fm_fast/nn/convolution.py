@@ -21,8 +21,8 @@ EMULATED_ON_CPU = _emulated_on_cpu()
 class Convolution(nn.Conv2d):
     """nn.Conv2d, with float32 arithmetic between 16-bit tensors on a CPU that has no other, also under autocast."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = _computed(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x, dtype = input, _computed(input)
         if x.device.type != "cpu" or dtype not in EMULATED_ON_CPU:
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
