@@ -2,9 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 STAGE ?=
+# Processes that run the tests, one thread each.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadscope
 CPP_SOURCES = $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo bits test test-all sanitize lint format docs bench gpu-report clean
@@ -36,11 +39,11 @@ bits: $(BIN)/python
 
 test: $(BIN)/python
 	$(INSTALL) ".[test,train,plot]"
-	$(BIN)/pytest -m "not slow and not gpu" tests
+	$(PYTEST) -m "not slow and not gpu" tests
 
 test-all: $(BIN)/python
 	$(INSTALL) ".[test,train,plot,dev,docs]"
-	$(BIN)/pytest -m "not gpu" tests
+	$(PYTEST) -m "not gpu" tests
 
 sanitize: $(BIN)/python
 	$(INSTALL) ".[test]"

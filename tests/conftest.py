@@ -1,7 +1,14 @@
 """What every test file may use: the backends of this machine, and outputs poisoned before a kernel writes them."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: several teams of threads on them wait for each other, ten times as long as they compute.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
+from thread_counts import threads
 
 from fm_fast import _backends
 
@@ -25,7 +32,5 @@ def poisoned_outputs():
 @pytest.fixture
 def one_thread():
     """For many operations on small tensors, which threads only make slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield

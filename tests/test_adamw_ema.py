@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from adamw_cases import DECAYS, SETTINGS, TorchSteps, data, gradients, parameters, state_of, step, table
+from thread_counts import on_thread_counts
 
 from fm_fast import _backends
 
@@ -105,14 +106,13 @@ def test_nothing_but_parameters_and_their_state_is_written(backend):
 
 @needs_cpp
 def test_the_number_of_threads_changes_nothing():
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
+    def three_steps():
         tensors = [data((300, 301), 1), *parameters(), data((7, 20_001), 2)]
         state = state_of(tensors)
         totals = [step(tensors, gradients(tensors, n), state, "cpp") for n in range(3)]
-        results.append([*totals, *tensors, torch.nan_to_num(state.m), torch.nan_to_num(state.averages)])
-    torch.set_num_threads(threads)
+        return [*totals, *tensors, torch.nan_to_num(state.m), torch.nan_to_num(state.averages)]
+
+    results = on_thread_counts(three_steps)
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
 
 

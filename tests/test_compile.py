@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import CPU_BACKENDS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jvp
 
@@ -23,6 +24,12 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name != CPU_BACKENDS[-1])) for name in CPU_BACKENDS])
+def backend(request):
+    """Each backend of the CPU, all but the one that users get among the slow tests: the reference traces into hundreds of small ops."""
+    return request.param
 
 
 class Counting:

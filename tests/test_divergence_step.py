@@ -4,6 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from thread_counts import on_thread_counts
 
 from fm_fast import _backends, _ops
 from fm_fast.random import Kind, Stream, make_key
@@ -184,11 +185,7 @@ def test_empty_batches(shape, backend):
 @pytest.mark.parametrize("shape", [(3, 70_000), (64, 3, 33, 33), (5000, 2)], ids=str)
 def test_the_number_of_threads_changes_nothing(shape, kind):
     g, probes = products(shape, 3), probe_set(kind, shape, 3)
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        results.append(evaluate(g, probes, "cpp"))
-    torch.set_num_threads(threads)
+    results = on_thread_counts(lambda: evaluate(g, probes, "cpp"))
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
 
 

@@ -25,7 +25,7 @@ BAD_SAMPLE_ARGUMENTS = [
     ({"t": torch.zeros(4, dtype=torch.int64)}, TypeError, r"t must be a floating tensor, got torch.int64"),
     ({"t": "half"}, TypeError, r"t must be a torch.Tensor, got str"),
     ({"path": "linear"}, ValueError, r"path must be one of ot, vp, ve, cosine or an object .*, got 'linear'"),
-    ({"path": object()}, ValueError, r"path must be one of .* or an object"),
+    ({"path": 3.5}, ValueError, r"path must be one of .* or an object"),
     ({"objective": "eps"}, ValueError, r"objective must be one of velocity, noise, score, scoreflow, data, got 'eps'"),
     ({"t_sampler": "sobol"}, ValueError, r"t_sampler must be one of uniform, stratified, logit-normal or .*, got 'sobol'"),
     ({"dtype": torch.int8}, ValueError, r"dtype must be one of .*, got torch.int8"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from norm_cases import LAYER, SEED, Case, assert_close, expected, inputs, key, mask, uncancelled, with_gradients
+from thread_counts import on_thread_counts
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import jvp, vmap
 
@@ -301,11 +302,7 @@ def test_one_full_size_tensor_is_saved():
 def test_bitwise_repeatable_for_any_thread_count(layout):
     case = Case(5, 24, 40, groups=8, size=(17, 19), dropout=0.1, layouts=3 * layout)
     tensors, grad_y = inputs(case)
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        results.append(with_gradients(ours(case, "cpp"), tensors, grad_y))
-    torch.set_num_threads(threads)
+    results = on_thread_counts(lambda: with_gradients(ours(case, "cpp"), tensors, grad_y))
     assert all(torch.equal(value, results[0][name]) for result in results[1:] for name, value in result.items())
 
 

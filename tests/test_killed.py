@@ -13,6 +13,7 @@ from pathlib import Path
 import killed_run
 import pytest
 import torch
+from thread_counts import threads
 from torch.utils import _pytree as pytree
 from trainer_helpers import tiny
 
@@ -68,12 +69,8 @@ def finish(folder, keep):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         yield killed_run.run(tmp_path_factory.mktemp("straight"))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def assert_same_values(one, two):

@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from thread_counts import on_thread_counts
 
 from fm_fast import _backends, _ops
 
@@ -218,12 +219,12 @@ def test_expanded_inputs(backend):
 @pytest.mark.parametrize("shape", [(3, 70_000), (64, 3, 33, 33)], ids=str)
 def test_the_number_of_threads_changes_nothing(shape):
     x, k = data(shape, 0), [data((2 * shape[0], *shape[1:]), 1, torch.bfloat16), list(layouts(data(shape, 2)))[-1]]
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
+
+    def stepped():
         copy = torch.empty(shape, dtype=torch.bfloat16)
-        results.append((step(x, k, [1.0, 0.5, -0.25], "cpp", 2.0, copy=copy), copy))
-    torch.set_num_threads(threads)
+        return step(x, k, [1.0, 0.5, -0.25], "cpp", 2.0, copy=copy), copy
+
+    results = on_thread_counts(stepped)
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
 
 

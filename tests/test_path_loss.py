@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from thread_counts import on_thread_counts
 
 import fm_fast as fm
 from fm_fast import _backends
@@ -185,18 +186,10 @@ def test_bitwise_repeatable_for_any_thread_count(backend):
     def run():
         return loss_and_gradient(fm.sample_path(x1, seed=SEED, step=STEP, backend=backend), o)
 
-    first, again = run(), run()
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = run()
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
+    (value, gradient), *others = [*on_thread_counts(run), run()]
+    assert all(torch.equal(gradient, other) for _, other in others)
     if backend != "reference":
-        assert torch.equal(first[0], alone[0])
-    assert torch.equal(first[1], alone[1])
+        assert all(torch.equal(value, other) for other, _ in others)
 
 
 def test_accumulation_equals_the_whole_batch(backend):

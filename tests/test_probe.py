@@ -4,6 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from thread_counts import on_thread_counts
 
 from fm_fast import _backends, _ops
 from fm_fast.random import make_key
@@ -135,13 +136,8 @@ def test_empty_batches(shape, backend):
 @pytest.mark.parametrize("structured", [False, True])
 def test_the_number_of_threads_changes_nothing(structured):
     codes, rows = (random_codes(3 * 33 * 65), random_codes(4, 4)) if structured else ((), ())
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        results.append(draw((16, 3, 33, 65), 4, "cpp", codes=codes, rows=rows))
-    torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    first, *others = on_thread_counts(lambda: draw((16, 3, 33, 65), 4, "cpp", codes=codes, rows=rows))
+    assert all(torch.equal(first, other) for other in others)
 
 
 WRONG = {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from thread_counts import threads
 from trainer_helpers import CPU, tiny
 
 from fm_fast.train import loop, train
@@ -82,10 +83,9 @@ def free_ports(count):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The folder of a run of one process."""
-    place, threads = tmp_path_factory.mktemp("runs") / "alone", torch.get_num_threads()
-    torch.set_num_threads(1)
-    train(config(place))
-    torch.set_num_threads(threads)
+    place = tmp_path_factory.mktemp("runs") / "alone"
+    with threads(1):
+        train(config(place))
     return place
 
 

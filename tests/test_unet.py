@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from unet_helpers import TINY, inputs, shaken
 
 import fm_fast as fm
-from fm_fast.nn import PRESETS, Preconditioned, UNet, UNetConfig, convolution
+from fm_fast.nn import PRESETS, Preconditioned, UNet, UNetConfig
 from fm_fast.nn.attention import Attention
 from fm_fast.nn.embedding import sinusoidal_embedding
 from fm_fast.nn.layers import BlockSettings, Half, ResidualBlock
@@ -200,30 +200,6 @@ def test_a_model_of_another_dtype_takes_any_input(dtype):
         output = model(given, t, y=y)
         assert output.dtype == dtype
         torch.testing.assert_close(output.float(), reference(x, t, y=y), rtol=0.1, atol=0.1)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_16_bit_convolutions_without_16_bit_arithmetic_are_float32_rounded_once(autocast, layout, monkeypatch):
-    monkeypatch.setattr(convolution, "EMULATED_ON_CPU", frozenset({torch.bfloat16}))
-    layer, x = convolution.conv3x3(40, 8, stride=2), fm.noise((2, 40, 9, 8), seed=4, step=0).to(memory_format=layout)
-    if not autocast:
-        layer, x = layer.bfloat16(), x.bfloat16()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        output = layer(x)
-    expected = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), stride=2, padding=1)
-    assert output.dtype == torch.bfloat16 and output.is_contiguous(memory_format=layout)
-    # Half a unit in the last place of bfloat16 is up to 2^-8 of the value (its significand has 8 bits), and a little for float32 sums.
-    torch.testing.assert_close(output.double(), expected, rtol=2**-8 + 1e-6, atol=1e-5)
-    output.sum().backward()
-    assert layer.weight.grad.dtype == layer.weight.dtype and torch.isfinite(layer.weight.grad).all()
-
-
-def test_convolutions_of_other_types_are_those_of_pytorch():
-    layer, x = convolution.conv3x3(4, 8), fm.noise((2, 4, 5, 5), seed=4, step=0)
-    assert torch.equal(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(x.double().requires_grad_(False).float()).dtype == torch.bfloat16
 
 
 def test_autocast_trains():

@@ -2,7 +2,7 @@
 
 from fm_fast._ops.adamw_ema import AdamwState, adamw_ema, adamw_ema_norm
 from fm_fast._ops.group_norm_silu import NormSettings, group_norm_silu
-from fm_fast._ops.guard import host_words, needs_reference, outside_transforms, transforms_active
+from fm_fast._ops.guard import host_words, needs_reference, outside_transforms, plainly_eager, transforms_active
 from fm_fast._ops.layout import memory_format, native_layout
 from fm_fast._ops.noise import drawer, noise
 from fm_fast._ops.path import path_loss, path_sample
@@ -28,6 +28,7 @@ __all__ = [
     "outside_transforms",
     "path_loss",
     "path_sample",
+    "plainly_eager",
     "probe",
     "transforms_active",
 ]

@@ -1,8 +1,12 @@
-"""Convolutions of the U-Net: PyTorch's, but never the 16-bit ones that a CPU without 16-bit arithmetic emulates."""
+"""Convolutions of the U-Net: PyTorch's, without what they keep or emulate needlessly."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fm_fast import _ops
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
@@ -19,15 +23,51 @@ EMULATED_ON_CPU = _emulated_on_cpu()
 
 
 class Convolution(nn.Conv2d):
-    """nn.Conv2d, with float32 arithmetic between 16-bit tensors on a CPU that has no other, also under autocast."""
+    """nn.Conv2d, with two differences.
+
+    Between 16-bit tensors on a CPU that has no 16-bit arithmetic it computes in float32, also under autocast. And with its parameters
+    frozen it keeps no activation for the backward pass, which is half the memory that a divergence takes.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         x, dtype = input, _computed(input)
         if x.device.type != "cpu" or dtype not in EMULATED_ON_CPU:
-            return super().forward(x)
+            return self._convolved(x, self.weight, self.bias)
         with torch.autocast("cpu", enabled=False):
             bias = None if self.bias is None else self.bias.float()
-            return F.conv2d(x.float(), self.weight.float(), bias, self.stride, self.padding).to(dtype)
+            return self._convolved(x.float(), self.weight.float(), bias).to(dtype)
+
+    def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self._is_only_differentiated_in(x):
+            return _FrozenConvolution.apply(x, weight, bias, self.stride, self.padding)
+        return F.conv2d(x, weight, bias, self.stride, self.padding)
+
+    def _is_only_differentiated_in(self, x: Tensor) -> bool:
+        """Whether autograd will want the gradient of x and of no parameter, and no transform looks for PyTorch's own convolution."""
+        if not (torch.is_grad_enabled() and x.requires_grad) or any(p.requires_grad for p in self.parameters()):
+            return False
+        return not torch.is_autocast_enabled(x.device.type) and _ops.plainly_eager() and not _ops.transforms_active()
+
+
+class _FrozenConvolution(torch.autograd.Function):
+    """A convolution that is differentiated in x alone: linear in x, so its derivative needs the weight and not x, which PyTorch's keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.layout, ctx.stride, ctx.padding = (x.shape, x.stride()), stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        # The op asks for x to know its shape and memory format. It does not read it, so memory that nobody has written to costs little.
+        x = weight.new_empty_strided(*ctx.layout)
+        wanted = (True, False, False)
+        gradient, _, _ = torch.ops.aten.convolution_backward(
+            grads[0], x, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, wanted
+        )
+        return gradient, None, None, None, None
 
 
 def _computed(x: Tensor) -> torch.dtype:

@@ -58,6 +58,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in mains}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kernels_test", "sampling_test", "training_test", "formats_test"])
 def test_program(programs: dict[str, Path], name: str) -> None:
     printed = run([str(programs[name])]).decode().split()
@@ -90,6 +91,7 @@ def exact_normals(seed: int, step: int, first_id: int, samples: int, points: int
     return pairs.reshape(samples, blocks * 4)[:, :points]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "step", "first_id", "samples", "points"), [(0, 0, 0, 3, 4099), (2**63 - 1, 2**32 - 1, 2**32 - 5, 500, 7)])
 def test_normals_equal_float64(programs: dict[str, Path], seed: int, step: int, first_id: int, samples: int, points: int) -> None:
     expected = exact_normals(seed, step, first_id, samples, points)
