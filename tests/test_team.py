@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from thread_counts import threads
+from torch.nn.parallel import DistributedDataParallel
 from trainer_helpers import CPU, tiny
 
 from fm_fast.train import loop, train
@@ -42,13 +43,14 @@ def resumed(folder, parallel):
 
 
 def stopped(folder, parallel):
-    """The second process alone is asked to stop; both do, after the same step."""
-    original = loop.training_step
+    """The second process alone is asked to stop; both do, after the same step, and let go of what could block their end."""
+    original, networks = loop.training_step, []
 
-    def training_step(state, *arguments, **options):
+    def training_step(state, config, dataset, order, share, network):
+        networks.append(network)
         if state.step == 2 and int(os.environ["RANK"]) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(state, *arguments, **options)
+        return original(state, config, dataset, order, share, network)
 
     loop.training_step = training_step
     try:
@@ -56,6 +58,7 @@ def stopped(folder, parallel):
             train(config(folder / f"stopped-{parallel}", parallel=parallel, steps=100, checkpoint_every=0))
     finally:
         loop.training_step = original
+    assert isinstance(networks[-1], DistributedDataParallel) and not hasattr(networks[-1], "reducer")
 
 
 FAST = [(straight, "ddp"), (resumed, "ddp"), (stopped, "ddp")]

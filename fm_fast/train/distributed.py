@@ -124,10 +124,16 @@ def state_of(config: TrainConfig, team: Team) -> TrainState:
     return new_state(config, team.device)
 
 
-def team_network(state: TrainState, config: TrainConfig, team: Team) -> Model:
+@contextlib.contextmanager
+def team_network(state: TrainState, config: TrainConfig, team: Team) -> Iterator[Model]:
     """What steps call: the state's model, which with several processes also averages their gradients."""
     if team.share.world == 1 or config.parallel == "fsdp":
-        return network_of(state, config)
+        yield network_of(state, config)
+        return
     # Each process's dropout key is its own.
     parallel: nn.Module = DistributedDataParallel(state.model, broadcast_buffers=False)
-    return torch.compile(parallel) if config.compile else parallel  # type: ignore[return-value]
+    try:
+        yield torch.compile(parallel) if config.compile else parallel  # type: ignore[misc]
+    finally:
+        # Were it the last owner of the process group, the reducer would join its threads with Python's lock in hand, which they may need.
+        del parallel.logger, parallel.reducer

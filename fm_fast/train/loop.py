@@ -112,8 +112,8 @@ def _run(run: Run) -> float:
 
 def _steps(run: Run, logger: Logger) -> float:
     state, config, team, paused = run.state, run.config, run.team, 0.0
-    order, network, vote = DataOrder(len(run.dataset), config.seed), team_network(state, config, team), StopVote(team)
-    with deferred_interrupt() as asked:
+    order, vote = DataOrder(len(run.dataset), config.seed), StopVote(team)
+    with deferred_interrupt() as asked, team_network(state, config, team) as network:
         while state.step < config.steps:
             rate = learning_rate(config, state.step)
             loss = training_step(state, config, run.dataset, order, team.share, network)
