@@ -1,6 +1,7 @@
 """The benchmark's correctness gate: a wrong kernel gets no time printed."""
 
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -50,3 +51,12 @@ def test_every_optimiser_passes_and_a_wrong_one_stops_the_run(dtype, monkeypatch
     monkeypatch.setattr(adamw_ema, "fixed_decay", lambda decay: right(decay - 0.01))
     with pytest.raises(SystemExit, match=r"fm_fast is wrong, so nothing is timed: average is off by"):
         gate(adamw_ema.OP, setting, ["memory"])
+
+
+def test_the_regression_set_runs():
+    """Its small sizes, once each: every op agrees with its reference there, which it asserts before it times."""
+    folder = pathlib.Path(__file__).parent.parent
+    chosen = ["-k", "128x3x32x32 or 64x128x8x8 or 50x1000", "--benchmark-disable", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *chosen, "benchmarks/test_regression.py"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "14 passed, 14 deselected" in done.stdout, done.stdout
