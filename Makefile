@@ -22,7 +22,7 @@ help:
 	@echo "make lint        ruff, pyright, clang-format"
 	@echo "make format      rewrite the sources with ruff and clang-format"
 	@echo "make docs        this documentation as a site, into build/site"
-	@echo "make bench       benchmarks on this machine"
+	@echo "make bench       every CPU benchmark of the README, within 15 minutes, and its figures"
 	@echo "make bench-regression  every op beside its reference, compared with the run before"
 	@echo "make gpu-report  build, tests and benchmarks on a CUDA machine (STAGE=build|test|sanitize|bench for one of them)"
 	@echo "make clean       remove the environment and everything that was built"
@@ -69,9 +69,12 @@ docs: $(BIN)/python
 	$(INSTALL) latex2mathml mkdocs-material "mkdocstrings[python]" ruff
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Every CPU benchmark of the README, and its figures. torchcfm asks for packages that nothing here needs.
 bench: $(BIN)/python
-	$(INSTALL) ".[test,train]"
-	$(BIN)/python -m benchmarks
+	$(INSTALL) ".[test,train,plot,bench]"
+	$(INSTALL) --no-deps torchcfm==1.0.7
+	$(BIN)/python -m benchmarks.run --op all
+	$(BIN)/python -m benchmarks.plot
 
 # Runs are kept in .benchmarks/. The first has nothing to be compared with, and says so.
 bench-regression: $(BIN)/python

@@ -21,7 +21,8 @@ from benchmarks.timing import Summary, summarise
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = 20
-FORWARDED = ("op", "device", "size", "dtype", "isa", "threads", "clock")
+FORWARDED = ("op", "device", "dtype", "isa", "threads", "clock")
+FORWARDED_LISTS = ("size", "mode")
 # Prints the file of every module of fm_fast that an op's benchmark loads.
 FILES = """
 import importlib, sys
@@ -88,7 +89,8 @@ def _setting(row: Mapping[str, Any]) -> Setting:
 def _forwarded(options: argparse.Namespace) -> list[str]:
     given = {name: getattr(options, name) for name in FORWARDED}
     words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-    return [*words, "--rounds", str(options.rounds or ROUNDS), *(["--mode", *options.mode] if options.mode else [])]
+    lists = [word for name in FORWARDED_LISTS if getattr(options, name) for word in (f"--{name}", *getattr(options, name))]
+    return [*words, *lists, "--rounds", str(options.rounds or ROUNDS)]
 
 
 def resolve(commit: str, root: Path = ROOT) -> str:

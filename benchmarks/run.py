@@ -25,9 +25,9 @@ TIMES = ("ms", "us")
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--op", default="path_loss")
+    parser.add_argument("--op", default="path_loss", help="one of benchmarks/registry.py, or all: every CPU benchmark of the README")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--size", default="all", help="one of the op's sizes")
+    parser.add_argument("--size", nargs="+", default=["all"], help="sizes of the op, or all")
     parser.add_argument("--mode", nargs="+", metavar="TEXT", help="modes to keep, by part of their names")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--isa", choices=("avx512", "avx2", "portable"), help="instruction set of the C++ library (FM_FAST_CPU)")
@@ -51,9 +51,10 @@ def settings(op: "Op", options: argparse.Namespace) -> "Iterator[Setting]":
 
     from benchmarks.op import Setting
 
-    if options.size not in ("all", *op.sizes):
-        sys.exit(f"--size must be all or one of {', '.join(op.sizes)} for op {op.name}, got {options.size!r}")
-    sizes = op.sizes if options.size == "all" else {options.size: op.sizes[options.size]}
+    for name in options.size:
+        if name not in ("all", *op.sizes):
+            sys.exit(f"--size must be all or some of {', '.join(map(repr, op.sizes))} for op {op.name}, got {name!r}")
+    sizes = op.sizes if "all" in options.size else {name: op.sizes[name] for name in options.size}
     modes = [mode for mode in op.modes if not options.mode or any(text in mode for text in options.mode)]
     if not modes:
         sys.exit(f"--mode must be part of one of {', '.join(op.modes)} for op {op.name}, got {', '.join(options.mode)}")
@@ -150,11 +151,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ["FM_FAST_CPU"] = options.isa
     import torch
 
-    from benchmarks import against, peers, registry, results
+    from benchmarks import plan
 
     torch.set_num_threads(options.threads)
+    if options.op == "all":
+        plan.run(options, run_op)
+    else:
+        run_op(options)
+
+
+def run_op(options: argparse.Namespace) -> None:
+    """Print the tables of one op and write its rows, or compare it with another commit's."""
+    import torch
+
+    from benchmarks import against, peers, registry, results
+
     if options.op not in registry.NAMES:
-        sys.exit(f"--op must be one of {', '.join(registry.NAMES)}, got {options.op!r}")
+        sys.exit(f"--op must be all or one of {', '.join(registry.NAMES)}, got {options.op!r}")
     op = registry.find(options.op)
     if options.device not in op.devices:
         sys.exit(f"--device must be {' or '.join(op.devices)} for op {op.name}, got {options.device!r}")
