@@ -30,7 +30,7 @@ class Entry:
 PLAN = (
     Entry("path_loss", ("small", "large", "2-D", "2-D, many", "tabular", "robotics", "latents"), None, 40),
     Entry("sampler", ("tiny",), None, 20),
-    Entry("likelihood", ("grey",), None, 15),
+    Entry("likelihood", ("grey",), ("midpoint, 1 probe", "euler, 1 probe"), 10),
     Entry("adamw_ema", ("digits", "narrow", "wide"), None, 40),
     Entry("group_norm_silu", ("32x32", "16x16", "8x8"), None, 40, only=("eager",)),
 )
