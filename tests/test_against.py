@@ -58,6 +58,14 @@ def test_pairs_alternate_and_their_ratios_are_paired():
     assert values.split() == ["small,", "float32,", "x0", "drawn,", "ms", "8.0000", "12.0000", "1.500", "[1.500,", "1.500]"]
 
 
+def test_a_process_gets_the_options_given():
+    words = ["--op", "sampler", "--size", "2-D, many", "tiny", "--mode", "rk4", "--isa", "avx2", "--threads", "1", "--clock", "cpu"]
+    given = run.parse([*words, "--against", "HEAD", "--rounds", "3"])
+    passed = run.parse(against._forwarded(given))
+    assert vars(passed) == {**vars(given), "against": None}
+    assert run.parse(against._forwarded(run.parse([]))).rounds == against.ROUNDS
+
+
 def test_the_ratio_is_the_other_over_this():
     assert against.ratios([(1.0, 2.0), (1.0, 4.0), (1.0, 3.0), (1.0, 1.0), (1.0, 5.0), (1.0, 6.0)]) == against.Summary(3.0, 2.0, 5.0)
 
