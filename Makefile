@@ -8,9 +8,10 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadscope
+REGRESSION := --benchmark-autosave --benchmark-compare --benchmark-columns=median,iqr,rounds --benchmark-max-time=0.5 --benchmark-warmup=on
 CPP_SOURCES = $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo bits test test-all sanitize lint format docs bench gpu-report clean
+.PHONY: help demo bits test test-all sanitize lint format docs bench bench-regression gpu-report clean
 
 help:
 	@echo "make demo        install and train on the shipped digits"
@@ -21,7 +22,8 @@ help:
 	@echo "make lint        ruff, pyright, clang-format"
 	@echo "make format      rewrite the sources with ruff and clang-format"
 	@echo "make docs        this documentation as a site, into build/site"
-	@echo "make bench       benchmarks on this machine"
+	@echo "make bench       every CPU benchmark of the README, within 15 minutes, and its figures"
+	@echo "make bench-regression  every op beside its reference, compared with the run before"
 	@echo "make gpu-report  build, tests and benchmarks on a CUDA machine (STAGE=build|test|sanitize|bench for one of them)"
 	@echo "make clean       remove the environment and everything that was built"
 
@@ -67,9 +69,17 @@ docs: $(BIN)/python
 	$(INSTALL) latex2mathml mkdocs-material "mkdocstrings[python]" ruff
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Every CPU benchmark of the README, and its figures. torchcfm asks for packages that nothing here needs.
 bench: $(BIN)/python
+	$(INSTALL) ".[test,train,plot,bench]"
+	$(INSTALL) --no-deps torchcfm==1.0.7
+	$(BIN)/python -m benchmarks.run --op all
+	$(BIN)/python -m benchmarks.plot
+
+# Runs are kept in .benchmarks/. The first has nothing to be compared with, and says so.
+bench-regression: $(BIN)/python
 	$(INSTALL) ".[test,train]"
-	$(BIN)/python -m benchmarks
+	$(BIN)/pytest $(REGRESSION) benchmarks/test_regression.py
 
 # In the Python that is there, whose torch knows the GPU; its first stage installs this checkout, without a network.
 gpu-report:

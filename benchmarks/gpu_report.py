@@ -57,7 +57,7 @@ def bench() -> Outcomes:
     path = _path(surroundings, "")
     rows: list[results.Row] = []
     tables = []
-    for op in (op for op in registry.OPS.values() if "cuda" in op.devices):
+    for op in (op for op in map(registry.find, registry.NAMES) if "cuda" in op.devices):
         for dtype in ("float32", "bfloat16"):
             options = run.parse(["--op", op.name, "--device", "cuda", "--dtype", dtype, "--rounds", ROUNDS])
             for setting in run.settings(op, options):

@@ -86,7 +86,7 @@ def hand_loop(method: str) -> LogProb:
 
 
 def peers_and_hand_loop(method: str) -> Mapping[str, LogProb]:
-    found = {"flow_matching": flow_matching(method)} if peers.version("flow_matching") else {}
+    found = {"flow_matching": flow_matching(method)} if peers.available("flow_matching") else {}
     return {**found, "hand loop": hand_loop(method)}
 
 

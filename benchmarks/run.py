@@ -25,9 +25,9 @@ TIMES = ("ms", "us")
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--op", default="path_loss")
+    parser.add_argument("--op", default="path_loss", help="one of benchmarks/registry.py, or all: every CPU benchmark of the README")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--size", default="all", help="one of the op's sizes")
+    parser.add_argument("--size", nargs="+", default=["all"], help="sizes of the op, or all")
     parser.add_argument("--mode", nargs="+", metavar="TEXT", help="modes to keep, by part of their names")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--isa", choices=("avx512", "avx2", "portable"), help="instruction set of the C++ library (FM_FAST_CPU)")
@@ -36,7 +36,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--clock", default="wall", choices=("wall", "cpu"), help="cpu: CPU time of the process, for a busy machine (with --threads 1)"
     )
     parser.add_argument("--rounds", type=int, help="each round runs every provider once, in random order")
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="other providers than ours to keep, by part of their names")
+    parser.add_argument(
+        "--only", nargs="*", metavar="TEXT", help="other providers than ours to keep, by part of their names; none without a text"
+    )
+    parser.add_argument("--against", metavar="COMMIT", help="compare our time with another commit's instead of other providers'")
+    parser.add_argument("--pairs", type=int, default=7, help="of processes, with --against")
     parser.add_argument("--out", type=Path, help="JSON file of the rows; a CSV is written beside it (default: benchmarks/results/)")
     return parser.parse_args(arguments)
 
@@ -47,11 +51,15 @@ def settings(op: "Op", options: argparse.Namespace) -> "Iterator[Setting]":
 
     from benchmarks.op import Setting
 
-    if options.size not in ("all", *op.sizes):
-        sys.exit(f"--size must be all or one of {', '.join(op.sizes)} for op {op.name}, got {options.size!r}")
-    sizes = op.sizes if options.size == "all" else {options.size: op.sizes[options.size]}
+    for name in options.size:
+        if name not in ("all", *op.sizes):
+            sys.exit(f"--size must be all or some of {', '.join(map(repr, op.sizes))} for op {op.name}, got {name!r}")
+    sizes = op.sizes if "all" in options.size else {name: op.sizes[name] for name in options.size}
+    modes = [mode for mode in op.modes if not options.mode or any(text in mode for text in options.mode)]
+    if not modes:
+        sys.exit(f"--mode must be part of one of {', '.join(op.modes)} for op {op.name}, got {', '.join(options.mode)}")
     for size, shape in sizes.items():
-        for mode in (mode for mode in op.modes if not options.mode or any(text in mode for text in options.mode)):
+        for mode in modes:
             yield Setting(torch.device(options.device), size, shape, getattr(torch, options.dtype), mode)
 
 
@@ -59,7 +67,7 @@ def gate(op: "Op", setting: "Setting", only: list[str] | None) -> dict[str, list
     """The steps of every provider, by name, after each has passed the check; SystemExit if one has not."""
     given, steps = [op.inputs(setting) for _ in range(_input_sets(op, setting))], {}
     for i, provider in enumerate(op.providers(setting)):
-        if i and only and not any(text in provider.name for text in only):
+        if i and only is not None and not any(text in provider.name for text in only):
             continue
         steps[provider.name] = [provider.build(inputs, setting) for inputs in given]
         try:
@@ -143,21 +151,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ["FM_FAST_CPU"] = options.isa
     import torch
 
-    from benchmarks import peers, registry, results
+    from benchmarks import plan
 
     torch.set_num_threads(options.threads)
-    op = registry.OPS.get(options.op)
-    if op is None:
-        sys.exit(f"--op must be one of {', '.join(registry.OPS)}, got {options.op!r}")
+    if options.op == "all":
+        plan.run(options, run_op)
+    else:
+        run_op(options)
+
+
+def run_op(options: argparse.Namespace) -> None:
+    """Print the tables of one op and write its rows, or compare it with another commit's."""
+    import torch
+
+    from benchmarks import against, peers, registry, results
+
+    if options.op not in registry.NAMES:
+        sys.exit(f"--op must be all or one of {', '.join(registry.NAMES)}, got {options.op!r}")
+    op = registry.find(options.op)
     if options.device not in op.devices:
         sys.exit(f"--device must be {' or '.join(op.devices)} for op {op.name}, got {options.device!r}")
+    chosen = list(settings(op, options))
+    if options.against is not None:
+        return against.compare(options)
     surroundings = results.environment(torch.device(options.device), options.threads if options.device == "cpu" else None)
     print(", ".join(f"{name} {value}" for name, value in surroundings.items() if value))
     for remark in peers.remarks(op.peers):
         print(remark, flush=True)
     path = options.out or results.default_path(options.op, surroundings)
     rows: list[Row] = []
-    for setting in settings(op, options):
+    for setting in chosen:
         new = measure(op, setting, options)
         rows += new
         print(table(new, new[0].provider), flush=True)

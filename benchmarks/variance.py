@@ -62,7 +62,7 @@ def main() -> None:
     for method in ("midpoint", "euler"):
         ours = variance(model, x1, log_prob.ours(method), options.steps, 1)
         print(f"{method}, {options.steps} steps, 1 probe: fm_fast {ours:.3g}", end="", flush=True)
-        if peers.version("flow_matching"):
+        if peers.available("flow_matching"):
             theirs = variance(model, x1, log_prob.flow_matching(method), options.steps, 1)
             print(f", flow_matching {theirs:.3g} ({theirs / ours:.1f} times)", end="")
         print()

@@ -1,6 +1,7 @@
 """The benchmark's correctness gate: a wrong kernel gets no time printed."""
 
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ import fm_fast as fm
 # Benchmarks are not installed. Last on the path, so that the installed fm_fast stays the one that is tested.
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
+from benchmarks import peers
 from benchmarks.op import Setting
 from benchmarks.ops import adamw_ema, path_loss
 from benchmarks.run import gate
@@ -50,3 +52,51 @@ def test_every_optimiser_passes_and_a_wrong_one_stops_the_run(dtype, monkeypatch
     monkeypatch.setattr(adamw_ema, "fixed_decay", lambda decay: right(decay - 0.01))
     with pytest.raises(SystemExit, match=r"fm_fast is wrong, so nothing is timed: average is off by"):
         gate(adamw_ema.OP, setting, ["memory"])
+
+
+@pytest.mark.parametrize("mode", path_loss.MODES)
+@pytest.mark.parametrize("size", [size for size in path_loss.SIZES if size != "large"])
+def test_installed_peers_pass_at_every_size(size, mode):
+    """Without the compiled providers, which take long to be compiled."""
+    setting = Setting(torch.device("cpu"), size, path_loss.SIZES[size], torch.float32, mode)
+    steps = gate(path_loss.OP, setting, ["eager", *path_loss.PEERS])
+    assert [name for name in steps if name in path_loss.PEERS] == [name for name in path_loss.PEERS if peers.available(name)]
+
+
+@pytest.mark.parametrize("name", [name for name in path_loss.PEERS if peers.available(name)])
+def test_a_wrong_peer_stops_the_run(name, monkeypatch):
+    right = path_loss.PEERS[name]()
+
+    def wrong(x1, x0):
+        x_t, target, t = right(x1, x0)
+        return x_t, target + 1e-3, t
+
+    monkeypatch.setitem(path_loss.PEERS, name, lambda: wrong)
+    with pytest.raises(SystemExit, match=f"{name} is wrong, so nothing is timed: "):
+        gate(path_loss.OP, SETTING, [name])
+
+
+@pytest.fixture
+def broken_peer(monkeypatch):
+    """torchcfm as installed with something that it imports missing."""
+    monkeypatch.setattr(peers, "version", lambda name: peers.PINNED[name])
+    monkeypatch.setitem(peers.MODULES, "torchcfm", "benchmarks.no_such_module")
+    peers.import_error.cache_clear()
+    yield
+    peers.import_error.cache_clear()
+
+
+def test_a_peer_that_cannot_be_imported_is_left_out_and_named(broken_peer):
+    (remark,) = peers.remarks(["torchcfm"])
+    assert remark.startswith("torchcfm 1.0.7 cannot be imported and is left out: ModuleNotFoundError: No module named")
+    assert "torchcfm" not in gate(path_loss.OP, SETTING, ["naive", *path_loss.PEERS])
+
+
+@pytest.mark.slow
+def test_the_regression_set_runs():
+    """Its small sizes, once each: every op agrees with its reference there, which it asserts before it times."""
+    folder = pathlib.Path(__file__).parent.parent
+    chosen = ["-k", "128x3x32x32 or 64x128x8x8 or 50x1000", "--benchmark-disable", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *chosen, "benchmarks/test_regression.py"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "14 passed, 14 deselected" in done.stdout, done.stdout

@@ -13,10 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fm_fast as fm
+from benchmarks import peers
 from benchmarks.op import Op, Provider, Setting
 from fm_fast import _backends
 
-SIZES = {"small": (128, 3, 32, 32), "large": (32, 3, 256, 256)}
+SIZES = {
+    "small": (128, 3, 32, 32),
+    "large": (32, 3, 256, 256),
+    "2-D": (256, 2),
+    "2-D, many": (8192, 2),
+    "tabular": (1024, 64),
+    "robotics": (256, 16, 7),  # chunks of 16 actions of an arm of 7 joints
+    "latents": (32, 4, 32, 32),
+}
 MODES = ("x0 drawn", "x0 given")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 REQUIRED_PASSES = {"x0 drawn": 5, "x0 given": 7}
@@ -109,6 +118,62 @@ def _compiled_inside(given: Inputs, setting: Setting) -> Callable[[], Outcome]:
     return step
 
 
+# (x1, x0) -> (x_t, target, t)
+PeerPoint = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def _peer(make: Callable[[], PeerPoint]) -> Callable[[Inputs, Setting], Callable[[], Outcome]]:
+    """A library that computes x_t and the target together, and leaves the noise before them and the loss after them to its user."""
+
+    def build(given: Inputs, setting: Setting) -> Callable[[], Outcome]:
+        point = make()
+
+        def step() -> Outcome:
+            x0 = torch.randn_like(given.x1) if given.x0 is None else given.x0
+            x_t, target, t = point(given.x1, x0)
+            value = ((given.o - target) ** 2).mean()
+            return Outcome(x_t, value.detach(), torch.autograd.grad(value, given.o)[0], lambda: (x0, t))
+
+        return step
+
+    return build
+
+
+def _torchcfm() -> PeerPoint:
+    from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
+
+    matcher = ConditionalFlowMatcher(sigma=0.0)
+
+    def point(x1: Tensor, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        t, x_t, target = matcher.sample_location_and_conditional_flow(x0, x1)
+        return x_t, target, t
+
+    return point
+
+
+def _flow_matching() -> PeerPoint:
+    from flow_matching.path import CondOTProbPath
+
+    path = CondOTProbPath()
+
+    def point(x1: Tensor, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        t = torch.rand(x1.shape[0], dtype=x1.dtype, device=x1.device)
+        sample = path.sample(x_0=x0, x_1=x1, t=t)
+        return sample.x_t, sample.dx_t, t
+
+    return point
+
+
+PEERS = {"torchcfm": _torchcfm, "flow_matching": _flow_matching}
+# It draws the times on the host, which no CUDA graph can hold.
+CPU_PEERS = ("torchcfm",)
+
+
+def _peers(setting: Setting) -> list[Provider]:
+    names = [name for name in PEERS if peers.available(name) and (setting.device.type == "cpu" or name not in CPU_PEERS)]
+    return [Provider(name, _peer(PEERS[name])) for name in names]
+
+
 def _ours(backend: str) -> Callable[[Inputs, Setting], Callable[[], Outcome]]:
     def build(given: Inputs, setting: Setting) -> Callable[[], Outcome]:
         counter = _Counter(setting.device)
@@ -168,6 +233,7 @@ def providers(setting: Setting) -> list[Provider]:
         Provider("best eager", _two_halves(_lerp_point, _mse_loss)),
         Provider("compile, noise inside", _compiled_inside),
         Provider("compile, noise outside", _compiled_outside),
+        *_peers(setting),
         Provider("memory floor", _memory_floor, gated=False),
     ]
     return [*_our_backends(setting), *others]
@@ -208,4 +274,4 @@ def bytes_moved(setting: Setting) -> int:
     return REQUIRED_PASSES[setting.mode] * torch.Size(setting.shape).numel() * setting.dtype.itemsize
 
 
-OP = Op("path_loss", SIZES, MODES, inputs, providers, check, bytes_moved)
+OP = Op("path_loss", SIZES, MODES, inputs, providers, check, bytes_moved, peers=tuple(PEERS))

@@ -162,7 +162,7 @@ def providers(setting: Setting) -> list[Provider]:
     solves = {"fm_fast": _ours(method), "hand loop, naive": NAIVE[method]}
     if method in IN_PLACE:
         solves["hand loop, in place"] = IN_PLACE[method]
-    for name in (name for name in PEERS if peers.version(name)):
+    for name in (name for name in PEERS if peers.available(name)):
         solves[f"{name}, step_size"] = PEERS[name](method, False)
         solves[f"{name}, time grid"] = PEERS[name](method, True)
     found = [Provider(name, _build(solve, EVALUATIONS[method])) for name, solve in solves.items()]

@@ -54,7 +54,7 @@ def inputs(setting: Setting) -> Inputs:
     x1, x0 = (fm.noise(setting.shape, seed=SEED, step=0, index=index) for index in (1, 2))
     t = fm.noise(setting.shape[:1], seed=SEED, step=0, stream="t")
     config = _config(setting)
-    if peers.version("torchcfm") is None:
+    if not peers.available("torchcfm"):
         return Inputs(x1, x0, t, _shaken(UNet(config)), None)
     theirs = _shaken(_torchcfm_network(config))
     return Inputs(x1, x0, t, load_torchcfm(theirs.state_dict(), config), theirs)
@@ -150,7 +150,7 @@ def _average(model: nn.Module, average: nn.Module) -> None:
 
 def providers(setting: Setting) -> list[Provider]:
     found = [Provider("fm_fast", _fm_fast(True)), Provider("fm_fast, plain layers", _fm_fast(False))]
-    if peers.version("torchcfm"):
+    if peers.available("torchcfm"):
         found.append(Provider("torchcfm, float32", _torchcfm(False)))
         if setting.dtype == torch.bfloat16:
             found.append(Provider("torchcfm, autocast", _torchcfm(True)))

@@ -1,0 +1,47 @@
+"""What ``--op all`` runs: every benchmark of the README on the CPU, within 15 minutes on two cores."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# Options that the plan sets itself, by what they are when they are not given.
+SET_BY_PLAN = {"size": ["all"], "mode": None, "rounds": None, "only": None, "out": None, "against": None}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of an op: sizes and providers by name, as the options of ``benchmarks.run`` are; None for all."""
+
+    op: str
+    sizes: tuple[str, ...]
+    modes: tuple[str, ...] | None
+    rounds: int
+    only: tuple[str, ...] | None = None
+
+    def options(self, given: argparse.Namespace) -> argparse.Namespace:
+        """Those given, with what the entry sets."""
+        modes, only = (None if names is None else list(names) for names in (self.modes, self.only))
+        chosen = {"op": self.op, "size": list(self.sizes), "mode": modes, "rounds": self.rounds, "only": only}
+        return argparse.Namespace(**{**vars(given), **chosen})
+
+
+PLAN = (
+    Entry("path_loss", ("small", "large", "2-D", "2-D, many", "tabular", "robotics", "latents"), None, 40),
+    Entry("sampler", ("tiny",), None, 20),
+    Entry("likelihood", ("grey",), ("midpoint, 1 probe", "euler, 1 probe"), 10),
+    Entry("adamw_ema", ("digits", "narrow", "wide"), None, 40),
+    Entry("group_norm_silu", ("32x32", "16x16", "8x8"), None, 40, only=("eager",)),
+)
+
+
+def run(given: argparse.Namespace, run_op: Callable[[argparse.Namespace], None]) -> None:
+    """Every entry, one after the other; SystemExit where an option asks for something else than the plan."""
+    changed = [f"--{name}" for name, default in SET_BY_PLAN.items() if getattr(given, name) != default]
+    if changed or given.device != "cpu":
+        sys.exit(f"--op all runs what benchmarks/plan.py lists, on the CPU: leave out {', '.join(changed or ['--device'])}")
+    for entry in PLAN:
+        begin = time.perf_counter()
+        run_op(entry.options(given))
+        print(f"\n{entry.op} took {time.perf_counter() - begin:.0f} s", flush=True)
