@@ -22,7 +22,7 @@ help:
 	@echo "make lint        ruff, pyright, clang-format"
 	@echo "make format      rewrite the sources with ruff and clang-format"
 	@echo "make docs        this documentation as a site, into build/site"
-	@echo "make bench       every CPU benchmark of the README, within 15 minutes, and its figures"
+	@echo "make bench       every CPU benchmark of the README and its figures"
 	@echo "make bench-regression  every op beside its reference, compared with the run before"
 	@echo "make gpu-report  build, tests and benchmarks on a CUDA machine (STAGE=build|test|sanitize|bench for one of them)"
 	@echo "make clean       remove the environment and everything that was built"
