@@ -38,15 +38,16 @@ class Convolution(nn.Conv2d):
             return self._convolved(x.float(), self.weight.float(), bias).to(dtype)
 
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self._is_only_differentiated_in(x):
+        if _is_only_differentiated_in(x, weight, bias):
             return _FrozenConvolution.apply(x, weight, bias, self.stride, self.padding)
         return F.conv2d(x, weight, bias, self.stride, self.padding)
 
-    def _is_only_differentiated_in(self, x: Tensor) -> bool:
-        """Whether autograd will want the gradient of x and of no parameter, and no transform looks for PyTorch's own convolution."""
-        if not (torch.is_grad_enabled() and x.requires_grad) or any(p.requires_grad for p in self.parameters()):
-            return False
-        return not torch.is_autocast_enabled(x.device.type) and _ops.plainly_eager() and not _ops.transforms_active()
+
+def _is_only_differentiated_in(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd will want the gradient of x and of no parameter, and no transform looks for PyTorch's own convolution."""
+    if not (torch.is_grad_enabled() and x.requires_grad) or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return False
+    return not torch.is_autocast_enabled(x.device.type) and _ops.plainly_eager() and not _ops.transforms_active()
 
 
 class _FrozenConvolution(torch.autograd.Function):
