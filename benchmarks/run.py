@@ -98,6 +98,7 @@ def measure(op: "Op", setting: "Setting", options: argparse.Namespace) -> "list[
         timing.warm_up(replays, WARM_UP_SECONDS)
         clock = timing.device_clock(len(next(iter(steps.values()))))
         return _rows(op, setting, timing.interleaved(replays, rounds, clock), timing.copy_bandwidth(setting.device))
+    timing.settle_allocator()
     now = time.process_time if options.clock == "cpu" else time.perf_counter
     values = (op.observe or _milliseconds)({name: sets[0] for name, sets in steps.items()}, rounds, now)
     return _rows(op, setting, values, unit=f"cpu_{op.unit}" if options.clock == "cpu" and op.unit in TIMES else op.unit)
