@@ -11,10 +11,7 @@ a sum of squares in float64 in a fixed order, so it is bitwise repeatable.
 # Device functions are written in Triton's own language.
 # pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 
-import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -23,6 +20,23 @@ from torch import Tensor
 
 from fm_fast.kernels import _launch
 from fm_fast.kernels._combine import combine
+from fm_fast.kernels._table import (
+    COPY,
+    GRADIENT,
+    GROUP,
+    OFFSET,
+    VALUE,
+    Kind,
+    Row,
+    aligned,
+    by_kind,
+    check_alike,
+    check_gapless,
+    chunk_of,
+    pointer_of,
+    tables,
+    type_of,
+)
 from fm_fast.kernels._tile import read, write
 
 ROWS, LANES, TILES = 256, 4, 4  # of a chunk: rows of a tile, elements of a row (128 bits of float32), tiles
@@ -30,27 +44,6 @@ CHUNK = ROWS * LANES * TILES
 WARPS = 4
 SETTINGS, DECAYS, NUMBERS = tl.constexpr(6), tl.constexpr(4), tl.constexpr(8)
 NORM_EPSILON = tl.constexpr(1e-6)  # as in torch.nn.utils.clip_grad_norm_
-VALUE, GRADIENT, COPY, OFFSET, COUNT, GROUP = (tl.constexpr(i) for i in range(6))  # columns of the table
-COLUMNS = tl.constexpr(6)
-TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _pointer(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in a column of the table, as a pointer."""
-    pointer = tl.load(row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def _chunk(chunks_ptr, table_ptr):
-    """(row of the table, first element, number of elements) of this program."""
-    entry = chunks_ptr + tl.program_id(0) * 2
-    row_ptr = table_ptr + tl.load(entry) * COLUMNS
-    first = tl.multiple_of(tl.load(entry + 1), 16)  # here, because a hint on the result of a call is lost
-    return row_ptr, first, tl.load(row_ptr + COUNT)
 
 
 @triton.jit
@@ -75,8 +68,8 @@ def norm_kernel(
     LANES: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    row_ptr, first, count = _chunk(chunks_ptr, table_ptr)
-    g_ptr = _pointer(row_ptr, GRADIENT, G_TYPE, ALIGNED)
+    row_ptr, first, count = chunk_of(chunks_ptr, table_ptr)
+    g_ptr = pointer_of(row_ptr, GRADIENT, G_TYPE, ALIGNED)
     if first + ROWS * LANES * TILES <= count:
         tl.store(partial_ptr + tl.program_id(0), _squares(g_ptr, first, count, ROWS, LANES, TILES, False))
     else:
@@ -161,8 +154,8 @@ def _update(
     COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one tensor."""
-    p_ptr = _pointer(row_ptr, VALUE, COMPUTE, ALIGNED)
-    g_ptr, copy_ptr = _pointer(row_ptr, GRADIENT, G_TYPE, ALIGNED), _pointer(row_ptr, COPY, COPY_TYPE, ALIGNED)
+    p_ptr = pointer_of(row_ptr, VALUE, COMPUTE, ALIGNED)
+    g_ptr, copy_ptr = pointer_of(row_ptr, GRADIENT, G_TYPE, ALIGNED), pointer_of(row_ptr, COPY, COPY_TYPE, ALIGNED)
     numbers, rates = _read_all(number_ptr, NUMBERS), _read_all(rates_ptr, AVERAGES)
     m_ptr, v_ptr, averages_ptr = m_ptr + offset, v_ptr + offset, averages_ptr + offset
     for i in range(TILES):
@@ -208,7 +201,7 @@ def adamw_ema_kernel(
 ):
     if tl.load(finite_ptr) == 0:
         return
-    row_ptr, first, count = _chunk(chunks_ptr, table_ptr)
+    row_ptr, first, count = chunk_of(chunks_ptr, table_ptr)
     offset = tl.load(row_ptr + OFFSET)
     if ALIGNED:
         offset = tl.multiple_of(offset, 16)
@@ -225,70 +218,16 @@ def adamw_ema_kernel(
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What one launch must know at compile time about its tensors; None: they have no gradient, or no copy."""
-
-    gradient: torch.dtype | None
-    copy: torch.dtype | None
-
-
-class Row(NamedTuple):
-    """One tensor of a launch: a row of the table."""
-
-    value: int  # these three are addresses
-    gradient: int
-    copy: int
-    offset: int
-    count: int
-    group: int
-
-
-@functools.lru_cache(maxsize=64)
-def _tables(rows: tuple[Row, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(table, chunks) on the device. Kept as long as addresses repeat; run a step before a graph captures one."""
-    chunks = [(i, first) for i, row in enumerate(rows) for first in range(0, row.count, CHUNK)]
-    return _to_device(rows, device), _to_device(chunks, device)
-
-
-def _to_device(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
-
-
-def _by_kind(kinds: Sequence[Kind], rows: Sequence[Row]) -> Iterator[tuple[Kind, tuple[Row, ...]]]:
-    """The rows of each kind; tensors without elements have no say."""
-    for kind in dict.fromkeys(kinds):
-        chosen = tuple(row for found, row in zip(kinds, rows, strict=True) if found == kind and row.count)
-        if chosen:
-            yield kind, chosen
-
-
-def _aligned(rows: Sequence[Row]) -> bool:
-    return all(address % 16 == 0 for row in rows for address in row[:4])
-
-
 def _geometry() -> dict[str, int]:
     return {"ROWS": ROWS, "LANES": LANES, "TILES": TILES, "num_warps": WARPS, "num_stages": 1}
-
-
-def _check_alike(name: str, x: Tensor, p: Tensor) -> None:
-    if x.shape != p.shape or any(a != b for size, a, b in zip(p.shape, x.stride(), p.stride(), strict=True) if size != 1):
-        raise ValueError(f"{name} must have the shape and strides of its parameter, {tuple(p.shape)} and {p.stride()}, got {x.stride()}")
-
-
-def _check_gapless(name: str, x: Tensor) -> None:
-    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    if x.numel() and span != x.numel():
-        raise ValueError(f"{name} must have memory without gaps, got strides {x.stride()} for {tuple(x.shape)}")
 
 
 def launch_norm(total: Tensor, g: Sequence[Tensor]) -> None:
     """Run ``fm_fast::adamw_ema_norm``: the sum of squares of all g into total [1]."""
     for i, gradient in enumerate(g):
-        _check_gapless(f"g[{i}]", gradient)
+        check_gapless(f"g[{i}]", gradient)
     rows = [Row(0, gradient.data_ptr(), 0, 0, gradient.numel(), 0) for gradient in g]
-    launches = [(kind, *_tables(found, total.device), found) for kind, found in _by_kind([Kind(x.dtype, None) for x in g], rows)]
+    launches = [(kind, *tables(found, CHUNK, total.device), found) for kind, found in by_kind([Kind(x.dtype, None) for x in g], rows)]
     partial = torch.empty(sum(len(chunks) for _, _, chunks, _ in launches), dtype=torch.float64, device=total.device)
     if not launches:
         total.zero_()
@@ -296,13 +235,11 @@ def launch_norm(total: Tensor, g: Sequence[Tensor]) -> None:
     first = 0
     with _launch.on_device(total.device):
         for kind, table, chunks, found in launches:
-            norm_kernel[(len(chunks),)](partial[first:], table, chunks, G_TYPE=_type(kind.gradient), ALIGNED=_aligned(found), **_geometry())
+            norm_kernel[(len(chunks),)](
+                partial[first:], table, chunks, G_TYPE=type_of(kind.gradient), ALIGNED=aligned(found), **_geometry()
+            )
             first += len(chunks)
     combine(total, partial, 1.0)
-
-
-def _type(dtype: torch.dtype | None) -> tl.dtype:
-    return TYPES[dtype] if dtype is not None else tl.float32
 
 
 def _rows(
@@ -316,8 +253,8 @@ def _rows(
         copy = copies[i] if copies and copies[i].numel() else None
         for name, tensor in (("g", gradient if gradient.numel() else None), ("copies", copy)):
             if tensor is not None:
-                _check_alike(f"{name}[{i}]", tensor, weights)
-        _check_gapless(f"p[{i}]", weights)
+                check_alike(f"{name}[{i}]", tensor, weights)
+        check_gapless(f"p[{i}]", weights)
         if weights.dtype != m.dtype or offset < begin or offset + weights.numel() > m.numel() or not 0 <= group < groups:
             raise ValueError(f"layout and m must hold p[{i}], {weights.numel()} of {weights.dtype}, behind {begin}, got {offset}, {group}")
         begin = offset + weights.numel()
@@ -349,13 +286,13 @@ def launch(
     powers = {"GROUPS": _launch.power_of_two(groups), "AVERAGES": _launch.power_of_two(count)}
     with _launch.on_device(m.device):
         numbers_kernel[(1,)](numbers, rates, finite, counts, total, settings, decays, groups, count, **powers, num_warps=1)
-        for kind, found in _by_kind(kinds, rows):
-            table, chunks = _tables(found, m.device)
-            aligned = _aligned(found) and m.numel() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (m, v, averages))
+        for kind, found in by_kind(kinds, rows):
+            table, chunks = tables(found, CHUNK, m.device)
+            is_aligned = aligned(found) and m.numel() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (m, v, averages))
             adamw_ema_kernel[(len(chunks),)](
                 table, chunks, m, v, averages, numbers, rates, finite, m.numel(),
-                HAS_GRADIENT=kind.gradient is not None, G_TYPE=_type(kind.gradient), HAS_COPY=kind.copy is not None,
-                COPY_TYPE=_type(kind.copy), AVERAGES=count, COMPUTE=_type(m.dtype), ALIGNED=aligned, **_geometry(),
+                HAS_GRADIENT=kind.gradient is not None, G_TYPE=type_of(kind.gradient), HAS_COPY=kind.copy is not None,
+                COPY_TYPE=type_of(kind.copy), AVERAGES=count, COMPUTE=type_of(m.dtype), ALIGNED=is_aligned, **_geometry(),
             )  # fmt: skip
 
 

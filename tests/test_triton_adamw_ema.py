@@ -92,7 +92,7 @@ def check_aligned_memory(aligned, monkeypatch):
     from fm_fast.kernels import adamw_ema
 
     seen = []
-    monkeypatch.setattr(adamw_ema, "_aligned", lambda rows, original=adamw_ema._aligned: seen.append(original(rows)) or seen[-1])
+    monkeypatch.setattr(adamw_ema, "aligned", lambda rows, original=adamw_ema.aligned: seen.append(original(rows)) or seen[-1])
     memory = torch.zeros(4096 + 16)
     start = (-memory.data_ptr() // 4) % 4 + (0 if aligned else 1)
     p, g = memory[start : start + 1000], memory[start + 1008 : start + 2008]

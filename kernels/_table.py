@@ -1,0 +1,94 @@
+"""Many tensors in one launch: a table of their addresses and sizes in device memory, one row a tensor, cut into chunks for programs."""
+
+# Device functions are written in Triton's own language.
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+VALUE, GRADIENT, COPY, OFFSET, COUNT, GROUP = (tl.constexpr(i) for i in range(6))  # columns of the table
+COLUMNS = tl.constexpr(6)
+TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def pointer_of(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in a column of the table, as a pointer."""
+    pointer = tl.load(row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def chunk_of(chunks_ptr, table_ptr):
+    """(row of the table, first element, number of elements) of this program."""
+    entry = chunks_ptr + tl.program_id(0) * 2
+    row_ptr = table_ptr + tl.load(entry) * COLUMNS
+    first = tl.multiple_of(tl.load(entry + 1), 16)  # here, because a hint on the result of a call is lost
+    return row_ptr, first, tl.load(row_ptr + COUNT)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one launch must know at compile time about its tensors; None: they have no gradient, or no copy."""
+
+    gradient: torch.dtype | None
+    copy: torch.dtype | None
+
+
+class Row(NamedTuple):
+    """One tensor of a launch: a row of the table."""
+
+    value: int  # these three are addresses
+    gradient: int
+    copy: int
+    offset: int
+    count: int
+    group: int
+
+
+@functools.lru_cache(maxsize=64)
+def tables(rows: tuple[Row, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(table, chunks of ``size`` elements) on the device. Kept as long as addresses repeat; run a step before a graph captures one."""
+    chunks = [(i, first) for i, row in enumerate(rows) for first in range(0, row.count, size)]
+    return _to_device(rows, device), _to_device(chunks, device)
+
+
+def _to_device(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def by_kind(kinds: Sequence[Kind], rows: Sequence[Row]) -> Iterator[tuple[Kind, tuple[Row, ...]]]:
+    """The rows of each kind; tensors without elements have no say."""
+    for kind in dict.fromkeys(kinds):
+        chosen = tuple(row for found, row in zip(kinds, rows, strict=True) if found == kind and row.count)
+        if chosen:
+            yield kind, chosen
+
+
+def aligned(rows: Sequence[Row]) -> bool:
+    return all(address % 16 == 0 for row in rows for address in row[:4])
+
+
+def type_of(dtype: torch.dtype | None) -> tl.dtype:
+    return TYPES[dtype] if dtype is not None else tl.float32
+
+
+def check_alike(name: str, x: Tensor, p: Tensor) -> None:
+    if x.shape != p.shape or any(a != b for size, a, b in zip(p.shape, x.stride(), p.stride(), strict=True) if size != 1):
+        raise ValueError(f"{name} must have the shape and strides of its parameter, {tuple(p.shape)} and {p.stride()}, got {x.stride()}")
+
+
+def check_gapless(name: str, x: Tensor) -> None:
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    if x.numel() and span != x.numel():
+        raise ValueError(f"{name} must have memory without gaps, got strides {x.stride()} for {tuple(x.shape)}")
