@@ -29,10 +29,14 @@ class AdamwState:
     counts: Tensor
     layout: Tensor
 
+    def place(self, i: int) -> list[int]:
+        """Where parameter i begins, and its row of the settings. A list, because reading a number out of a tensor counts as a wait."""
+        return self.layout[i].tolist()
+
     def part(self, flat: Tensor, i: int, like: Tensor) -> Tensor:
         """The entries of m, v or averages that belong to parameter i, a view of its shape and strides (behind [K] for averages)."""
         leading = flat.shape[:-1]
-        offset = flat.storage_offset() + int(self.layout[i, 0])
+        offset = flat.storage_offset() + self.place(i)[0]
         return flat.as_strided((*leading, *like.shape), (*flat.stride()[:-1], *like.stride()), offset)
 
 
@@ -81,7 +85,7 @@ def _plain(
         m, v, averages = (state.part(flat, i, p) for flat in (state.m, state.v, state.averages))
         new_p, new_m, new_v = p, m, v
         if g.numel():
-            new_p, new_m, new_v = reference.adamw(p, g, m, v, settings[int(state.layout[i, 1])], total, updates)
+            new_p, new_m, new_v = reference.adamw(p, g, m, v, settings[state.place(i)[1]], total, updates)
         new_averages = reference.averaged(averages, new_p.to(p.dtype), decays, updates)
         for old, new in ((p, new_p), (m, new_m), (v, new_v), (averages, new_averages)):
             old.copy_(torch.where(finite, new.to(old.dtype), old))
