@@ -7,9 +7,9 @@ our weights are bfloat16 with float32 masters in the optimiser.
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,38 +38,65 @@ class Inputs:
     theirs: nn.Module | None
 
 
+class Point(Protocol):
+    """Where on the path a provider's batch is, and the loss of the network's output there; ours is fm.PathSample."""
+
+    @property
+    def x_t(self) -> Tensor: ...
+    @property
+    def t(self) -> Tensor: ...
+    def loss(self, o: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Trainer:
-    """A provider at work; calling it takes one step. loss_at: its loss for given (x1, x0, t)."""
+    """A provider at work; calling it takes one step.
 
-    step: Callable[[], Any]
-    loss_at: Callable[[Tensor, Tensor, Tensor], Tensor]
+    draw: a point with noise and times of its own. at: the point of given (x1, x0, t). model: from (x_t, t) to the output.
+    updates: what follows the gradient, by name, in order.
+    """
+
+    draw: Callable[[], Point]
+    at: Callable[[Tensor, Tensor, Tensor], Point]
+    model: Callable[[Tensor, Tensor], Tensor]
+    updates: Mapping[str, Callable[[], Any]]
     dtype: torch.dtype
 
     def __call__(self) -> None:
-        self.step()
+        self.learn(self.draw())
+
+    def loss(self, point: Point) -> Tensor:
+        return point.loss(self.model(point.x_t, point.t))
+
+    def learn(self, point: Point) -> Tensor:
+        """One step from this point; its loss."""
+        loss = self.loss(point)
+        loss.backward()
+        for update in self.updates.values():
+            update()
+        return loss.detach()
 
 
 def inputs(setting: Setting) -> Inputs:
     x1, x0 = (fm.noise(setting.shape, seed=SEED, step=0, index=index) for index in (1, 2))
     t = fm.noise(setting.shape[:1], seed=SEED, step=0, stream="t")
-    config = _config(setting)
+    config = unet_config(setting.shape)
     if not peers.available("torchcfm"):
         return Inputs(x1, x0, t, _shaken(UNet(config)), None)
-    theirs = _shaken(_torchcfm_network(config))
+    theirs = _shaken(torchcfm_network(config))
     return Inputs(x1, x0, t, load_torchcfm(theirs.state_dict(), config), theirs)
 
 
-def _config(setting: Setting) -> UNetConfig:
-    """Attention in the second level; the embedding added and t not scaled, as in torchcfm."""
-    _, colours, side, _ = setting.shape
+def unet_config(shape: tuple[int, ...]) -> UNetConfig:
+    """Attention in the second level; the embedding added and t not scaled, as in torchcfm. shape: of x1."""
+    _, colours, side, _ = shape
     return UNetConfig(
         side, colours, 0, channels=CHANNELS, multipliers=MULTIPLIERS, blocks=BLOCKS, attention_sizes=(side // 2,),
         head_channels=HEAD_CHANNELS, scale_shift=False, time_scale=1.0,
     )  # fmt: skip
 
 
-def _torchcfm_network(config: UNetConfig) -> nn.Module:
+def torchcfm_network(config: UNetConfig) -> nn.Module:
     from torchcfm.models.unet.unet import UNetModel
 
     return UNetModel(
@@ -90,54 +117,67 @@ def _shaken(network: nn.Module) -> Any:
 
 
 def _fm_fast(fused: bool) -> Callable[[Inputs, Setting], Trainer]:
-    return lambda given, setting: _trainer(given, setting.dtype, fused)
+    return lambda given, setting: our_trainer(given, setting.dtype, fused)
 
 
-def _trainer(given: Inputs, dtype: torch.dtype, fused: bool) -> Trainer:
+def our_trainer(given: Inputs, dtype: torch.dtype, fused: bool = True) -> Trainer:
     model = UNet(given.network.config, fused=fused)
     model.load_state_dict(given.network.state_dict())
     model.to(dtype)
     optimiser = AdamWEMA(model.parameters(), RATE, weight_decay=0.0, max_norm=NORM, averages=[fixed_decay(DECAY)])
     steps = itertools.count()
 
-    def step() -> None:
-        optimiser.zero_grad()
-        fm.flow_matching_loss(model, given.x1, seed=SEED, step=next(steps), dtype=dtype).backward()
-        optimiser.step()
+    def draw() -> Point:
+        return fm.sample_path(given.x1, seed=SEED, step=next(steps), dtype=dtype)
 
-    def loss_at(x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-        return fm.flow_matching_loss(model, x1, x0=x0, t=t, dtype=dtype)
+    def at(x1: Tensor, x0: Tensor, t: Tensor) -> Point:
+        return fm.sample_path(x1, x0=x0, t=t, dtype=dtype)
 
-    return Trainer(step, loss_at, dtype)
+    updates = {"clipping, Adam, average": optimiser.step, "clearing": optimiser.zero_grad}
+    return Trainer(draw, at, model, updates, dtype)
+
+
+@dataclass(frozen=True)
+class _TorchcfmPoint:
+    """As its examples compute the loss."""
+
+    t: Tensor
+    x_t: Tensor
+    target: Tensor
+
+    def loss(self, o: Tensor) -> Tensor:
+        return torch.mean((o - self.target) ** 2)
 
 
 def _torchcfm(autocast: bool) -> Callable[[Inputs, Setting], Trainer]:
-    def build(given: Inputs, setting: Setting) -> Trainer:
-        from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
+    return lambda given, setting: torchcfm_trainer(given, setting.dtype if autocast else torch.float32)
 
-        model, average = copy.deepcopy(given.theirs), copy.deepcopy(given.theirs)
-        assert model is not None and average is not None
-        optimiser, matcher = torch.optim.Adam(model.parameters(), lr=RATE), ConditionalFlowMatcher(sigma=0.0)
 
-        def loss_between(x_t: Tensor, t: Tensor, target: Tensor) -> Tensor:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-                return torch.mean((model(t, x_t) - target) ** 2)
+def torchcfm_trainer(given: Inputs, dtype: torch.dtype) -> Trainer:
+    """Its U-Net, loss and average with torch's clipping and Adam; 16 bits by autocast."""
+    from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
 
-        def step() -> None:
-            optimiser.zero_grad()
-            t, x_t, target = matcher.sample_location_and_conditional_flow(torch.randn_like(given.x1), given.x1)
-            loss_between(x_t, t, target).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), NORM)
-            optimiser.step()
-            _average(model, average)
+    network, average = copy.deepcopy(given.theirs), copy.deepcopy(given.theirs)
+    assert network is not None and average is not None
+    optimiser, matcher = torch.optim.Adam(network.parameters(), lr=RATE), ConditionalFlowMatcher(sigma=0.0)
 
-        def loss_at(x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-            _, x_t, target = matcher.sample_location_and_conditional_flow(x0, x1, t=t)
-            return loss_between(x_t, t, target)
+    def draw() -> Point:
+        return _TorchcfmPoint(*matcher.sample_location_and_conditional_flow(torch.randn_like(given.x1), given.x1))
 
-        return Trainer(step, loss_at, setting.dtype if autocast else torch.float32)
+    def at(x1: Tensor, x0: Tensor, t: Tensor) -> Point:
+        return _TorchcfmPoint(*matcher.sample_location_and_conditional_flow(x0, x1, t=t))
 
-    return build
+    def model(x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return network(t, x_t)
+
+    updates = {
+        "clipping": lambda: torch.nn.utils.clip_grad_norm_(network.parameters(), NORM),
+        "Adam": optimiser.step,
+        "average": lambda: _average(network, average),
+        "clearing": optimiser.zero_grad,
+    }
+    return Trainer(draw, at, model, updates, dtype)
 
 
 @torch.no_grad()
@@ -161,17 +201,13 @@ def providers(setting: Setting) -> list[Provider]:
 
 
 def check(given: Inputs, setting: Setting, step: Trainer) -> None:
-    """The loss at given (x1, x0, t) against the formula in float64, before and after two steps, which must have lowered it."""
+    """The loss at given (x1, x0, t) against the formula in float64, before and after two steps there, which must have lowered it."""
     model = UNet(given.network.config, fused=False)
     model.load_state_dict(given.network.state_dict())
     wanted = float(_formula(model.double(), given.x1.double(), given.x0.double(), given.t))
-    with torch.no_grad():
-        found = float(step.loss_at(given.x1, given.x0, given.t))
+    found, _, later = (float(step.learn(step.at(given.x1, given.x0, given.t))) for _ in range(3))
     error, tolerance = abs(found / wanted - 1.0), TOLERANCE[step.dtype]
     assert error <= tolerance, f"the loss is off by {error:.1e} (relative), more than {tolerance:.0e}"
-    step(), step()
-    with torch.no_grad():
-        later = float(step.loss_at(given.x1, given.x0, given.t))
     assert later < found, f"the loss is {later:.6f} after two steps and was {found:.6f} before"
 
 
