@@ -55,9 +55,29 @@ class Row(NamedTuple):
     group: int
 
 
-@functools.lru_cache(maxsize=64)
+_read_by_graphs: list[tuple[Tensor, Tensor]] = []  # at every replay, so they are never freed
+
+
 def tables(rows: tuple[Row, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(table, chunks of ``size`` elements) on the device. Kept as long as addresses repeat; run a step before a graph captures one."""
+    """(table, chunks of ``size`` elements) on the device. Made anew only where addresses are new, which must not be while a graph is
+    captured: RuntimeError."""
+    made = _made_tables(rows, size, device)
+    if _is_captured(device):
+        _read_by_graphs.append(made)
+    return made
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@functools.lru_cache(maxsize=64)
+def _made_tables(rows: tuple[Row, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    if _is_captured(device):
+        # The copy would be repeated at every replay, from memory of the host that is long gone.
+        raise RuntimeError(
+            "gradients: expected memory that an earlier step had too, as AdamWEMA.keep_gradients() gives, to capture a graph"
+        )
     chunks = [(i, first) for i, row in enumerate(rows) for first in range(0, row.count, size)]
     return _to_device(rows, device), _to_device(chunks, device)
 

@@ -4,9 +4,14 @@ import device_parity as parity
 import pytest
 import torch
 from device_parity import SEED, STEP, array, data, sample_path
+from trainer_helpers import tiny
 
 import fm_fast as fm
 from fm_fast import _backends, _ops
+from fm_fast.train.data import DataOrder, digits
+from fm_fast.train.graph import WARM_UP_STEPS, GraphedStep
+from fm_fast.train.loop import advance
+from fm_fast.train.step import new_state
 
 pytestmark = [
     pytest.mark.gpu,
@@ -223,6 +228,24 @@ def test_solver_and_divergence_neither_wait_nor_resist_a_graph(place):
     graph.replay()
     assert torch.equal(x, wanted[0]) and torch.equal(copy, wanted[1])
     assert torch.equal(sums[0], before[0] + 3072.0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("objective", ["fm-ot", "scoreflow"])
+def test_replayed_training_steps_are_the_steps(objective, precision):
+    """The losses of steps one by one, up to the order in which convolutions add; and no replay waits for the device."""
+    config, device = tiny(objective=objective, precision=precision, label_drop=0.3, flip=0.5, dequantise=True), torch.device("cuda")
+    images, replayed = digits().to(device), new_state(config, device)
+    wanted = torch.stack(advance(new_state(config, device), config, images, WARM_UP_STEPS + 8))
+    step = GraphedStep(replayed, config, images, DataOrder(len(images), config.seed))
+    found = [step().mean for _ in range(WARM_UP_STEPS + 1)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found += [step().mean for _ in range(7)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(torch.stack(found), wanted, rtol=1e-3 if precision == "float32" else 5e-2, atol=0)
+    assert int(replayed.optimiser.updates) == replayed.step == WARM_UP_STEPS + 8
 
 
 def test_linear_step_on_more_than_two_to_the_31_elements(place):

@@ -19,7 +19,7 @@ from fm_fast.train.evaluate import agreement, evaluate, median_distance, train_c
 from fm_fast.train.log import Logger
 from fm_fast.train.loop import advance, pick_device
 from fm_fast.train.presets import PRESETS
-from fm_fast.train.step import build_model, drop_labels, new_state, sample_losses
+from fm_fast.train.step import Batch, build_model, drop_labels, new_state, sample_losses
 from fm_fast.train.times import importance_times
 
 # One step
@@ -42,8 +42,9 @@ def test_losses_are_those_of_the_parts_of_the_batch(objective):
     config, data = tiny(label_drop=0.3, objective=objective), digits()
     state = new_state(config, CPU)
     advance(state, config, data, 2)
-    whole, t = sample_losses(state, config, data.images[:16], data.labels[:16], data.levels)
-    parts = [sample_losses(state, config, data.images[i : i + 4], data.labels[i : i + 4], data.levels, i) for i in (0, 4, 8, 12)]
+    batch = Batch(data.images[:16], data.labels[:16], data.levels, state.step)
+    whole, t = sample_losses(state, config, batch)
+    parts = [sample_losses(state, config, part) for part, _ in batch.parts(4)]
     torch.testing.assert_close(torch.cat([losses for losses, _ in parts]), whole, rtol=1e-4, atol=1e-6)
     assert torch.equal(torch.cat([times for _, times in parts]), t)
 

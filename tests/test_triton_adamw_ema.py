@@ -169,3 +169,21 @@ def check_gradients_with_gaps_are_refused():
 
     with pytest.raises(ValueError, match=r"g\[0\] must have memory without gaps"):
         launch_norm(torch.zeros(1, dtype=torch.float64), [torch.ones(4, 6)[:, ::2]])
+
+
+def check_tables_while_a_graph_is_captured(monkeypatch):
+    """Those of known addresses are kept for ever, and new ones, which would be copied from the host at every replay, are refused."""
+    from fm_fast.kernels import _table
+
+    capturing, there = [False], torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(_table, "_to_device", lambda rows, device: torch.tensor(rows))
+    known, new = (tuple([_table.Row(16 * i, 32, 0, 0, 5, 0)]) for i in (1, 2))
+    made = _table.tables(known, 4, there)
+    assert made[1].tolist() == [[0, 0], [0, 4]] and _table._read_by_graphs == []
+    capturing[0] = True
+    assert _table.tables(known, 4, there) is made and _table._read_by_graphs == [made]
+    with pytest.raises(RuntimeError, match=r"gradients: expected memory that an earlier step had too, as AdamWEMA\.keep_gradients\(\)"):
+        _table.tables(new, 4, there)
+    _table._read_by_graphs.clear()
+    _table._made_tables.cache_clear()

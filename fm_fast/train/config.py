@@ -37,6 +37,7 @@ RECIPES = {
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")  # functions of train/schedule.py
 PRECISIONS = ("float32", "bfloat16")
 PARALLEL = ("ddp", "fsdp")
+CUDA_GRAPH = ("auto", "on", "off")
 PARALLEL_TEXT = "the batch only (ddp), or weights, moments and averages too (fsdp)"
 
 
@@ -66,6 +67,7 @@ class TrainConfig:
     micro_batch: int = _option(0, "images that pass through the network at once, 0 for all of a step", resumable=True)
     precision: str = _option("float32", f"dtype of the weights, with float32 masters in the optimiser: {', '.join(PRECISIONS)}")
     compile: bool = _option(False, "run the network through torch.compile", resumable=True)
+    cuda_graph: str = _option("off", "record a step once and replay it (CUDA, one process): on, off, auto where it can be", resumable=True)
     learning_rate: float = _option(2e-3, "AdamW's peak learning rate")
     schedule: str = _option("linear", f"course of the learning rate after the warm-up: {', '.join(SCHEDULES)}")
     warmup: int = _option(20, "steps over which the learning rate rises linearly")
@@ -117,21 +119,9 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"objective: expected one of {', '.join(RECIPES)}, got {config.objective!r}")
     for name in ("steps", "batch_size", "sample_steps", "samples_per_class", "log_every", "pool"):
         _require(name, getattr(config, name) >= 1, "at least 1", getattr(config, name))
-    for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("parallel", PARALLEL)):
+    for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("parallel", PARALLEL), ("cuda_graph", CUDA_GRAPH)):
         _require(name, getattr(config, name) in choices, f"one of {', '.join(choices)}", getattr(config, name))
-    for name in (
-        "warmup",
-        "micro_batch",
-        "clip",
-        "weight_decay",
-        "sample_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "seed",
-        "resize",
-        "pad",
-        "memory_limit",
-    ):
+    for name in NOT_NEGATIVE:
         _require(name, getattr(config, name) >= 0, "0 or more", getattr(config, name))
     for name in ("label_drop", "flip"):
         _require(name, 0.0 <= getattr(config, name) <= 1.0, "a share in [0, 1]", getattr(config, name))

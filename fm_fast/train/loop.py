@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from fm_fast.train.data import DataOrder, Dataset, load_dataset
 from fm_fast.train.devices import flops_per_image, pick_device
 from fm_fast.train.distributed import StopVote, Team, joined, state_of, team_network
 from fm_fast.train.evaluate import Quality, evaluate
+from fm_fast.train.graph import GraphedStep, is_wanted
 from fm_fast.train.interrupt import deferred_interrupt, stop
 from fm_fast.train.log import Logger
 from fm_fast.train.picture import write_images
 from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.sample import sample, starting_noise, to_integers
 from fm_fast.train.schedule import learning_rate
-from fm_fast.train.step import TrainState, training_step
+from fm_fast.train.step import Model, StepLoss, TrainState, training_step
 from fm_fast.train.weights import can_write_weights, save_weights
 
 __all__ = ["Result", "advance", "pick_device", "train"]
@@ -63,6 +65,7 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
     if resuming and overwriting:
         raise ValueError("resume, overwrite: expected one of them, got both")
     with joined(config.device) as team:
+        is_wanted(config, team.device, team.share.world)  # raises before the work where it cannot be
         with team.first_alone():
             dataset = load_dataset(config.data, "train", config.preparation).to(team.device)
         config = fit_to_data(config, dataset.images.shape[1:], dataset.classes)
@@ -112,11 +115,12 @@ def _run(run: Run) -> float:
 
 def _steps(run: Run, logger: Logger) -> float:
     state, config, team, paused = run.state, run.config, run.team, 0.0
-    order, vote = DataOrder(len(run.dataset), config.seed), StopVote(team)
+    vote = StopVote(team)
     with deferred_interrupt() as asked, team_network(state, config, team) as network:
+        take_step = _stepper(run, network, logger)
         while state.step < config.steps:
             rate = learning_rate(config, state.step)
-            loss = training_step(state, config, run.dataset, order, team.share, network)
+            loss = take_step()
             logger.step(state.step, loss.mean, rate, loss.by_quartile)
             paused += logger.without_timing(lambda: _interval_files(run))
             signal = vote(asked())
@@ -127,6 +131,15 @@ def _steps(run: Run, logger: Logger) -> float:
                 stop(signal)
         vote.close()
     return time.perf_counter() - paused
+
+
+def _stepper(run: Run, network: Model, logger: Logger) -> Callable[[], StepLoss]:
+    """What takes the next step: by replay of a graph where that is wanted and possible."""
+    state, config, dataset, team = run.state, run.config, run.dataset, run.team
+    order = DataOrder(len(dataset), config.seed)
+    if is_wanted(config, team.device, team.share.world):
+        return GraphedStep(state, config, dataset, order, network, say=logger.say)
+    return lambda: training_step(state, config, dataset, order, team.share, network)
 
 
 def _interval_files(run: Run) -> None:

@@ -75,6 +75,7 @@ class AdamWEMA(torch.optim.Optimizer):
         self._written = [[math.nan] * 6 for _ in self.param_groups]
         self._decays = torch.tensor([average.row for average in self.averages], dtype=torch.float64).reshape(-1, 4).to(device)
         self._addresses = [p.data_ptr() for p in parameters]
+        self._kept: list[Tensor] = []
         self._make_views()
 
     @torch.no_grad()
@@ -100,8 +101,8 @@ class AdamWEMA(torch.optim.Optimizer):
                 loss = closure()
         if [p.data_ptr() for p in self._parameters] != self._addresses:
             raise RuntimeError("parameters: expected the memory that they had when the optimiser was made; make it after model.to(...)")
-        gradients = [self._nothing if p.grad is None else _alike(p.grad, p) for p in self._parameters]
-        self._write_settings()
+        gradients = self._gradients()
+        self.write_settings()
         _ops.adamw_ema_norm(self._total, [g for g in gradients if g.numel()], self._backend)
         _ops.adamw_ema(
             self._weights, self._copies, gradients, self._flat, self._total, self._settings, self._decays, self._backend
@@ -109,8 +110,26 @@ class AdamWEMA(torch.optim.Optimizer):
         torch.autograd.graph.increment_version(self._parameters)  # a graph made before must not be walked backward with these weights
         return loss
 
-    def _write_settings(self) -> None:
-        """Numbers that changed go to the device as arguments of a fill, which is no copy from the host to wait for."""
+    def keep_gradients(self) -> None:
+        """From now on, copy gradients into memory of the optimiser's own before they are used: as the graph of a step must be recorded.
+
+        The kernels get addresses of gradients from a table that is made on the host, and the memory of a graph is new to it.
+        """
+        self._kept = self._kept or [torch.empty_like(p) for p in self._parameters]
+
+    def _gradients(self) -> list[Tensor]:
+        found = [self._nothing if p.grad is None else _alike(p.grad, p) for p in self._parameters]
+        if not self._kept:
+            return found
+        pairs = [(kept, gradient) for kept, gradient in zip(self._kept, found, strict=True) if gradient.numel()]
+        torch._foreach_copy_([kept for kept, _ in pairs], [gradient for _, gradient in pairs])  # type: ignore[reportPrivateImportUsage]
+        return [kept if gradient.numel() else gradient for kept, gradient in zip(self._kept, found, strict=True)]
+
+    def write_settings(self) -> None:
+        """Bring the numbers of `param_groups` to the device, as every step does and the replay of a recorded one does not.
+
+        Those that changed go as arguments of a fill, which is no copy from the host to wait for.
+        """
         for i, group in enumerate(self.param_groups):
             row = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["max_norm"])
             for j, value in enumerate(row):

@@ -1,9 +1,13 @@
-"""One training step as a function of (state, configuration, data): everything random is counted from (seed, step, sample)."""
+"""One training step as a function of (state, configuration, data): everything random is counted from (seed, step, sample).
+
+What the host does (which images come next, the learning rate) and what the device does (`learn`) are apart, so that train/graph.py can
+record the latter once and replay it.
+"""
 
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +15,7 @@ from torch import Tensor, nn
 
 from fm_fast.loss import sample_path
 from fm_fast.nn import Preconditioned, UNet
-from fm_fast.random import noise
+from fm_fast.random import Whole, noise
 from fm_fast.train.averaging import Averaging, power_function_of_width, warmed_up_decay
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import DataOrder, Dataset
@@ -76,6 +80,30 @@ WHOLE = Share()
 
 
 @dataclass(frozen=True)
+class Batch:
+    """The samples first_id, first_id + 1, ... of a step's batch: images uint8 [B, C, H, W] of `levels` values, labels int64 [B].
+
+    step: number of steps before this one; a tensor int64 [] on the device where a recorded step is to be replayed with other numbers.
+    """
+
+    images: Tensor
+    labels: Tensor
+    levels: int
+    step: Whole
+    first_id: int = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def parts(self, size: int) -> Iterator[tuple["Batch", bool]]:
+        """(piece, whether it is the last) of pieces of `size` samples, 0 for one piece."""
+        size = size or len(self)
+        for first in range(0, len(self), size):
+            images, labels = self.images[first : first + size], self.labels[first : first + size]
+            yield replace(self, images=images, labels=labels, first_id=self.first_id + first), first + size >= len(self)
+
+
+@dataclass(frozen=True)
 class StepLoss:
     """What a step tells the log, on the device: the mean loss, and the losses' sums and counts [2, 4] by quartile of t (0..1/4, ...)."""
 
@@ -113,36 +141,31 @@ def network_of(state: TrainState, config: TrainConfig) -> Model:
     return torch.compile(state.model) if config.compile else state.model
 
 
-def drop_labels(labels: Tensor, share: float, seed: int, step: int, first_id: int = 0) -> Tensor:
+def drop_labels(labels: Tensor, share: float, seed: int, step: Whole, first_id: int = 0) -> Tensor:
     """Labels int64 [B] with about `share` of them replaced by -1; a sample's fate depends on (seed, step, its id) only."""
     draws = noise((len(labels),), seed=seed, step=step, stream="label_drop", sample_ids=first_id, device=labels.device)
     return torch.where(draws < share, NULL_CLASS, labels)
 
 
-def sample_losses(
-    state: TrainState, config: TrainConfig, images: Tensor, labels: Tensor, levels: int, first_id: int = 0, network: Model | None = None
-) -> tuple[Tensor, Tensor]:
-    """The objective's losses and the times of samples first_id, first_id + 1, ... of the step's batch, float32 [B] each.
-
-    images: uint8 [B, C, H, W]. network: what to call, if not `state.model`.
-    """
-    recipe, seed, step = config.recipe, config.seed, state.step
+def sample_losses(state: TrainState, config: TrainConfig, batch: Batch, network: Model | None = None) -> tuple[Tensor, Tensor]:
+    """The objective's losses and the times of the batch's samples, float32 [B] each. network: what to call, if not `state.model`."""
+    recipe, seed, step, first_id = config.recipe, config.seed, batch.step, batch.first_id
     times: dict[str, Any] = {"t_sampler": recipe.t_sampler}
     weight = None
     if recipe.t_sampler == "importance":
-        t, weight = importance_times(recipe, len(images), seed, step, first_id, images.device)
+        t, weight = importance_times(recipe, len(batch), seed, step, first_id, batch.images.device)
         times = {"t": t}
     point = sample_path(
-        images, path=recipe.path, objective=recipe.objective, flip=config.flip, levels=levels, dequantise=config.dequantise,
+        batch.images, path=recipe.path, objective=recipe.objective, flip=config.flip, levels=batch.levels, dequantise=config.dequantise,
         dtype=DTYPES[config.precision], seed=seed, step=step, sample_ids=first_id, **times,
     )  # fmt: skip
     _fill_keys(state, seed, step, first_id)
-    condition = {"y": drop_labels(labels, config.label_drop, seed, step, first_id)} if config.model.classes else {}
+    condition = {"y": drop_labels(batch.labels, config.label_drop, seed, step, first_id)} if config.model.classes else {}
     output = (network or state.model)(point.x_t, point.t, **condition)
     return point.loss(output, weight=weight, reduction="none"), point.t
 
 
-def _fill_keys(state: TrainState, *numbers: int) -> None:
+def _fill_keys(state: TrainState, *numbers: Whole) -> None:
     """The key (seed, step, first id) of the network's dropout noise, in place: no copy from the host, and a captured graph reads it."""
     for key in state.dropout_keys:
         for place, number in enumerate(numbers):
@@ -164,36 +187,42 @@ def training_step(
     share: the part of the batch to compute; the loss is the mean over it. network: called instead of `state.model`, e.g. the same model
     compiled or in DistributedDataParallel. Nothing waits for the device.
     """
+    batch = next_batch(state, config, dataset, order, share)
+    set_learning_rate(state, config)
+    loss = learn(state, config, batch, network)
+    state.step += 1
+    return loss
+
+
+def next_batch(state: TrainState, config: TrainConfig, dataset: Dataset, order: DataOrder, share: Share = WHOLE) -> Batch:
+    """What the next step reads."""
     samples = share.samples(config.batch_size)
-    total = torch.zeros((), device=dataset.device)
-    quartiles = torch.zeros(2, QUARTILES, device=dataset.device)
-    for part, last in _micro_batches(samples, config.micro_batch):
-        images, labels = dataset.batch(order.indices(state.step * config.batch_size + part.start, len(part)))
+    images, labels = dataset.batch(order.indices(state.step * config.batch_size + samples.start, len(samples)))
+    return Batch(images, labels, dataset.levels, state.step, samples.start)
+
+
+def set_learning_rate(state: TrainState, config: TrainConfig) -> None:
+    """That of the next step."""
+    for group in state.optimiser.param_groups:
+        group["lr"] = learning_rate(config, state.step)
+
+
+def learn(state: TrainState, config: TrainConfig, batch: Batch, network: Model | None = None) -> StepLoss:
+    """All that a step does on the device. It reads no number from the host but the configuration's, if `batch.step` is a tensor."""
+    total = torch.zeros((), device=batch.labels.device)
+    quartiles = torch.zeros(2, QUARTILES, device=batch.labels.device)
+    for part, last in batch.parts(config.micro_batch):
         with _gradients_kept_local(network, not last):
-            losses, t = sample_losses(state, config, images, labels, dataset.levels, part.start, network)
-            (losses.sum() / len(samples)).backward()
+            losses, t = sample_losses(state, config, part, network)
+            (losses.sum() / len(batch)).backward()
         with torch.no_grad():
-            total += losses.sum() / len(samples)
+            total += losses.sum() / len(batch)
             quartiles += by_quartile(losses, t)
-    _update(state, config)
+    state.optimiser.step()
+    state.optimiser.zero_grad(set_to_none=True)
     return StepLoss(total, quartiles)
-
-
-def _micro_batches(samples: range, size: int) -> Iterator[tuple[range, bool]]:
-    """(places in the batch, whether they are the last) of pieces of `size`, 0 for one piece."""
-    size = size or len(samples)
-    for first in range(0, len(samples), size):
-        yield samples[first : first + size], first + size >= len(samples)
 
 
 def _gradients_kept_local(network: Model | None, kept: bool) -> contextlib.AbstractContextManager[Any]:
     """Data-parallel networks send gradients only with the last micro-batch."""
     return network.no_sync() if kept and hasattr(network, "no_sync") else contextlib.nullcontext()  # type: ignore[union-attr]
-
-
-def _update(state: TrainState, config: TrainConfig) -> None:
-    for group in state.optimiser.param_groups:
-        group["lr"] = learning_rate(config, state.step)
-    state.optimiser.step()
-    state.optimiser.zero_grad(set_to_none=True)
-    state.step += 1

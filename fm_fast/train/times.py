@@ -6,7 +6,7 @@ from torch import Tensor
 from fm_fast._philox import GOLDEN
 from fm_fast.objectives import as_objective, time_range
 from fm_fast.paths import Path
-from fm_fast.random import noise
+from fm_fast.random import Whole, noise
 from fm_fast.train.config import Recipe
 
 BISECTIONS = 50
@@ -17,7 +17,7 @@ def log_snr(path: Path, t: Tensor) -> Tensor:
     return 2.0 * (path.alpha(t).log() - path.sigma(t).log())
 
 
-def importance_times(recipe: Recipe, batch: int, seed: int, step: int, first_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def importance_times(recipe: Recipe, batch: int, seed: int, step: Whole, first_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Times with density proportional to ScoreFlow's weight, and the factor by which the loss must be multiplied: float32 [batch] each.
 
     The weight w(t) = 2 (a'/a - s'/s) is the derivative of the log signal-to-noise ratio, so drawing that ratio uniformly draws t with
@@ -26,14 +26,19 @@ def importance_times(recipe: Recipe, batch: int, seed: int, step: int, first_id:
     The numbers are those of stratified times in the noise contract.
     """
     path = recipe.path
-    ends = torch.tensor(time_range(path, as_objective(recipe.objective)), dtype=torch.float64, device=device)
+    ends = _on_device(time_range(path, as_objective(recipe.objective)), device)
     low, high = log_snr(path, ends)
     t = _inverse_log_snr(path, low + (high - low) * _stratified(batch, seed, step, first_id, device), ends)
     weight = 2.0 * (path.d_alpha(t) / path.alpha(t) - path.d_sigma(t) / path.sigma(t))
     return t.float(), ((high - low) / ((ends[1] - ends[0]) * weight)).float()
 
 
-def _stratified(batch: int, seed: int, step: int, first_id: int, device: torch.device) -> Tensor:
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """float64 [n], written as arguments of fills: torch.tensor would copy them from the host and wait."""
+    return torch.stack([torch.full((), number, dtype=torch.float64, device=device) for number in numbers])
+
+
+def _stratified(batch: int, seed: int, step: Whole, first_id: int, device: torch.device) -> Tensor:
     word = noise((1,), seed=seed, step=step, stream="t", sample_ids=0, kind="word", device=device)
     ids = torch.arange(first_id, first_id + batch, device=device)
     return ((word + ids * GOLDEN) % 2**32 + 0.5).to(torch.float64) * 2.0**-32
