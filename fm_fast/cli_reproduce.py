@@ -29,7 +29,7 @@ def add_reproduce(commands: Any) -> None:
     figures = _add(comparisons, "figures", "Figures 6 and 7 (left) on exact flows, no training", 500, "steps of the reference solution")
     figures.add_argument("--draws", type=positive, default=3, metavar="INT", help="data sets [3]")
     figures.set_defaults(run=_figures)
-    for comparison in (checkerboard, figures):
+    for comparison in (table1, checkerboard, figures):
         cores = os.cpu_count() or 1
         comparison.add_argument(
             "--jobs", type=positive, default=cores, metavar="INT", help=f"processes; the numbers are the same [{cores}]"
@@ -48,7 +48,7 @@ def _table1(options: argparse.Namespace) -> None:
     from fm_fast.reproduce import drawing, table1
 
     drawing.require_matplotlib()
-    rows = table1.reproduce_table1(options.out, options.data, options.seed, options.steps, options.source)
+    rows = table1.reproduce_table1(options.out, options.data, options.seed, options.steps, options.source, options.jobs)
     picture = drawing.draw_table1(rows, options.out / f"table1-{options.data}.png")
     names = [options.out / f"table1-{options.data}{suffix}" for suffix in (".json", ".md")]
     _tell(table1.as_text(rows), *names, picture)

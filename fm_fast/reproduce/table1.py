@@ -15,6 +15,7 @@ from torch import Tensor
 from fm_fast.bits import bits_per_dim
 from fm_fast.reproduce.checkerboard import NAMES
 from fm_fast.reproduce.results import Parts, summary, write_json
+from fm_fast.reproduce.threads import one_thread
 from fm_fast.train.classifier import train_classifier
 from fm_fast.train.config import RECIPES, TrainConfig
 from fm_fast.train.data import Dataset, load_dataset
@@ -79,6 +80,11 @@ def settings(data: str, source: Path | None = None) -> TrainConfig:
 
 def row(objective: str, config: TrainConfig) -> Row:
     """Train, or continue to train, and measure. The run is a folder of its own, which `fm-fast evaluate` and `sample` read too."""
+    with one_thread():
+        return _row(objective, config)
+
+
+def _row(objective: str, config: TrainConfig) -> Row:
     train(config, resuming=bool(RunFolder(Path(config.out)).checkpoints()))
     model, config = load_model(config.out)
     seed, training = config.seed, load_dataset(config.data, "train", config.preparation)
@@ -108,13 +114,13 @@ def _bits_by_draws(model: torch.nn.Module, config: TrainConfig, data: Dataset, s
     return bits_for_draws(result.logp, DRAWS, math.prod(data.images.shape[1:]), data.levels)
 
 
-def reproduce_table1(out: Path, data: str, seed: int, steps: int, source: Path | None = None) -> list[Row]:
-    """All five objectives; writes a run and a part for each, table1-<data>.json and table1-<data>.md into `out`."""
+def reproduce_table1(out: Path, data: str, seed: int, steps: int, source: Path | None = None, jobs: int = 1) -> list[Row]:
+    """All five objectives, `jobs` at a time; writes a run and a part for each, table1-<data>.json and table1-<data>.md into `out`."""
     config = replace(settings(data, source), seed=seed, steps=steps)
     parts = Parts(out / "parts", {"data": data, "seed": seed, "steps": steps})
     runs = {name: replace(config, objective=name, out=str(out / f"{data}-{name}")) for name in NAMES}
     arguments = {f"table1-{data}-{name}": (name, run) for name, run in runs.items()}
-    rows = parts.get_all(Row, row, arguments)
+    rows = parts.get_all(Row, row, arguments, jobs)
     command = f"fm-fast reproduce table1 --data {data} --seed {seed} --steps {steps}"
     sizes = {"samples": SAMPLES, "images_for_bits": BITS_IMAGES, "images_for_draws": DRAW_IMAGES}
     tolerances = {"tolerance": TOLERANCE, "draws_tolerance": DRAWS_TOLERANCE}
