@@ -1,0 +1,85 @@
+"""The comparisons of whole training steps with torchcfm: the same losses on the same triples, and where the time goes."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import pytest
+import torch
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
+
+from benchmarks import loss_curves, peers, step_parts
+from benchmarks.op import Setting
+from benchmarks.ops import train_step
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not peers.available("torchcfm"), reason="no torchcfm"),
+]
+
+
+def run(monkeypatch, module, *words):
+    monkeypatch.setattr(sys, "argv", ["x", "--threads", "1", *map(str, words)])
+    module.main()
+
+
+def test_both_learn_alike(monkeypatch, tmp_path, capsys):
+    run(monkeypatch, loss_curves, "--size", "tiny", "--steps", 4, "--seeds", 5, "--out", tmp_path / "rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["provider"], row["metric"]) for row in rows] == [
+        ("fm_fast", "late_loss"), ("fm_fast", "ratio"), ("torchcfm", "late_loss"), ("torchcfm", "ratio")
+    ]  # fmt: skip
+    assert rows[3]["median"] == pytest.approx(1.0, abs=1e-5) and 1.0 < rows[0]["median"] < 2.0
+    assert f"{rows[0]['median']:.5f}" in capsys.readouterr().out
+
+
+def test_a_step_with_another_loss_ends_the_run(monkeypatch, tmp_path):
+    def other(given, dtype):
+        right = train_step.our_trainer(given, dtype)
+        return dataclasses.replace(right, at=lambda x1, x0, t: right.at(x1, 1.05 * x0, t))
+
+    monkeypatch.setattr(loss_curves, "our_trainer", other)
+    with pytest.raises(SystemExit, match=r"the mean losses of the last fifth differ by \d.*, more than 1%"):
+        run(monkeypatch, loss_curves, "--size", "tiny", "--steps", 2, "--seeds", 0, "--out", tmp_path / "rows.json")
+    assert not (tmp_path / "rows.json").exists()
+
+
+def test_triples_are_digits_noise_and_times():
+    (x1, x0, t), (again, _, _) = next(loss_curves.triples((4, 3, 16, 16), 1, 0)), next(loss_curves.triples((4, 3, 16, 16), 1, 0))
+    assert x1.shape == x0.shape == (4, 3, 16, 16) and t.shape == (4,) and torch.equal(x1, again)
+    assert torch.equal(x1[:, 0], x1[:, 2]) and -1 < float(x1.min()) < float(x1.max()) < 1
+
+
+def test_late_losses_are_the_last_fifth():
+    assert loss_curves.late([9.0] * 8 + [1.0, 2.0]) == 1.5 and loss_curves.late([3.0]) == 3.0
+
+
+def test_parts_of_a_step_are_the_step():
+    setting = Setting(torch.device("cpu"), "tiny", train_step.SIZES["tiny"], torch.float32, "")
+    given = train_step.inputs(setting)
+    cut, whole = (train_step.our_trainer(given, torch.float32) for _ in range(2))
+    times = step_parts.timed_step(cut)
+    whole()
+    for one, other in zip(cut.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert times[step_parts.WHOLE] == pytest.approx(sum(value for name, value in times.items() if name != step_parts.WHOLE))
+    doubled = {name: 2 * value for name, value in times.items()}
+    found = step_parts.rows(setting, {"fm_fast": [times] * 3, "other": [doubled] * 3})
+    assert {row.median for row in found if row.provider == "other" and row.metric == "ratio"} == {2.0}
+    assert step_parts.table(found).splitlines()[-1].split()[0] == "all"
+
+
+@pytest.mark.slow
+def test_the_parts_of_every_provider_are_written(monkeypatch, tmp_path):
+    run(monkeypatch, step_parts, "--size", "tiny", "--rounds", 2, "--out", tmp_path / "rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 6 * 3 * 2 and {row["op"] for row in rows} == {"train_step_parts"}
+
+
+@pytest.mark.slow
+def test_both_learn_alike_at_a_size_that_matters(monkeypatch, tmp_path):
+    run(monkeypatch, loss_curves, "--size", "16x16", "--steps", 120, "--seeds", 0, "--out", tmp_path / "rows.json")
+    ours, _, theirs, ratio = json.loads((tmp_path / "rows.json").read_text())
+    assert abs(ratio["median"] - 1.0) < 0.01 and max(ours["median"], theirs["median"]) < 0.8
