@@ -13,21 +13,22 @@ from trainer_helpers import CPU, TINY_NET, assert_same_state, flat, tiny
 
 from fm_fast import _ops
 from fm_fast.train.data import DataOrder, digits
-from fm_fast.train.graph import WARM_UP_STEPS, GraphedStep, is_wanted
+from fm_fast.train.graph import GraphedStep, is_wanted
 from fm_fast.train.loop import advance, train
 from fm_fast.train.step import new_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {"label_drop": 0.3, "flip": 0.5, "dequantise": True, "ema_widths": (0.1,)}
 CUDA = torch.device("cuda")
-REPLAYS = 3
+WARM_UPS, REPLAYS = 1, 3
 DROPPING = dataclasses.replace(TINY_NET, dropout=0.5)
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """Only values on the CPU are looked at for checks."""
+    """Checks look at no values there. And one warm-up is enough here."""
     monkeypatch.setattr("fm_fast._checks.values_readable", lambda *x: False)
+    monkeypatch.setattr("fm_fast.train.graph.WARM_UP_STEPS", WARM_UPS)
 
 
 def graphed(config, data, state, steps, recorder, **options):
@@ -46,9 +47,9 @@ def test_replays_are_the_steps(changes):
     data = dataclasses.replace(digits(), images=digits().images[:40], labels=digits().labels[:40])
     eager, replayed = new_state(config, CPU), new_state(config, CPU)
     advance(replayed, config, data, 1)
-    wanted = advance(eager, config, data, 1 + WARM_UP_STEPS + REPLAYS)
-    found = graphed(config, data, replayed, WARM_UP_STEPS + REPLAYS, tape)
-    assert (tape.warmed, tape.replays) == (WARM_UP_STEPS, REPLAYS)
+    wanted = advance(eager, config, data, 1 + WARM_UPS + REPLAYS)
+    found = graphed(config, data, replayed, WARM_UPS + REPLAYS, tape)
+    assert (tape.warmed, tape.replays) == (WARM_UPS, REPLAYS)
     assert torch.equal(torch.stack(found), torch.stack(wanted[1:]))
     assert_same_state(eager, replayed)
     groups = [state.optimiser.state_dict()["param_groups"] for state in (eager, replayed)]
@@ -63,15 +64,15 @@ def test_gradients_are_always_in_the_same_memory(monkeypatch):
     monkeypatch.setattr(_ops, "adamw_ema_norm", lambda total, g, backend: (seen.append([x.data_ptr() for x in g]), norm(total, g, backend)))
     config, data = tiny(), digits()
     state = new_state(config, CPU)
-    graphed(config, data, state, WARM_UP_STEPS + 1, Tape())
-    assert len(seen) == WARM_UP_STEPS + 1 and all(addresses == seen[0] for addresses in seen)
+    graphed(config, data, state, WARM_UPS + 1, Tape())
+    assert len(seen) == WARM_UPS + 1 and all(addresses == seen[0] for addresses in seen)
     assert not set(seen[0]) & {p.data_ptr() for p in state.model.parameters()}
 
 
 def test_losses_by_quartile_are_replayed_too():
     config, data = tiny(), digits()
     step = GraphedStep(new_state(config, CPU), config, data, DataOrder(len(data), 0), recorder=Tape())
-    losses = [step() for _ in range(WARM_UP_STEPS + 2)]
+    losses = [step() for _ in range(WARM_UPS + 2)]
     for loss in losses:
         sums, counts = loss.by_quartile
         assert int(counts.sum()) == 16
@@ -82,7 +83,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_a_replay():
     config, data = tiny(), digits()
     state, number = new_state(config, CPU), torch.ones(())
     step = GraphedStep(state, config, data, DataOrder(len(data), 0), Scaled(state.model, number), recorder=Tape())
-    for _ in range(WARM_UP_STEPS + 1):
+    for _ in range(WARM_UPS + 1):
         step()
     before = flat(state.model).clone()
     number.fill_(torch.nan)
@@ -90,7 +91,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_a_replay():
     assert torch.equal(flat(state.model), before) and int(state.optimiser.skipped) == 1
     number.fill_(1.0)
     step()
-    assert not torch.equal(flat(state.model), before) and int(state.optimiser.updates) == WARM_UP_STEPS + 2
+    assert not torch.equal(flat(state.model), before) and int(state.optimiser.updates) == WARM_UPS + 2
 
 
 class Scaled(nn.Module):
@@ -125,13 +126,13 @@ def test_work_that_cannot_be_recorded():
     data, said = digits(), []
     config = tiny(cuda_graph="auto")
     eager, state = new_state(config, CPU), new_state(config, CPU)
-    graphed(config, data, state, WARM_UP_STEPS + 2, Refusing(), say=said.append)
-    advance(eager, config, data, WARM_UP_STEPS + 2)
+    graphed(config, data, state, WARM_UPS + 2, Refusing(), say=said.append)
+    advance(eager, config, data, WARM_UPS + 2)
     assert_same_state(eager, state)
     assert said == ["cuda_graph: the step could not be recorded and goes on without: operation not permitted"]
     config = tiny(cuda_graph="on")
     with pytest.raises(RuntimeError, match="cuda_graph: 'on' was asked for, but the step could not be recorded: operation not permitted"):
-        graphed(config, data, new_state(config, CPU), WARM_UP_STEPS + 1, Refusing())
+        graphed(config, data, new_state(config, CPU), WARM_UPS + 1, Refusing())
 
 
 @pytest.mark.parametrize(
