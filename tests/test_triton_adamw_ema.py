@@ -183,7 +183,7 @@ def check_tables_while_a_graph_is_captured(monkeypatch):
     assert made[1].tolist() == [[0, 0], [0, 4]] and _table._read_by_graphs == []
     capturing[0] = True
     assert _table.tables(known, 4, there) is made and _table._read_by_graphs == [made]
-    with pytest.raises(RuntimeError, match=r"gradients: expected memory that an earlier step had too, as AdamWEMA\.keep_gradients\(\)"):
+    with pytest.raises(RuntimeError, match=r"gradients: expected memory that an earlier step had, as AdamWEMA\.keep_gradients\(\)"):
         _table.tables(new, 4, there)
     _table._read_by_graphs.clear()
     _table._made_tables.cache_clear()
