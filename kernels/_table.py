@@ -75,9 +75,7 @@ def _is_captured(device: torch.device) -> bool:
 def _made_tables(rows: tuple[Row, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     if _is_captured(device):
         # The copy would be repeated at every replay, from memory of the host that is long gone.
-        raise RuntimeError(
-            "gradients: expected memory that an earlier step had, as AdamWEMA.keep_gradients() gives, to capture a graph"
-        )
+        raise RuntimeError("gradients: expected memory that an earlier step had, as AdamWEMA.keep_gradients() gives, to capture a graph")
     chunks = [(i, first) for i, row in enumerate(rows) for first in range(0, row.count, size)]
     return _to_device(rows, device), _to_device(chunks, device)
 

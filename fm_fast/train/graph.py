@@ -1,4 +1,4 @@
-"""A training step recorded once as a CUDA graph and replayed: one launch by the host instead of a thousand. Not yet run on a GPU.
+"""A training step recorded once as a CUDA graph and replayed: one launch by the host instead of hundreds. Not yet run on a GPU.
 
 A graph repeats the same kernels on the same memory. So what differs from step to step is written there before each replay: the images
 and labels, the number of the step, of which all noise is a function, and the learning rate.
