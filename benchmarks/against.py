@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 ROUNDS = 20
 FORWARDED = ("op", "device", "dtype", "isa", "threads", "clock")
 FORWARDED_LISTS = ("size", "mode")
+UNITS = ("ms", "us", "nats2")  # of the values that are compared
 # Prints the file of every module of fm_fast that an op's benchmark loads.
 FILES = """
 import importlib, sys
@@ -79,7 +80,7 @@ def measure(side: Side, options: argparse.Namespace) -> dict[Setting, float]:
         command = [sys.executable, "-m", "benchmarks.run", *_forwarded(options), "--only", "--out", str(file)]
         _run(command, side.folder, side.environment())
         rows = json.loads(file.read_text(encoding="utf-8"))
-    return {_setting(row): row["median"] for row in rows if row["metric"] not in ("ratio", "copy_share")}
+    return {_setting(row): row["median"] for row in rows if row["metric"].removeprefix("cpu_") in UNITS}
 
 
 def _setting(row: Mapping[str, Any]) -> Setting:

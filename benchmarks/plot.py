@@ -77,7 +77,7 @@ def runs(records: Iterable[Record]) -> dict[str, list[Record]]:
 def compared(rows: Sequence[Record]) -> tuple[str, list[Record]]:
     """The name of our provider, and the ratios of all others; NotRows if no ratio is positive, as a logarithmic axis needs."""
     ours = rows[0]["provider"]
-    ratios = [row for row in rows if row["metric"] == "ratio" and row["provider"] != ours and row["median"] > 0.0]
+    ratios = [row for row in rows if row["metric"] in ("ratio", "share") and row["provider"] != ours and row["median"] > 0.0]
     if not ratios:
         raise NotRows(f"{rows[0]['op']}: the rows hold no ratio of another provider to {ours}")
     return ours, ratios

@@ -22,7 +22,9 @@ class Row:
     """One number of one provider.
 
     ``metric`` is the op's unit ("ms", "us" a solver step, "nats2" of variance), with "cpu_" before it where CPU time was taken; "ratio"
-    (its value over ours, paired); or "copy_share" (of bandwidth).
+    (its value over ours, paired) or "share" (of the whole that its table begins with); "error" in place of a ratio, where the provider's
+    arithmetic is too coarse; "copy_share" (of bandwidth). Of a single step: "peak_mib" and "peak_tensors", its additional memory in MiB and
+    in full-size tensors; "kernels"; "passes", the bytes that they read and write in full-size tensors. What cannot be known has no row.
     """
 
     op: str

@@ -10,17 +10,21 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from benchmarks.op import Op, Setting
+    from benchmarks.costs import Costs
+    from benchmarks.op import Op, Provider, Setting
     from benchmarks.results import Row
     from benchmarks.timing import Clock, Step
 
 WARM_UP_SECONDS = 0.5
 SMALL_STEP_MS = 2.0
 TIMES = ("ms", "us")
+# What is counted of a step, by metric, and its head in a table
+COUNTED = {"peak_mib": "peak MiB", "peak_tensors": "tensors", "kernels": "kernels", "passes": "passes"}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -63,19 +67,39 @@ def settings(op: "Op", options: argparse.Namespace) -> "Iterator[Setting]":
             yield Setting(torch.device(options.device), size, shape, getattr(torch, options.dtype), mode)
 
 
-def gate(op: "Op", setting: "Setting", only: list[str] | None) -> dict[str, list]:
-    """The steps of every provider, by name, after each has passed the check; SystemExit if one has not."""
-    given, steps = [op.inputs(setting) for _ in range(_input_sets(op, setting))], {}
+@dataclass(frozen=True)
+class Gated:
+    """Providers that may be timed. steps: by name, one for each set of inputs. errors: of those whose arithmetic is too coarse."""
+
+    steps: dict[str, list]
+    errors: dict[str, float]
+
+
+def gate(op: "Op", setting: "Setting", only: list[str] | None) -> Gated:
+    """Every provider after its check; SystemExit if one is wrong."""
+    given, found = [op.inputs(setting) for _ in range(_input_sets(op, setting))], Gated({}, {})
     for i, provider in enumerate(op.providers(setting)):
         if i and only is not None and not any(text in provider.name for text in only):
             continue
-        steps[provider.name] = [provider.build(inputs, setting) for inputs in given]
-        try:
-            for inputs, step in zip(given, steps[provider.name] if provider.gated else [], strict=False):
-                op.check(inputs, setting, step)
-        except AssertionError as error:
-            sys.exit(f"{op.name}, {setting.size}, {setting.mode}: {provider.name} is wrong, so nothing is timed: {error}")
-    return steps
+        found.steps[provider.name] = steps = [provider.build(inputs, setting) for inputs in given]
+        for inputs, step in zip(given, steps if provider.gated else [], strict=False):
+            error = _checked(op, setting, provider, inputs, step)
+            if error is not None:
+                found.errors[provider.name] = max(error, found.errors.get(provider.name, 0.0))
+    return found
+
+
+def _checked(op: "Op", setting: "Setting", provider: "Provider", inputs: Any, step: Any) -> float | None:
+    """None, or the error of another's step that is as inexact as its arithmetic; SystemExit if the step is wrong."""
+    from benchmarks.op import Inexact
+
+    try:
+        op.check(inputs, setting, step)
+    except AssertionError as error:
+        if isinstance(error, Inexact) and not provider.ours:
+            return error.error
+        sys.exit(f"{op.name}, {setting.size}, {setting.mode}: {provider.name} is wrong, so nothing is timed: {error}")
+    return None
 
 
 def _input_sets(op: "Op", setting: "Setting") -> int:
@@ -86,22 +110,27 @@ def _input_sets(op: "Op", setting: "Setting") -> int:
 
 
 def measure(op: "Op", setting: "Setting", options: argparse.Namespace) -> "list[Row]":
-    """The rows of one setting: the op's values, ratios to ours and, on a GPU, the share of copy bandwidth."""
+    """The rows of one setting: the op's values, ratios to ours, what a step costs besides, and on a GPU the share of copy bandwidth."""
     import torch
 
     from benchmarks import timing
 
     torch._dynamo.reset()  # or the second size would run code that was compiled for any size
-    steps, rounds = gate(op, setting, options.only), options.rounds or op.rounds
+    gated, rounds = gate(op, setting, options.only), options.rounds or op.rounds
+    bandwidth, unit = None, op.unit
     if setting.device.type == "cuda":
-        replays = {name: timing.captured(sets) for name, sets in steps.items()}
+        replays = {name: timing.captured(sets) for name, sets in gated.steps.items()}
         timing.warm_up(replays, WARM_UP_SECONDS)
-        clock = timing.device_clock(len(next(iter(steps.values()))))
-        return _rows(op, setting, timing.interleaved(replays, rounds, clock), timing.copy_bandwidth(setting.device))
-    timing.settle_allocator()
-    now = time.process_time if options.clock == "cpu" else time.perf_counter
-    values = (op.observe or _milliseconds)({name: sets[0] for name, sets in steps.items()}, rounds, now)
-    return _rows(op, setting, values, unit=f"cpu_{op.unit}" if options.clock == "cpu" and op.unit in TIMES else op.unit)
+        clock = timing.device_clock(len(next(iter(gated.steps.values()))))
+        values, bandwidth = timing.interleaved(replays, rounds, clock), timing.copy_bandwidth(setting.device)
+    else:
+        timing.settle_allocator()
+        now = time.process_time if options.clock == "cpu" else time.perf_counter
+        values = (op.observe or _milliseconds)({name: sets[0] for name, sets in gated.steps.items()}, rounds, now)
+        unit = f"cpu_{op.unit}" if options.clock == "cpu" and op.unit in TIMES else op.unit
+    # Last: what is counted is not timed.
+    costs = {name: op.costs(sets[0], setting.device) for name, sets in gated.steps.items()}
+    return _rows(op, setting, values, gated.errors, costs, bandwidth, unit)
 
 
 def _milliseconds(steps: "Mapping[str, Step]", rounds: int, now: "Clock") -> dict[str, list[float]]:
@@ -114,8 +143,9 @@ def _milliseconds(steps: "Mapping[str, Step]", rounds: int, now: "Clock") -> dic
 
 
 def _rows(
-    op: "Op", setting: "Setting", times: dict[str, list[float]], copy_bandwidth: float | None = None, unit: str = "ms"
-) -> "list[Row]":
+    op: "Op", setting: "Setting", times: dict[str, list[float]], errors: dict[str, float], costs: "dict[str, Costs]",
+    copy_bandwidth: float | None, unit: str,
+) -> "list[Row]":  # fmt: skip
     from benchmarks import timing
     from benchmarks.results import Row
 
@@ -123,26 +153,56 @@ def _rows(
     common = (setting.mode, setting.size, str(setting.dtype).removeprefix("torch."))
     rows = []
     for name, values in times.items():
-        summaries = {unit: timing.summarise(values), "ratio": timing.ratios(times, name, ours)}
-        if copy_bandwidth and op.bytes_moved:
+        summaries = {unit: timing.summarise(values)}
+        if name in errors:
+            summaries["error"] = timing.summarise([errors[name]])
+        else:
+            summaries[op.relation] = timing.ratios(times, name, ours)
+        if copy_bandwidth and op.bytes_moved and name not in errors:
             summaries["copy_share"] = timing.summarise([op.bytes_moved(setting) / ms / copy_bandwidth for ms in values])
-        for metric, summary in summaries.items():
-            rows.append(Row(op.name, name, *common, metric, summary.median, summary.p20, summary.p80))
+        summaries |= {metric: timing.summarise([value]) for metric, value in _counted(op, setting, costs[name]).items()}
+        rows += [Row(op.name, name, *common, metric, value.median, value.p20, value.p80) for metric, value in summaries.items()]
     return rows
 
 
+def _counted(op: "Op", setting: "Setting", costs: "Costs") -> dict[str, float]:
+    """What is known of a step's costs, by metric."""
+    found = {"peak_mib": costs.peak / (1 << 20), "kernels": costs.kernels}
+    if op.tensor_bytes is not None:
+        size = op.tensor_bytes(setting)
+        found |= {"peak_tensors": costs.peak / size, "passes": None if costs.traffic is None else costs.traffic / size}
+    return {metric: float(value) for metric, value in found.items() if value is not None}
+
+
 def table(rows: "list[Row]", ours: str) -> str:
-    """One line a provider: its value, how many times ours that is (20th and 80th percentiles), its share of copy bandwidth."""
-    by_metric = {(row.provider, row.metric): row for row in rows}
+    """A line a provider: its value and how many times ours that is (20th and 80th percentiles), or by how much it is inexact; its costs."""
+    cells: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        cells.setdefault(row.provider, {})[row.metric] = row
     first = rows[0]
-    unit = first.metric
-    lines = [f"\n{first.op}, {first.size}, {first.dtype}, {first.mode}", f"{'provider':<34}{unit:>28}{f'times {ours}':>32}"]
-    for name in dict.fromkeys(row.provider for row in rows):
-        cells = [by_metric[name, metric] for metric in (unit, "ratio")]
-        text = [f"{cell.median:.3f} [{cell.p20:.3f}, {cell.p80:.3f}]" for cell in cells]
-        share = f"   {by_metric[name, 'copy_share'].median:.0%} of copy" if (name, "copy_share") in by_metric else ""
-        lines.append(f"{name:<34}{text[0]:>28}{text[1]:>32}{share}")
+    relation = f"share of {ours}" if "share" in cells[first.provider] else f"times {ours}"
+    heads = "".join(f"{head:>9}" for head in COUNTED.values())
+    lines = [f"\n{first.op}, {first.size}, {first.dtype}, {first.mode}", f"{'provider':<34}{first.metric:>28}{relation:>32}{heads}"]
+    for name, found in cells.items():
+        counts = "".join(f"{_short(found[metric].median) if metric in found else '':>9}" for metric in COUNTED)
+        share = f"   {found['copy_share'].median:.0%} of copy" if "copy_share" in found else ""
+        lines.append(f"{name:<34}{_spread(found[first.metric]):>28}{_related(found):>32}{counts}{share}".rstrip())
     return "\n".join(lines)
+
+
+def _related(found: "Mapping[str, Row]") -> str:
+    if "error" in found:
+        return f"inexact: off by {found['error'].median:.1e}"
+    return _spread(found["ratio"]) if "ratio" in found else _spread(found["share"], 100.0, "%")
+
+
+def _spread(row: "Row", factor: float = 1.0, unit: str = "") -> str:
+    median, p20, p80 = (factor * value for value in (row.median, row.p20, row.p80))
+    return f"{median:.3f}{unit} [{p20:.3f}, {p80:.3f}]"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 100.0 else f"{value:.0f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -150,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.isa:
         # Read once, when fm_fast is imported: hence the imports inside functions.
         os.environ["FM_FAST_CPU"] = options.isa
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts, tells of its starts and ends otherwise
     import torch
 
     from benchmarks import plan

@@ -21,7 +21,7 @@ SETTING = Setting(torch.device("cpu"), "tiny", (64, 3, 16, 16), torch.float32, "
 
 
 def test_the_right_result_passes():
-    assert "naive eager" in gate(path_loss.OP, SETTING, ["naive", "best"])
+    assert "naive eager" in gate(path_loss.OP, SETTING, ["naive", "best"]).steps
 
 
 def test_a_wrong_loss_stops_the_run(monkeypatch):
@@ -47,7 +47,7 @@ def test_a_wrong_point_stops_the_run(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_optimiser_passes_and_a_wrong_one_stops_the_run(dtype, monkeypatch):
     setting = Setting(torch.device("cpu"), "tiny", (32, 1, 1), dtype, "3 averages")
-    assert len(gate(adamw_ema.OP, setting, None)) == 5
+    assert len(gate(adamw_ema.OP, setting, None).steps) == 5
     right = adamw_ema.fixed_decay
     monkeypatch.setattr(adamw_ema, "fixed_decay", lambda decay: right(decay - 0.01))
     with pytest.raises(SystemExit, match=r"fm_fast is wrong, so nothing is timed: average is off by"):
@@ -59,7 +59,7 @@ def test_every_optimiser_passes_and_a_wrong_one_stops_the_run(dtype, monkeypatch
 def test_installed_peers_pass_at_every_size(size, mode):
     """Without the compiled providers, which take long to be compiled."""
     setting = Setting(torch.device("cpu"), size, path_loss.SIZES[size], torch.float32, mode)
-    steps = gate(path_loss.OP, setting, ["eager", *path_loss.PEERS])
+    steps = gate(path_loss.OP, setting, ["eager", *path_loss.PEERS]).steps
     assert [name for name in steps if name in path_loss.PEERS] == [name for name in path_loss.PEERS if peers.available(name)]
 
 
@@ -89,7 +89,7 @@ def broken_peer(monkeypatch):
 def test_a_peer_that_cannot_be_imported_is_left_out_and_named(broken_peer):
     (remark,) = peers.remarks(["torchcfm"])
     assert remark.startswith("torchcfm 1.0.7 cannot be imported and is left out: ModuleNotFoundError: No module named")
-    assert "torchcfm" not in gate(path_loss.OP, SETTING, ["naive", *path_loss.PEERS])
+    assert "torchcfm" not in gate(path_loss.OP, SETTING, ["naive", *path_loss.PEERS]).steps
 
 
 @pytest.mark.slow

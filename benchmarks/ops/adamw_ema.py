@@ -169,9 +169,17 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 def bytes_moved(setting: Setting) -> int:
     """The gradient twice; weights (masters), both moments and every average in and out; the rounded weights out."""
-    count = sum(shape.numel() for shape in _parameter_shapes(*setting.shape))
     half = setting.dtype.itemsize if setting.dtype != torch.float32 else 0
-    return count * (2 * setting.dtype.itemsize + 8 * (3 + len(MODES[setting.mode])) + half)
+    return _count(setting) * (2 * setting.dtype.itemsize + 8 * (3 + len(MODES[setting.mode])) + half)
 
 
-OP = Op("adamw_ema", SIZES, tuple(MODES), inputs, providers, check, bytes_moved)
+def tensor_bytes(setting: Setting) -> int:
+    """Of all weights."""
+    return _count(setting) * setting.dtype.itemsize
+
+
+def _count(setting: Setting) -> int:
+    return sum(shape.numel() for shape in _parameter_shapes(*setting.shape))
+
+
+OP = Op("adamw_ema", SIZES, tuple(MODES), inputs, providers, check, bytes_moved, tensor_bytes=tensor_bytes)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.op import Op, Provider, Setting
+from benchmarks.op import Op, Provider, Setting, bytes_of_shape
 from fm_fast import _backends
 from fm_fast.nn.norm import GroupNormSiLU
 
@@ -130,7 +130,7 @@ def check(given: Inputs, setting: Setting, step: Step) -> None:
 
 def bytes_moved(setting: Setting) -> int:
     """x read and y written, then x and the gradient read and one written."""
-    return 5 * torch.Size(setting.shape).numel() * setting.dtype.itemsize
+    return 5 * bytes_of_shape(setting)
 
 
-OP = Op("group_norm_silu", SIZES, MODES, inputs, providers, check, bytes_moved)
+OP = Op("group_norm_silu", SIZES, MODES, inputs, providers, check, bytes_moved, tensor_bytes=bytes_of_shape)

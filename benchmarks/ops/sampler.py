@@ -4,6 +4,7 @@ The model returns tensors that were made before, so that almost nothing is left 
 2 N steps are timed; their difference, divided by N, is a step without the cost of a call; the model's bare calls are taken off it.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from torch import Tensor
 
 import fm_fast as fm
 from benchmarks import peers, timing
-from benchmarks.op import Op, Provider, Setting
+from benchmarks.costs import Costs, of_step
+from benchmarks.op import Op, Provider, Setting, bytes_of_shape
 
 Model = Callable[[Tensor, Tensor], Tensor]
 # (model, noise, steps) -> x at t = 1
@@ -143,8 +145,12 @@ def _flow_matching(method: str, as_grid: bool) -> Solve:
 def _copies(passes: int) -> Solve:
     """As many memory passes a step as the method's formula needs, by plain copies: a bound that computes nothing."""
 
+    @functools.cache
+    def buffers(size: int) -> Tensor:
+        return torch.zeros(2, passes * size // 2)
+
     def solve(model: Model, noise: Tensor, steps: int) -> Tensor:
-        source, target = torch.zeros(2, passes * noise.numel() // 2)
+        source, target = buffers(noise.numel())
         for _ in range(steps):
             target.copy_(source)
         return noise
@@ -218,6 +224,13 @@ def _overhead(solver: Solver, now: timing.Clock) -> float:
     return (twice - once - calls) / steps
 
 
+def costs_of_a_step(solver: Solver, device: torch.device) -> Costs:
+    """Kernels and traffic as the times are: of a solve of 2 N steps without those of one of N. The peak is that of a solve."""
+    model, noise, steps = solver.given.model, solver.given.noise, solver.steps
+    once, twice = (of_step(lambda count=count: solver.solve(model, noise, count), device) for count in (steps, 2 * steps))
+    return once.of_one_more(twice, steps)
+
+
 def _bare_calls(model: Model, x: Tensor, count: int) -> None:
     for _ in range(count):
         model(x, x)
@@ -231,5 +244,5 @@ def _seconds(part: Callable[[], object], now: timing.Clock) -> float:
 
 OP = Op(
     "sampler", SIZES, tuple(EVALUATIONS), inputs, providers, check, devices=("cpu",), peers=tuple(PEERS), rounds=20, unit="us",
-    observe=observe,
+    observe=observe, tensor_bytes=bytes_of_shape, costs=costs_of_a_step,
 )  # fmt: skip
