@@ -30,9 +30,10 @@ class Entry:
 PLAN = (
     Entry("path_loss", ("small", "large", "2-D", "2-D, many", "tabular", "robotics", "latents"), None, 40),
     Entry("sampler", ("tiny",), None, 20),
-    Entry("likelihood", ("grey",), ("midpoint, 1 probe", "euler, 1 probe"), 10),
+    Entry("likelihood", ("grey",), ("midpoint, 1 probe", "euler, 1 probe"), 8),
     Entry("adamw_ema", ("digits", "narrow", "wide"), None, 40),
     Entry("group_norm_silu", ("32x32", "16x16", "8x8"), None, 40, only=("eager",)),
+    Entry("share", ("MLP, 2-D", "MLP, robotics", "U-Net, digits", "U-Net, 32x32"), None, 5),
 )
 
 

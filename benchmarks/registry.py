@@ -4,7 +4,7 @@ import importlib
 
 from benchmarks.op import Op
 
-NAMES = ("path_loss", "sampler", "divergence", "likelihood", "adamw_ema", "group_norm_silu", "train_step")
+NAMES = ("path_loss", "sampler", "divergence", "likelihood", "adamw_ema", "group_norm_silu", "train_step", "share")
 
 
 def find(name: str) -> Op:
