@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 from collections.abc import Sequence
 
+# Also in constraints.txt and, but for torchcfm, in the extra "bench".
 PINNED = {"torchdiffeq": "0.2.5", "flow_matching": "1.0.10", "torchcfm": "1.0.7"}
 # torchcfm asks for much that a U-Net and a loss do not need.
 DEFAULT_INSTALLATION = "pip install -e '.[bench]'"

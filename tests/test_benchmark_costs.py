@@ -135,7 +135,8 @@ def test_a_solver_step_is_counted_without_the_solve_around_it():
 def test_of_a_compiled_step_only_the_memory_is_known(backend, peak):
     """Fused, the sine is not stored."""
     compiled, x = torch.compile(lambda x: x.sin() + 1.0, dynamic=False, backend=backend), torch.ones(SIZE)
-    assert of_step(lambda: compiled(x)) == costs.Costs(peak * FULL, None, None)
+    found = of_step(lambda: compiled(x))
+    assert found.kernels is None and found.traffic is None and found.peak == pytest.approx(peak * FULL, abs=64)
 
 
 def test_an_error_leaves_the_collector_of_garbage_as_it_was():
@@ -159,7 +160,7 @@ def test_rows_and_table_show_what_is_known():
     found = {(row.provider, row.metric): row.median for row in rows}
     assert found["fm_fast", "kernels"] == 2 and found["fm_fast", "passes"] == 4
     assert found["fm_fast", "peak_mib"] == 2 / 64 and found["fm_fast", "peak_tensors"] == 2
-    assert ("compile", "kernels") not in found and ("compile", "passes") not in found and found["compile", "peak_tensors"] == 1
+    assert ("compile", "kernels") not in found and ("compile", "passes") not in found and found["compile", "peak_tensors"] < 1.01
     head, ours, other = run.table(rows, "fm_fast").splitlines()[2:]
     assert head.split()[-5:] == ["peak", "MiB", "tensors", "kernels", "passes"]
     assert ours.split()[-4:] == ["0.0312", "2", "2", "4"] and other.split()[-2:] == ["0.0156", "1"]

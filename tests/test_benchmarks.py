@@ -1,8 +1,11 @@
 """The benchmark's correctness gate: a wrong kernel gets no time printed."""
 
+import json
 import pathlib
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ import fm_fast as fm
 # Benchmarks are not installed. Last on the path, so that the installed fm_fast stays the one that is tested.
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks import peers
+from benchmarks import peers, run
 from benchmarks.op import Setting
 from benchmarks.ops import adamw_ema, path_loss
 from benchmarks.run import gate
@@ -74,6 +77,62 @@ def test_a_wrong_peer_stops_the_run(name, monkeypatch):
     monkeypatch.setitem(path_loss.PEERS, name, lambda: wrong)
     with pytest.raises(SystemExit, match=f"{name} is wrong, so nothing is timed: "):
         gate(path_loss.OP, SETTING, [name])
+
+
+HALF = replace(SETTING, dtype=torch.float16)
+
+
+def test_in_float16_a_mean_whose_gradient_underflows_is_shown_without_a_ratio(tmp_path, capsys):
+    """1 / N is below the normal numbers of float16, so eager PyTorch multiplies the gradient by a coarse number. Ours is within 2e-3."""
+    file, words = tmp_path / "rows.json", ["--size", "small", "--mode", "drawn", "--dtype", "float16", "--rounds", "1", "--only", "naive"]
+    run.main([*words, "--out", str(file), "--threads", str(torch.get_num_threads())])
+    naive = {row["metric"]: row["median"] for row in json.loads(file.read_text()) if row["provider"] == "naive eager"}
+    assert path_loss.TOLERANCE[torch.float16] < naive["error"] < 2e-2 and naive["ms"] > 0.0 and not {"ratio", "copy_share"} & set(naive)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("naive eager")]
+    assert f"inexact: off by {naive['error']:.1e}" in line
+
+
+@pytest.mark.parametrize("count", [1000, 49152, 131072, 393216])
+def test_the_underflow_is_as_large_as_its_bound_says(count):
+    """The naive gradient against float64 stays within the bound, and above a fiftieth of it: a bound that excuses little else."""
+    o = (3.0**0.5 * torch.randn(count, generator=torch.Generator().manual_seed(count))).half().requires_grad_()
+    (o**2).mean().backward()
+    exact = 2.0 * o.detach().double() / count
+    error = float((o.grad.double() - exact).norm() / exact.norm())
+    bound = path_loss._underflow(count)
+    assert error <= bound + path_loss.TOLERANCE[torch.float16] and (error > bound / 50 or bound < path_loss.TOLERANCE[torch.float16])
+
+
+def test_a_gradient_that_is_worse_than_float16_explains_stops_the_run(monkeypatch):
+    right = path_loss._naive_loss
+    monkeypatch.setattr(path_loss, "_naive_loss", lambda o, x1, x0: 1.05 * right(o, x1, x0).detach() + (1.05 * (o - o.detach()) * 0).mean())
+    with pytest.raises(SystemExit, match="naive eager is wrong, so nothing is timed"):
+        gate(path_loss.OP, HALF, ["naive"])
+
+
+def test_ours_has_no_excuse(monkeypatch):
+    """A gradient of ours that is off as eager PyTorch's is stops the run."""
+    right = fm.PathSample.loss
+
+    def coarse(sample, o):
+        return right(sample, o) + 0.008 * (right(sample, o) - right(sample, o).detach())
+
+    monkeypatch.setattr(fm.PathSample, "loss", coarse)
+    with pytest.raises(SystemExit, match=r"fm_fast \w+ is wrong, so nothing is timed: gradient is off by"):
+        gate(path_loss.OP, replace(HALF, shape=(128, 3, 32, 32)), ["naive"])
+
+
+def test_peers_are_pinned_to_the_same_versions_everywhere():
+    root = pathlib.Path(__file__).parent.parent
+    lines = [line.split(";")[0].strip() for line in (root / "constraints.txt").read_text().splitlines()]
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    (extra,) = re.findall(r"^bench = \[(.*)\]$", (root / "pyproject.toml").read_text(), re.MULTILINE)
+    for name, version in peers.PINNED.items():
+        assert pins[name.replace("_", "-")] == version
+        assert (f'"{name.replace("_", "-")}=={version}"' in extra) == (name != "torchcfm")
+    assert f'"pot=={pins["pot"]}"' in extra and "torch==" in "".join(lines)
+    recipe = (root / "Makefile").read_text().split("\nbench:")[1].split("\n\n")[0]
+    assert "$(INSTALL) --no-deps torchcfm\n" in recipe and ",bench]" in recipe
 
 
 @pytest.fixture
