@@ -182,11 +182,11 @@ def table(rows: "list[Row]", ours: str) -> str:
     first = rows[0]
     relation = f"share of {ours}" if "share" in cells[first.provider] else f"times {ours}"
     heads = "".join(f"{head:>9}" for head in COUNTED.values())
-    lines = [f"\n{first.op}, {first.size}, {first.dtype}, {first.mode}", f"{'provider':<34}{first.metric:>28}{relation:>32}{heads}"]
+    lines = [f"\n{first.op}, {first.size}, {first.dtype}, {first.mode}", f"{'provider':<34}{first.metric:>28}{relation:>36}{heads}"]
     for name, found in cells.items():
         counts = "".join(f"{_short(found[metric].median) if metric in found else '':>9}" for metric in COUNTED)
         share = f"   {found['copy_share'].median:.0%} of copy" if "copy_share" in found else ""
-        lines.append(f"{name:<34}{_spread(found[first.metric]):>28}{_related(found):>32}{counts}{share}".rstrip())
+        lines.append(f"{name:<34}{_spread(found[first.metric]):>28}{_related(found):>36}{counts}{share}".rstrip())
     return "\n".join(lines)
 
 
