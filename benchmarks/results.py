@@ -51,7 +51,7 @@ def environment(device: torch.device, threads: int | None) -> dict[str, str]:
         "cuda": torch.version.cuda or "",
         **{name: peers.version(name) or "" for name in peers.PINNED},
         "fm_fast": info.fm_fast,
-        "commit": _commit(),
+        "commit": commit_of(FOLDER.parents[1]),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -82,9 +82,17 @@ def _device_name(device: torch.device) -> str:
     return names[0] if names else platform.machine()
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+WRITTEN = ("benchmarks/results", "docs/images")  # by benchmarks themselves
+
+
+def commit_of(root: Path) -> str:
+    """The commit of a checkout, with "-dirty" where anything but results differs from it; empty where git does not know."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        changed = _git(root, "status", "--porcelain", "--", ".", *(f":!{folder}" for folder in WRITTEN))
+        return _git(root, "rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()

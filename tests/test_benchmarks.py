@@ -15,7 +15,7 @@ import fm_fast as fm
 # Benchmarks are not installed. Last on the path, so that the installed fm_fast stays the one that is tested.
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks import peers, run
+from benchmarks import peers, results, run
 from benchmarks.op import Setting
 from benchmarks.ops import adamw_ema, path_loss
 from benchmarks.run import gate
@@ -159,3 +159,23 @@ def test_the_regression_set_runs():
     command = [sys.executable, "-m", "pytest", *chosen, "benchmarks/test_regression.py"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "14 passed, 14 deselected" in done.stdout, done.stdout
+
+
+def test_a_commit_is_dirty_by_its_sources_and_not_by_results(tmp_path):
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+
+    def git(*arguments):
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    source, rows = tmp_path / "source.py", tmp_path / "benchmarks" / "results" / "rows.csv"
+    for path in (source, rows):
+        path.write_text("1", encoding="utf-8")
+    git("init"), git("add", "."), git("commit", "-m", "first")
+    commit = results.commit_of(tmp_path)
+    assert len(commit) >= 7 and "dirty" not in commit
+    rows.write_text("2", encoding="utf-8")
+    assert results.commit_of(tmp_path) == commit
+    source.write_text("2", encoding="utf-8")
+    assert results.commit_of(tmp_path) == f"{commit}-dirty"
+    assert results.commit_of(tmp_path / "nowhere") == ""

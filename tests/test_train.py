@@ -77,10 +77,12 @@ def test_loss_falls_for_every_objective(objective):
     assert losses[-20:].mean() < (0.95 if objective == "scoreflow" else 0.85) * losses[:5].mean()
 
 
-def test_recipes_are_the_rows_of_table_1():
+def test_recipes_are_the_rows_of_table_1_and_three_more():
     rows = {name: (type(recipe.path).__name__, recipe.objective) for name, recipe in RECIPES.items()}
     assert rows["fm-ot"] == ("OT", "velocity") and rows["fm-vp"] == ("VP", "velocity") and rows["ddpm"] == ("VP", "noise")
-    assert rows["score"] == ("VP", "score") and rows["scoreflow"] == ("VP", "scoreflow") and len(rows) == 5
+    assert rows["score"] == ("VP", "score") and rows["scoreflow"] == ("VP", "scoreflow")
+    assert rows["fm-cosine"] == ("Cosine", "velocity") and rows["data-ot"] == ("OT", "data") and rows["score-ve"] == ("VE", "score")
+    assert len(rows) == 8
     for name, recipe in RECIPES.items():
         assert isinstance(build_model(tiny(objective=name)), Preconditioned) == recipe.preconditioned
 

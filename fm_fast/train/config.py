@@ -1,10 +1,10 @@
-"""What a training run is: frozen values, and a recipe for each objective of the paper's Table 1. Presets are in train/presets.py."""
+"""What a training run is: frozen values, and recipes for the paper's Table 1 and other objectives. Presets are in train/presets.py."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from fm_fast.nn import UNetConfig
-from fm_fast.paths import OT, VP, Path
+from fm_fast.paths import OT, VE, VP, Cosine, Path
 from fm_fast.solvers import METHODS
 from fm_fast.train.averaging import WIDEST
 from fm_fast.train.prepare import Preparation
@@ -12,7 +12,7 @@ from fm_fast.train.prepare import Preparation
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of Table 1: the path, what the network predicts, and two means of training it well that leave the objective alone.
+    """A row of Table 1 or another: the path, what the network predicts, and two means of training it well that leave the objective alone.
 
     t_sampler: how t is drawn; "importance" draws it where the objective's weight is large and divides by the density (train/times.py).
     preconditioned: keep the network's input and output at unit size (nn/precondition.py).
@@ -31,6 +31,10 @@ RECIPES = {
     "ddpm": Recipe(VP(), "noise", preconditioned=True),
     "score": Recipe(VP(), "score", preconditioned=True),
     "scoreflow": Recipe(VP(), "scoreflow", t_sampler="importance", preconditioned=True),
+    # Not in Table 1:
+    "fm-cosine": Recipe(Cosine(), "velocity"),
+    "data-ot": Recipe(OT(), "data"),
+    "score-ve": Recipe(VE(), "score", preconditioned=True),
 }
 
 
@@ -61,7 +65,7 @@ class TrainConfig:
     memory_limit: float = _option(4.0, "GiB of pixels above which a folder's images lie in a mapped file", resumable=True)
     cache: str = _option("~/.cache/fm_fast", "folder for such files", resumable=True)
     out: str = _option("out/digits", "folder for checkpoints, weights.safetensors, samples.png, log.jsonl", resumable=True)
-    objective: str = _option("fm-ot", f"row of the paper's Table 1: {', '.join(RECIPES)}")
+    objective: str = _option("fm-ot", f"path and prediction, first those of the paper's Table 1: {', '.join(RECIPES)}")
     steps: int = _option(500, "training steps in all", resumable=True)
     batch_size: int = _option(128, "images a step")
     micro_batch: int = _option(0, "images that pass through the network at once, 0 for all of a step", resumable=True)
