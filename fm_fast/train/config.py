@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from fm_fast.nn import UNetConfig
-from fm_fast.paths import OT, VE, VP, Cosine, Path
+from fm_fast.paths import OT, VP, Cosine, Path
 from fm_fast.solvers import METHODS
 from fm_fast.train.averaging import WIDEST
 from fm_fast.train.prepare import Preparation
@@ -34,7 +34,6 @@ RECIPES = {
     # Not in Table 1:
     "fm-cosine": Recipe(Cosine(), "velocity"),
     "data-ot": Recipe(OT(), "data"),
-    "score-ve": Recipe(VE(), "score", preconditioned=True),
 }
 
 
