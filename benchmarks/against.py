@@ -22,7 +22,7 @@ from benchmarks.timing import Summary, summarise
 ROOT = Path(__file__).parent.parent
 ROUNDS = 20
 FORWARDED = ("op", "device", "dtype", "isa", "threads", "clock")
-FORWARDED_LISTS = ("size", "mode")
+FORWARDED_LISTS = ("size", "mode", "part")
 UNITS = ("ms", "us", "nats2")  # of the values that are compared
 # Prints the file of every module of fm_fast that an op's benchmark loads.
 FILES = """

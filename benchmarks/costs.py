@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MIB = 1 << 20
-COMPILED = "Torch-Compiled Region"  # what the profiler calls a graph of torch.compile, whose kernels no dispatcher sees
+# What the profiler calls a graph of torch.compile, whose kernels no dispatcher sees: the second alone, where only its backward pass runs
+COMPILED = ("Torch-Compiled Region", "## Call CompiledFxGraph")
 NAMESPACES = ("fm_fast", "fm_fast_triton")
 # Names of ops, without their overloads. These do no work, as views do none:
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "_local_scalar_dense")

@@ -6,6 +6,7 @@ there is no GPU, with 1 if a stage failed.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import registry, results, run
+from benchmarks import plan, registry, results, run
 
 ROOT = Path(__file__).parent.parent
 GPU_TESTS = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
@@ -23,7 +24,6 @@ GPU_TESTS = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
 SANITIZED_TESTS = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "reductions or data_map or mixed_layouts", "tests"]
 SANITIZERS = ("memcheck", "racecheck")
 TRIVIAL = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda').add_(1).cpu()"]
-ROUNDS = "100"
 
 
 Outcomes = dict[str, str]  # what was tried -> "ok", "FAILED", or why it was not
@@ -52,19 +52,18 @@ def _sanitized(tool: list[str]) -> str:
 
 
 def bench() -> Outcomes:
-    """Every op in float32 and bfloat16; rows are written after each setting, whose providers are timed in turns."""
+    """What the plan lists, in float32 and bfloat16; rows are written after each setting, whose providers are timed in turns."""
     surroundings = results.environment(torch.device("cuda"), None)
     path = _path(surroundings, "")
     rows: list[results.Row] = []
     tables = []
-    for op in (op for op in map(registry.find, registry.NAMES) if "cuda" in op.devices):
-        for dtype in ("float32", "bfloat16"):
-            options = run.parse(["--op", op.name, "--device", "cuda", "--dtype", dtype, "--rounds", ROUNDS])
-            for setting in run.settings(op, options):
-                new = run.measure(op, setting, options)
-                rows += new
-                tables.append(run.table(new, new[0].provider))
-                results.write(path, rows, surroundings)
+    for entry, dtype in itertools.product(plan.GPU_PLAN, ("float32", "bfloat16")):
+        op, options = registry.find(entry.op), entry.options(run.parse(["--device", "cuda", "--dtype", dtype]))
+        for setting in run.settings(op, options):
+            new = run.measure(op, setting, options)
+            rows += new
+            tables.append(run.table(new, new[0].provider))
+            results.write(path, rows, surroundings)
     print("\n".join(tables))
     return {"rows": "ok" if rows else "FAILED"}
 

@@ -1,8 +1,9 @@
 """What is compared: ops, the inputs they run on, and the providers that compute them."""
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +14,19 @@ from benchmarks.timing import Clock
 
 @dataclass(frozen=True)
 class Setting:
-    """One problem: where and on what every provider of an op runs."""
+    """One problem: where and on what every provider of an op runs, and which part of a step: "full", "forward" or "backward"."""
 
     device: torch.device
     size: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     mode: str
+    part: str = "full"
+
+    @property
+    def problem(self) -> str:
+        """The mode, and the part where it is not the whole."""
+        return self.mode if self.part == "full" else f"{self.mode}, {self.part}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,13 @@ def bytes_of_shape(setting: Setting) -> int:
     return math.prod(setting.shape) * setting.dtype.itemsize
 
 
+def keeping_graphs() -> contextlib.AbstractContextManager[None]:
+    """For a forward pass whose backward pass runs many times: what is compiled here must not reuse the memory of what it saves."""
+    import torch._functorch.config
+
+    return torch._functorch.config.patch(donated_buffer=False)
+
+
 # (steps by name, rounds, clock) -> values by name, of which those with the same index are compared
 Observe = Callable[[Mapping[str, Any], int, Clock], dict[str, list[float]]]
 
@@ -80,6 +94,8 @@ class Op:
         relation: "ratio" to our value, or "share" of the first provider's where that is the whole of which the others are parts.
         tensor_bytes: of one full-size tensor, by which memory and traffic are also given; None where no tensor stands for the op.
         costs: of a step on a device, if they are not those of one call.
+        parts: of a step that can be timed alone, after the whole.
+        gpu_sizes: further sizes, on a GPU.
     """
 
     name: str
@@ -97,3 +113,5 @@ class Op:
     relation: str = "ratio"
     tensor_bytes: Callable[[Setting], int] | None = None
     costs: Callable[[Any, torch.device], Costs] = of_step
+    parts: tuple[str, ...] = ("full",)
+    gpu_sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What ``--op all`` runs: every benchmark of the README on the CPU, in less than 15 minutes on two cores."""
+"""What ``--op all`` runs, every benchmark of the README on the CPU in less than 15 minutes on two cores; and what the GPU report times."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # Options that the plan sets itself, by what they are when they are not given.
-SET_BY_PLAN = {"size": ["all"], "mode": None, "rounds": None, "only": None, "out": None, "against": None}
+SET_BY_PLAN = {"size": ["all"], "mode": None, "part": ["full"], "rounds": None, "only": None, "out": None, "against": None}
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,30 @@ class Entry:
 
 
 PLAN = (
+    Entry("noise", ("small",), None, 40),
+    Entry("path_sample", ("small",), None, 40, only=("eager", "floor")),
     Entry("path_loss", ("small", "large", "2-D", "2-D, many", "tabular", "robotics", "latents"), None, 40),
+    Entry("linear_step", ("small",), None, 40),
     Entry("sampler", ("tiny",), None, 20),
+    Entry("probe", ("small",), ("1 probe", "4 probes"), 20),
+    Entry("divergence_step", ("small",), ("1 probe", "4 probes"), 20),
     Entry("likelihood", ("grey",), ("midpoint, 1 probe", "euler, 1 probe"), 8),
     Entry("adamw_ema", ("digits", "narrow", "wide"), None, 40),
     Entry("group_norm_silu", ("32x32", "16x16", "8x8"), None, 40, only=("eager",)),
     Entry("share", ("MLP, 2-D", "MLP, robotics", "U-Net, digits", "U-Net, 32x32"), None, 3),
+)
+
+# Each of these in two dtypes, in minutes: what a GPU is about is large, or small and launched often.
+GPU_PLAN = (
+    Entry("path_loss", ("small", "256 MiB"), None, 100),
+    Entry("path_sample", ("256 MiB",), None, 100, only=("eager", "floor")),
+    Entry("noise", ("256 MiB",), ("normal",), 100),
+    Entry("linear_step", ("256 MiB",), ("euler", "rk4"), 100),
+    Entry("sampler", ("CIFAR",), ("euler", "midpoint"), 10),
+    Entry("probe", ("large",), ("4 probes",), 100),
+    Entry("divergence_step", ("large",), ("4 probes",), 100),
+    Entry("adamw_ema", ("wide",), ("1 average",), 100),
+    Entry("group_norm_silu", ("32x32", "16x16", "8x8"), ("NHWC", "NHWC modulated"), 100),
 )
 
 

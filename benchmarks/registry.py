@@ -4,7 +4,10 @@ import importlib
 
 from benchmarks.op import Op
 
-NAMES = ("path_loss", "sampler", "divergence", "likelihood", "adamw_ema", "group_norm_silu", "train_step", "share")
+NAMES = (
+    "noise", "path_sample", "path_loss", "linear_step", "sampler", "probe", "divergence_step", "divergence", "likelihood", "adamw_ema",
+    "group_norm_silu", "train_step", "share",
+)  # fmt: skip
 
 
 def find(name: str) -> Op:

@@ -6,9 +6,9 @@ A provider whose results are wrong stops the run before any time is shown.
 """
 
 import argparse
+import itertools
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WARM_UP_SECONDS = 0.5
 SMALL_STEP_MS = 2.0
+PARTS = ("full", "forward", "backward")
 TIMES = ("ms", "us")
 # What is counted of a step, by metric, and its head in a table
 COUNTED = {"peak_mib": "peak MiB", "peak_tensors": "tensors", "kernels": "kernels", "passes": "passes"}
@@ -33,6 +34,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", nargs="+", default=["all"], help="sizes of the op, or all")
     parser.add_argument("--mode", nargs="+", metavar="TEXT", help="modes to keep, by part of their names")
+    parser.add_argument("--part", nargs="+", default=["full"], choices=PARTS, help="of a step, for ops that have a backward pass")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--isa", choices=("avx512", "avx2", "portable"), help="instruction set of the C++ library (FM_FAST_CPU)")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch, on the CPU")
@@ -50,21 +52,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def settings(op: "Op", options: argparse.Namespace) -> "Iterator[Setting]":
-    """Every size and mode that was asked for."""
+    """Every size, mode and part that was asked for."""
     import torch
 
     from benchmarks.op import Setting
 
+    known = {**op.sizes, **(op.gpu_sizes if options.device == "cuda" else {})}
     for name in options.size:
-        if name not in ("all", *op.sizes):
-            sys.exit(f"--size must be all or some of {', '.join(map(repr, op.sizes))} for op {op.name}, got {name!r}")
-    sizes = op.sizes if "all" in options.size else {name: op.sizes[name] for name in options.size}
+        if name not in ("all", *known):
+            sys.exit(f"--size must be all or some of {', '.join(map(repr, known))} for op {op.name}, got {name!r}")
+    sizes = known if "all" in options.size else {name: known[name] for name in options.size}
     modes = [mode for mode in op.modes if not options.mode or any(text in mode for text in options.mode)]
     if not modes:
         sys.exit(f"--mode must be part of one of {', '.join(op.modes)} for op {op.name}, got {', '.join(options.mode)}")
-    for size, shape in sizes.items():
-        for mode in modes:
-            yield Setting(torch.device(options.device), size, shape, getattr(torch, options.dtype), mode)
+    missing = [part for part in options.part if part not in op.parts]
+    if missing:
+        sys.exit(f"--part must be some of {', '.join(op.parts)} for op {op.name}, got {', '.join(missing)}")
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    for (size, shape), mode, part in itertools.product(sizes.items(), modes, options.part):
+        yield Setting(device, size, shape, dtype, mode, part)
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def _checked(op: "Op", setting: "Setting", provider: "Provider", inputs: Any, st
     except AssertionError as error:
         if isinstance(error, Inexact) and not provider.ours:
             return error.error
-        sys.exit(f"{op.name}, {setting.size}, {setting.mode}: {provider.name} is wrong, so nothing is timed: {error}")
+        sys.exit(f"{op.name}, {setting.size}, {setting.problem}: {provider.name} is wrong, so nothing is timed: {error}")
     return None
 
 
@@ -118,14 +124,14 @@ def measure(op: "Op", setting: "Setting", options: argparse.Namespace) -> "list[
     torch._dynamo.reset()  # or the second size would run code that was compiled for any size
     gated, rounds = gate(op, setting, options.only), options.rounds or op.rounds
     bandwidth, unit = None, op.unit
-    if setting.device.type == "cuda":
+    if setting.device.type == "cuda" and op.observe is None:
         replays = {name: timing.captured(sets) for name, sets in gated.steps.items()}
         timing.warm_up(replays, WARM_UP_SECONDS)
         clock = timing.device_clock(len(next(iter(gated.steps.values()))))
         values, bandwidth = timing.interleaved(replays, rounds, clock), timing.copy_bandwidth(setting.device)
     else:
         timing.settle_allocator()
-        now = time.process_time if options.clock == "cpu" else time.perf_counter
+        now = timing.now(setting.device, options.clock)
         values = (op.observe or _milliseconds)({name: sets[0] for name, sets in gated.steps.items()}, rounds, now)
         unit = f"cpu_{op.unit}" if options.clock == "cpu" and op.unit in TIMES else op.unit
     # Last: what is counted is not timed.
@@ -150,7 +156,7 @@ def _rows(
     from benchmarks.results import Row
 
     ours = next(iter(times))
-    common = (setting.mode, setting.size, str(setting.dtype).removeprefix("torch."))
+    common = (setting.problem, setting.size, str(setting.dtype).removeprefix("torch."))
     rows = []
     for name, values in times.items():
         summaries = {unit: timing.summarise(values)}

@@ -45,6 +45,19 @@ def settle_allocator() -> None:
     torch.ones(LARGEST_BLOCK, dtype=torch.uint8)
 
 
+def now(device: torch.device, kind: str) -> Clock:
+    """The clock of a kind, "wall" or "cpu", that tells the time when the device has finished."""
+    clock = time.process_time if kind == "cpu" else time.perf_counter
+    if device.type == "cpu":
+        return clock
+
+    def finished() -> float:
+        torch.cuda.synchronize(device)
+        return clock()
+
+    return finished
+
+
 def warm_up(steps: Mapping[str, Step], seconds: float) -> None:
     """Run every step for a while: by time, not by count, so that clocks and caches settle whatever a step costs."""
     for step in steps.values():

@@ -24,6 +24,15 @@ def test_every_entry_names_what_its_op_has():
         assert all(any(text in name for name in names) for text in entry.only or ())
 
 
+def test_every_entry_for_a_gpu_names_what_its_op_has_there():
+    for entry in plan.GPU_PLAN:
+        op = registry.find(entry.op)
+        settings = list(run.settings(op, entry.options(run.parse(["--device", "cuda"]))))
+        assert {setting.size for setting in settings} == set(entry.sizes) and settings[0].device.type == "cuda"
+        assert {setting.mode for setting in settings} >= set(entry.modes or op.modes)
+        assert "cuda" in op.devices and (op.bytes_moved or op.observe)
+
+
 def test_all_entries_run_in_turn(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(run, "run_op", seen.append)
@@ -34,7 +43,8 @@ def test_all_entries_run_in_turn(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", ["--size small", "--mode drawn", "--rounds 3", "--only eager", "--out x.json", "--against HEAD", "--device cuda"]
+    "words",
+    ["--size small", "--mode drawn", "--part forward", "--rounds 3", "--only eager", "--out x.json", "--against HEAD", "--device cuda"],
 )
 def test_all_takes_no_other_choice(words):
     with pytest.raises(SystemExit, match=f"--op all runs what benchmarks/plan.py lists, on the CPU: leave out {words.split()[0]}$"):
@@ -42,7 +52,7 @@ def test_all_takes_no_other_choice(words):
 
 
 def test_wrong_names_are_named():
-    with pytest.raises(SystemExit, match=r"--op must be all or one of path_loss, .*, got 'loss'"):
+    with pytest.raises(SystemExit, match=r"--op must be all or one of noise, path_sample, .*, got 'loss'"):
         run.main(["--op", "loss", *THREADS])
     with pytest.raises(SystemExit, match=r"--size must be all or some of 'small', 'large', .* for op path_loss, got 'tiny'"):
         run.main(["--size", "small", "tiny", *THREADS])

@@ -15,7 +15,7 @@ import fm_fast as fm
 # Benchmarks are not installed. Last on the path, so that the installed fm_fast stays the one that is tested.
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks import peers, results, run
+from benchmarks import peers, points, results, run
 from benchmarks.op import Setting
 from benchmarks.ops import adamw_ema, path_loss
 from benchmarks.run import gate
@@ -68,13 +68,13 @@ def test_installed_peers_pass_at_every_size(size, mode):
 
 @pytest.mark.parametrize("name", [name for name in path_loss.PEERS if peers.available(name)])
 def test_a_wrong_peer_stops_the_run(name, monkeypatch):
-    right = path_loss.PEERS[name]()
+    right = points.PEERS[name]()
 
     def wrong(x1, x0):
         x_t, target, t = right(x1, x0)
         return x_t, target + 1e-3, t
 
-    monkeypatch.setitem(path_loss.PEERS, name, lambda: wrong)
+    monkeypatch.setitem(points.PEERS, name, lambda: wrong)
     with pytest.raises(SystemExit, match=f"{name} is wrong, so nothing is timed: "):
         gate(path_loss.OP, SETTING, [name])
 
@@ -105,7 +105,7 @@ def test_the_underflow_is_as_large_as_its_bound_says(count):
 
 def test_a_gradient_that_is_worse_than_float16_explains_stops_the_run(monkeypatch):
     right = path_loss._naive_loss
-    monkeypatch.setattr(path_loss, "_naive_loss", lambda o, x1, x0: 1.05 * right(o, x1, x0).detach() + (1.05 * (o - o.detach()) * 0).mean())
+    monkeypatch.setattr(path_loss, "_naive_loss", lambda o, target: 1.05 * right(o, target).detach() + (1.05 * (o - o.detach()) * 0).mean())
     with pytest.raises(SystemExit, match="naive eager is wrong, so nothing is timed"):
         gate(path_loss.OP, HALF, ["naive"])
 

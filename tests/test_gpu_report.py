@@ -9,7 +9,7 @@ import torch
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks import gpu_report, registry, results
+from benchmarks import gpu_report, plan, results
 
 SURROUNDINGS = {"device": "Some GPU", "date": "2026-01-02", "triton": ""}
 
@@ -92,7 +92,7 @@ def test_rows_are_kept_when_a_later_setting_fails(machine, monkeypatch):
     monkeypatch.setattr(gpu_report.run, "settings", lambda op, options: ["first", "second"])
     monkeypatch.setattr(gpu_report.run, "measure", measure)
     monkeypatch.setattr(gpu_report.run, "table", lambda rows, ours: "table")
-    monkeypatch.setattr(registry, "NAMES", ("path_loss",))
+    monkeypatch.setattr(plan, "GPU_PLAN", plan.GPU_PLAN[:1])
     with pytest.raises(RuntimeError, match="out of memory"):
         gpu_report.main(["bench"])
     (kept,) = json.loads((results.FOLDER / "Some_GPU-2026-01-02.json").read_text())

@@ -2,6 +2,7 @@
 
 Every provider computes y = silu(GroupNorm(x)) and the gradients of x and of the norm's parameters; "modulated" takes the channels in two
 halves, as a decoder has them, and modulates the norm by scale and shift. Parameters have the dtype of x, as in a network cast whole.
+"forward" is y with what backward will need, "backward" the gradients alone.
 "NHWC" and "NCHW" are the memory formats of our provider's x; torch's functions run in both, each on tensors of its own format.
 """
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.op import Op, Provider, Setting, bytes_of_shape
+from benchmarks.op import Op, Provider, Setting, bytes_of_shape, keeping_graphs
 from fm_fast import _backends
 from fm_fast.nn.norm import GroupNormSiLU
 
@@ -76,7 +77,7 @@ def _torchs(layout: str, compiled: bool = False) -> Callable[[Inputs, Setting], 
     def build(given: Inputs, setting: Setting) -> Step:
         placed = given.to(layout)
         function = torch.compile(_formula, dynamic=False) if compiled else _formula
-        return _step(function, placed.leaves(), placed.grad_y)
+        return _step(function, placed.leaves(), placed.grad_y, setting.part)
 
     return build
 
@@ -90,7 +91,7 @@ def _ours(backend: str) -> Callable[[Inputs, Setting], Step]:
             weight, bias = leaves[-2:] if len(leaves) == 3 else leaves[2:4]
             return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, leaves[:1], _modulation(leaves))
 
-        return _step(function, placed.leaves(), placed.grad_y)
+        return _step(function, placed.leaves(), placed.grad_y, setting.part)
 
     return build
 
@@ -99,12 +100,19 @@ def _modulation(leaves: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return {} if len(leaves) == 3 else {"second": leaves[1], "scale": leaves[4], "shift": leaves[5]}
 
 
-def _step(function: Callable[..., Tensor], leaves: list[Tensor], grad_y: Tensor) -> Step:
-    def step() -> tuple[Tensor, ...]:
-        y = function(*leaves)
-        return y.detach(), *torch.autograd.grad(y, leaves, grad_y)
+def _step(function: Callable[..., Tensor], leaves: list[Tensor], grad_y: Tensor, part: str = "full") -> Step:
+    """A step returns y and the gradients; y alone of forward."""
 
-    return step
+    def with_gradients(y: Tensor, keep: bool) -> tuple[Tensor, ...]:
+        return y.detach(), *torch.autograd.grad(y, leaves, grad_y, retain_graph=keep)
+
+    if part == "forward":
+        return lambda: (function(*leaves),)
+    if part == "full":
+        return lambda: with_gradients(function(*leaves), keep=False)
+    with keeping_graphs():
+        kept = function(*leaves)
+    return lambda: with_gradients(kept, keep=True)
 
 
 def providers(setting: Setting) -> list[Provider]:
@@ -122,15 +130,26 @@ def check(given: Inputs, setting: Setting, step: Step) -> None:
     """The result and every gradient against float64."""
     wide = given.double()
     exact, found = _step(_formula, wide.leaves(), wide.grad_y)(), step()
-    for i, (value, wanted) in enumerate(zip(found, exact, strict=True)):
-        error = float((value.double() - wanted).norm() / wanted.norm())
+    assert len(found) == (1 if setting.part == "forward" else len(exact)), f"{len(found)} results instead of {len(exact)}"
+    for i, (value, wanted) in enumerate(zip(found, exact, strict=False)):
+        error = float((value.detach().double() - wanted).norm() / wanted.norm())
         name = "the result" if i == 0 else f"gradient {i}"
         assert error <= TOLERANCE[setting.dtype], f"{name} is off by {error:.1e} (relative), more than {TOLERANCE[setting.dtype]:.0e}"
 
 
 def bytes_moved(setting: Setting) -> int:
     """x read and y written, then x and the gradient read and one written."""
-    return 5 * bytes_of_shape(setting)
+    return {"full": 5, "forward": 2, "backward": 3}[setting.part] * bytes_of_shape(setting)
 
 
-OP = Op("group_norm_silu", SIZES, MODES, inputs, providers, check, bytes_moved, tensor_bytes=bytes_of_shape)
+OP = Op(
+    "group_norm_silu",
+    SIZES,
+    MODES,
+    inputs,
+    providers,
+    check,
+    bytes_moved,
+    tensor_bytes=bytes_of_shape,
+    parts=("full", "forward", "backward"),
+)

@@ -1,7 +1,8 @@
 """sampler: what a solver step costs beyond the model's calls, on the optimal-transport path from t = 0 to t = 1.
 
 The model returns tensors that were made before, so that almost nothing is left but the solver. Of each provider a solve of N and one of
-2 N steps are timed; their difference, divided by N, is a step without the cost of a call; the model's bare calls are taken off it.
+2 N steps are timed; their difference, divided by N, is a step without the cost of a call; the model's bare calls are taken off it. On a GPU
+a solve is timed from the call until the device has finished.
 """
 
 import functools
@@ -21,7 +22,7 @@ Model = Callable[[Tensor, Tensor], Tensor]
 # (model, noise, steps) -> x at t = 1
 Solve = Callable[[Model, Tensor, int], Tensor]
 
-SIZES = {"tiny": (1, 2), "small": (64, 2), "large": (64, 3, 64, 64)}
+SIZES = {"tiny": (1, 2), "small": (64, 2), "CIFAR": (128, 3, 32, 32), "large": (64, 3, 64, 64)}
 EVALUATIONS = {"euler": 1, "midpoint": 2, "rk4": 4}
 PASSES = {"euler": 3, "midpoint": 6, "rk4": 15}
 LARGE = 1 << 16
@@ -55,8 +56,9 @@ class Solver:
 
 def inputs(setting: Setting) -> Inputs:
     # More outputs than a step reads, or a solver that keeps them would be handed the same memory twice.
-    outputs = itertools.cycle([torch.randn(setting.shape, dtype=setting.dtype) for _ in range(6)])
-    return Inputs(torch.randn(setting.shape, dtype=setting.dtype), lambda x, t: next(outputs))
+    noise, *outputs = (torch.randn(setting.shape, dtype=setting.dtype, device=setting.device) for _ in range(7))
+    handed_out = itertools.cycle(outputs)
+    return Inputs(noise, lambda x, t: next(handed_out))
 
 
 # Providers
@@ -66,11 +68,34 @@ def _ours(method: str) -> Solve:
     return lambda model, noise, steps: fm.sample(model, noise, method=method, steps=steps).x
 
 
+def _in_a_graph(method: str) -> Solve:
+    """The whole solve recorded once and replayed: what a sampler of fixed shape can do on a GPU."""
+
+    @functools.cache
+    def recorded(model: Model, noise: Tensor, steps: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        fm.sample(model, noise, method=method, steps=steps)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            x = fm.sample(model, noise, method=method, steps=steps).x
+        return graph, x
+
+    def solve(model: Model, noise: Tensor, steps: int) -> Tensor:
+        graph, x = recorded(model, noise, steps)
+        graph.replay()
+        return x
+
+    return solve
+
+
+def _full(x: Tensor, t: float) -> Tensor:
+    return torch.full((len(x),), t, device=x.device)
+
+
 @torch.no_grad()
 def _naive_euler(model: Model, noise: Tensor, steps: int) -> Tensor:
     x, h = noise, 1.0 / steps
     for n in range(steps):
-        x = x + h * model(x, torch.full((len(x),), n * h))
+        x = x + h * model(x, _full(x, n * h))
     return x
 
 
@@ -78,8 +103,8 @@ def _naive_euler(model: Model, noise: Tensor, steps: int) -> Tensor:
 def _naive_midpoint(model: Model, noise: Tensor, steps: int) -> Tensor:
     x, h = noise, 1.0 / steps
     for n in range(steps):
-        middle = x + 0.5 * h * model(x, torch.full((len(x),), n * h))
-        x = x + h * model(middle, torch.full((len(x),), (n + 0.5) * h))
+        middle = x + 0.5 * h * model(x, _full(x, n * h))
+        x = x + h * model(middle, _full(x, (n + 0.5) * h))
     return x
 
 
@@ -87,7 +112,7 @@ def _naive_midpoint(model: Model, noise: Tensor, steps: int) -> Tensor:
 def _naive_rk4(model: Model, noise: Tensor, steps: int) -> Tensor:
     x, h = noise, 1.0 / steps
     for n in range(steps):
-        begin, middle, end = (torch.full((len(x),), (n + part) * h) for part in (0.0, 0.5, 1.0))
+        begin, middle, end = (_full(x, (n + part) * h) for part in (0.0, 0.5, 1.0))
         k1 = model(x, begin)
         k2 = model(x + 0.5 * h * k1, middle)
         k3 = model(x + 0.5 * h * k2, middle)
@@ -115,7 +140,8 @@ def _in_place_midpoint(model: Model, noise: Tensor, steps: int) -> Tensor:
 
 def _times(x: Tensor, steps: int, parts: int) -> tuple[Tensor, ...]:
     """Views [B] of the times of all evaluations, ``parts`` a step."""
-    return (torch.arange(steps * parts, dtype=torch.float64) / (steps * parts)).to(x.dtype).unsqueeze(1).expand(-1, len(x)).unbind(0)
+    times = torch.arange(steps * parts, dtype=torch.float64, device=x.device) / (steps * parts)
+    return times.to(x.dtype).unsqueeze(1).expand(-1, len(x)).unbind(0)
 
 
 def _torchdiffeq(method: str, as_grid: bool) -> Solve:
@@ -123,7 +149,7 @@ def _torchdiffeq(method: str, as_grid: bool) -> Solve:
 
     @torch.no_grad()
     def solve(model: Model, noise: Tensor, steps: int) -> Tensor:
-        times = torch.linspace(0.0, 1.0, steps + 1) if as_grid else torch.tensor([0.0, 1.0])
+        times = torch.linspace(0.0, 1.0, steps + 1 if as_grid else 2, device=noise.device)
         options = {} if as_grid else {"step_size": 1.0 / steps}
         return odeint(lambda t, x: model(x, t), noise, times, method=method, options=options)[-1]
 
@@ -136,7 +162,7 @@ def _flow_matching(method: str, as_grid: bool) -> Solve:
     def solve(model: Model, noise: Tensor, steps: int) -> Tensor:
         solver = ODESolver(velocity_model=model)
         if as_grid:
-            return solver.sample(noise, step_size=None, method=method, time_grid=torch.linspace(0.0, 1.0, steps + 1))
+            return solver.sample(noise, step_size=None, method=method, time_grid=torch.linspace(0.0, 1.0, steps + 1, device=noise.device))
         return solver.sample(noise, step_size=1.0 / steps, method=method)
 
     return solve
@@ -146,11 +172,11 @@ def _copies(passes: int) -> Solve:
     """As many memory passes a step as the method's formula needs, by plain copies: a bound that computes nothing."""
 
     @functools.cache
-    def buffers(size: int) -> Tensor:
-        return torch.zeros(2, passes * size // 2)
+    def buffers(size: int, device: torch.device) -> Tensor:
+        return torch.zeros(2, passes * size // 2, device=device)
 
     def solve(model: Model, noise: Tensor, steps: int) -> Tensor:
-        source, target = buffers(noise.numel())
+        source, target = buffers(noise.numel(), noise.device)
         for _ in range(steps):
             target.copy_(source)
         return noise
@@ -165,7 +191,10 @@ PEERS = {"torchdiffeq": _torchdiffeq, "flow_matching": _flow_matching}
 
 def providers(setting: Setting) -> list[Provider]:
     method = setting.mode
-    solves = {"fm_fast": _ours(method), "hand loop, naive": NAIVE[method]}
+    solves = {"fm_fast": _ours(method)}
+    if setting.device.type == "cuda":
+        solves["fm_fast, one CUDA graph"] = _in_a_graph(method)
+    solves["hand loop, naive"] = NAIVE[method]
     if method in IN_PLACE:
         solves["hand loop, in place"] = IN_PLACE[method]
     for name in (name for name in PEERS if peers.available(name)):
@@ -243,6 +272,6 @@ def _seconds(part: Callable[[], object], now: timing.Clock) -> float:
 
 
 OP = Op(
-    "sampler", SIZES, tuple(EVALUATIONS), inputs, providers, check, devices=("cpu",), peers=tuple(PEERS), rounds=20, unit="us",
-    observe=observe, tensor_bytes=bytes_of_shape, costs=costs_of_a_step,
+    "sampler", SIZES, tuple(EVALUATIONS), inputs, providers, check, peers=tuple(PEERS), rounds=20, unit="us", observe=observe,
+    tensor_bytes=bytes_of_shape, costs=costs_of_a_step,
 )  # fmt: skip

@@ -165,7 +165,7 @@ def _other(op: Op, given: Any, setting: Setting, name: str) -> Part:
 
 def _loss(given: Workload, setting: Setting, name: str) -> Part:
     return _other(
-        path_loss.OP, path_loss.Inputs(given.x1, given.x0.clone().requires_grad_(), None), replace(setting, mode="x0 drawn"), name
+        path_loss.OP, path_loss.Inputs(given.x1, None, given.x0.clone().requires_grad_()), replace(setting, mode="x0 drawn"), name
     )
 
 

@@ -1,0 +1,128 @@
+"""linear_step: one update of a fixed-step solver, x <- a x + sum_j c_j k_j, of tensors that are there.
+
+"euler" adds one output of the model, "heun" two, "rk4" four; "guided" is an Euler update of a doubled output [2B, ...] whose halves are
+mixed as classifier-free guidance does, u + w (c - u).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.op import Op, Provider, Setting, bytes_of_shape
+from benchmarks.points import GPU_SIZES, SIZES, our_backends, relative_error
+from fm_fast import _ops
+
+GUIDANCE = 3.0
+ROWS = {
+    "euler": (1.0, 0.1),
+    "heun": (1.0, 0.05, 0.05),
+    "rk4": (1.0, 0.1 / 6, 0.1 / 3, 0.1 / 3, 0.1 / 6),
+    "guided": (1.0, 0.1),
+}
+TOLERANCE = {torch.float32: 5e-7, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The state, the model's outputs and the update's coefficients."""
+
+    x: Tensor
+    outputs: list[Tensor]
+    row: tuple[float, ...]
+
+    @property
+    def guided(self) -> bool:
+        return len(self.outputs[0]) != len(self.x)
+
+
+Step = Callable[[], Tensor]
+
+
+def inputs(setting: Setting) -> Inputs:
+    batch, row = setting.shape[0], ROWS[setting.mode]
+    shape = (2 * batch, *setting.shape[1:]) if setting.mode == "guided" else setting.shape
+    x, *outputs = (torch.randn(s, dtype=setting.dtype, device=setting.device) for s in (setting.shape, *[shape] * (len(row) - 1)))
+    return Inputs(x, outputs, row)
+
+
+def _formula(x: Tensor, *outputs: Tensor, row: tuple[float, ...], guided: bool) -> Tensor:
+    for output, coefficient in zip(outputs, row[1:], strict=True):
+        if guided:
+            conditional, unconditional = output.chunk(2)
+            output = unconditional + GUIDANCE * (conditional - unconditional)
+        x = x + coefficient * output
+    return x
+
+
+def _naive(given: Inputs, setting: Setting) -> Step:
+    return lambda: _formula(given.x, *given.outputs, row=given.row, guided=given.guided)
+
+
+def _compiled(given: Inputs, setting: Setting) -> Step:
+    function = torch.compile(_formula, dynamic=False)
+    return lambda: function(given.x, *given.outputs, row=given.row, guided=given.guided)
+
+
+def _best(given: Inputs, setting: Setting) -> Step:
+    """The fewest eager operations: one a term, into memory that is there."""
+    out, (first, *others) = torch.empty_like(given.x), given.outputs
+
+    def step() -> Tensor:
+        if given.guided:
+            conditional, unconditional = first.chunk(2)
+            torch.lerp(unconditional, conditional, GUIDANCE, out=out)
+            return torch.add(given.x, out, alpha=given.row[1], out=out)
+        torch.add(given.x, first, alpha=given.row[1], out=out)
+        for output, coefficient in zip(others, given.row[2:], strict=True):
+            out.add_(output, alpha=coefficient)
+        return out
+
+    return step
+
+
+def _ours(backend: str) -> Callable[[Inputs, Setting], Step]:
+    def build(given: Inputs, setting: Setting) -> Step:
+        op, out, no_copy = _ops.linear_step(backend), torch.empty_like(given.x), given.x.new_empty(0)
+        table = torch.tensor([given.row], dtype=torch.float64, device=setting.device)
+
+        def step() -> Tensor:
+            op(out, no_copy, given.x, given.outputs, table, 0, GUIDANCE)
+            return out
+
+        return step
+
+    return build
+
+
+def _memory_floor(given: Inputs, setting: Setting) -> Callable[[], object]:
+    """The bytes that must move, by one plain copy."""
+    source, target = torch.zeros(2, bytes_moved(setting) // 2, dtype=torch.uint8, device=setting.device)
+    return lambda: target.copy_(source)
+
+
+def providers(setting: Setting) -> list[Provider]:
+    return [
+        *(Provider(f"fm_fast {name}", _ours(name)) for name in our_backends(setting, "linear_step")),
+        Provider("naive eager", _naive),
+        Provider("best eager", _best),
+        Provider("torch.compile", _compiled),
+        Provider("memory floor", _memory_floor, gated=False),
+    ]
+
+
+def check(given: Inputs, setting: Setting, step: Step) -> None:
+    """The new state against float64."""
+    exact = _formula(given.x.double(), *(k.double() for k in given.outputs), row=given.row, guided=given.guided)
+    error, tolerance = relative_error(step(), exact), TOLERANCE[setting.dtype]
+    assert error <= tolerance, f"the state is off by {error:.1e} (relative), more than {tolerance:.0e}"
+
+
+def bytes_moved(setting: Setting) -> int:
+    """x and every output read, the new x written."""
+    outputs = 2 if setting.mode == "guided" else len(ROWS[setting.mode]) - 1
+    return (2 + outputs) * bytes_of_shape(setting)
+
+
+OP = Op("linear_step", SIZES, tuple(ROWS), inputs, providers, check, bytes_moved, tensor_bytes=bytes_of_shape, gpu_sizes=GPU_SIZES)

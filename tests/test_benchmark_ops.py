@@ -1,0 +1,142 @@
+"""Every op has a benchmark whose providers agree with float64, and which a wrong result of ours stops; parts of a step are timed alone."""
+
+import json
+import pathlib
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
+
+from benchmarks import costs, registry, run
+from benchmarks.op import Setting, keeping_graphs
+from benchmarks.ops import group_norm_silu, path_loss
+from fm_fast import _backends, _ops
+
+CPU = torch.device("cpu")
+# A benchmark of one name times both.
+WITH_THEIR_FORWARD = {"path_loss_backward", "group_norm_silu_backward", "adamw_ema_norm"}
+SINGLE_OPS = ("noise", "path_sample", "linear_step", "probe", "divergence_step")
+TINY = {
+    "noise": (8, 3, 5, 7),
+    "path_sample": (64, 3, 5, 7),
+    "linear_step": (4, 3, 5, 7),
+    "probe": (16, 33),
+    "divergence_step": (4, 3, 5, 7),
+}
+PROBLEMS = [(name, mode) for name in SINGLE_OPS for mode in registry.find(name).modes]
+
+
+def setting_of(name, mode, dtype=torch.float32):
+    return Setting(CPU, "tiny", TINY.get(name, (8, 3, 5, 7)), dtype, mode)
+
+
+def test_every_op_has_a_benchmark():
+    assert set(_ops.SCHEMAS) - WITH_THEIR_FORWARD <= set(registry.NAMES)
+    assert all(registry.find(name).name == name for name in registry.NAMES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "mode"), PROBLEMS)
+def test_every_provider_passes(name, mode, dtype):
+    """Eager ones, and NumPy's, in float32 where it has no other."""
+    steps = run.gate(registry.find(name), setting_of(name, mode, dtype), ["eager", "torch, ", "NumPy", "floor", "torchcfm", "flow"]).steps
+    assert next(iter(steps)).startswith("fm_fast") and len(steps) >= 4
+
+
+@pytest.mark.parametrize("name", SINGLE_OPS)
+def test_compiled_providers_pass(name):
+    op = registry.find(name)
+    steps = run.gate(op, setting_of(name, op.modes[-1]), ["compile"]).steps
+    assert len(steps) >= 2
+
+
+def _spoiled(kernel, number):
+    """The kernel, but what it writes into the argument of that number is off by a thousandth."""
+
+    def wrong(*arguments):
+        kernel(*arguments)
+        arguments[number].mul_(1.0 + 1e-3)
+
+    return wrong
+
+
+MODULES = {"noise": "noise", "path_sample": "path"}
+NATIVE = _backends.why_not("path_sample", "cpu", "cpp")
+
+
+@pytest.mark.skipif(NATIVE is not None, reason=f"the C++ backend cannot run: {NATIVE}")
+@pytest.mark.parametrize(("name", "mode"), PROBLEMS)
+def test_a_wrong_kernel_stops_the_run(name, mode, monkeypatch):
+    kernels = getattr(sys.modules[f"fm_fast._ops.{MODULES.get(name, 'solver')}"], f"_{name}")
+    for backend in list(kernels):
+        monkeypatch.setitem(kernels, backend, _spoiled(kernels[backend], 0))
+    with pytest.raises(SystemExit, match=r"fm_fast cpp is wrong, so nothing is timed: "):
+        run.gate(registry.find(name), setting_of(name, mode), [])
+
+
+def test_numbers_of_another_step_stop_the_run(monkeypatch):
+    """Normal, and fresh, but not those that the contract names."""
+    import fm_fast as fm
+
+    right = fm.noise
+    monkeypatch.setattr(fm, "noise", lambda shape, seed, step, **settings: right(shape, seed=seed, step=step + 1, **settings))
+    with pytest.raises(SystemExit, match=r"fm_fast \w+ is wrong, so nothing is timed: the numbers are off by"):
+        run.gate(registry.find("noise"), setting_of("noise", "normal"), [])
+
+
+PARTS = ("full", "forward", "backward")
+
+
+@pytest.mark.parametrize("op", [path_loss.OP, group_norm_silu.OP], ids=lambda op: op.name)
+def test_parts_are_timed_alone_and_named(op, tmp_path, capsys):
+    file, (mode, *_) = tmp_path / "rows.json", op.modes
+    size = {"path_loss": "robotics", "group_norm_silu": "8x8"}[op.name]
+    words = ["--op", op.name, "--size", size, "--mode", mode, "--part", *PARTS, "--rounds", "1", "--only", "eager"]
+    run.main([*words, "--out", str(file), "--threads", str(torch.get_num_threads())])
+    rows = json.loads(file.read_text())
+    modes = list(dict.fromkeys(row["mode"] for row in rows if row["mode"].split(", ")[0] == mode))
+    assert modes == [mode, f"{mode}, forward", f"{mode}, backward"]
+    assert f"{mode}, backward\n" in capsys.readouterr().out
+
+
+def test_a_part_that_an_op_has_not_is_named():
+    with pytest.raises(SystemExit, match="--part must be some of full for op noise, got backward"):
+        list(run.settings(registry.find("noise"), run.parse(["--op", "noise", "--part", "full", "backward"])))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_wrong_gradient_stops_all_but_the_forward_pass(part, monkeypatch):
+    setting = Setting(CPU, "tiny", (64, 3, 5, 7), torch.float32, "x0 drawn", part)
+    right = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *arguments, **settings: [1.001 * g for g in right(*arguments, **settings)])
+    if part == "forward":
+        assert run.gate(path_loss.OP, setting, []).steps
+        return
+    with pytest.raises(SystemExit, match=r"is wrong, so nothing is timed: gradient is off by 1.0e-03"):
+        run.gate(path_loss.OP, setting, [])
+
+
+def test_a_backward_pass_repeats_and_saves_what_forward_made():
+    """The compiled one too: its saved tensors' memory is not given away."""
+    setting = Setting(CPU, "tiny", (64, 3, 5, 7), torch.float32, "x0 given", "backward")
+    for name, (step,) in run.gate(path_loss.OP, setting, ["naive", "inside"]).steps.items():
+        first = step().grad.clone()
+        assert torch.equal(step().grad, first), name
+
+
+def test_what_a_compiled_backward_pass_runs_is_not_counted():
+    x = torch.randn(1000, requires_grad=True)
+    with keeping_graphs():
+        y = torch.compile(lambda x: (x.sin() ** 2).mean(), dynamic=False)(x)
+    found = costs.of_step(lambda: torch.autograd.grad(y, x, retain_graph=True)[0], CPU)
+    assert found.kernels is None and found.traffic is None and found.peak >= 4000
+
+
+def test_further_sizes_are_for_a_gpu(monkeypatch):
+    op = replace(path_loss.OP, gpu_sizes={"huge": (1, 2)})
+    asked = {device: run.parse(["--device", device]) for device in ("cpu", "cuda")}
+    sizes = {device: {setting.size for setting in run.settings(op, options)} for device, options in asked.items()}
+    assert sizes["cuda"] - sizes["cpu"] == {"huge"}
