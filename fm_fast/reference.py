@@ -217,6 +217,19 @@ def group_statistics(dots: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return mean, (means - mean).square().sum(0) / ((groups - 1) * groups)
 
 
+def conv_weight_grad(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight and the bias of a convolution of size 2 r + 1 that keeps height and width.
+
+    dW[o, c, i, j] = sum_{b, h, w} dy[b, o, h, w] x[b, c, h + i - r, w + j - r] with x zero outside of the image, db[o] = sum dy.
+    """
+    padding = (weight.shape[2] // 2,) * 2
+    wanted = (False, True, True)
+    _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad_y, x, weight, [weight.shape[0]], (1, 1), padding, (1, 1), False, (0, 0), 1, wanted
+    )
+    return grad_weight, grad_bias
+
+
 def square_sum(gradients: Sequence[Tensor]) -> Tensor:
     """The sum of all squares, float64 []: not finite if any gradient is not finite."""
     sums = [g.to(torch.float64).square().sum() for g in gradients]

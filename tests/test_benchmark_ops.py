@@ -18,14 +18,8 @@ from fm_fast import _backends, _ops
 CPU = torch.device("cpu")
 # A benchmark of one name times both.
 WITH_THEIR_FORWARD = {"path_loss_backward", "group_norm_silu_backward", "adamw_ema_norm"}
-SINGLE_OPS = ("noise", "path_sample", "linear_step", "probe", "divergence_step")
-TINY = {
-    "noise": (8, 3, 5, 7),
-    "path_sample": (64, 3, 5, 7),
-    "linear_step": (4, 3, 5, 7),
-    "probe": (16, 33),
-    "divergence_step": (4, 3, 5, 7),
-}
+SINGLE_OPS = ("noise", "path_sample", "linear_step", "probe", "divergence_step", "conv_weight_grad")
+TINY = {"path_sample": (64, 3, 5, 7), "probe": (16, 33), "conv_weight_grad": (3, 16, 32, 5)}
 PROBLEMS = [(name, mode) for name in SINGLE_OPS for mode in registry.find(name).modes]
 
 
@@ -38,19 +32,22 @@ def test_every_op_has_a_benchmark():
     assert all(registry.find(name).name == name for name in registry.NAMES)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("name", "mode"), PROBLEMS)
-def test_every_provider_passes(name, mode, dtype):
-    """Eager ones, and NumPy's, in float32 where it has no other."""
-    steps = run.gate(registry.find(name), setting_of(name, mode, dtype), ["eager", "torch, ", "NumPy", "floor", "torchcfm", "flow"]).steps
+HALVES = (torch.bfloat16, torch.float16)
+TYPED = [(*problem, torch.float32) for problem in PROBLEMS]
+TYPED += [(name, mode, dtype) for name, mode in PROBLEMS for dtype in HALVES if name != "conv_weight_grad"]
+OTHERS = ["eager", "torch, ", "NumPy", "matmul", "floor", "torchcfm", "flow"]
+
+
+@pytest.mark.parametrize(("name", "mode", "dtype"), TYPED, ids=str)
+def test_every_eager_provider_passes(name, mode, dtype):
+    steps = run.gate(registry.find(name), setting_of(name, mode, dtype), OTHERS).steps
     assert next(iter(steps)).startswith("fm_fast") and len(steps) >= 4
 
 
-@pytest.mark.parametrize("name", SINGLE_OPS)
+@pytest.mark.parametrize("name", ["noise", "path_sample", "linear_step", "probe"])
 def test_compiled_providers_pass(name):
     op = registry.find(name)
-    steps = run.gate(op, setting_of(name, op.modes[-1]), ["compile"]).steps
-    assert len(steps) >= 2
+    assert any("compile" in step for step in run.gate(op, setting_of(name, op.modes[-1]), ["compile"]).steps)
 
 
 def _spoiled(kernel, number):
@@ -63,7 +60,7 @@ def _spoiled(kernel, number):
     return wrong
 
 
-MODULES = {"noise": "noise", "path_sample": "path"}
+MODULES = {"noise": "noise", "path_sample": "path", "conv_weight_grad": "conv_weight_grad"}
 NATIVE = _backends.why_not("path_sample", "cpu", "cpp")
 
 

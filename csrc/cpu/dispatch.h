@@ -20,6 +20,7 @@ struct KernelTable {
   AdamwKernel adamw_ema;
   NormKernel group_norm_silu;
   NormGradKernel group_norm_silu_backward;
+  ConvKernel conv_weight_grad, conv_weight_grad_sums;
 };
 
 // The best this CPU can run, or what fm_fast_cpu_select chose.

@@ -124,6 +124,22 @@ struct NormGradArgs {
   double* sums;  // [B, 3, C]: sums over the points of dz, dz xhat and dx
 };
 
+// A convolution of size 1 or 3 that keeps height and width; x [B, H, W, C], grad_y [B, H, W, O], O a multiple of kConvOutputs.
+struct ConvArgs {
+  const float *x, *grad_y;
+  int64_t batch, height, width, inputs, outputs, size;
+  float* grad_weight;  // [O, C, size, size], by strides
+  int64_t output_stride, input_stride, tap_stride[2];
+  float* grad_bias;  // [O], or nullptr
+  int64_t bias_stride;
+  float* partial;  // of `parts` parts of the batch and every block of outputs: [size, size, C, kConvOutputs], then the bias [kConvOutputs]
+  int64_t parts, samples_per_part, unit_blocks;
+};
+
+constexpr int64_t kConvOutputs = 16;  // of a block
+
+static inline int64_t conv_block_sums(const ConvArgs& args) { return (args.size * args.size * args.inputs + 1) * kConvOutputs; }
+
 // Run units begin <= i < end.
 using NoiseKernel = void (*)(const NoiseArgs&, int64_t begin, int64_t end);
 using ScheduleKernel = void (*)(const ScheduleArgs&, int64_t begin, int64_t end);
@@ -137,6 +153,7 @@ using GradientNormKernel = void (*)(const GradientNormArgs&, int64_t begin, int6
 using AdamwKernel = void (*)(const AdamwArgs&, int64_t begin, int64_t end);
 using NormKernel = void (*)(const NormArgs&, int64_t begin, int64_t end);
 using NormGradKernel = void (*)(const NormGradArgs&, int64_t begin, int64_t end);
+using ConvKernel = void (*)(const ConvArgs&, int64_t begin, int64_t end);
 
 #define FM_DECLARE_KERNELS(isa)                                                              \
   namespace isa {                                                                            \
@@ -152,6 +169,8 @@ using NormGradKernel = void (*)(const NormGradArgs&, int64_t begin, int64_t end)
   void adamw_ema_units(const AdamwArgs& args, int64_t begin, int64_t end);                   \
   void group_norm_silu_units(const NormArgs& args, int64_t begin, int64_t end);              \
   void group_norm_silu_backward_units(const NormGradArgs& args, int64_t begin, int64_t end); \
+  void conv_weight_grad_units(const ConvArgs& args, int64_t begin, int64_t end);             \
+  void conv_weight_grad_sums(const ConvArgs& args, int64_t begin, int64_t end);              \
   }
 FM_DECLARE_KERNELS(portable)
 #if defined(__x86_64__)

@@ -16,5 +16,6 @@ void adamw_ema_norm(StableIValue* stack, uint64_t, uint64_t);
 void adamw_ema(StableIValue* stack, uint64_t, uint64_t);
 void group_norm_silu(StableIValue* stack, uint64_t, uint64_t);
 void group_norm_silu_backward(StableIValue* stack, uint64_t, uint64_t);
+void conv_weight_grad(StableIValue* stack, uint64_t, uint64_t);
 
 }  // namespace fm

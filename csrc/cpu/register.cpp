@@ -23,9 +23,9 @@ constexpr struct {
             {"divergence_step", divergence_step},
             {"adamw_ema_norm", adamw_ema_norm},
             {"adamw_ema", adamw_ema},
-
             {"group_norm_silu", group_norm_silu},
-            {"group_norm_silu_backward", group_norm_silu_backward}};
+            {"group_norm_silu_backward", group_norm_silu_backward},
+            {"conv_weight_grad", conv_weight_grad}};
 
 // A failure leaves ops without a CPU implementation (torch says so when one is called): never end the process that loads us.
 bool register_all() {

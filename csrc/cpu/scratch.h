@@ -1,9 +1,11 @@
 // Working memory of one call: a fixed amount on the stack, more on the heap. Not initialised.
+// Internal linkage: the same names are compiled under different instruction sets.
 #pragma once
 
 #include <stdint.h>
 
 namespace fm {
+namespace {
 
 template <class T, int64_t kInline>
 class Scratch {
@@ -22,4 +24,5 @@ class Scratch {
   T* data_;
 };
 
+}  // namespace
 }  // namespace fm

@@ -45,7 +45,7 @@ struct First {
 
 template <class T>
 FM_INLINE Vector<T> all(T value) {
-  return Vector<T>{} + value;
+  return value - Vector<T>{};  // the compiler knows that x - 0 is x, which x + 0 is not of -0
 }
 
 // --- arithmetic ----------------------------------------------------------------------------------------------------------------------

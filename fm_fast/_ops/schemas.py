@@ -47,6 +47,7 @@ SCHEMAS = {
         "Tensor bias, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, Tensor key, int groups, bool activation, float dropout, "
         "int index) -> ()"
     ),
+    "conv_weight_grad": "(Tensor(a!) grad_weight, Tensor(b!) grad_bias, Tensor grad_y, Tensor x) -> ()",
 }
 
 # One dispatch key has one implementation an op, so the two backends of a CUDA device are ops of two names.

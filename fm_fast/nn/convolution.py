@@ -23,11 +23,19 @@ EMULATED_ON_CPU = _emulated_on_cpu()
 
 
 class Convolution(nn.Conv2d):
-    """nn.Conv2d, with two differences.
+    """nn.Conv2d, with three differences.
 
-    Between 16-bit tensors on a CPU that has no 16-bit arithmetic it computes in float32, also under autocast. And with its parameters
-    frozen it keeps no activation for the backward pass, which is half the memory that a divergence takes.
+    Between 16-bit tensors on a CPU that has no 16-bit arithmetic it computes in float32, also under autocast. With its parameters
+    frozen it keeps no activation for the backward pass, which is half the memory that a divergence takes. And where the kernel of op
+    ``conv_weight_grad`` is faster than PyTorch's, that computes the parameters' gradients.
     """
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether height and width stay, in the plainest way."""
+        half = self.kernel_size[0] // 2
+        plain = self.groups == 1 and self.padding_mode == "zeros" and self.dilation == (1, 1) and self.stride == (1, 1)
+        return plain and self.kernel_size == (2 * half + 1,) * 2 and self.padding == (half, half)
 
     def forward(self, input: Tensor) -> Tensor:
         x, dtype = input, _computed(input)
@@ -40,6 +48,8 @@ class Convolution(nn.Conv2d):
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if _is_only_differentiated_in(x, weight, bias):
             return _FrozenConvolution.apply(x, weight, bias, self.stride, self.padding)
+        if self.keeps_size and _has_faster_kernel(x, weight):
+            return _TrainedConvolution.apply(x, weight.view_as(weight), None if bias is None else bias.view_as(bias))
         return F.conv2d(x, weight, bias, self.stride, self.padding)
 
 
@@ -48,6 +58,43 @@ def _is_only_differentiated_in(x: Tensor, weight: Tensor, bias: Tensor | None) -
     if not (torch.is_grad_enabled() and x.requires_grad) or weight.requires_grad or (bias is not None and bias.requires_grad):
         return False
     return not torch.is_autocast_enabled(x.device.type) and _ops.plainly_eager() and not _ops.transforms_active()
+
+
+def _has_faster_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether autograd will want the gradient of the weight, and can have it from a kernel of ours."""
+    if not (torch.is_grad_enabled() and weight.requires_grad and _ops.plainly_eager()) or _ops.transforms_active() or x.is_inference():
+        return False
+    return _ops.conv_weight_grad_backend(x, weight) != "reference" and not torch.is_autocast_enabled("cpu")
+
+
+class _TrainedConvolution(torch.autograd.Function):
+    """A convolution that keeps height and width, whose parameters' gradients come from op ``conv_weight_grad``.
+
+    The parameters come as views: of those autograd tells whether this backward pass, which may be one for x alone, wants their gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_sizes = None if bias is None else [weight.shape[0]]
+        return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (grad_y,), (x, weight) = grads, ctx.saved_tensors
+        wants_x = ctx.needs_input_grad[0]
+        wants_parameters = [node is not None and torch._C._will_engine_execute_node(node) for node, _ in ctx.next_functions[1:]]
+        ours = any(wants_parameters) and not (torch.is_grad_enabled() or _ops.is_batched(grad_y))
+        grad_x, grad_weight, grad_bias = None, None, None
+        if wants_x or not ours:
+            wanted = (wants_x, False, False) if ours else (wants_x, *wants_parameters)
+            padding = (weight.shape[2] // 2,) * 2
+            grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+                grad_y, x, weight, ctx.bias_sizes, (1, 1), padding, (1, 1), False, (0, 0), 1, wanted
+            )
+        if ours:
+            grad_weight, grad_bias = _ops.conv_weight_grad(grad_y, x, weight, ctx.bias_sizes is not None, "cpp")
+        return grad_x, grad_weight, grad_bias
 
 
 class _FrozenConvolution(torch.autograd.Function):

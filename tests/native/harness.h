@@ -32,20 +32,23 @@ struct Isa {
   fm::DivergenceKernel divergence;
   fm::GradientNormKernel norm;
   fm::AdamwKernel adamw;
+  fm::ConvKernel conv, conv_sums;
 };
 
-#define FM_KERNELS(isa)            \
-  {#isa,                           \
-   fm::isa::noise_units,           \
-   fm::isa::schedule_units,        \
-   fm::isa::path_sample_units,     \
-   fm::isa::path_loss_units,       \
-   fm::isa::linear_step_units,     \
-   fm::isa::parity_units,          \
-   fm::isa::probe_units,           \
-   fm::isa::divergence_step_units, \
-   fm::isa::adamw_ema_norm_units,  \
-   fm::isa::adamw_ema_units}
+#define FM_KERNELS(isa)             \
+  {#isa,                            \
+   fm::isa::noise_units,            \
+   fm::isa::schedule_units,         \
+   fm::isa::path_sample_units,      \
+   fm::isa::path_loss_units,        \
+   fm::isa::linear_step_units,      \
+   fm::isa::parity_units,           \
+   fm::isa::probe_units,            \
+   fm::isa::divergence_step_units,  \
+   fm::isa::adamw_ema_norm_units,   \
+   fm::isa::adamw_ema_units,        \
+   fm::isa::conv_weight_grad_units, \
+   fm::isa::conv_weight_grad_sums}
 
 inline std::vector<Isa> instruction_sets() {
   std::vector<Isa> found = {FM_KERNELS(portable)};

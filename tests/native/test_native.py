@@ -1,5 +1,6 @@
 """The C++ layer below torch: compiles the kernels for every instruction set with sanitizers and runs the test programs of this folder."""
 
+import itertools
 import platform
 import shutil
 import subprocess
@@ -45,7 +46,7 @@ def run(command: list[str]) -> bytes:
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The test programs, each linked with the sanitized kernels of all instruction sets."""
     folder = tmp_path_factory.mktemp("native")
-    mains = ("kernels_test", "sampling_test", "training_test", "formats_test", "print_normals")
+    mains = ("kernels_test", "sampling_test", "training_test", "conv_test", "formats_test", "print_normals")
     with ThreadPoolExecutor(2) as pool:
         kernels = [
             pool.submit(compile_object, HERE / "units.cpp", folder / f"{isa}.o", *SANITIZERS, *flags, f"-DFM_ISA={isa}")
@@ -59,7 +60,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kernels_test", "sampling_test", "training_test", "formats_test"])
+@pytest.mark.parametrize("name", ["kernels_test", "sampling_test", "training_test", "conv_test", "formats_test"])
 def test_program(programs: dict[str, Path], name: str) -> None:
     printed = run([str(programs[name])]).decode().split()
     assert printed[0] == "portable"
@@ -133,6 +134,9 @@ def test_kernels_of_instruction_sets_share_no_symbol(source: str, tmp_path: Path
     for isa, flags in VARIANTS.items():
         unit = compile_object(SOURCES / "cpu" / source, tmp_path / f"{isa}.o", *flags, f"-DFM_ISA={isa}")
         lines = run([nm, "--defined-only", "--extern-only", str(unit)]).decode().splitlines()
-        defined.append({line.split()[-1] for line in lines})
-    assert len(set(map(len, defined))) == 1 and defined[0], defined
-    assert not set.intersection(*defined)
+        names = {line.split()[-1] for line in lines}
+        # GCC's pointer to the handler of exceptions, which is the same wherever it is.
+        defined.append({name for name in names if not name.startswith("DW.ref.")})
+    assert all(defined), defined
+    shared = [one & other for one, other in itertools.combinations(defined, 2)]
+    assert not any(shared), shared

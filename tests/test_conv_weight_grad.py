@@ -1,0 +1,259 @@
+"""conv_weight_grad against NumPy in float64: shapes, layouts, threads, errors; and the layer that uses it, in every mode of autograd."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from thread_counts import on_thread_counts, threads
+
+import fm_fast as fm
+from fm_fast import _backends, _ops, reference
+from fm_fast._ops import conv_weight_grad as function
+from fm_fast.nn import convolution
+from fm_fast.nn.convolution import conv1x1, conv3x3
+
+REASON = _backends.why_not("conv_weight_grad", "cpu", "cpp")
+needs_cpp = pytest.mark.skipif(REASON is not None, reason=f"the C++ backend cannot run: {REASON}")
+needs_default = pytest.mark.skipif(
+    REASON is not None or _backends.ENVIRONMENT_BACKEND not in (None, "cpp"), reason="the layer does not choose the kernel here"
+)
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+# batch, inputs, outputs, height, width, size
+SHAPES = [
+    (2, 16, 16, 4, 4, 3), (1, 16, 16, 1, 1, 1), (1, 16, 32, 1, 1, 3), (3, 17, 32, 5, 7, 3), (2, 64, 48, 2, 3, 3), (9, 24, 64, 8, 8, 3),
+    (70, 16, 16, 3, 3, 3), (1, 16, 16, 3, 100, 3), (5, 130, 16, 4, 4, 1), (3, 18, 272, 3, 3, 3), (0, 16, 16, 3, 3, 3), (2, 3, 16, 6, 5, 3),
+]  # fmt: skip
+
+
+def draw(*shape, index):
+    return fm.noise(shape, seed=5, step=index).to(memory_format=torch.channels_last)
+
+
+def problem(batch, inputs, outputs, height, width, size):
+    """(grad_y, x, weight)"""
+    weight = torch.empty(outputs, inputs, size, size)
+    return draw(batch, outputs, height, width, index=1), draw(batch, inputs, height, width, index=2), weight
+
+
+def exact(grad_y, x, weight):
+    """Tap by tap in float64, and the sum of the magnitudes, in which rounding errors are measured."""
+    half, (height, width) = weight.shape[2] // 2, x.shape[2:]
+    padded = np.pad(x.numpy().astype(np.float64), ((0, 0), (0, 0), (half, half), (half, half)))
+    dy = grad_y.numpy().astype(np.float64)
+    found, size = np.zeros(weight.shape), np.zeros(weight.shape)
+    for i in range(weight.shape[2]):
+        for j in range(weight.shape[3]):
+            shifted = padded[:, :, i : i + height, j : j + width]
+            found[:, :, i, j] = np.einsum("bohw,bchw->oc", dy, shifted)
+            size[:, :, i, j] = np.einsum("bohw,bchw->oc", abs(dy), abs(shifted))
+    return (found, dy.sum((0, 2, 3))), (size, abs(dy).sum((0, 2, 3)))
+
+
+def assert_exact(got, arguments):
+    """Rounding errors of a float32 sum add up as a random walk's steps do."""
+    count = arguments[1].shape[0] * arguments[1].shape[2] * arguments[1].shape[3]
+    for value, wanted, size in zip(got, *exact(*arguments), strict=True):
+        error = np.abs(value.double().numpy() - wanted)
+        assert (error <= 2.0**-24 * (2.0 + 2.0 * count**0.5) * size).all(), error.max()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_are_exact(shape, backend):
+    arguments = problem(*shape)
+    assert_exact(_ops.conv_weight_grad(*arguments, True, backend), arguments)
+
+
+def test_without_a_bias_there_is_no_gradient_of_one(backend):
+    arguments = problem(*SHAPES[0])
+    with_bias, without = (_ops.conv_weight_grad(*arguments, bias, backend) for bias in (True, False))
+    assert without[1] is None and torch.equal(with_bias[0], without[0])
+
+
+def test_layouts(backend):
+    """The gradient of the weight lies as the weight does; grad_y may lie as it likes."""
+    grad_y, x, weight = problem(*SHAPES[4])
+    expected = _ops.conv_weight_grad(grad_y, x, weight, True, backend)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        placed = weight.contiguous(memory_format=layout)
+        got = _ops.conv_weight_grad(grad_y.contiguous(), x, placed, True, backend)
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+        assert backend == "reference" or got[0].stride() == placed.stride()
+    sliced = torch.cat([grad_y, grad_y])[: len(grad_y)]
+    assert torch.equal(_ops.conv_weight_grad(sliced, x, weight, True, backend)[0], expected[0])
+
+
+@needs_cpp
+def test_the_sums_do_not_depend_on_the_threads():
+    arguments = problem(20, 32, 48, 6, 6, 3)
+    first, *others = on_thread_counts(lambda: _ops.conv_weight_grad(*arguments, True, "cpp"))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@needs_cpp
+def test_nan_stays_where_it_belongs():
+    grad_y, x, weight = problem(*SHAPES[0])
+    x[0, 3, 1, 1] = float("nan")
+    grad_weight, grad_bias = _ops.conv_weight_grad(grad_y, x, weight, True, "cpp")
+    assert torch.isnan(grad_weight[:, 3]).all() and torch.isfinite(grad_bias).all()
+    assert torch.isfinite(grad_weight[:, :3]).all() and torch.isfinite(grad_weight[:, 4:]).all()
+
+
+BAD = {
+    "float64 x": (lambda a: a.update(x=a["x"].double()), "x: expected float32"),
+    "contiguous x": (lambda a: a.update(x=a["x"].contiguous()), "x: expected channels_last"),
+    "other width": (lambda a: a.update(x=draw(2, 16, 4, 5, index=2)), "grad_y: expected batch, height and width of x"),
+    "few outputs": (lambda a: a.update(grad_y=draw(2, 8, 4, 4, index=1)), "grad_y: expected a multiple of 16"),
+    "three dimensions": (lambda a: a.update(x=a["x"][0]), r"x: expected \[B, C, H, W\]"),
+    "size 5": (lambda a: a.update(grad_weight=torch.empty(16, 16, 5, 5)), "grad_weight: expected a size of 1 or 3"),
+    "other channels": (lambda a: a.update(grad_weight=torch.empty(16, 17, 3, 3)), "grad_weight: expected the channels"),
+    "short bias": (lambda a: a.update(grad_bias=torch.empty(15)), "grad_bias: expected float32"),
+    "a gradient": (lambda a: a["x"].requires_grad_(), "x: .*requires grad"),
+}  # fmt: skip
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_of_the_raw_op_are_named(name):
+    change, message = BAD[name]
+    grad_y, x, weight = problem(*SHAPES[0])
+    arguments = {"grad_weight": weight, "grad_bias": torch.empty(16), "grad_y": grad_y, "x": x}
+    change(arguments)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fm_fast.conv_weight_grad.default(*arguments.values())
+
+
+@needs_cpp
+def test_opcheck():
+    grad_y, x, weight = problem(*SHAPES[0])
+    torch.library.opcheck(torch.ops.fm_fast.conv_weight_grad.default, (torch.zeros_like(weight), torch.zeros(16), grad_y, x))
+
+
+# The layer
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """The layer uses the kernel whatever the instruction set; the number of its calls."""
+    calls, kernel = [], function.__globals__["_conv_weight_grad"]["cpp"]
+    monkeypatch.setitem(function.__globals__, "FASTER_ON", (_backends.cpu_isa(),))
+    monkeypatch.setitem(function.__globals__["_conv_weight_grad"], "cpp", lambda *arguments: calls.append(1) or kernel(*arguments))
+    return calls
+
+
+def gradients(layer, x, grad_y):
+    return torch.autograd.grad(layer(x), [x, *layer.parameters()], grad_y)
+
+
+def plain(layer, x):
+    return F.conv2d(x, layer.weight, layer.bias, padding=layer.padding)
+
+
+@needs_default
+@pytest.mark.parametrize("build", [conv1x1, conv3x3])
+def test_the_layer_is_pytorchs(build, chosen):
+    layer, x, grad_y = build(16, 32), draw(2, 16, 5, 4, index=3).requires_grad_(), draw(2, 32, 5, 4, index=4)
+    assert torch.equal(layer(x), plain(layer, x))
+    expected = torch.autograd.grad(plain(layer, x), [x, *layer.parameters()], grad_y)
+    got = gradients(layer, x, grad_y)
+    assert chosen == [1] and torch.equal(got[0], expected[0])
+    for a, b in zip(got[1:], expected[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@needs_default
+def test_parameters_alone_and_the_input_alone(chosen):
+    """Nothing is computed that nobody asked for."""
+    layer, x, grad_y = conv3x3(16, 16), draw(2, 16, 5, 4, index=3), draw(2, 16, 5, 4, index=4)
+    layer(x).backward(grad_y)
+    assert chosen == [1] and layer.weight.grad is not None and layer.bias is not None and layer.bias.grad is not None
+    x.requires_grad_()
+    (alone,) = torch.autograd.grad(layer(x), x, grad_y)
+    assert chosen == [1] and torch.equal(alone, torch.autograd.grad(plain(layer, x), x, grad_y)[0])
+    layer.weight.requires_grad_(False)
+    (bias,) = torch.autograd.grad(layer(x), [layer.bias], grad_y)
+    assert chosen == [1]
+    torch.testing.assert_close(bias, grad_y.sum((0, 2, 3)))
+
+
+@needs_default
+def test_second_derivatives_and_many_gradients_at_once_are_pytorchs(chosen):
+    layer, x, grad_y = conv3x3(16, 16), draw(2, 16, 5, 4, index=3).requires_grad_(), draw(2, 16, 5, 4, index=4).requires_grad_()
+
+    def twice(function):
+        first = torch.autograd.grad(function(x), [x, layer.weight], grad_y, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), [x, layer.weight, grad_y])
+
+    for a, b in zip(twice(layer), twice(lambda x: plain(layer, x)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+    several = torch.randn(3, *grad_y.shape)
+    batched = torch.autograd.grad(layer(x), layer.weight, several, is_grads_batched=True)[0]
+    for grad, got in zip(several, batched, strict=True):
+        torch.testing.assert_close(got, torch.autograd.grad(plain(layer, x), layer.weight, grad)[0], rtol=1e-4, atol=1e-4)
+    assert chosen == []
+
+
+@needs_default
+def test_where_the_kernel_does_not_run(chosen, monkeypatch):
+    """Other layouts, types, shapes, transforms, compilers and autocast: PyTorch's convolution, without a word."""
+    monkeypatch.setattr(convolution, "EMULATED_ON_CPU", frozenset())  # or autocast would compute in float32
+    layer, x = conv3x3(16, 16), draw(2, 16, 5, 4, index=3)
+    layer(x.contiguous()).sum().backward()
+    conv3x3(16, 16, stride=2)(x).sum().backward()
+    conv3x3(16, 24)(x).sum().backward()
+    conv3x3(8, 16)(x[:, :8].contiguous(memory_format=torch.channels_last)).sum().backward()
+    conv3x3(16, 16).double()(x.double()).sum().backward()
+    torch.func.grad(lambda w: torch.func.functional_call(layer, {"weight": w}, (x,)).sum())(layer.weight.detach())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x).sum().backward()
+    torch.compile(layer, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    assert chosen == []
+    layer(x).sum().backward()
+    assert chosen == [1]
+
+
+@needs_default
+def test_the_layer_keeps_its_input_and_weight_alone(chosen):
+    layer, x, kept = conv3x3(16, 16), draw(2, 16, 5, 4, index=3).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
+        layer(x)
+    assert kept == [x.data_ptr(), layer.weight.data_ptr()]
+
+
+@needs_default
+def test_inputs_made_in_inference_mode_are_pytorchs_to_refuse(chosen):
+    with torch.inference_mode():
+        x = draw(2, 16, 5, 4, index=3)
+    with pytest.raises(RuntimeError, match=r"[Ii]nference tensors cannot be saved"):
+        conv3x3(16, 16)(x)
+
+
+def test_the_reference_is_the_formula():
+    arguments = problem(*SHAPES[3])
+    assert_exact(reference.conv_weight_grad(*arguments), arguments)
+
+
+def test_the_choice_is_made_by_instruction_set_and_backend(monkeypatch):
+    _, x, weight = problem(*SHAPES[0])
+    monkeypatch.setitem(function.__globals__, "FASTER_ON", ())
+    assert _ops.conv_weight_grad_backend(x, weight) == "reference"
+    monkeypatch.setitem(function.__globals__, "FASTER_ON", (_backends.cpu_isa(),))
+    assert _ops.conv_weight_grad_backend(x, weight) == _backends.resolve("conv_weight_grad", x.device)
+    monkeypatch.setattr(_backends, "ENVIRONMENT_BACKEND", "reference")
+    assert _ops.conv_weight_grad_backend(x, weight) == "reference"
+
+
+@needs_default
+def test_two_threads_run_backward_at_once(chosen):
+    """As DataParallel and pipelines do."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    layer, x, grad_y = conv3x3(16, 16), draw(8, 16, 5, 4, index=3), draw(8, 16, 5, 4, index=4)
+    with threads(1), ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: torch.autograd.grad(layer(x), list(layer.parameters()), grad_y), range(8)))
+    assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_device_without_autocast_is_no_obstacle():
+    """Networks are measured on the meta device, which has no autocast."""
+    layer = conv3x3(16, 16).to("meta")
+    assert layer(torch.empty(2, 16, 5, 4, device="meta")).shape == (2, 16, 5, 4)
