@@ -15,7 +15,7 @@ from fm_fast.train.config import TrainConfig
 from fm_fast.train.presets import PRESETS, SUMMARIES
 
 # Fields of the network that the data decides.
-FROM_DATA = ("image_size", "image_channels", "classes")
+FROM_DATA = ("image_size", "image_channels", "classes", "low_resolution_channels")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

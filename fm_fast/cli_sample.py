@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ def add_sample(commands: Any) -> None:
     add_run(parser)
     parser.add_argument("--classes", nargs="+", default=["all"], metavar="CLASS", help="class numbers, all, or none (no condition) [all]")
     parser.add_argument("--count", type=positive, default=10, metavar="INT", help="samples of each class [10]")
+    parser.add_argument("--data", metavar="SOURCE", help="of a super-resolution run: the images to reduce and to enlarge again, --count in"
+                        " all; digits:test, PATH[:train|:test] [the run's data, :test]")  # fmt: skip
     parser.add_argument("--out", type=_output_file, default=Path("samples.png"), metavar="FILE",
                         help="a .png picture, one row a class, or an .npz archive with images (uint8 [N, C, H, W]) and labels"
                         " [samples.png]")  # fmt: skip
@@ -85,10 +88,34 @@ def _sample(options: argparse.Namespace) -> None:
     classes, solver, levels = _classes(options.classes, config.model.classes), _solver(options, config), levels_of(config.data)
     require_folder(options.out)
     started = time.perf_counter()
-    images, labels = sample_classes(model.to(device), config, classes, options.count, options.seed, options.batch_size, levels, **solver)
-    _write(options.out, images, labels, levels, options.count)
+    if config.super_resolution > 1:
+        images = _enlarged(options, model.to(device), config, solver)
+    elif options.data is not None:
+        raise ValueError(f"data: expected none, because {options.checkpoint} is no super-resolution run, got {options.data}")
+    else:
+        numbers = (options.count, options.seed, options.batch_size, levels)
+        images, labels = sample_classes(model.to(device), config, classes, *numbers, **solver)
+        _write(options.out, images, labels, levels, options.count)
     seconds = time.perf_counter() - started
     print(f"{options.out}: {len(images)} samples by {solver['method']}, guidance {solver['guidance']:g}, in {seconds:.1f} s")
+
+
+def _enlarged(options: argparse.Namespace, model: Any, config: "TrainConfig", solver: dict[str, Any]) -> "Tensor":
+    """Samples of images' reduced images, written beside these and the originals; a row of a picture holds one image, or an archive all."""
+    from fm_fast.cli_likelihood import held_out_data
+    from fm_fast.train.sample import enlargements, sample_enlarged
+
+    if options.classes not in (["all"], ["none"]):
+        raise ValueError(f"classes: expected all or none, because an image brings its own, got {' '.join(options.classes)}")
+    originals = held_out_data(options.data or f"{config.data}:test", options.count, config)
+    if options.classes == ["none"]:
+        originals = replace(originals, labels=originals.labels.fill_(NO_CLASS))
+    drawn = sample_enlarged(model, config, originals, options.seed, options.batch_size, **solver)
+    if options.out.suffix == ".npz":
+        _write(options.out, drawn, originals.labels, originals.levels, len(drawn))
+    else:
+        _write(options.out, enlargements(config, originals, drawn), originals.labels, originals.levels, 3)
+    return drawn
 
 
 def _classes(names: Sequence[str], known: int) -> list[int]:

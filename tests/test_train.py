@@ -12,6 +12,7 @@ from trainer_helpers import CPU, assert_same_state, decode_png, tiny
 from fm_fast import objectives
 from fm_fast.nn import Preconditioned
 from fm_fast.train import train
+from fm_fast.train.condition import drop_labels
 from fm_fast.train.config import RECIPES, from_dict, to_dict
 from fm_fast.train.data import digits
 from fm_fast.train.distributed import Team
@@ -19,7 +20,7 @@ from fm_fast.train.evaluate import agreement, evaluate, median_distance, train_c
 from fm_fast.train.log import Logger
 from fm_fast.train.loop import advance, pick_device
 from fm_fast.train.presets import PRESETS
-from fm_fast.train.step import Batch, build_model, drop_labels, new_state, sample_losses
+from fm_fast.train.step import Batch, build_model, new_state, sample_losses
 from fm_fast.train.times import importance_times
 
 # One step

@@ -59,6 +59,7 @@ class TrainConfig:
     resize: int = _option(0, "cut out the middle square of a folder's images and bring it to this height and width, 0 to leave them")
     pool: int = _option(1, "replace blocks of this many pixels a side by their mean")
     pad: int = _option(0, "frame of this many pixels of value 0")
+    super_resolution: int = _option(1, "learn to enlarge images so many times: the network sees means over blocks; 1: not")
     test_share: float = _option(0.0, "share of the images held out of data that come without a test set")
     conditional: bool = _option(True, "tell the network the labels")
     memory_limit: float = _option(4.0, "GiB of pixels above which a folder's images lie in a mapped file", resumable=True)
@@ -120,7 +121,7 @@ NOT_NEGATIVE = (
 def _check(config: TrainConfig) -> None:
     if config.objective not in RECIPES:
         raise ValueError(f"objective: expected one of {', '.join(RECIPES)}, got {config.objective!r}")
-    for name in ("steps", "batch_size", "sample_steps", "samples_per_class", "log_every", "pool"):
+    for name in ("steps", "batch_size", "sample_steps", "samples_per_class", "log_every", "pool", "super_resolution"):
         _require(name, getattr(config, name) >= 1, "at least 1", getattr(config, name))
     for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("parallel", PARALLEL), ("cuda_graph", CUDA_GRAPH)):
         _require(name, getattr(config, name) in choices, f"one of {', '.join(choices)}", getattr(config, name))
@@ -143,9 +144,12 @@ def _require(name: str, holds: bool, expected: str, got: object) -> None:
 
 def fit_to_data(config: TrainConfig, image_shape: tuple[int, ...], classes: int) -> TrainConfig:
     """The same run with the network's channels, size and classes taken from the data (image_shape is C, H, W)."""
-    channels, height, _ = image_shape
-    known = classes if config.conditional else 0
-    return replace(config, model=replace(config.model, image_channels=channels, image_size=height, classes=known))
+    channels, height, width = image_shape
+    known, factor = classes if config.conditional else 0, config.super_resolution
+    _require("super_resolution", height % factor == width % factor == 0, f"a divisor of the images' size, {height}x{width}", factor)
+    low = channels if factor > 1 else 0
+    shape = replace(config.model, image_channels=channels, image_size=height, classes=known, low_resolution_channels=low)
+    return replace(config, model=shape)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

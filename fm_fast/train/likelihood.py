@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fm_fast.bits import BitsPerDim, bits_per_dim
+from fm_fast.train.condition import condition_of, reduced_if_wanted
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import Dataset
-from fm_fast.train.step import NULL_CLASS
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,17 +42,17 @@ class DatasetBits:
 def dataset_bits(
     model: nn.Module, config: TrainConfig, dataset: Dataset, batch_size: int, seed: int, unconditional: bool = False, **arguments: Any
 ) -> DatasetBits:
-    """Bits/dim of every image, given its label (or the null class); ``arguments`` are those of :func:`fm_fast.bits_per_dim`.
+    """Bits/dim of every image, given its label (or the null class) and, in super-resolution, its reduced image.
 
-    An image's result depends on its position in the data set and the seed, not on the size of a batch (fixed-step methods). Raises
-    ValueError for images or labels that the network was not made for.
+    ``arguments`` are those of :func:`fm_fast.bits_per_dim`. An image's result depends on its position in the data set and the seed, not on
+    the size of a batch (fixed-step methods). Raises ValueError for images or labels that the network was not made for.
     """
     _check(config, dataset)
     results, started = [], time.perf_counter()
     for first in range(0, len(dataset), batch_size):
         rows = slice(first, first + batch_size)
         images, labels = dataset.images[rows].to(dataset.device), dataset.labels[rows]
-        condition = {"y": torch.full_like(labels, NULL_CLASS) if unconditional else labels} if config.model.classes else {}
+        condition = condition_of(config, labels, reduced_if_wanted(config, images, dataset.levels), unconditional)
         results.append(
             bits_per_dim(
                 model, images, levels=dataset.levels, cond=condition, path=config.recipe.path,

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,13 +15,13 @@ from fm_fast.train.curve import can_draw, draw_curves
 from fm_fast.train.data import DataOrder, Dataset, load_dataset
 from fm_fast.train.devices import flops_per_image, pick_device
 from fm_fast.train.distributed import StopVote, Team, joined, state_of, team_network
-from fm_fast.train.evaluate import Quality, evaluate
+from fm_fast.train.evaluate import Enlargement, Quality, evaluate, evaluate_enlargement
 from fm_fast.train.graph import GraphedStep, is_wanted
 from fm_fast.train.interrupt import deferred_interrupt, stop
 from fm_fast.train.log import Logger
 from fm_fast.train.picture import write_images
 from fm_fast.train.run_folder import RunFolder
-from fm_fast.train.sample import sample, starting_noise, to_integers
+from fm_fast.train.sample import enlargements, sample, sample_enlarged, starting_noise, to_integers
 from fm_fast.train.schedule import learning_rate
 from fm_fast.train.step import Model, StepLoss, TrainState, training_step
 from fm_fast.train.weights import can_write_weights, save_weights
@@ -29,16 +29,17 @@ from fm_fast.train.weights import can_write_weights, save_weights
 __all__ = ["Result", "advance", "pick_device", "train"]
 
 PICTURE_CLASSES = 10
+SHOWN = 100  # images that a super-resolution run is judged by; the first ten are in its pictures
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves: its final state, the training time in seconds, and the quality report (shipped digits only)."""
+    """What a run leaves: its final state, the training time in seconds, and the quality report (shipped digits and super-resolution)."""
 
     state: TrainState
     config: TrainConfig
     seconds: float
-    quality: Quality | None
+    quality: Quality | Enlargement | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Run:
     dataset: Dataset
     folder: RunFolder
     team: Team
+    shown: Dataset | None = None  # held-out images that the pictures of a super-resolution run enlarge
 
 
 def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False) -> Result:
@@ -72,13 +74,20 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
         team.share.samples(config.batch_size)
         folder = RunFolder(Path(config.out))
         with folder.held(resuming, overwriting) if team.first else contextlib.nullcontext():
-            run = Run(state_of(config, team), config, dataset, folder, team)
+            run = Run(state_of(config, team), config, dataset, folder, team, _shown(config, team))
             if resuming:
                 _resume(run)
             if team.first:
                 folder.tidy(resuming)
             _say(run, _headline(run))
             return _report(run, _run(run))
+
+
+def _shown(config: TrainConfig, team: Team) -> Dataset | None:
+    if config.super_resolution == 1 or not team.first:
+        return None
+    held_out = load_dataset(config.data, "test", config.preparation)
+    return replace(held_out, images=held_out.images[:SHOWN], labels=held_out.labels[:SHOWN], mapped=False).to(team.device)
 
 
 def advance(state: TrainState, config: TrainConfig, dataset: Dataset, steps: int) -> list[torch.Tensor]:
@@ -173,6 +182,8 @@ def _write_pictures(run: Run) -> None:
 
 def _write_samples(run: Run, average: nn.Module) -> None:
     """One row a class (the first ten classes), always from the same noise, so that two pictures show the training between them."""
+    if run.shown is not None:
+        return _write_enlargements(run, average, run.shown)
     config, dataset, columns = run.config, run.dataset, run.config.samples_per_class
     rows = min(dataset.classes, PICTURE_CLASSES)
     labels = torch.arange(rows, device=dataset.device).repeat_interleave(columns) if config.conditional else None
@@ -180,6 +191,16 @@ def _write_samples(run: Run, average: nn.Module) -> None:
     x0 = starting_noise(shape, config.recipe, config.seed, index=1, device=dataset.device)
     x = sample(average, x0, labels, config.recipe, config.sample_steps, config.sample_method, config.guidance)
     write_images(run.folder.samples, to_integers(x, dataset.levels), dataset.levels, columns)
+
+
+def _write_enlargements(run: Run, average: nn.Module, shown: Dataset) -> None:
+    """A row an image: as the network sees it, samples, and the original."""
+    config, each = run.config, run.config.samples_per_class
+    first = replace(shown, images=shown.images[:PICTURE_CLASSES], labels=shown.labels[:PICTURE_CLASSES])
+    several = replace(first, images=first.images.repeat_interleave(each, 0), labels=first.labels.repeat_interleave(each))
+    solver = {"steps": config.sample_steps, "method": config.sample_method, "guidance": config.guidance}
+    drawn = sample_enlarged(average, config, several, config.seed, SHOWN, **solver)
+    write_images(run.folder.samples, enlargements(config, first, drawn, each), shown.levels, each + 2)
 
 
 def _headline(run: Run) -> str:
@@ -201,9 +222,13 @@ def _report(run: Run, seconds: float) -> Result:
     return Result(run.state, run.config, seconds, _quality(run, run.state.averaged()))
 
 
-def _quality(run: Run, average: nn.Module) -> Quality | None:
+def _quality(run: Run, average: nn.Module) -> Quality | Enlargement | None:
     config, dataset = run.config, run.dataset
-    if config.data != "digits" or not (config.evaluate and config.conditional and run.team.first):
+    if run.shown is not None and config.evaluate:
+        enlargement = evaluate_enlargement(average, config, run.shown, config.seed, config.sample_steps)
+        print(enlargement, flush=True)
+        return enlargement
+    if run.shown is not None or config.data != "digits" or not (config.evaluate and config.conditional and run.team.first):
         return None
     held_out = load_dataset("digits", "test", config.preparation).to(dataset.device)
     quality = evaluate(average, config.recipe, dataset, held_out, config.seed, config.guidance, config.sample_steps)

@@ -11,8 +11,9 @@ from fm_fast.paths import prior_scale
 from fm_fast.random import noise
 from fm_fast.sampling import Guidance
 from fm_fast.solvers import is_adaptive
+from fm_fast.train.condition import NULL_CLASS, reduced_if_wanted
 from fm_fast.train.config import Recipe, TrainConfig
-from fm_fast.train.step import NULL_CLASS
+from fm_fast.train.data import Dataset
 
 
 def starting_noise(shape: tuple[int, ...], recipe: Recipe, seed: int, index: int, device: torch.device, first_id: int = 0) -> Tensor:
@@ -28,16 +29,19 @@ def sample(
     steps: int | None,
     method: str = "midpoint",
     guidance: float = 1.0,
+    low_resolution: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """Samples [B, ...] from noise x0, float32: :func:`fm_fast.sample` with the recipe's path and objective.
 
     labels: int64 [B], or None for a network without classes. guidance w: v = v_u + w (v_c - v_u), with v_u for the null class; 1
-    evaluates the conditional network only. Adaptive methods take no steps. options: other arguments of :func:`fm_fast.sample`.
+    evaluates the conditional network only. low_resolution: what a super-resolution network enlarges. Adaptive methods take no steps.
+    options: other arguments of :func:`fm_fast.sample`.
     """
     guided = Guidance(guidance, {"y": NULL_CLASS}) if guidance != 1.0 and labels is not None else None
+    condition = {name: value for name, value in (("y", labels), ("low_resolution", low_resolution)) if value is not None}
     return sampling.sample(
-        model, x0, cond={} if labels is None else {"y": labels}, path=recipe.path, objective=recipe.objective, method=method,
+        model, x0, cond=condition, path=recipe.path, objective=recipe.objective, method=method,
         steps=None if is_adaptive(method) else steps, guidance=guided, **options,
     ).x  # fmt: skip
 
@@ -58,6 +62,27 @@ def sample_classes(
         x0 = starting_noise((len(part), config.model.image_channels, side, side), config.recipe, seed, 1, device, first)
         parts.append(to_integers(sample(model, x0, rows, config.recipe, **options), levels).cpu())
     return torch.cat(parts), labels
+
+
+def sample_enlarged(model: nn.Module, config: TrainConfig, originals: Dataset, seed: int, batch_size: int, **options: Any) -> Tensor:
+    """uint8 [N, C, H, W], on the CPU: a sample of a super-resolution network for each image, of its reduced image and label."""
+    device, parts = next(model.parameters()).device, []
+    for first in range(0, len(originals), batch_size):
+        images, labels = (values[first : first + batch_size].to(device) for values in (originals.images, originals.labels))
+        x0 = starting_noise(tuple(images.shape), config.recipe, seed, 1, device, first)
+        low = reduced_if_wanted(config, images, originals.levels)
+        x = sample(model, x0, labels if config.model.classes else None, config.recipe, low_resolution=low, **options)
+        parts.append(to_integers(x, originals.levels).cpu())
+    return torch.cat(parts)
+
+
+def enlargements(config: TrainConfig, originals: Dataset, drawn: Tensor, each: int = 1) -> Tensor:
+    """For a picture, uint8 [N (each + 2), C, H, W]: every reduced image with its pixels enlarged, `each` samples, and the original."""
+    factor, images = config.super_resolution, originals.images.cpu()
+    low = reduced_if_wanted(config, images, originals.levels)
+    assert low is not None
+    coarse = to_integers(low, originals.levels).repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    return torch.cat([coarse[:, None], drawn.unflatten(0, (len(images), each)), images[:, None]], dim=1).flatten(0, 1)
 
 
 def to_integers(y: Tensor, levels: int) -> Tensor:

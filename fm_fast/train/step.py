@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from fm_fast.loss import sample_path
 from fm_fast.nn import Preconditioned, UNet
-from fm_fast.random import Whole, noise
+from fm_fast.random import Whole
 from fm_fast.train.averaging import Averaging, power_function_of_width, warmed_up_decay
+from fm_fast.train.condition import training_condition
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import DataOrder, Dataset
 from fm_fast.train.optimiser import AdamWEMA
 from fm_fast.train.schedule import learning_rate
 from fm_fast.train.times import importance_times
 
-NULL_CLASS = -1
 QUARTILES = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Model = Callable[..., Tensor]
@@ -141,12 +141,6 @@ def network_of(state: TrainState, config: TrainConfig) -> Model:
     return torch.compile(state.model) if config.compile else state.model
 
 
-def drop_labels(labels: Tensor, share: float, seed: int, step: Whole, first_id: int = 0) -> Tensor:
-    """Labels int64 [B] with about `share` of them replaced by -1; a sample's fate depends on (seed, step, its id) only."""
-    draws = noise((len(labels),), seed=seed, step=step, stream="label_drop", sample_ids=first_id, device=labels.device)
-    return torch.where(draws < share, NULL_CLASS, labels)
-
-
 def sample_losses(state: TrainState, config: TrainConfig, batch: Batch, network: Model | None = None) -> tuple[Tensor, Tensor]:
     """The objective's losses and the times of the batch's samples, float32 [B] each. network: what to call, if not `state.model`."""
     recipe, seed, step, first_id = config.recipe, config.seed, batch.step, batch.first_id
@@ -160,7 +154,7 @@ def sample_losses(state: TrainState, config: TrainConfig, batch: Batch, network:
         dtype=DTYPES[config.precision], seed=seed, step=step, sample_ids=first_id, **times,
     )  # fmt: skip
     _fill_keys(state, seed, step, first_id)
-    condition = {"y": drop_labels(batch.labels, config.label_drop, seed, step, first_id)} if config.model.classes else {}
+    condition = training_condition(config, batch.images, batch.labels, batch.levels, step, first_id)
     output = (network or state.model)(point.x_t, point.t, **condition)
     return point.loss(output, weight=weight, reduction="none"), point.t
 
