@@ -4,8 +4,8 @@
     python -m benchmarks.loss_curves --size 16x16 --seeds 0 1
 
 The data are the shipped digits, enlarged and in three equal colours. Prints the mean loss of the last fifth of the steps of either, and
-fails where the two differ by more than TOLERANCE. Training amplifies rounding: a third run tells by how much, torchcfm's own step once more
-with every weight times 1 + 2^-23, the least that float32 knows. What the two of torchcfm's differ by, no other step can be asked to undercut.
+fails where they differ by more than TOLERANCE. Training amplifies rounding. A third run tells by how much: torchcfm's own step once more,
+from weights times 1 + 2^-23, the least that float32 knows. What torchcfm's two differ by, no other step can be asked to undercut.
 """
 
 import argparse
