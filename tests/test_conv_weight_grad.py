@@ -9,7 +9,7 @@ from thread_counts import on_thread_counts, threads
 import fm_fast as fm
 from fm_fast import _backends, _ops, reference
 from fm_fast._ops import conv_weight_grad as function
-from fm_fast.nn import convolution
+from fm_fast.nn import UNet, UNetConfig, convolution
 from fm_fast.nn.convolution import conv1x1, conv3x3
 
 REASON = _backends.why_not("conv_weight_grad", "cpu", "cpp")
@@ -209,6 +209,27 @@ def test_where_the_kernel_does_not_run(chosen, monkeypatch):
     assert chosen == []
     layer(x).sum().backward()
     assert chosen == [1]
+
+
+@needs_default
+def test_plain_layers_stay_plain(chosen):
+    """UNet(fused=False) is PyTorch's, convolutions included."""
+    config = UNetConfig(8, 1, 0, channels=16, multipliers=(1, 2), blocks=1, attention_sizes=(), head_channels=8, groups=4)
+    x = draw(2, 1, 8, 8, index=3)
+    for fused in (True, False):
+        before = len(chosen)
+        UNet(config, fused=fused)(x, torch.tensor([0.2, 0.7])).sum().backward()
+        assert (len(chosen) > before) == fused
+
+
+@needs_default
+def test_kinds_of_tensors_that_the_kernel_does_not_know_are_pytorchs(chosen):
+    class Marked(torch.Tensor):
+        pass
+
+    layer, x = conv3x3(16, 16), draw(2, 16, 5, 4, index=3)
+    layer(x.as_subclass(Marked)).sum().backward()
+    assert chosen == []
 
 
 @needs_default

@@ -23,6 +23,7 @@ from benchmarks import log_prob, timing
 from benchmarks.op import Op, Provider, Setting
 from benchmarks.ops import adamw_ema, path_loss, sampler
 from benchmarks.workloads import SIZES, Workload, workload
+from fm_fast.nn.convolution import Convolution
 from fm_fast.nn.norm import GroupNormSiLU
 from fm_fast.train.averaging import fixed_decay
 from fm_fast.train.optimiser import AdamWEMA
@@ -79,10 +80,11 @@ def _training(normalised: bool) -> dict[str, Build]:
 
 
 def _with_layers(network: nn.Module, fused: bool) -> nn.Module:
-    """A copy whose normalisations are fused or plain."""
+    """A copy whose normalisations and convolutions are ours or plain."""
     network = copy.deepcopy(network)
-    for layer in _layers(network):
-        layer.fused = fused
+    for layer in network.modules():
+        if isinstance(layer, GroupNormSiLU | Convolution):
+            layer.fused = fused
     return network
 
 

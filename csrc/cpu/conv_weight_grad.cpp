@@ -19,7 +19,7 @@ constexpr int64_t kChannelsAbreast = 12 / kVectors;
 #endif
 constexpr int64_t kPositions = 64;  // of the rows that a unit works on at a time, about: with their surroundings they fit the L1 cache
 
-// ImageRows of an image and what surrounds them, zero outside of the image. What tap (i, j) meets begins at at(i, j).
+// Rows of an image and what surrounds them, zero outside of the image. What tap (i, j) meets begins at at(i, j).
 struct Window {
   const float* data;
   int64_t row_stride, channels;

@@ -27,8 +27,10 @@ class Convolution(nn.Conv2d):
 
     Between 16-bit tensors on a CPU that has no 16-bit arithmetic it computes in float32, also under autocast. With its parameters
     frozen it keeps no activation for the backward pass, which is half the memory that a divergence takes. And where the kernel of op
-    ``conv_weight_grad`` is faster than PyTorch's, that computes the parameters' gradients.
+    ``conv_weight_grad`` is faster than PyTorch's, that computes the parameters' gradients, unless ``fused`` is False.
     """
+
+    fused = True
 
     @property
     def keeps_size(self) -> bool:
@@ -48,7 +50,7 @@ class Convolution(nn.Conv2d):
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if _is_only_differentiated_in(x, weight, bias):
             return _FrozenConvolution.apply(x, weight, bias, self.stride, self.padding)
-        if self.keeps_size and _has_faster_kernel(x, weight):
+        if self.fused and self.keeps_size and _has_faster_kernel(x, weight):
             return _TrainedConvolution.apply(x, weight.view_as(weight), None if bias is None else bias.view_as(bias))
         return F.conv2d(x, weight, bias, self.stride, self.padding)
 

@@ -12,7 +12,7 @@ from fm_fast import _checks
 from fm_fast._ops.guard import transforms_active
 from fm_fast.nn.attention import Attention
 from fm_fast.nn.config import UNetConfig
-from fm_fast.nn.convolution import conv3x3, zeroed
+from fm_fast.nn.convolution import Convolution, conv3x3, zeroed
 from fm_fast.nn.embedding import ClassEmbedding, TimeEmbedding
 from fm_fast.nn.layers import Block, BlockSettings, ResidualBlock, downsample, upsample
 from fm_fast.nn.norm import GroupNormSiLU
@@ -52,6 +52,9 @@ class UNet(nn.Module):
         self.norm = GroupNormSiLU(config.groups, config.widths[0], fused=fused)
         self.head = zeroed(conv3x3(config.widths[0], config.image_channels))
         self._number_dropouts()
+        for layer in self.modules():
+            if isinstance(layer, Convolution):
+                layer.fused = fused
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, low_resolution: Tensor | None = None) -> Tensor:
         _check_inputs(self.config, x, t, y, low_resolution)
