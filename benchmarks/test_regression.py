@@ -104,6 +104,14 @@ def _adamw_ema(backend: str, shape: tuple[int, ...]) -> Step:
     return step
 
 
+def _conv_weight_grad(backend: str, shape: tuple[int, ...]) -> Step:
+    """Of a 3x3 convolution that keeps the number of channels; the gradient of its weight, of the size of the data."""
+    x, grad_y = (_data(*shape, seed=i).contiguous(memory_format=torch.channels_last) for i in range(2))
+    weight = torch.empty(shape[1], shape[1], 3, 3)
+    grad_y /= (shape[0] * shape[2] * shape[3]) ** 0.5
+    return lambda: _ops.conv_weight_grad(grad_y, x, weight, True, backend)[0]
+
+
 CASES = {
     "path_sample": Case(_path_sample),
     "path_loss": Case(_path_loss),
@@ -111,6 +119,7 @@ CASES = {
     "divergence_step": Case(_divergence_step),
     "probe": Case(_probe),
     "group_norm_silu": Case(_group_norm_silu, ((64, 128, 8, 8), (64, 32, 32, 32))),
+    "conv_weight_grad": Case(_conv_weight_grad, ((64, 128, 8, 8), (64, 32, 32, 32))),
     "adamw_ema": Case(_adamw_ema, ((50, 1_000), (50, 40_000))),
 }
 PROBLEMS = [(op, shape) for op, case in CASES.items() for shape in case.sizes]
