@@ -3,16 +3,16 @@
 What ``path_sample`` compares, and the first half of what ``path_loss`` does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fm_fast as fm
 from benchmarks import peers
-from benchmarks.op import Setting
+from benchmarks.op import Provider, Setting
 from fm_fast import _backends
 
 SIZES = {
@@ -195,6 +195,15 @@ def our_backends(setting: Setting, *ops: str) -> list[str]:
     kind, first = setting.device.type, _backends.resolve(ops[-1], setting.device)
     names = [first, *(name for name in _backends.BACKENDS if name not in (first, "reference"))]
     return [name for name in names if all(_backends.why_not(op, kind, name) is None for op in ops)]
+
+
+def with_ours(setting: Setting, op: str, ours: Callable[[str], Any], others: Mapping[str, Any], floor: Any) -> list[Provider]:
+    """The providers of an op: fm_fast on each backend, the others, and a bound that computes nothing. Builds, as `Provider` has them."""
+    return [
+        *(Provider(f"fm_fast {name}", ours(name)) for name in our_backends(setting, op)),
+        *(Provider(name, build) for name, build in others.items()),
+        Provider("memory floor", floor, gated=False),
+    ]
 
 
 # Correctness

@@ -39,8 +39,11 @@ def inputs(setting: Setting) -> Inputs:
     return Inputs(grad_y, x, torch.randn(outputs, inputs, size, size, dtype=setting.dtype)).to(torch.channels_last)
 
 
-def _ours(given: Inputs, setting: Setting) -> Step:
-    return lambda: _ops.conv_weight_grad(given.grad_y, given.x, given.weight, True, "cpp")  # type: ignore[return-value]
+def _ours(backend: str) -> Callable[[Inputs, Setting], Step]:
+    def build(given: Inputs, setting: Setting) -> Step:
+        return lambda: _ops.conv_weight_grad(given.grad_y, given.x, given.weight, True, backend)  # type: ignore[return-value]
+
+    return build
 
 
 def _torchs(layout: torch.memory_format) -> Callable[[Inputs, Setting], Step]:
@@ -74,7 +77,7 @@ def _matmul(given: Inputs, setting: Setting) -> Step:
 
 def providers(setting: Setting) -> list[Provider]:
     return [
-        *(Provider(f"fm_fast {name}", _ours) for name in our_backends(setting, "conv_weight_grad")),
+        *(Provider(f"fm_fast {name}", _ours(name)) for name in our_backends(setting, "conv_weight_grad")),
         Provider("torch, channels_last", _torchs(torch.channels_last)),
         Provider("torch, NCHW", _torchs(torch.contiguous_format)),
         Provider("unfold, matmul", _matmul),

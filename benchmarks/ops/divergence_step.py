@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import probe_sets
 from benchmarks.op import Op, Provider, Setting, bytes_of_shape
-from benchmarks.points import our_backends, relative_error
+from benchmarks.points import relative_error, with_ours
 from benchmarks.probe_sets import MODES, SIZES
 from fm_fast import _ops
 
@@ -86,13 +86,8 @@ def _memory_floor(given: Inputs, setting: Setting) -> Callable[[], object]:
 
 
 def providers(setting: Setting) -> list[Provider]:
-    return [
-        *(Provider(f"fm_fast {name}", _ours(name)) for name in our_backends(setting, "divergence_step")),
-        Provider("naive eager", _by(_formula)),
-        Provider("best eager", _by(_best_formula)),
-        Provider("torch.compile", _compiled),
-        Provider("memory floor", _memory_floor, gated=False),
-    ]
+    others = {"naive eager": _by(_formula), "best eager": _by(_best_formula), "torch.compile": _compiled}
+    return with_ours(setting, "divergence_step", _ours, others, _memory_floor)
 
 
 def check(given: Inputs, setting: Setting, step: Step) -> None:

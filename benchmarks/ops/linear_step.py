@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.op import Op, Provider, Setting, bytes_of_shape
-from benchmarks.points import GPU_SIZES, SIZES, our_backends, relative_error
+from benchmarks.points import GPU_SIZES, SIZES, relative_error, with_ours
 from fm_fast import _ops
 
 GUIDANCE = 3.0
@@ -103,13 +103,8 @@ def _memory_floor(given: Inputs, setting: Setting) -> Callable[[], object]:
 
 
 def providers(setting: Setting) -> list[Provider]:
-    return [
-        *(Provider(f"fm_fast {name}", _ours(name)) for name in our_backends(setting, "linear_step")),
-        Provider("naive eager", _naive),
-        Provider("best eager", _best),
-        Provider("torch.compile", _compiled),
-        Provider("memory floor", _memory_floor, gated=False),
-    ]
+    others = {"naive eager": _naive, "best eager": _best, "torch.compile": _compiled}
+    return with_ours(setting, "linear_step", _ours, others, _memory_floor)
 
 
 def check(given: Inputs, setting: Setting, step: Step) -> None:

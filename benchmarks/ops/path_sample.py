@@ -67,11 +67,7 @@ def _memory_floor(given: Data, setting: Setting) -> Callable[[], object]:
 
 def providers(setting: Setting) -> list[Provider]:
     makes = points.EAGER_AND_COMPILED | {name: points.of_peer(name) for name in points.peers_for(setting)}
-    return [
-        *(Provider(f"fm_fast {name}", _ours(name)) for name in points.our_backends(setting, "path_sample")),
-        *(Provider(name, _others(make)) for name, make in makes.items()),
-        Provider("memory floor", _memory_floor, gated=False),
-    ]
+    return points.with_ours(setting, "path_sample", _ours, {name: _others(make) for name, make in makes.items()}, _memory_floor)
 
 
 def check(given: Data, setting: Setting, step: Step) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks import probe_sets
 from benchmarks.op import Op, Provider, Setting, bytes_of_shape
-from benchmarks.points import Counter, our_backends
+from benchmarks.points import Counter, with_ours
 from benchmarks.probe_sets import MODES, SIZES
 from fm_fast import _ops
 
@@ -51,13 +51,8 @@ def _memory_floor(given: Tensor, setting: Setting) -> Callable[[], object]:
 
 
 def providers(setting: Setting) -> list[Provider]:
-    return [
-        *(Provider(f"fm_fast {name}", _ours(name)) for name in our_backends(setting, "probe")),
-        Provider("naive eager", _naive),
-        Provider("best eager", _best),
-        Provider("torch.compile", _compiled),
-        Provider("memory floor", _memory_floor, gated=False),
-    ]
+    others = {"naive eager": _naive, "best eager": _best, "torch.compile": _compiled}
+    return with_ours(setting, "probe", _ours, others, _memory_floor)
 
 
 def check(given: Tensor, setting: Setting, step: Step) -> None:
