@@ -6,7 +6,6 @@ there is no GPU, with 1 if a stage failed.
 """
 
 import argparse
-import itertools
 import json
 import shutil
 import subprocess
@@ -52,12 +51,12 @@ def _sanitized(tool: list[str]) -> str:
 
 
 def bench() -> Outcomes:
-    """What the plan lists, in float32 and bfloat16; rows are written after each setting, whose providers are timed in turns."""
+    """What the plan lists, in its dtypes; rows are written after each setting, whose providers are timed in turns."""
     surroundings = results.environment(torch.device("cuda"), None)
     path = _path(surroundings, "")
     rows: list[results.Row] = []
     tables = []
-    for entry, dtype in itertools.product(plan.GPU_PLAN, ("float32", "bfloat16")):
+    for entry, dtype in ((entry, dtype) for entry in plan.GPU_PLAN for dtype in entry.dtypes):
         op, options = registry.find(entry.op), entry.options(run.parse(["--device", "cuda", "--dtype", dtype]))
         for setting in run.settings(op, options):
             new = run.measure(op, setting, options)

@@ -45,7 +45,7 @@ PRESETS = {
     "imagenet128-paper": _paper(
         "imagenet128-paper", steps=500_000, batch_size=1536, learning_rate=1e-4, warmup=20_000, precision="bfloat16", resize=128
     ),
-    # The paper gives no settings for its super-resolution: these are those of its 128x128 run, on class-conditional data.
+    # The paper gives no settings for its super-resolution: these follow its 128x128 run, with a smaller batch and labels.
     "sr64-256": _paper(
         "sr64-256", steps=500_000, batch_size=256, learning_rate=1e-4, warmup=20_000, precision="bfloat16", resize=256, super_resolution=4,
         conditional=True, dequantise=False, samples_per_class=4,
