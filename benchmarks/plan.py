@@ -44,13 +44,13 @@ PLAN = (
     Entry("share", ("MLP, 2-D", "MLP, robotics", "U-Net, digits", "U-Net, 32x32"), None, 3),
 )
 
-# Each of these in its dtypes, in minutes: what a GPU is about is large, or small and launched often.
+# The sampler in the dtype of its tolerance. Each of these in its dtypes, in minutes: what a GPU is about is large, or small and launched often.
 GPU_PLAN = (
     Entry("path_loss", ("small", "256 MiB"), None, 100),
     Entry("path_sample", ("256 MiB",), None, 100, only=("eager", "floor")),
     Entry("noise", ("256 MiB",), ("normal",), 100),
     Entry("linear_step", ("256 MiB",), ("euler", "rk4"), 100),
-    Entry("sampler", ("CIFAR",), ("euler", "midpoint"), 10, dtypes=("float32",)),  # its tolerance and its peers' times are of float32
+    Entry("sampler", ("CIFAR",), ("euler", "midpoint"), 10, dtypes=("float32",)),
     Entry("probe", ("large",), ("4 probes",), 100),
     Entry("divergence_step", ("large",), ("4 probes",), 100),
     Entry("adamw_ema", ("wide",), ("1 average",), 100),
