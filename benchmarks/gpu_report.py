@@ -56,7 +56,7 @@ def bench() -> Outcomes:
     path = _path(surroundings, "")
     rows: list[results.Row] = []
     tables = []
-    for entry, dtype in ((entry, dtype) for entry in plan.GPU_PLAN for dtype in entry.dtypes):
+    for entry, dtype in [(planned, dtype) for planned in plan.GPU_PLAN for dtype in planned.dtypes]:
         op, options = registry.find(entry.op), entry.options(run.parse(["--device", "cuda", "--dtype", dtype]))
         for setting in run.settings(op, options):
             new = run.measure(op, setting, options)

@@ -44,7 +44,7 @@ PLAN = (
     Entry("share", ("MLP, 2-D", "MLP, robotics", "U-Net, digits", "U-Net, 32x32"), None, 3),
 )
 
-# The sampler in the dtype of its tolerance. Each of these in its dtypes, in minutes: what a GPU is about is large, or small and launched often.
+# In minutes: what a GPU is about is large, or small and launched often. The sampler runs in the dtype of its tolerance.
 GPU_PLAN = (
     Entry("path_loss", ("small", "256 MiB"), None, 100),
     Entry("path_sample", ("256 MiB",), None, 100, only=("eager", "floor")),
