@@ -87,9 +87,9 @@ def test_dtypes_are_rounded_once(dtype, out, backend):
 
 @pytest.mark.parametrize("dequantise", [False, True])
 @pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("levels", [256, 17])
-def test_data_map_flip_and_dequantisation(dequantise, flip, levels, backend):
-    x1 = data((32, 3, 5, 6), torch.uint8, levels)
+@pytest.mark.parametrize(("shape", "levels"), [((32, 3, 5, 6), 256), ((32, 3, 5, 6), 17), ((3, 40, 3, 5), 256)])
+def test_data_map_flip_and_dequantisation(dequantise, flip, shape, levels, backend):
+    x1 = data(shape, torch.uint8, levels)
     s = fm.sample_path(x1, flip=flip, levels=levels, dequantise=dequantise, seed=SEED, step=STEP, backend=backend)
     mapped = oracle.data(x1.numpy(), SEED, STEP, None, flip, levels, dequantise)
     x0 = oracle.normal(x1.shape, SEED, STEP)

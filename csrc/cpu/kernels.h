@@ -10,6 +10,7 @@ namespace fm {
 // The cut depends on shapes and layouts only, never on the number of threads, and so do all sums.
 struct Tiling {
   int64_t tile_channels, tile_points, channel_tiles, point_tiles, samples_per_unit, units;
+  int64_t noise_rows;  // channels merged into one row although gaps lie between their numbers as drawn, else 1
 };
 
 struct NoiseArgs : NoiseCall {

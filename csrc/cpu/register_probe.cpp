@@ -17,7 +17,7 @@ using Parities = Scratch<uint32_t, kInlineParities>;
 
 ProbeArgs probe_args(const ProbeCall& call, int64_t block_points) {
   ProbeArgs args = {call, {}, key_of(call.key_words), nullptr};
-  args.tiling = plan(&args.shape, {&args.view}, block_points);
+  args.tiling = plan(&args.shape, {&args.view}, block_points, block_points == 4 ? Gaps::close : Gaps::keep);
   return args;
 }
 

@@ -20,7 +20,8 @@ void noise(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack, kNoiseArguments);
   NoiseArgs args = {read_noise(&in), {}, {}};
   args.key = key_of(args.key_words);
-  args.tiling = plan(&args.shape, {&args.out}, args.kind == DrawKind::sign ? 128 : 4);
+  bool numbers = args.kind == DrawKind::normal || args.kind == DrawKind::uniform;
+  args.tiling = plan(&args.shape, {&args.out}, args.kind == DrawKind::sign ? 128 : 4, numbers ? Gaps::close : Gaps::keep);
   run_units(kernels().noise, args, args.tiling.units, kGrain);
 }
 
@@ -30,7 +31,7 @@ void path_sample(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack, kPathSampleArguments);
   SampleArgs args = {read_path_sample(&in), {}, {}};
   args.key = key_of(args.key_words);
-  args.tiling = plan(&args.shape, {&args.x_t, &args.x1, &args.x0}, 4);
+  args.tiling = plan(&args.shape, {&args.x_t, &args.x1, &args.x0}, 4, Gaps::close);
   if (args.schedule.path.kind != kPathGiven)
     run_units(kernels().schedule, ScheduleArgs{args.schedule, args.key}, args.shape.batch, kScheduleGrain);
   run_units(kernels().path_sample, args, args.tiling.units, kGrain);
@@ -42,7 +43,7 @@ namespace {
 
 LossArgs loss_args(const LossCall& call) {
   LossArgs args = {call, {}, key_of(call.key_words), nullptr};
-  args.tiling = plan(&args.shape, {&args.o, &args.x1, &args.x0, &args.x_t, &args.grad, &args.weight}, 4);
+  args.tiling = plan(&args.shape, {&args.o, &args.x1, &args.x0, &args.x_t, &args.grad, &args.weight}, 4, Gaps::close);
   return args;
 }
 

@@ -10,6 +10,7 @@ namespace FM_ISA {
 // Channels [channel, channel + channels) and points [point, point + points) of one sample. Rows of buffers are `pitch` apart.
 struct Tile {
   int64_t sample, index, channel, channels, point, points, pitch;
+  int64_t noise_rows = 1;  // as in Tiling
 };
 
 // Rows of a tile in the compute type, either in the tensor itself or in a buffer.
@@ -24,7 +25,7 @@ struct Rows {
 FM_INLINE Tile tile_of(const Shape& shape, const Tiling& tiling, int64_t sample, int64_t index) {
   int64_t channel = index / tiling.point_tiles * tiling.tile_channels, point = index % tiling.point_tiles * tiling.tile_points;
   int64_t channels = lesser(tiling.tile_channels, shape.channels - channel), points = lesser(tiling.tile_points, shape.points - point);
-  return Tile{sample, index, channel, channels, point, points, padded(points)};
+  return Tile{sample, index, channel, channels, point, points, padded(points), tiling.noise_rows};
 }
 
 FM_INLINE int64_t offset_of(const View& view, const Tile& tile) {
@@ -44,9 +45,30 @@ FM_INLINE int64_t row_blocks(const Tile& tile) {
   return divide_up(tile.point + tile.points, Finish::kPoints) - tile.point / Finish::kPoints;
 }
 
+// Moves rows of whole blocks together, so that only their points remain. A row's last block moves whole: what it writes too much lies
+// before the next row as drawn, and that row then covers it.
+FM_INLINE void close_gaps(float* numbers, int64_t rows, int64_t points) {
+  int64_t pitch = padded(points);
+  for (int64_t row = 1; row < rows; ++row)
+    for (int64_t i = 0; i < pitch; i += 4) {
+      float block[4];
+      __builtin_memcpy(block, numbers + row * pitch + i, sizeof(block));
+      __builtin_memcpy(numbers + row * points + i, block, sizeof(block));
+    }
+}
+
+// Draws of one whole sample whose channels are merged across gaps.
+template <class Finish>
+static void draw_rows(const Generator& generator, const Key& key, const Tile& tile, const Ahead& ahead, float* out) {
+  int64_t points = tile.points / tile.noise_rows;
+  fill_run<Finish>(generator, sample_id(key, tile.sample), 0, tile.noise_rows * divide_up(points, Finish::kPoints), ahead, out);
+  close_gaps(out, tile.noise_rows, points);
+}
+
 // Draws of one tile: whole rows are one run of counters, parts of rows one run each.
 template <class Finish>
 static void draw_tile(const Generator& generator, const Shape& shape, const Key& key, const Tile& tile, const Ahead& ahead, float* out) {
+  if (tile.noise_rows > 1) return draw_rows<Finish>(generator, key, tile, ahead, out);
   int64_t blocks = divide_up(shape.points, Finish::kPoints), row = row_blocks<Finish>(tile);
   int64_t runs = tile.points == shape.points ? 1 : tile.channels;
   for (int64_t i = 0; i < runs; ++i) {
@@ -55,12 +77,18 @@ static void draw_tile(const Generator& generator, const Shape& shape, const Key&
   }
 }
 
+// Blocks of a whole sample.
+template <class Finish>
+FM_INLINE int64_t sample_blocks(const Shape& shape, const Tiling& tiling) {
+  return shape.channels * tiling.noise_rows * divide_up(shape.points / tiling.noise_rows, Finish::kPoints);
+}
+
 // Draws of those of `samples` whole small samples from `first` on that want some, one after the other.
 template <class Finish, class Draws>
-static void draw_samples(const Generator& generator, const Shape& shape, const Key& key, int64_t first, int64_t samples, const Draws& draws,
-                         float* out) {
+static void draw_samples(const Generator& generator, const Shape& shape, const Tiling& tiling, const Key& key, int64_t first,
+                         int64_t samples, const Draws& draws, float* out) {
   uint32_t ids[kTileElements / 4 + kLineElements], blocks[kTileElements / 4 + kLineElements];
-  int64_t each = shape.channels * divide_up(shape.points, Finish::kPoints), count = 0;
+  int64_t each = sample_blocks<Finish>(shape, tiling), count = 0;
   for (int64_t b = first; b < first + samples; ++b) {
     if (!draws(b)) continue;
     for (int64_t i = 0; i < each; ++i, ++count) {
@@ -70,6 +98,7 @@ static void draw_samples(const Generator& generator, const Shape& shape, const K
   }
   for (int64_t i = count; i < count + kLineElements; ++i) ids[i] = blocks[i] = 0;
   fill_listed<Finish>(generator, ids, blocks, count, out);
+  if (tiling.noise_rows > 1 && count) close_gaps(out, count / each * tiling.noise_rows, shape.points / tiling.noise_rows);
 }
 
 // --- rows ----------------------------------------------------------------------------------------------------------------------------
@@ -261,8 +290,8 @@ template <class Finish, class Draws, class Body>
 FM_INLINE void walk_samples(const Generator& generator, const Shape& shape, const Tiling& tiling, const Key& key, const Draws& draws,
                             int64_t unit, float* noise, const Body& body) {
   int64_t first = unit * tiling.samples_per_unit, last = lesser(first + tiling.samples_per_unit, shape.batch);
-  int64_t numbers = 4 * shape.channels * divide_up(shape.points, Finish::kPoints);
-  draw_samples<Finish>(generator, shape, key, first, last - first, draws, noise);
+  int64_t numbers = tiling.noise_rows > 1 ? shape.points : 4 * sample_blocks<Finish>(shape, tiling);
+  draw_samples<Finish>(generator, shape, tiling, key, first, last - first, draws, noise);
   for (int64_t sample = first; sample < last; ++sample) {
     bool drawn = draws(sample);
     body(sample, drawn ? noise : nullptr);

@@ -42,9 +42,10 @@ static inline void set_tile_size(const Shape& shape, bool channels_last, Tiling*
   tiling->tile_channels = lesser(shape.channels, kTileElements / padded(tiling->tile_points));
 }
 
-static inline Tiling make_tiling(const Shape& shape, bool channels_last) {
+static inline Tiling make_tiling(const Shape& shape, bool channels_last, int64_t noise_rows = 1) {
   Tiling tiling = {};
-  int64_t sample = greater(shape.channels * padded(shape.points), 1);
+  tiling.noise_rows = noise_rows;
+  int64_t sample = greater(shape.channels * noise_rows * padded(shape.points / noise_rows), 1);
   set_tile_size(shape, channels_last, &tiling);
   tiling.channel_tiles = divide_up(shape.channels, tiling.tile_channels);
   tiling.point_tiles = divide_up(shape.points, tiling.tile_points);
@@ -54,17 +55,23 @@ static inline Tiling make_tiling(const Shape& shape, bool channels_last) {
   return tiling;
 }
 
+// Whether numbers that no element takes, at the end of a row's last block, may be taken out after drawing.
+enum class Gaps { keep, close };
+
 // Merges channels where every view and the noise blocks (of `block_points` points) allow it, and cuts the result. Edits the shape in place.
+// Short rows are worth closing the gaps between them: one row of vectors instead of many that fill none.
 template <int N>
-static inline Tiling plan(Shape* shape, const View* const (&views)[N], int64_t block_points) {
-  bool merge = shape->points % block_points == 0, channels_last = false;
+static inline Tiling plan(Shape* shape, const View* const (&views)[N], int64_t block_points, Gaps gaps = Gaps::keep) {
+  bool whole_blocks = shape->points % block_points == 0, channels_last = false;
+  bool merge = whole_blocks || (gaps == Gaps::close && shape->channels * padded(shape->points) <= kTileElements);
   for (const View* view : views) merge = merge && channels_merge(*shape, *view);
+  int64_t noise_rows = merge && !whole_blocks ? shape->channels : 1;
   if (merge) {
     shape->points *= shape->channels;
     shape->channels = 1;
   }
   for (const View* view : views) channels_last = channels_last || channels_first_in_memory(*shape, *view);
-  return make_tiling(*shape, channels_last);
+  return make_tiling(*shape, channels_last, noise_rows);
 }
 
 }  // namespace fm

@@ -147,7 +147,7 @@ struct SignProblem {
     a.first = first;
     a.share = share;
     a.parities = parities.empty() ? nullptr : parities.data();
-    a.tiling = fm::plan(&a.shape, {&a.view}, block_points);
+    a.tiling = fm::plan(&a.shape, {&a.view}, block_points, block_points == 4 ? fm::Gaps::close : fm::Gaps::keep);
     return a;
   }
 
