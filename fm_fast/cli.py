@@ -117,7 +117,3 @@ def _info(options: argparse.Namespace) -> None:
     import fm_fast
 
     print(fm_fast.info())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -105,5 +105,5 @@ def test_own_data(tmp_path):
 
 
 def test_info_in_a_fresh_process():
-    answer = subprocess.run([sys.executable, "-m", "fm_fast.cli", "info"], capture_output=True, text=True, check=True)
+    answer = subprocess.run([sys.executable, "-m", "fm_fast", "info"], capture_output=True, text=True, check=True)
     assert "fm_fast" in answer.stdout and "backends" in answer.stdout

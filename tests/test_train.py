@@ -78,12 +78,12 @@ def test_loss_falls_for_every_objective(objective):
     assert losses[-20:].mean() < (0.95 if objective == "scoreflow" else 0.85) * losses[:5].mean()
 
 
-def test_recipes_are_the_rows_of_table_1_and_two_more():
+def test_recipes_are_the_rows_of_table_1_and_three_more():
     rows = {name: (type(recipe.path).__name__, recipe.objective) for name, recipe in RECIPES.items()}
     assert rows["fm-ot"] == ("OT", "velocity") and rows["fm-vp"] == ("VP", "velocity") and rows["ddpm"] == ("VP", "noise")
     assert rows["score"] == ("VP", "score") and rows["scoreflow"] == ("VP", "scoreflow")
-    assert rows["fm-cosine"] == ("Cosine", "velocity") and rows["data-ot"] == ("OT", "data")
-    assert len(rows) == 7
+    assert rows["fm-cosine"] == ("Cosine", "velocity") and rows["fm-ve"] == ("VE", "velocity") and rows["data-ot"] == ("OT", "data")
+    assert len(rows) == 8
     for name, recipe in RECIPES.items():
         assert isinstance(build_model(tiny(objective=name)), Preconditioned) == recipe.preconditioned
 
@@ -121,7 +121,7 @@ def test_configuration_survives_storage():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"objective": "fm"}, "objective: expected one of fm-ot, fm-vp, ddpm, score, scoreflow, fm-cosine, data-ot, got 'fm'"),
+        ({"objective": "fm"}, "objective: expected one of fm-ot, fm-vp, ddpm, score, scoreflow, fm-cosine, fm-ve, data-ot, got 'fm'"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"clip": -1.0}, "clip: expected 0 or more"),
         ({"label_drop": 1.5}, r"label_drop: expected a share in \[0, 1\], got 1.5"),

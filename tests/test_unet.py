@@ -260,6 +260,16 @@ def test_preconditioned_is_the_formula(path, objective):
     torch.testing.assert_close(network.x.double(), x / (a**2 + s**2).sqrt(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("path", [fm.VP(), fm.VE(0.1, 5.0)])
+def test_preconditioned_velocity_is_that_of_its_noise(path):
+    # u = a' x1 + s' x0 with the x1 that lies at (x - s x0) / a
+    t, x = torch.tensor([0.1, 0.5, 0.99]), fm.noise((3, 1, 2, 2), seed=0, step=0)
+    a, s, da, ds = (f(t.double()).reshape(3, 1, 1, 1) for f in (path.alpha, path.sigma, path.d_alpha, path.d_sigma))
+    x0 = Preconditioned(Constant(), path, "noise")(x, t).double()
+    expected = da * (x - s * x0) / a + ds * x0
+    torch.testing.assert_close(Preconditioned(Constant(), path, "velocity")(x, t).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_preconditioned_network_has_a_target_of_unit_variance_uncorrelated_with_its_input():
     # Data and noise of unit variance: what the wrapped network has left to predict is (x0 - c_skip x) / c_out.
     path, t = fm.VE(0.1, 5.0), torch.tensor(0.3, dtype=torch.float64)
@@ -273,8 +283,10 @@ def test_preconditioned_network_has_a_target_of_unit_variance_uncorrelated_with_
 def test_preconditioned_is_finite_at_both_ends_and_refuses_other_objectives():
     t = torch.tensor([0.0, 1.0])
     assert torch.isfinite(Preconditioned(Constant(), fm.VP(), "score")(torch.zeros(2, 1, 2, 2), t)).all()
-    with pytest.raises(ValueError, match="objective: expected noise, score or scoreflow, got 'velocity'"):
-        Preconditioned(Constant(), fm.VP(), "velocity")
+    with pytest.raises(ValueError, match="objective: expected one of velocity, noise, score, scoreflow, got 'data'"):
+        Preconditioned(Constant(), fm.VP(), "data")
+    with pytest.raises(ValueError, match=r"path: expected one whose alpha is not 0 at t = 0 with objective 'velocity', got OT"):
+        Preconditioned(Constant(), fm.OT(), "velocity")
 
 
 @pytest.mark.parametrize(

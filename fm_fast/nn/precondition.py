@@ -1,41 +1,63 @@
-"""A wrapper that keeps the input and the output of a noise- or score-predicting network at unit size at every time."""
+"""A wrapper that keeps the input and the output of a network at unit size at every time, whatever the path and the prediction."""
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from fm_fast.objectives import Schedule, schedule
 from fm_fast.paths import Path
 
 
+def _velocity(p: Schedule, x: Tensor, noise: Tensor) -> Tensor:
+    return p.da / p.a * x + (p.ds - p.da * p.s / p.a) * noise
+
+
+def _score(p: Schedule, x: Tensor, noise: Tensor) -> Tensor:
+    return -noise / p.s
+
+
+# What an objective predicts, from x = a x1 + s x0 and a guess of the noise x0.
+PREDICTIONS: dict[str, Callable[[Schedule, Tensor, Tensor], Tensor]] = {
+    "velocity": _velocity,
+    "noise": lambda p, x, noise: noise,
+    "score": _score,
+    "scoreflow": _score,
+}
+
+
 class Preconditioned(nn.Module):
-    """A noise prediction o = c_skip x + c_out network(c_in x, t), or the score -o/sigma, after Karras et al. (2022, section 5).
+    """A noise prediction o = c_skip x + c_out network(c_in x, t), or what follows from it, after Karras et al. (2022, section 5).
 
     With x = a x1 + s x0 and data of unit variance, the linear guess of the noise is s x / (a^2 + s^2), and what remains has
     variance a^2 / (a^2 + s^2). So c_skip = s / (a^2 + s^2), c_out = a / sqrt(a^2 + s^2), c_in = 1 / sqrt(a^2 + s^2).
     Without this a network must copy its input to an accuracy of a(t) near t = 0 (0.007 on the VP path), since the velocity
-    recovered from its output magnifies the error; and a score grows like 1/sigma near t = 1. Loss and target are unchanged.
+    recovered from its output magnifies the error; a score grows like 1/sigma near t = 1; and input and velocity of the VE path
+    reach sigma_max and more. Loss and target are unchanged.
 
     Called like the network, with x [B, ...] and t [B] (clamped to the path's range). Returns x's shape, in t's dtype or wider.
-    Raises ValueError for an objective other than "noise", "score" and "scoreflow".
+    Raises ValueError for an objective other than "velocity", "noise", "score" and "scoreflow", and for the velocity of a path that
+    starts at alpha = 0, which the noise does not determine.
     """
 
     def __init__(self, network: nn.Module, path: Path, objective: str) -> None:
         super().__init__()
-        if objective not in ("noise", "score", "scoreflow"):
-            raise ValueError(f"objective: expected noise, score or scoreflow, got {objective!r}")
+        if objective not in PREDICTIONS:
+            raise ValueError(f"objective: expected one of {', '.join(PREDICTIONS)}, got {objective!r}")
+        if objective == "velocity" and getattr(path, "starts_at_noise", True):
+            raise ValueError(f"path: expected one whose alpha is not 0 at t = 0 with objective 'velocity', got {path!r}")
         self.network = network
         self.path = path
-        self.predicts_score = objective != "noise"
+        self.objective = objective
 
     def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        a, s = self._schedule(x, t)
-        variance = a.square() + s.square()
+        p = self._schedule(x, t)
+        variance = p.a.square() + p.s.square()
         output = self.network(x * variance.rsqrt(), t, **cond)
-        noise = s / variance * x + a * variance.rsqrt() * output
-        return -noise / s if self.predicts_score else noise
+        noise = p.s / variance * x + p.a * variance.rsqrt() * output
+        return PREDICTIONS[self.objective](p, x, noise)
 
-    def _schedule(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _schedule(self, x: Tensor, t: Tensor) -> Schedule:
         low, high = getattr(self.path, "t_min", 0.0), getattr(self.path, "t_max", 1.0)
-        time = t.to(torch.float64).clamp(low, high).reshape(-1, *[1] * (x.ndim - 1))
-        return self.path.alpha(time).to(t.dtype), self.path.sigma(time).to(t.dtype)
+        time = t.double().clamp(low, high).reshape(-1, *[1] * (x.ndim - 1))
+        return Schedule(*(value.to(t.dtype) for value in schedule(self.path, time)))

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from fm_fast.nn import UNetConfig
-from fm_fast.paths import OT, VP, Cosine, Path
+from fm_fast.paths import OT, VE, VP, Cosine, Path
 from fm_fast.solvers import METHODS
 from fm_fast.train.averaging import WIDEST
 from fm_fast.train.prepare import Preparation
@@ -33,6 +33,7 @@ RECIPES = {
     "scoreflow": Recipe(VP(), "scoreflow", t_sampler="importance", preconditioned=True),
     # Not in Table 1:
     "fm-cosine": Recipe(Cosine(), "velocity"),
+    "fm-ve": Recipe(VE(sigma_min=0.01, sigma_max=20.0), "velocity", preconditioned=True),
     "data-ot": Recipe(OT(), "data"),
 }
 
