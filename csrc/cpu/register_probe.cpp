@@ -15,9 +15,9 @@ constexpr int64_t kInlineParities = 1 << 12;  // words that a call may keep on i
 
 using Parities = Scratch<uint32_t, kInlineParities>;
 
-ProbeArgs probe_args(const ProbeCall& call, int64_t block_points) {
+ProbeArgs probe_args(const ProbeCall& call, const Drawn& drawn) {
   ProbeArgs args = {call, {}, key_of(call.key_words), nullptr};
-  args.tiling = plan(&args.shape, {&args.view}, block_points, block_points == 4 ? Gaps::close : Gaps::keep);
+  args.tiling = plan(&args.shape, {&args.view}, drawn);
   return args;
 }
 
@@ -55,7 +55,7 @@ void write_dots(DivergenceArgs* args, double* dots) {
 void probe(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack, kProbeArguments);
   ProbeCall call = read_probe(&in);
-  ProbeArgs args = probe_args(call, 128);
+  ProbeArgs args = probe_args(call, kDrawnSigns);
   Parities parities(4 * parity_blocks(call));
   args.parities = fill_parities(call, &parities);
   run_units(kernels().probe, args, args.probes * args.tiling.units, kGrain);
@@ -64,7 +64,7 @@ void probe(StableIValue* stack, uint64_t, uint64_t) {
 void divergence_step(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack, kDivergenceStepArguments);
   DivergenceCall call = read_divergence_step(&in);
-  DivergenceArgs args = {probe_args(call.probes, call.normals ? 4 : 128), call.normals, nullptr};
+  DivergenceArgs args = {probe_args(call.probes, call.normals ? kDrawnNumbers : kDrawnSigns), call.normals, nullptr};
   Parities parities(4 * parity_blocks(call.probes));
   args.probes.parities = fill_parities(call.probes, &parities);
   write_dots(&args, call.dots);

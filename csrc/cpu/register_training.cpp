@@ -12,6 +12,11 @@ using abi::Arguments;
 
 constexpr int64_t kScheduleGrain = 2048;  // samples of a thread
 
+const Drawn& drawn_for(DrawKind kind) {
+  if (kind == DrawKind::sign) return kDrawnSigns;
+  return kind == DrawKind::word ? kDrawnWords : kDrawnNumbers;
+}
+
 }  // namespace
 
 // --- noise ---------------------------------------------------------------------------------------------------------------------------
@@ -20,8 +25,7 @@ void noise(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack, kNoiseArguments);
   NoiseArgs args = {read_noise(&in), {}, {}};
   args.key = key_of(args.key_words);
-  bool numbers = args.kind == DrawKind::normal || args.kind == DrawKind::uniform;
-  args.tiling = plan(&args.shape, {&args.out}, args.kind == DrawKind::sign ? 128 : 4, numbers ? Gaps::close : Gaps::keep);
+  args.tiling = plan(&args.shape, {&args.out}, drawn_for(args.kind));
   run_units(kernels().noise, args, args.tiling.units, kGrain);
 }
 
@@ -31,7 +35,7 @@ void path_sample(StableIValue* stack, uint64_t, uint64_t) {
   Arguments in(stack, kPathSampleArguments);
   SampleArgs args = {read_path_sample(&in), {}, {}};
   args.key = key_of(args.key_words);
-  args.tiling = plan(&args.shape, {&args.x_t, &args.x1, &args.x0}, 4, Gaps::close);
+  args.tiling = plan(&args.shape, {&args.x_t, &args.x1, &args.x0}, kDrawnNumbers);
   if (args.schedule.path.kind != kPathGiven)
     run_units(kernels().schedule, ScheduleArgs{args.schedule, args.key}, args.shape.batch, kScheduleGrain);
   run_units(kernels().path_sample, args, args.tiling.units, kGrain);
@@ -43,7 +47,7 @@ namespace {
 
 LossArgs loss_args(const LossCall& call) {
   LossArgs args = {call, {}, key_of(call.key_words), nullptr};
-  args.tiling = plan(&args.shape, {&args.o, &args.x1, &args.x0, &args.x_t, &args.grad, &args.weight}, 4, Gaps::close);
+  args.tiling = plan(&args.shape, {&args.o, &args.x1, &args.x0, &args.x_t, &args.grad, &args.weight}, kDrawnNumbers);
   return args;
 }
 

@@ -55,15 +55,20 @@ static inline Tiling make_tiling(const Shape& shape, bool channels_last, int64_t
   return tiling;
 }
 
-// Whether numbers that no element takes, at the end of a row's last block, may be taken out after drawing.
-enum class Gaps { keep, close };
+// What is drawn for the elements: how many points a block is for, and whether `close_gaps` takes out what none takes of a row's last block.
+struct Drawn {
+  int64_t block_points;
+  bool closes_gaps;
+};
 
-// Merges channels where every view and the noise blocks (of `block_points` points) allow it, and cuts the result. Edits the shape in place.
+constexpr Drawn kDrawnNumbers = {4, true}, kDrawnWords = {4, false}, kDrawnSigns = {128, false};
+
+// Merges channels where every view and the noise blocks allow it, and cuts the result. Edits the shape in place.
 // Short rows are worth closing the gaps between them: one row of vectors instead of many that fill none.
 template <int N>
-static inline Tiling plan(Shape* shape, const View* const (&views)[N], int64_t block_points, Gaps gaps = Gaps::keep) {
-  bool whole_blocks = shape->points % block_points == 0, channels_last = false;
-  bool merge = whole_blocks || (gaps == Gaps::close && shape->channels * padded(shape->points) <= kTileElements);
+static inline Tiling plan(Shape* shape, const View* const (&views)[N], const Drawn& drawn) {
+  bool whole_blocks = shape->points % drawn.block_points == 0, channels_last = false;
+  bool merge = whole_blocks || (drawn.closes_gaps && shape->channels * padded(shape->points) <= kTileElements);
   for (const View* view : views) merge = merge && channels_merge(*shape, *view);
   int64_t noise_rows = merge && !whole_blocks ? shape->channels : 1;
   if (merge) {

@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fm_fast.objectives import Schedule, schedule
+from fm_fast.objectives import OBJECTIVES, Schedule, schedule
 from fm_fast.paths import Path
 
 
 def _velocity(p: Schedule, x: Tensor, noise: Tensor) -> Tensor:
-    return p.da / p.a * x + (p.ds - p.da * p.s / p.a) * noise
+    x_factor, noise_factor = OBJECTIVES["noise"].velocity(p)
+    return x_factor * x + noise_factor * noise
 
 
 def _score(p: Schedule, x: Tensor, noise: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ RECIPES = {
     "scoreflow": Recipe(VP(), "scoreflow", t_sampler="importance", preconditioned=True),
     # Not in Table 1:
     "fm-cosine": Recipe(Cosine(), "velocity"),
+    # From 20, more than two images of the digits can differ by (64 pixels in [-1, 1]: 16), so that the start hardly tells x1.
     "fm-ve": Recipe(VE(sigma_min=0.01, sigma_max=20.0), "velocity", preconditioned=True),
     "data-ot": Recipe(OT(), "data"),
 }

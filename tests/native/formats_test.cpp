@@ -19,7 +19,7 @@ void convert(const Isa& isa, const void* from, Dtype from_dtype, void* to, Dtype
   args.coefficients = coefficients;
   args.coefficient_dtype = Dtype::float64;
   args.wide = wide;
-  args.tiling = fm::plan(&args.shape, {&args.x_t, &args.x1, &args.x0}, 4, fm::Gaps::close);
+  args.tiling = fm::plan(&args.shape, {&args.x_t, &args.x1, &args.x0}, fm::kDrawnNumbers);
   isa.sample(args, 0, args.tiling.units);
 }
 
@@ -97,7 +97,7 @@ void data_map(const Isa& isa, bool channels_last) {
   args.key = Key{11, 12, 13, 0, nullptr};
   args.transform = {0.5, 17.0, true};
   args.coefficients = coefficients.data();
-  args.tiling = fm::plan(&args.shape, {&args.x_t, &args.x1, &args.x0}, 4, fm::Gaps::close);
+  args.tiling = fm::plan(&args.shape, {&args.x_t, &args.x1, &args.x0}, fm::kDrawnNumbers);
   isa.sample(args, 0, args.tiling.units);
   int mirrored = 0;
   for (int64_t b = 0; b < B; ++b) {
@@ -125,7 +125,7 @@ void far_offsets(const Isa& isa) {
   args.shape = Shape{2, 1, kPoints, kPoints};
   args.out = View{memory, Dtype::float32, kStride, 0, 1};
   args.key = Key{1, 2, 3, 4, nullptr};
-  args.tiling = fm::plan(&args.shape, {&args.out}, 4, fm::Gaps::close);
+  args.tiling = fm::plan(&args.shape, {&args.out}, fm::kDrawnNumbers);
   isa.noise(args, args.tiling.units - 2, args.tiling.units);
   const float* sample = static_cast<const float*>(memory) + kStride;
   for (int64_t p = kPoints - 1029; p < kPoints; ++p)

@@ -49,7 +49,7 @@ void check_noise(const Isa& isa, const Shape& shape, int layout, const Key& key)
   args.out = out.view();
   args.key = key;
   args.tag = 0u | 9u << 8;
-  args.tiling = fm::plan(&args.shape, {&args.out}, 4, fm::Gaps::close);
+  args.tiling = fm::plan(&args.shape, {&args.out}, fm::kDrawnNumbers);
   isa.noise(args, 0, args.tiling.units);
   out.for_each([&](int64_t b, int64_t c, int64_t p, float& x) {
     expect(close(x, scalar_normal(shape, key, args.tag, b, c, p), 2e-6), "normal " + describe(isa, shape, layout));
@@ -104,7 +104,7 @@ struct Problem {
     args.key = key;
     args.transform = {0.0, 256.0, false};
     args.coefficients = coefficients.data();
-    args.tiling = fm::plan(&args.shape, {&args.x_t, &args.x1, &args.x0}, 4, fm::Gaps::close);
+    args.tiling = fm::plan(&args.shape, {&args.x_t, &args.x1, &args.x0}, fm::kDrawnNumbers);
     return args;
   }
 
@@ -120,7 +120,7 @@ struct Problem {
     args.transform = {0.0, 256.0, false};
     args.coefficients = coefficients.data();
     args.grad_factor = 2.0 / 3.0;
-    args.tiling = fm::plan(&args.shape, {&args.o, &args.x1, &args.x0, &args.grad, &args.weight}, 4, fm::Gaps::close);
+    args.tiling = fm::plan(&args.shape, {&args.o, &args.x1, &args.x0, &args.grad, &args.weight}, fm::kDrawnNumbers);
     return args;
   }
 };
@@ -140,7 +140,7 @@ void check_loss(const Isa& isa, Problem& problem, int layout, const Key& key, bo
   if (with_x_t) {
     args.x_t = problem.x_t.view();
     args.shape = problem.shape;  // planning edits it
-    args.tiling = fm::plan(&args.shape, {&args.o, &args.x1, &args.x_t, &args.grad, &args.weight}, 4, fm::Gaps::close);
+    args.tiling = fm::plan(&args.shape, {&args.o, &args.x1, &args.x_t, &args.grad, &args.weight}, fm::kDrawnNumbers);
   }
   std::vector<double> partial(static_cast<size_t>(problem.shape.batch * fm::tiles_per_sample(args.tiling)), -1.0);
   args.partial = partial.data();

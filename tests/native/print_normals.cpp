@@ -12,7 +12,7 @@ int main(int argc, char** argv) {
     args.out = out.view();
     args.key = fm::Key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(atoll(argv[2])),
                        atoll(argv[3]), nullptr};
-    args.tiling = fm::plan(&args.shape, {&args.out}, 4, fm::Gaps::close);
+    args.tiling = fm::plan(&args.shape, {&args.out}, fm::kDrawnNumbers);
     isa.noise(args, 0, args.tiling.units);
     fwrite(args.out.data, sizeof(float), static_cast<size_t>(samples * points), stdout);
   }

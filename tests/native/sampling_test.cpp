@@ -137,7 +137,7 @@ struct SignProblem {
     isa.parity(fm::ParityArgs{codes.data(), rows.data(), s.channels, s.points, parities.data()}, 0, blocks);
   }
 
-  fm::ProbeArgs args(const View& view, int64_t block_points) const {
+  fm::ProbeArgs args(const View& view, const fm::Drawn& drawn) const {
     fm::ProbeArgs a = {};
     a.shape = shape;
     a.view = view;
@@ -147,7 +147,7 @@ struct SignProblem {
     a.first = first;
     a.share = share;
     a.parities = parities.empty() ? nullptr : parities.data();
-    a.tiling = fm::plan(&a.shape, {&a.view}, block_points, block_points == 4 ? fm::Gaps::close : fm::Gaps::keep);
+    a.tiling = fm::plan(&a.shape, {&a.view}, drawn);
     return a;
   }
 
@@ -170,7 +170,7 @@ void check_probe(const Isa& isa, const Shape& shape, int layout, bool structured
   SignProblem problem(isa, shape, structured);
   for (int64_t probe = 0; probe < problem.probes; ++probe) {
     Tensor<float> out(shape, kLayouts[layout], 1);
-    fm::ProbeArgs args = problem.args(out.view(), 128);
+    fm::ProbeArgs args = problem.args(out.view(), fm::kDrawnSigns);
     isa.probe(args, probe * args.tiling.units, (probe + 1) * args.tiling.units);
     out.for_each([&](int64_t b, int64_t c, int64_t p, float& x) {
       expect(static_cast<double>(x) == problem.sign(probe, b, c, p), "probe " + describe(isa, shape, layout));
@@ -183,7 +183,7 @@ void check_divergence(const Isa& isa, const Shape& shape, int layout, bool struc
   SignProblem problem(isa, shape, structured);
   Tensor<T> g(shape, kLayouts[layout], 1);
   g.fill(9);
-  fm::DivergenceArgs args = {problem.args(g.view(), normals ? 4 : 128), normals, nullptr};
+  fm::DivergenceArgs args = {problem.args(g.view(), normals ? fm::kDrawnNumbers : fm::kDrawnSigns), normals, nullptr};
   int64_t tiles = fm::tiles_per_sample(args.probes.tiling), units = args.probes.tiling.units;
   std::vector<double> partial(static_cast<size_t>(problem.probes * shape.batch * tiles));
   args.partial = partial.data();
