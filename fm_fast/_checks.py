@@ -29,19 +29,17 @@ def one_of(name: str, value: object, choices: Sequence[object]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
-def data(x1: object) -> None:
+def data(x1: Tensor) -> None:
     tensor("x1", x1)
-    assert isinstance(x1, Tensor)
     if x1.dtype not in FLOATING and x1.dtype != torch.uint8:
         raise TypeError(f"x1 must be float64, float32, bfloat16, float16 or uint8, got {x1.dtype}; scale other integers yourself")
     if x1.dim() == 0:
         raise ValueError("x1 must have a batch dimension [B, ...], got a scalar")
 
 
-def like(name: str, x: object, x1: Tensor) -> None:
+def like(name: str, x: Tensor, x1: Tensor) -> None:
     """A floating tensor of x1's shape on x1's device."""
     tensor(name, x)
-    assert isinstance(x, Tensor)
     if x.dtype not in FLOATING:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.shape != x1.shape:
@@ -93,6 +91,8 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 def whole(name: str, value: object, limit: int) -> None:
     """A whole number in [0, limit), or an int64 scalar tensor."""
+    if type(value) is int and 0 <= value < limit:  # as nearly always
+        return
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or value.numel() != 1:
             raise TypeError(f"{name} must be a whole number or an int64 scalar tensor, got {value.dtype} of shape {tuple(value.shape)}")

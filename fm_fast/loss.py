@@ -141,7 +141,7 @@ def sample_path(
         coefficients = loss_coefficients(spec.path, spec.objective, times).to(wide)
         if _ops.needs_reference(chosen, coefficients):
             return _plain_sample(x1, x0, times, key, spec, out, wide)
-    x_t, times, coefficients = _ops.path_sample(x1, x0, times, coefficients, key, spec, out, chosen)
+    x_t, times, coefficients = _ops.path_sample(x1, x0, times, coefficients, key, spec, out, wide, chosen)
     point = x_t if x0 is None and chosen == "cpp" else None  # a GPU draws faster than it reads
     return PathSample(x_t, times, coefficients, x1, x0, key, spec, chosen, point, _writes(x1, x0, point))
 

@@ -25,8 +25,10 @@ def noise(key: Tensor, shape: tuple[int, ...], kind: Kind, stream: int, index: i
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 where any tensor is float64, else float32: the dtype of times, coefficients, sums and losses."""
-    wide = any([x is not None and x.dtype == torch.float64 for x in tensors])
-    return torch.float64 if wide else torch.float32
+    for x in tensors:
+        if x is not None and x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

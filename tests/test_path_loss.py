@@ -129,6 +129,23 @@ def test_mixed_layouts_give_the_same_bits(o_layout, x1_layout, given, backend):
     assert torch.equal(moved[1], plain[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("points", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("batch", [1, 64, 67, 5000])
+def test_few_numbers_a_sample_give_the_same_bits_with_gaps_between_the_samples(batch, points, given, dtype, backend):
+    """Without gaps the C++ kernels take such samples side by side."""
+    padded = [tensor((batch, points + 3), dtype, seed)[:, :points] for seed in (1, 2, 3)]
+
+    def results(inputs):
+        x1, x0, o = inputs
+        s = fm.sample_path(x1, x0=x0 if given else None, path="vp", objective="score", seed=SEED, step=STEP, backend=backend)
+        return s.x_t, *loss_and_gradient(s, o, reduction="none"), *loss_and_gradient(s, o)
+
+    for got, expected in zip(results([x.contiguous() for x in padded]), results(padded), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 def test_equals_mse_loss_on_the_same_noise(backend):
     x1 = tensor((8, 3, 8, 8))
     s = fm.sample_path(x1, seed=SEED, step=STEP, backend=backend)

@@ -1,7 +1,7 @@
 // The loss w (k o - (c1 x1 + c0 x0))^2 and its gradient in one pass over o, x1 and x0 (paper eqs 9 and 23), which is read, recovered from
 // x_t or drawn again.
 #include "../loss.h"
-#include "tile.h"
+#include "abreast.h"
 
 namespace fm {
 namespace FM_ISA {
@@ -149,8 +149,53 @@ FM_INLINE void loss_of_sample(const LossArgs& args, int64_t sample, const float*
   if (args.partial) args.partial[sample] = sum;
 }
 
+// Samples without weights, next to each other. x0: kStride numbers a sample.
+template <int kPoints, int kStride, class T, class X0>
+FM_INLINE void loss_of_samples(const LossArgs& args, int64_t first, int64_t count, const X0* x0) {
+  const T* rows = static_cast<const T*>(args.coefficients) + 6 * first;
+  const T *o = row_of<const T>(args.o, first), *x1 = row_of<const T>(args.x1, first);
+  T *grad = args.grad.data ? row_of<T>(args.grad, first) : nullptr, difference[kPoints * kAbreast];
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t p = 0; p < kPoints; ++p) {
+      LossTerm<T> term = {rows[6 * i + 2], rows[6 * i + 3], rows[6 * i + 4], 0, 0};
+      difference[i * kPoints + p] = residual<T>(term, o[i * kPoints + p], x1[i * kPoints + p], static_cast<T>(x0[i * kStride + p]));
+    }
+  for (int64_t i = 0; i < count; ++i) {
+    T sum = 0;
+    for (int64_t p = 0; p < kPoints; ++p) sum += difference[i * kPoints + p] * difference[i * kPoints + p];
+    args.partial[first + i] = static_cast<double>(sum) * static_cast<double>(rows[6 * i + 5]);
+  }
+  if (!grad) return;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    T scale = static_cast<T>(args.grad_factor * static_cast<double>(rows[6 * i + 5]) * static_cast<double>(rows[6 * i + 4]));
+    for (int64_t p = 0; p < kPoints; ++p) grad[i * kPoints + p] = difference[i * kPoints + p] * scale;
+  }
+}
+
+template <class T>
+void loss_units_abreast(const LossArgs& args, int64_t begin, int64_t end) {
+  alignas(64) float noise[kBlockPoints * kAbreast];
+  Generator generator = make_generator(stream_of(args.key, kStreamX0));
+  for_each_run(args.shape, args.tiling, begin, end, [&](auto points, int64_t first, int64_t count) {
+    if (args.x0.data) return loss_of_samples<points, points, T>(args, first, count, row_of<const T>(args.x0, first));
+    draw_blocks<ToNormals>(generator, args.key, first, count, noise);
+    loss_of_samples<points, kBlockPoints, T>(args, first, count, noise);
+  });
+}
+
+// Whether the samples have nothing but their data and coefficients, in tensors that `samples_abreast` allows.
+template <class T>
+FM_INLINE bool loss_abreast(const LossArgs& args) {
+  return args.coefficient_dtype == DtypeOf<T>::value && args.partial && !args.weight.data && !args.sample_weight &&
+         !args.grad_output.data && !args.x_t.data &&
+         samples_abreast<T>(args.shape, args.tiling, args.transform, {&args.o, &args.x1, &args.x0, &args.grad});
+}
+
 template <class T>
 void loss_units(const LossArgs& args, int64_t begin, int64_t end) {
+  if (loss_abreast<T>(args)) return loss_units_abreast<T>(args, begin, end);
   const auto draws = [&](int64_t sample) { return !args.x0.data && !recovers(args, sample); };
   if (rows_in_place<T>(args.shape, args.tiling, args.transform, {&args.o, &args.x1, &args.x0, &args.x_t, &args.weight, &args.grad}))
     return for_each_row<ToNormals>(args.shape, args.tiling, args.key, kStreamX0, draws, begin, end,

@@ -1,6 +1,6 @@
 // x_t = a x1 + s x0, with x0 read or drawn (paper eq. 20 for OT, 11 in general), tile by tile.
 #include "../loss.h"
-#include "tile.h"
+#include "abreast.h"
 
 namespace fm {
 namespace FM_ISA {
@@ -50,8 +50,32 @@ FM_INLINE void sample_row(const SampleArgs& args, int64_t sample, const float* n
     mix_row(mix, x1, row_of<const T>(args.x0, sample), x_t, args.shape.points);
 }
 
+// x0: kStride numbers a sample.
+template <int kPoints, int kStride, class T, class X0>
+FM_INLINE void mix_samples(const T* __restrict rows, const T* __restrict x1, const X0* __restrict x0, T* __restrict x_t, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t p = 0; p < kPoints; ++p)
+      x_t[i * kPoints + p] = interpolate<T>(rows[6 * i], x1[i * kPoints + p], rows[6 * i + 1], static_cast<T>(x0[i * kStride + p]));
+}
+
+template <class T>
+void sample_units_abreast(const SampleArgs& args, int64_t begin, int64_t end) {
+  alignas(64) float noise[kBlockPoints * kAbreast];
+  Generator generator = make_generator(stream_of(args.key, kStreamX0));
+  for_each_run(args.shape, args.tiling, begin, end, [&](auto points, int64_t first, int64_t count) {
+    const T *rows = static_cast<const T*>(args.coefficients) + 6 * first, *x1 = row_of<const T>(args.x1, first);
+    T* x_t = row_of<T>(args.x_t, first);
+    if (args.x0.data) return mix_samples<points, points>(rows, x1, row_of<const T>(args.x0, first), x_t, count);
+    draw_blocks<ToNormals>(generator, args.key, first, count, noise);
+    mix_samples<points, kBlockPoints>(rows, x1, noise, x_t, count);
+  });
+}
+
 template <class T>
 void sample_units(const SampleArgs& args, int64_t begin, int64_t end) {
+  if (args.coefficient_dtype == DtypeOf<T>::value &&
+      samples_abreast<T>(args.shape, args.tiling, args.transform, {&args.x1, &args.x0, &args.x_t}))
+    return sample_units_abreast<T>(args, begin, end);
   const auto draws = [&](int64_t) { return args.x0.data == nullptr; };
   if (rows_in_place<T>(args.shape, args.tiling, args.transform, {&args.x1, &args.x0, &args.x_t}))
     return for_each_row<ToNormals>(args.shape, args.tiling, args.key, kStreamX0, draws, begin, end,

@@ -1,20 +1,16 @@
 // t and the six coefficients (a, s, c1, c0, k, w) of every sample (paper eqs 10 and 22 for OT; path.h for the others).
-#include "tile.h"
+#include "abreast.h"
 
 namespace fm {
 namespace FM_ISA {
 namespace {
 
-constexpr int64_t kTimesAbreast = 64;  // samples whose times are drawn in one go
-
 // Numbers of consecutive samples, one Philox block each, of which the first counts.
 template <class Finish>
 FM_INLINE void draw_first(const Generator& generator, const Key& key, int64_t first, int64_t count, float* numbers) {
-  uint32_t ids[kTimesAbreast] = {}, blocks[kTimesAbreast] = {};
-  float drawn[4 * kTimesAbreast];
-  for (int64_t i = 0; i < count; ++i) ids[i] = sample_id(key, first + i);
-  fill_listed<Finish>(generator, ids, blocks, count, drawn);
-  for (int64_t i = 0; i < count; ++i) numbers[i] = drawn[4 * i];
+  float drawn[kBlockPoints * kAbreast];
+  draw_blocks<Finish>(generator, key, first, count, drawn);
+  for (int64_t i = 0; i < count; ++i) numbers[i] = drawn[kBlockPoints * i];
 }
 
 FM_INLINE void draw_lattice(const Stream& stream, const Key& key, int64_t first, int64_t count, float* numbers) {
@@ -40,9 +36,9 @@ template <class T>
 void fill_schedule(const ScheduleArgs& args, int64_t begin, int64_t end) {
   T *t = static_cast<T*>(args.t), *rows = static_cast<T*>(args.coefficients);
   Generator generator = make_generator(stream_of(args.key, kStreamTime));
-  float numbers[kTimesAbreast];
-  for (int64_t first = begin; first < end; first += kTimesAbreast) {
-    int64_t count = lesser(kTimesAbreast, end - first);
+  float numbers[kAbreast];
+  for (int64_t first = begin; first < end; first += kAbreast) {
+    int64_t count = lesser(kAbreast, end - first);
     bool given = args.law.sampler == kTimeGiven;
     if (!given) draw_numbers(args, generator, first, count, numbers);
     for (int64_t i = 0, b = first; i < count; ++i, ++b) {

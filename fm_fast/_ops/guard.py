@@ -56,14 +56,20 @@ def needs_reference(backend: str, *tensors: Tensor | None) -> bool:
     """Whether plain PyTorch must run: asked for, a transform is active, or one of ``tensors`` wants its gradient."""
     if backend == "reference" or transforms_active():
         return True
-    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def savable(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The tensors, or copies of those made under inference mode, which autograd refuses to keep for the backward pass."""
-    if torch.compiler.is_compiling() or not any([x.is_inference() for x in tensors]):
-        return tensors
-    return tuple(x.clone() if x.is_inference() else x for x in tensors)
+    if not torch.compiler.is_compiling():
+        for x in tensors:
+            if x.is_inference():
+                return tuple(x.clone() if x.is_inference() else x for x in tensors)
+    return tensors
 
 
 def is_batched(grad_output: Tensor) -> bool:

@@ -25,10 +25,13 @@ def path_sample(
     key: Tensor,
     spec: PathSpec,
     dtype: torch.dtype,
+    wide: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_t, t [B], coefficients [B, 6]) in one pass over x1; with ``coefficients`` given, t is too and both are used as they are."""
-    wide = reference.accumulation_dtype(x1, x0, coefficients) if dtype != torch.float64 else torch.float64
+    """(x_t of ``dtype``, t [B] and coefficients [B, 6] of dtype ``wide``) in one pass over x1.
+
+    With ``coefficients`` given, t is too and both are used as they are.
+    """
     x1 = native_layout(x1)
     x_t = torch.empty_like(x1, dtype=dtype)
     sampler = spec.t_sampler.code if t is None else GIVEN_TIME
