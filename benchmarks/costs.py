@@ -78,9 +78,10 @@ def _without_collection() -> Iterator[None]:
 
 def _events(step: Callable[[], Any], device: torch.device) -> list[Any]:
     """What the profiler saw of a step, in the order of its beginnings."""
-    with profile(profile_memory=True, use_device="cuda" if device.type == "cuda" else None) as recorded:
+    on_gpu = device.type == "cuda"
+    with profile(profile_memory=True, use_device="cuda" if on_gpu else None, use_kineto=on_gpu) as recorded:
         step()
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize(device)
     assert recorded.kineto_results is not None
     return sorted(recorded.kineto_results.events(), key=lambda event: event.start_ns())

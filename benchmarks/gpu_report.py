@@ -10,12 +10,14 @@ import json
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import plan, registry, results, run
+from benchmarks.op import Op, Setting
 
 ROOT = Path(__file__).parent.parent
 GPU_TESTS = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
@@ -25,7 +27,7 @@ SANITIZERS = ("memcheck", "racecheck")
 TRIVIAL = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda').add_(1).cpu()"]
 
 
-Outcomes = dict[str, str]  # what was tried -> "ok", "FAILED", or why it was not
+Outcomes = dict[str, str]  # what was tried -> "ok", "FAILED" and perhaps why, or why it was not
 
 
 def build() -> Outcomes:
@@ -43,7 +45,9 @@ def sanitize() -> Outcomes:
     program = shutil.which("compute-sanitizer")
     if program is None:
         return dict.fromkeys(SANITIZERS, "compute-sanitizer is not installed")
-    return {tool: _sanitized([program, "--tool", tool, "--error-exitcode", "1"]) for tool in SANITIZERS}
+    # Each tensor in memory of its own, or what a kernel writes beyond one would lie in another, and be allowed.
+    program = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", program]
+    return {tool: _sanitized([*program, "--tool", tool, "--error-exitcode", "1"]) for tool in SANITIZERS}
 
 
 def _sanitized(tool: list[str]) -> str:
@@ -56,15 +60,26 @@ def bench() -> Outcomes:
     path = _path(surroundings, "")
     rows: list[results.Row] = []
     tables = []
+    outcomes: Outcomes = {}
     for entry, dtype in [(planned, dtype) for planned in plan.GPU_PLAN for dtype in planned.dtypes]:
         op, options = registry.find(entry.op), entry.options(run.parse(["--device", "cuda", "--dtype", dtype]))
         for setting in run.settings(op, options):
-            new = run.measure(op, setting, options)
-            rows += new
-            tables.append(run.table(new, new[0].provider))
-            results.write(path, rows, surroundings)
+            new, outcomes[f"{op.name}, {setting.size}, {setting.problem}"] = _measured(op, setting, options)
+            if new:
+                rows += new
+                tables.append(run.table(new, new[0].provider))
+                results.write(path, rows, surroundings)
     print("\n".join(tables))
-    return {"rows": "ok" if rows else "FAILED"}
+    return outcomes
+
+
+def _measured(op: Op, setting: Setting, options: argparse.Namespace) -> tuple[list[results.Row], str]:
+    """The rows of a setting and what came of it: one that fails must not cost the report the others."""
+    try:
+        return run.measure(op, setting, options), "ok"
+    except (Exception, SystemExit) as error:  # SystemExit: a provider is wrong
+        traceback.print_exc()
+        return [], f"FAILED: {error}".splitlines()[0]
 
 
 STAGES: dict[str, Callable[[], Outcomes]] = {"build": build, "test": test, "sanitize": sanitize, "bench": bench}
@@ -98,7 +113,7 @@ def _run_stage(stage: str) -> bool:
     outcomes = STAGES[stage]()
     _record(stage, outcomes, surroundings)
     print("\n".join(f"{stage}: {name}: {outcome}" for name, outcome in outcomes.items()))
-    return "FAILED" not in outcomes.values()
+    return not any(outcome.startswith("FAILED") for outcome in outcomes.values())
 
 
 def _in_new_process(stage: str) -> bool:

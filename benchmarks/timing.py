@@ -97,10 +97,13 @@ def captured(steps: list[Step]) -> Step:
         for step in steps * 3:
             step()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for step in steps:
-            step()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            for step in steps:
+                step()
+    finally:
+        torch.cuda.set_stream(current)  # which a capture that fails leaves behind
     return graph.replay
 
 

@@ -95,7 +95,8 @@ def sample(
         dtype: of the model's input; by default the noise's. The state is float32 (float64 for float64 noise) throughout, so a bfloat16
             model loses no accuracy to the solver.
         grad: "none" (nothing is recorded), "direct" (the whole graph is), "checkpoint" (the model runs again in backward).
-        on_nonfinite: "raise" a FloatingPointError if a sample is not finite at the end, or "mark" it in the result.
+        on_nonfinite: "raise" a FloatingPointError if a sample is not finite at the end, or "mark" it in the result. Inside torch.compile,
+            torch.func transforms and the capture of a CUDA graph samples are only marked.
         backend: as in :func:`fm_fast.flow_matching_loss`.
 
     Raises:

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fm_fast._device import is_captured, to_device
+
 VALUE, GRADIENT, COPY, OFFSET, COUNT, GROUP = (tl.constexpr(i) for i in range(6))  # columns of the table
 COLUMNS = tl.constexpr(6)
 TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -62,27 +64,19 @@ def tables(rows: tuple[Row, ...], size: int, device: torch.device) -> tuple[Tens
     """(table, chunks of ``size`` elements) on the device. Made anew only where addresses are new, which must not be while a graph is
     captured: RuntimeError."""
     made = _made_tables(rows, size, device)
-    if _is_captured(device):
+    if is_captured(device):
         _read_by_graphs.append(made)
     return made
 
 
-def _is_captured(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 @functools.lru_cache(maxsize=64)
 def _made_tables(rows: tuple[Row, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    if _is_captured(device):
+    if is_captured(device):
         # The copy would be repeated at every replay, from memory of the host that is long gone.
         raise RuntimeError("gradients: expected memory that an earlier step had, as AdamWEMA.keep_gradients() gives, to capture a graph")
     chunks = [(i, first) for i, row in enumerate(rows) for first in range(0, row.count, size)]
-    return _to_device(rows, device), _to_device(chunks, device)
-
-
-def _to_device(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    table, order = (torch.tensor(values, dtype=torch.int64, device="cpu") for values in (rows, chunks))
+    return to_device(table, device), to_device(order, device)
 
 
 def by_kind(kinds: Sequence[Kind], rows: Sequence[Row]) -> Iterator[tuple[Kind, tuple[Row, ...]]]:

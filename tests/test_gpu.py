@@ -230,6 +230,28 @@ def test_solver_and_divergence_neither_wait_nor_resist_a_graph(place):
     assert torch.equal(sums[0], before[0] + 3072.0)
 
 
+@pytest.mark.parametrize("settings", [{"method": "euler"}, {"method": "midpoint", "path": "vp", "objective": "noise"}, {"method": "ab2"}])
+def test_a_whole_solve_neither_waits_nor_resists_a_graph(settings, place):
+    """Once a solve has brought its times and tables to the device; what is marked, not raised, is not looked at."""
+    noise = data(place, (8, 3, 16, 16))
+
+    def solve():
+        model = lambda x, t: torch.tanh(x) * t.view(-1, 1, 1, 1)  # noqa: E731
+        return fm.sample(model, noise, steps=5, on_nonfinite="mark", backend=place.backend, **settings).x
+
+    wanted = solve()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        solve()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = solve()
+    graph.replay()
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("objective", ["fm-ot", "scoreflow"])
 def test_replayed_training_steps_are_the_steps(objective, precision):

@@ -1,5 +1,6 @@
 """The control flow of the GPU report on a machine without a GPU: what it runs, records and returns."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -10,6 +11,7 @@ import torch
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import gpu_report, plan, results
+from benchmarks.op import Setting
 
 SURROUNDINGS = {"device": "Some GPU", "date": "2026-01-02", "triton": ""}
 
@@ -79,21 +81,22 @@ def test_a_refused_or_missing_sanitizer_is_recorded(machine, monkeypatch):
     assert set(stages()["sanitize"].values()) == {"compute-sanitizer is not installed"}
 
 
-def test_rows_are_kept_when_a_later_setting_fails(machine, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), SystemExit("naive eager is wrong, so nothing is timed")])
+def test_a_setting_that_fails_costs_the_report_no_other(error, machine, monkeypatch):
     row = results.Row("op", "ours", "mode", "size", "float32", "ms", 1.0, 0.9, 1.1)
-    outcomes = iter([[row], RuntimeError("out of memory")])
 
-    def measure(*arguments):
-        outcome = next(outcomes)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+    def measure(op, setting, options):
+        if setting.size == "second":
+            raise error
+        return [dataclasses.replace(row, size=setting.size)]
 
-    monkeypatch.setattr(gpu_report.run, "settings", lambda op, options: ["first", "second"])
+    settings = [Setting(torch.device("cpu"), size, (1,), torch.float32, "mode") for size in ("first", "second", "third")]
+    monkeypatch.setattr(gpu_report.run, "settings", lambda op, options: settings)
     monkeypatch.setattr(gpu_report.run, "measure", measure)
     monkeypatch.setattr(gpu_report.run, "table", lambda rows, ours: "table")
-    monkeypatch.setattr(plan, "GPU_PLAN", plan.GPU_PLAN[:1])
-    with pytest.raises(RuntimeError, match="out of memory"):
-        gpu_report.main(["bench"])
-    (kept,) = json.loads((results.FOLDER / "Some_GPU-2026-01-02.json").read_text())
-    assert (kept["provider"], kept["median"], kept["device"]) == ("ours", 1.0, "Some GPU")
+    monkeypatch.setattr(plan, "GPU_PLAN", [dataclasses.replace(plan.GPU_PLAN[0], dtypes=("float32",))])
+    assert gpu_report.main(["bench"]) == 1
+    rows = json.loads((results.FOLDER / "Some_GPU-2026-01-02.json").read_text())
+    assert [(row["size"], row["provider"], row["device"]) for row in rows] == [(s, "ours", "Some GPU") for s in ("first", "third")]
+    first, second, third = stages()["bench"].values()
+    assert (first, second, third) == ("ok", f"FAILED: {error}", "ok")

@@ -90,7 +90,8 @@ def _torch(kind: str, move: Move) -> Callable[[Inputs, Setting], Callable[[], Ou
         weights = [x.clone() for x in given.weights] if half else masters
         values = [p.detach() for p in masters]
         averages = [[x.clone() for x in values] for _ in MODES[setting.mode]]
-        optimiser = torch.optim.AdamW(masters, RATE, BETAS, EPSILON, WEIGHT_DECAY, fused=kind == "fused", foreach=kind == "foreach")
+        form = {"fused": kind == "fused", "foreach": kind == "foreach", "capturable": setting.device.type == "cuda"}
+        optimiser = torch.optim.AdamW(masters, RATE, BETAS, EPSILON, WEIGHT_DECAY, **form)
 
         def step() -> Outcome:
             # In float32 the gradients stay as the first step has clipped them: to clip them again costs the same and changes nothing.

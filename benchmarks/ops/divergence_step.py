@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import probe_sets
-from benchmarks.op import Op, Provider, Setting, bytes_of_shape
+from benchmarks.op import Inexact, Op, Provider, Setting, bytes_of_shape
 from benchmarks.points import relative_error, with_ours
 from benchmarks.probe_sets import MODES, SIZES
 from fm_fast import _ops
 
 STEP, FACTOR = 1, 0.1
 TOLERANCE = 1e-5  # of every dtype: products of +1 and -1 are exact, and what they are summed in is float32 or wider
+ROUNDING = 2.0**-23  # of a sum in float32
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,16 @@ def check(given: Inputs, setting: Setting, step: Step) -> None:
             assert not value.any(), f"the {name} is not 0"
             continue
         error = relative_error(value, exact)
-        assert error <= TOLERANCE, f"the {name} is off by {error:.1e} (relative), more than {TOLERANCE:.0e}"
+        message = f"the {name} is off by {error:.1e} (relative), more than {TOLERANCE:.0e}"
+        if name == "variance" and TOLERANCE < error <= _rounded_away(given):
+            raise Inexact(message, error)
+        assert error <= TOLERANCE, message
+
+
+def _rounded_away(given: Inputs) -> float:
+    """What is lost of the variance where the sums of large samples are rounded to float32: they are far larger than they differ."""
+    dots = (given.z.double() * given.products.double()).flatten(2).sum(2)
+    return ROUNDING * float(dots.abs().mean() / dots.std(0).mean())
 
 
 def bytes_moved(setting: Setting) -> int:

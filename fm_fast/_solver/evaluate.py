@@ -1,10 +1,10 @@
 """The network at the times of a plan: conditions bound, the batch doubled where guidance applies, the first output checked."""
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fm_fast import _ops, reference
+from fm_fast._solver.constants import constant
 from fm_fast._solver.field import Field, check_output
 from fm_fast._solver.loop import Evaluate
 from fm_fast._solver.plan import Plan
@@ -15,11 +15,16 @@ def make_evaluate(field: Field, plan: Plan, start: Tensor, rerun: bool = False) 
 
     The first output is checked here; the op checks the sizes of the others.
     """
-    times = torch.from_numpy(plan.times).to(device=start.device, dtype=reference.accumulation_dtype(start))
+    times = time_tensor(plan, start)
     evaluate = _guided(field, plan, times) if field.doubled is not None else _plain(field, times)
     if start.dim() > 3:
         evaluate = _native(evaluate)
     return _rerun(evaluate) if rerun else evaluate
+
+
+def time_tensor(plan: Plan, start: Tensor) -> Tensor:
+    """The plan's times in memory of their own, since a network may write into what it is given."""
+    return constant(plan.times, reference.accumulation_dtype(start), start.device).clone()
 
 
 def time_views(times: Tensor, batch: int) -> tuple[Tensor, ...]:

@@ -114,7 +114,7 @@ def _doubled(name: str, value: Any, null: Any, batch: int) -> Any:
             raise TypeError(f"guidance.null[{name!r}] must be a tensor or a number, got {type(null).__name__}")
         if isinstance(null, float) and not value.is_floating_point() and null != int(null):
             raise ValueError(f"guidance.null[{name!r}] must be a whole number like the condition, {value.dtype}, got {null}")
-        other = torch.as_tensor(null, dtype=value.dtype, device=value.device)
+        other = null.to(value) if isinstance(null, Tensor) else value.new_full((), null)
         try:
             return torch.cat([value, other.expand_as(value)])
         except RuntimeError:

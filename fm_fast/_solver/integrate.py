@@ -11,7 +11,7 @@ from torch import Tensor
 from fm_fast import _ops, reference
 from fm_fast._solver.adaptive import solve_adaptive
 from fm_fast._solver.estimator import Estimator, frozen
-from fm_fast._solver.evaluate import time_views
+from fm_fast._solver.evaluate import time_tensor, time_views
 from fm_fast._solver.field import Field, check_output
 from fm_fast._solver.loop import Evaluate, Layout, make_state, run
 from fm_fast._solver.plan import Plan, make_plan
@@ -135,7 +135,7 @@ def _fixed(task: Task, start: Tensor, plan: Plan, measures: list[Measure]) -> In
 def _measured(task: Task, plan: Plan, start: Tensor, measures: list[Measure]) -> Evaluate:
     """The model at the plan's times; where the divergence has a weight, it is measured from the same forward pass."""
     field, size = task.field, math.prod(start.shape[1:])
-    views = time_views(torch.from_numpy(plan.times).to(start.device, reference.accumulation_dtype(start)), field.batch)
+    views = time_views(time_tensor(plan, start), field.batch)
     guided = [field.guided_at(t) for t in plan.times.tolist()]
     weights = plan.weights.tolist()
     biases, factors = (plan.weights * plan.x_factors * size).tolist(), (plan.weights * plan.output_factors).tolist()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fm_fast import _ops, reference
+from fm_fast._solver.constants import constant
 from fm_fast._solver.field import check_output
 from fm_fast._solver.plan import Plan, Stage
 
@@ -121,7 +122,7 @@ class FusedState:
 
     def _combination(self, stage: Stage) -> Callable[[int, Tensor], None]:
         history, lags, scale, step, x = self._history, stage.lags, self._scale, self._step, self.x
-        table, to_velocity = torch.from_numpy(stage.coefficients).to(x.device), self._velocity(stage)
+        table, to_velocity = constant(stage.coefficients, torch.float64, x.device), self._velocity(stage)
         target, copy, following = self._destination(stage)
 
         def advance(row: int, output: Tensor) -> None:
@@ -144,7 +145,7 @@ class FusedState:
         """p x + r o in new memory where the stage asks for it, else the output as it can be kept."""
         if stage.velocity is None:
             return (lambda row, output: self._own(output)) if self._copies else (lambda row, output: output)
-        table = torch.from_numpy(stage.velocity).to(self.x.device)
+        table = constant(stage.velocity, torch.float64, self.x.device)
 
         def velocity(row: int, output: Tensor) -> Tensor:
             result = torch.empty_like(self.x)

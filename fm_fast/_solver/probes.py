@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fm_fast import _checks, _ops
 from fm_fast._philox import Kind, Stream
+from fm_fast._solver.constants import constant
 
 KINDS = ("auto", "exact", "rademacher", "gaussian", "hadamard", "coloured")
 ALWAYS_EXACT = 4
@@ -73,7 +74,7 @@ def make_probes(kind: str, probes: int, replicates: int, shape: tuple[int, ...],
     if kind == "hadamard":
         return Probes(kind, probes * replicates, probes, size, torch.arange(size, device=device), none)
     if kind == "coloured":
-        codes = torch.from_numpy(colours(shape, probes)).to(device)
+        codes = constant(colours(shape, probes), torch.int64, device)
         return Probes(kind, probes * replicates, probes, size, codes, torch.arange(probes, device=device).repeat(replicates))
     return Probes("rademacher" if kind == "auto" else kind, probes * replicates, 1, size, none, none)
 

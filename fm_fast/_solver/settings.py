@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fm_fast import _backends, _checks, _ops
+from fm_fast import _backends, _checks, _device, _ops
 from fm_fast._solver.plan import Plan, make_plan
 from fm_fast.grids import Grid, grid_nodes, with_times
 from fm_fast.objectives import Objective, as_objective, velocity_range
@@ -99,12 +99,13 @@ def _with_saved(nodes: np.ndarray, save: Save, adaptive: bool) -> tuple[np.ndarr
 def check_finite(values: Tensor, what: str, settings: Settings, on_nonfinite: str) -> Tensor:
     """bool [B], which samples are finite at the end of the solve; the only look at values, after the loop.
 
-    Raises FloatingPointError if one is not and ``on_nonfinite`` is "raise".
+    Raises FloatingPointError if one is not and ``on_nonfinite`` is "raise", where values can be read: not inside torch.compile, torch.func
+    transforms or the capture of a CUDA graph.
     """
     _checks.one_of("on_nonfinite", on_nonfinite, NONFINITE)
     finite = torch.isfinite(values.detach())
     finite = finite.flatten(1).all(1) if finite.dim() > 1 else finite
-    unreadable = torch.compiler.is_compiling() or _ops.transforms_active()
+    unreadable = torch.compiler.is_compiling() or _ops.transforms_active() or _device.is_captured(values.device)
     if on_nonfinite == "raise" and not unreadable and not bool(finite.all()):
         raise FloatingPointError(
             f"{int((~finite).sum())} of {len(finite)} {what} are not finite after the solve to t = {settings.nodes[-1]}; take more steps "

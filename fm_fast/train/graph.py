@@ -40,9 +40,13 @@ class CudaRecorder:
         current.wait_stream(self._stream)
 
     def record(self, work: Work) -> Work:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
-            work()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                work()
+        except RuntimeError:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own stream as the current one
+            raise
         return graph.replay
 
 

@@ -1,0 +1,70 @@
+"""The numbers of a plan on a device: copied there once, never while a CUDA graph is captured, and no network can change them."""
+
+import numpy as np
+import pytest
+import torch
+
+import fm_fast as fm
+from fm_fast import _device
+from fm_fast._solver import constants
+
+CUDA = torch.device("cuda")
+VALUES = np.array([[1.0, 0.25], [1.0, 0.75]])
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """A make-believe GPU: its copies stay on the CPU. Returns a function that says whether a graph is being captured."""
+    capturing = [False]
+    monkeypatch.setattr(_device, "is_captured", lambda device: capturing[0])
+    monkeypatch.setattr(_device, "to_device", lambda values, device: values)
+    constants._kept.cache_clear()
+    yield lambda value: capturing.__setitem__(0, value)
+    constants._kept.cache_clear()
+
+
+def test_a_gpu_keeps_what_it_was_brought(capture):
+    first = constants.constant(VALUES, torch.float32, CUDA)
+    assert torch.equal(first, torch.tensor(VALUES, dtype=torch.float32))
+    assert constants.constant(VALUES.copy(), torch.float32, CUDA) is first
+    assert constants.constant(VALUES, torch.float64, CUDA).dtype == torch.float64
+    assert constants.constant(VALUES.T.copy(), torch.float32, CUDA) is not first
+
+
+def test_a_capture_takes_what_is_there_and_nothing_else(capture):
+    kept = constants.constant(VALUES, torch.float32, CUDA)
+    capture(True)
+    assert constants.constant(VALUES, torch.float32, CUDA) is kept
+    assert any(x is kept for x in constants._read_by_graphs)
+    with pytest.raises(RuntimeError, match="call it once before the capture"):
+        constants.constant(VALUES + 1.0, torch.float32, CUDA)
+
+
+def test_inference_mode_leaves_no_mark(capture):
+    with torch.inference_mode():
+        kept = constants.constant(VALUES, torch.float32, CUDA)
+    assert not kept.is_inference()
+
+
+def test_a_network_that_writes_to_its_times_changes_no_later_solve(capture, monkeypatch):
+    """A batch of one gets its times as they lie in memory."""
+    on_gpu = constants.constant
+    monkeypatch.setattr("fm_fast._solver.evaluate.constant", lambda values, dtype, device: on_gpu(values, dtype, CUDA))
+
+    def model(x, t):
+        velocity = torch.ones_like(x) * t
+        t.mul_(1000.0)
+        return velocity
+
+    noise = torch.zeros(1, 2)
+    first, second = (fm.sample(model, noise, steps=4).x for _ in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, torch.full((1, 2), 0.5))
+
+
+def test_samples_are_marked_where_a_capture_forbids_to_look(capture):
+    capture(True)
+    assert not fm.sample(lambda x, t: x / 0.0, torch.ones(2, 3), steps=1).finite.any()
+    capture(False)
+    with pytest.raises(FloatingPointError):
+        fm.sample(lambda x, t: x / 0.0, torch.ones(2, 3), steps=1)
