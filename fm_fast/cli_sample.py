@@ -134,9 +134,13 @@ def _solver(options: argparse.Namespace, config: "TrainConfig") -> dict[str, Any
     method, without_class = options.method or config.sample_method, options.classes == ["none"]
     if is_adaptive(method) and options.steps is not None:
         raise ValueError(f"steps: expected none for the adaptive method {method}, got {options.steps}")
-    guidance = options.guidance if options.guidance is not None else 1.0 if without_class else config.guidance
+    guidance = options.guidance if options.guidance is not None else 1.0 if without_class else config.picture_guidance
     if without_class and guidance != 1.0:
         raise ValueError(f"guidance: expected 1 without a class, got {guidance}")
+    if guidance != 1.0 and not config.knows_the_null_class:
+        raise ValueError(f"guidance: expected 1 for a run with label_drop 0 or without classes, got {guidance}")
+    if without_class and config.conditional and not config.knows_the_null_class:
+        raise ValueError("classes: expected numbers or all for a run with label_drop 0, which has not learnt to go without, got none")
     steps = options.steps or config.sample_steps
     return {"method": method, "steps": steps, "guidance": guidance, "grid": options.grid, "rtol": options.rtol, "atol": options.atol}
 
@@ -149,5 +153,10 @@ def _write(out: Path, images: "Tensor", labels: "Tensor", levels: int, count: in
     else:
         from fm_fast.train.picture import write_images
 
-        # Rows of equal length, so that each belongs to one class.
-        write_images(out, images, levels, columns=-(-count // -(-count // LONGEST_ROW)))
+        write_images(out, images, levels, columns=_columns(count))
+
+
+def _columns(count: int) -> int:
+    """Images in a row: a divisor of a class's count, so that each row belongs to one class; all where only short rows would do."""
+    longest = max(columns for columns in range(1, LONGEST_ROW + 1) if count % columns == 0)
+    return longest if 2 * longest >= LONGEST_ROW else count

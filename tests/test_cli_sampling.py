@@ -10,6 +10,7 @@ import pytest
 import torch
 from trainer_helpers import decode_png
 
+from fm_fast import cli_sample
 from fm_fast.cli import main
 from fm_fast.train.checkpoint import read_checkpoint
 from fm_fast.train.data import digits
@@ -90,6 +91,22 @@ def test_without_a_class(run, tmp_path, capsys):
     out = tmp_path / "samples.npz"
     assert main(["sample", str(run), "--classes", "none", "--count", "2", "--out", str(out)]) == 0
     assert np.load(out)["labels"].tolist() == [-1, -1] and "guidance 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("count", "columns"), [(3, 3), (20, 20), (21, 21), (23, 23), (30, 15), (39, 13), (40, 20)])
+def test_each_row_of_a_picture_belongs_to_one_class(count, columns):
+    assert cli_sample._columns(count) == columns and count % columns == 0
+
+
+def test_no_guidance_by_a_class_that_was_never_learnt(tmp_path, capsys):
+    run, out = str(tmp_path / "run"), str(tmp_path / "samples.npz")
+    assert main([*RUN, "--label-drop", "0", "--guidance", "3", "--out", run]) == 0
+    assert main(["sample", run, "--count", "2", "--out", out]) == 0
+    assert "guidance 1" in capsys.readouterr().out
+    assert main(["sample", run, "--count", "2", "--guidance", "2", "--out", out]) == 1
+    assert "guidance: expected 1 for a run with label_drop 0" in capsys.readouterr().err
+    assert main(["sample", run, "--count", "2", "--classes", "none", "--out", out]) == 1
+    assert "classes: expected numbers or all for a run with label_drop 0" in capsys.readouterr().err
 
 
 # Likelihoods

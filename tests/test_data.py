@@ -1,7 +1,9 @@
 """Readers against files written here by independent means, a message for every kind of damage, and the order of training."""
 
+import errno
 import gzip
 import io
+import os
 import pickle
 import struct
 import tarfile
@@ -356,6 +358,51 @@ def test_a_share_of_a_folder_is_held_out(tmp_path):
     whole = load_dataset(tmp_path)
     found = {(image.numpy().tobytes(), int(label)) for part in parts for image, label in zip(part.images, part.labels, strict=True)}
     assert found == {(image.numpy().tobytes(), int(label)) for image, label in zip(whole.images, whole.labels, strict=True)}
+
+
+def test_the_classes_of_a_test_folder_are_those_of_the_train_folder(tmp_path):
+    pixels = random_images(6, 4, 4, 3)
+    write_images(tmp_path / "train", pixels[:4])
+    write_images(tmp_path / "test", pixels[4:])
+    for image in (tmp_path / "test" / "a").iterdir():
+        image.unlink()
+    (tmp_path / "test" / "a").rmdir()
+    held_out = load_dataset(tmp_path, "test")
+    assert held_out.labels.tolist() == [1] and held_out.classes == 2
+    (tmp_path / "test" / "b").rename(tmp_path / "test" / "c")
+    with pytest.raises(ValueError, match=r"expected the classes of .*train, a, b; got also c"):
+        load_dataset(tmp_path, "test")
+
+
+def test_a_share_is_held_out_of_a_train_part_alone(tmp_path, idx_folder):
+    write_images(tmp_path / "pictures" / "train", random_images(10, 4, 4, 3))
+    for file in tmp_path.glob("t10k*"):
+        file.unlink()
+    for folder, size in ((tmp_path / "pictures", 10), (tmp_path, 5)):
+        train, held_out = (load_dataset(folder, split, Preparation(test_share=0.4)) for split in ("train", "test"))
+        assert (len(train), len(held_out)) == (size - 2 * size // 5, 2 * size // 5)
+        assert len(load_dataset(folder)) == size
+
+
+def test_images_that_would_be_cut_off_at_255_are_refused(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "a").mkdir()
+    image.fromarray(np.full((4, 4), 30000, dtype=np.uint16)).save(tmp_path / "a" / "deep.png")
+    with pytest.raises(ValueError, match=r"deep\.png: expected 8 bits a channel, got an image of mode I"):
+        load_dataset(tmp_path)
+
+
+def test_a_full_disk_is_an_error_of_its_own(tmp_path, monkeypatch):
+    """A process that writes to a mapped file on a full disk is killed."""
+
+    def full(descriptor, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_images(tmp_path / "images", random_images(4, 4, 4, 3))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        load_dataset(tmp_path / "images", "train", Preparation(memory_limit=1e-9, cache=str(tmp_path / "cache")))
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_images_of_any_size_are_cropped_and_resized(tmp_path):

@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from trainer_helpers import CPU, assert_same_state, flat, tiny
@@ -105,13 +107,50 @@ def test_nothing_but_damaged_checkpoints(tmp_path):
 def test_a_new_run_overwrites_another_only_when_told_to(tmp_path):
     run(tmp_path, steps=4)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(FileExistsError, match=r"holds the checkpoints of another run \(checkpoint-00000004.pt\); --resume .* --overwrite"):
+    with pytest.raises(FileExistsError, match=r"holds checkpoint-00000004.pt of another run; --resume .* --overwrite"):
         run(tmp_path, seed=1)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
     other = run(tmp_path, overwriting=True, seed=1, steps=2)
     assert names(tmp_path) == ["checkpoint-00000002.pt"] and load_model(tmp_path)[1] == other.config
     with pytest.raises(ValueError, match="resume, overwrite: expected one of them"):
         run(tmp_path, True, True)
+
+
+def test_weights_alone_are_another_run_too(tmp_path):
+    run(tmp_path)
+    for file in tmp_path.glob("checkpoint*"):
+        file.unlink()
+    before = (tmp_path / "weights.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match=r"holds weights\.safetensors of another run; --resume"):
+        run(tmp_path)
+    assert (tmp_path / "weights.safetensors").read_bytes() == before
+
+
+def test_fewer_steps_than_were_taken_are_no_run_to_resume(tmp_path, capsys):
+    run(tmp_path)
+    with pytest.raises(ValueError, match="steps: expected at least the 8 that this run has taken, got 4"):
+        run(tmp_path, resuming=True, steps=4)
+    run(tmp_path, resuming=True, steps=10)
+    assert "was to take 8 steps and now takes 10" in capsys.readouterr().out
+
+
+def test_a_network_with_dropout_draws_its_pictures_without(tmp_path):
+    net = replace(tiny().model, dropout=0.3)
+    result = run(tmp_path, model=net, sample_every=4)
+    assert (tmp_path / "samples.png").is_file() and not result.state.averaged().training
+
+
+def test_images_that_are_not_square_are_refused_before_the_run(tmp_path):
+    np.savez(tmp_path / "wide.npz", images=np.zeros((4, 8, 16), np.uint8), labels=np.zeros(4, np.int64))
+    with pytest.raises(ValueError, match=r"data: expected square images .*, got '8x16'"):
+        run(tmp_path / "run", data=str(tmp_path / "wide.npz"))
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_in_other_than_one_or_three_channels_are_drawn_in_part(channels, tmp_path):
+    np.savez(tmp_path / "data.npz", images=np.zeros((4, channels, 8, 8), np.uint8), labels=np.zeros(4, np.int64))
+    run(tmp_path / "run", data=str(tmp_path / "data.npz"))
+    assert (tmp_path / "run" / "samples.png").is_file()
 
 
 def test_two_processes_never_write_into_one_folder(tmp_path):

@@ -117,8 +117,9 @@ def _bits_by_draws(model: torch.nn.Module, config: TrainConfig, data: Dataset, s
 def reproduce_table1(out: Path, data: str, seed: int, steps: int, source: Path | None = None, jobs: int = 1) -> list[Row]:
     """All five objectives, `jobs` at a time; writes a run and a part for each, table1-<data>.json and table1-<data>.md into `out`."""
     config = replace(settings(data, source), seed=seed, steps=steps)
-    parts = Parts(out / "parts", {"data": data, "seed": seed, "steps": steps})
-    runs = {name: replace(config, objective=name, out=str(out / f"{data}-{name}")) for name in NAMES}
+    parts = Parts(out / "parts", {"data": config.data, "seed": seed, "steps": steps})
+    # The name of a run's folder tells its settings: a run is continued only where they are the same.
+    runs = {name: replace(config, objective=name, out=str(out / f"{data}-{name}-{steps}-steps-seed-{seed}")) for name in NAMES}
     arguments = {f"table1-{data}-{name}": (name, run) for name, run in runs.items()}
     rows = parts.get_all(Row, row, arguments, jobs)
     command = f"fm-fast reproduce table1 --data {data} --seed {seed} --steps {steps}"

@@ -66,6 +66,9 @@ def restore(path: Path, content: dict[str, Any], state: TrainState, config: Trai
     conflicts = resume_conflicts(from_dict(content["config"]), config)
     if conflicts:
         raise ValueError(f"{path}: cannot resume with other settings: {'; '.join(conflicts)}")
+    taken = content["state"]["step"]
+    if taken > config.steps:
+        raise ValueError(f"{path}: steps: expected at least the {taken} that this run has taken, got {config.steps}")
     state.load_state_dict(content["state"])
 
 

@@ -89,7 +89,9 @@ class TrainConfig:
     seed: int = _option(0, "the run is a function of this number and the settings")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...", resumable=True)
     parallel: str = _option("ddp", f"what several processes (torchrun) share: {PARALLEL_TEXT}", resumable=True)
-    guidance: float = _option(2.0, "guidance weight w of the sample pictures: v_u + w (v_c - v_u); 1 is no guidance", resumable=True)
+    guidance: float = _option(
+        2.0, "guidance weight w of the sample pictures: v_u + w (v_c - v_u); none: 1, or no label_drop", resumable=True
+    )
     sample_method: str = _option("midpoint", f"solver of the sample pictures: {', '.join(METHODS)}", resumable=True)
     sample_steps: int = _option(20, "solver steps of the sample pictures", resumable=True)
     sample_every: int = _option(250, "training steps between two sample pictures, 0 for one at the end", resumable=True)
@@ -107,6 +109,16 @@ class TrainConfig:
     @property
     def recipe(self) -> Recipe:
         return RECIPES[self.objective]
+
+    @property
+    def knows_the_null_class(self) -> bool:
+        """Whether the network has learnt what it answers without a label, which guidance needs."""
+        return self.conditional and self.label_drop > 0.0
+
+    @property
+    def picture_guidance(self) -> float:
+        """`guidance` where the network has learnt the null class, else 1: none."""
+        return self.guidance if self.knows_the_null_class else 1.0
 
     @property
     def preparation(self) -> Preparation:
@@ -147,6 +159,7 @@ def _require(name: str, holds: bool, expected: str, got: object) -> None:
 def fit_to_data(config: TrainConfig, image_shape: tuple[int, ...], classes: int) -> TrainConfig:
     """The same run with the network's channels, size and classes taken from the data (image_shape is C, H, W)."""
     channels, height, width = image_shape
+    _require("data", height == width, "square images (resize cuts out the middle square of a folder's)", f"{height}x{width}")
     known, factor = classes if config.conditional else 0, config.super_resolution
     _require("super_resolution", height % factor == width % factor == 0, f"a divisor of the images' size, {height}x{width}", factor)
     low = channels if factor > 1 else 0

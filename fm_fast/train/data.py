@@ -17,6 +17,7 @@ DIGITS = Path(__file__).parent.parent / "datasets" / "digits.npz"
 DIGITS_TRAIN = 1500
 DIGITS_LEVELS = 17
 LEVELS = 256
+TEST_FILES = ("t10k", "test")  # beginnings of their names
 # Where Debian's and Ubuntu's package dataset-fashion-mnist puts it, and a place of one's own.
 FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("data/fashion-mnist"))
 PREPARED = Preparation()
@@ -155,14 +156,16 @@ def _from_folder(folder: Path, split: str, preparation: Preparation) -> Dataset:
         return make_dataset(folder.name, *read_cifar10(folder, split), classes=10)
     idx_files = sorted(folder.glob("*-images-idx3-ubyte*"))
     if idx_files:
-        return replace(_from_file(_idx_file_of_split(folder, idx_files, split), split), divided=True)
+        divided = preparation.test_share == 0.0 or any(file.name.startswith(TEST_FILES) for file in idx_files)
+        return replace(_from_file(_idx_file_of_split(folder, idx_files, split if divided else "train"), split), divided=divided)
     return _from_image_folder(folder, split, preparation)
 
 
 def _from_image_folder(folder: Path, split: str, preparation: Preparation) -> Dataset:
-    part = split_folder(folder, split)
-    files, labels, classes = list_images(part or folder)
-    if part is None and preparation.test_share > 0.0:
+    train, test = (split_folder(folder, name) for name in ("train", "test"))
+    images_in = test if split == "test" and test else train or folder
+    files, labels, classes = list_images(images_in, train or folder)
+    if test is None and preparation.test_share > 0.0:
         rows = rows_of_split(len(files), preparation.test_share, split)
         files, labels = [files[row] for row in rows], labels[rows]
     images, mapped = read_images(files, preparation)
@@ -170,7 +173,7 @@ def _from_image_folder(folder: Path, split: str, preparation: Preparation) -> Da
 
 
 def _idx_file_of_split(folder: Path, files: list[Path], split: str) -> Path:
-    prefixes = ("train",) if split == "train" else ("t10k", "test")
+    prefixes = ("train",) if split == "train" else TEST_FILES
     for file in files:
         if file.name.startswith(prefixes):
             return file

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -28,13 +29,23 @@ def split_folder(folder: Path, split: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_dir()), None)
 
 
-def list_images(folder: Path) -> tuple[list[Path], Tensor, int]:
-    """(files, labels int64 [N], number of classes): one class a subfolder, in alphabetical order. Raises FileNotFoundError for none."""
-    names = sorted(child.name for child in folder.iterdir() if child.is_dir())
-    found = [(file, number) for number, name in enumerate(names) for file in _image_files(folder / name)]
+def list_images(folder: Path, classes_of: Path | None = None) -> tuple[list[Path], Tensor, int]:
+    """(files, labels int64 [N], number of classes): one class a subfolder, in alphabetical order, of ``classes_of`` where given.
+
+    Raises FileNotFoundError for no image, ValueError for a class that ``classes_of`` does not have.
+    """
+    present, names = _subfolders(folder), _subfolders(classes_of or folder)
+    unknown = sorted(set(present) - set(names))
+    if unknown:
+        raise ValueError(f"{folder}: expected the classes of {classes_of}, {', '.join(names)}; got also {', '.join(unknown)}")
+    found = [(file, names.index(name)) for name in present for file in _image_files(folder / name)]
     if not found:
         raise FileNotFoundError(f"{folder}: expected IDX files, CIFAR-10 batches, or a subfolder of images for each class")
     return [file for file, _ in found], torch.tensor([number for _, number in found]), len(names)
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(child.name for child in folder.iterdir() if child.is_dir())
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -56,8 +67,16 @@ def read_images(files: list[Path], preparation: Preparation) -> tuple[Tensor, bo
         print(f"{size / GIB:.2f} GiB of pixels, above memory_limit {preparation.memory_limit:g}: writing {cache}", flush=True)
         cache.parent.mkdir(parents=True, exist_ok=True)
         with replaced_whole(cache) as temporary:
+            _reserve(temporary, size)
             _fill(torch.from_file(str(temporary), shared=True, size=size, dtype=torch.uint8).reshape(shape), files, preparation.resize)
     return torch.from_file(str(cache), shared=False, size=size, dtype=torch.uint8).reshape(shape), True
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Take the room on the disk now: a full disk is an error here, but kills a process that writes to a mapped file."""
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, size)
 
 
 def _fingerprint(files: list[Path], resize: int) -> str:
@@ -96,6 +115,8 @@ def _read_image(file: Path, resize: int) -> Tensor:
         raise ImportError("a folder of images needs Pillow: pip install pillow, or 'fm_fast[train]'") from error
     try:
         with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):  # whose values Pillow cuts off at 255
+                raise ValueError(f"{file}: expected 8 bits a channel, got an image of mode {image.mode}")
             rgb = image.convert("RGB")
             rgb = _middle_square(rgb, resize) if resize else rgb
             pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)

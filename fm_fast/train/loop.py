@@ -105,7 +105,11 @@ def _resume(run: Run) -> None:
     found = run.folder.newest_valid() if run.team.first else None
     file = run.team.agreed(found and found.file)
     assert file is not None
-    restore(file, found.content if found else read_checkpoint(file), run.state, run.config)
+    content = found.content if found else read_checkpoint(file)
+    restore(file, content, run.state, run.config)
+    planned = content["config"]["steps"]
+    if planned != run.config.steps:
+        _say(run, f"warning: the run was to take {planned} steps and now takes {run.config.steps}, which also changes its learning rates")
     if found:
         for text in found.warnings:
             print(f"warning: {text}", flush=True)
@@ -189,7 +193,7 @@ def _write_samples(run: Run, average: nn.Module) -> None:
     labels = torch.arange(rows, device=dataset.device).repeat_interleave(columns) if config.conditional else None
     shape = (rows * columns, *dataset.images.shape[1:])
     x0 = starting_noise(shape, config.recipe, config.seed, index=1, device=dataset.device)
-    x = sample(average, x0, labels, config.recipe, config.sample_steps, config.sample_method, config.guidance)
+    x = sample(average, x0, labels, config.recipe, config.sample_steps, config.sample_method, config.picture_guidance)
     write_images(run.folder.samples, to_integers(x, dataset.levels), dataset.levels, columns)
 
 
@@ -198,7 +202,7 @@ def _write_enlargements(run: Run, average: nn.Module, shown: Dataset) -> None:
     config, each = run.config, run.config.samples_per_class
     first = replace(shown, images=shown.images[:PICTURE_CLASSES], labels=shown.labels[:PICTURE_CLASSES])
     several = replace(first, images=first.images.repeat_interleave(each, 0), labels=first.labels.repeat_interleave(each))
-    solver = {"steps": config.sample_steps, "method": config.sample_method, "guidance": config.guidance}
+    solver = {"steps": config.sample_steps, "method": config.sample_method, "guidance": config.picture_guidance}
     drawn = sample_enlarged(average, config, several, config.seed, SHOWN, **solver)
     write_images(run.folder.samples, enlargements(config, first, drawn, each), shown.levels, each + 2)
 
@@ -231,6 +235,6 @@ def _quality(run: Run, average: nn.Module) -> Quality | Enlargement | None:
     if run.shown is not None or config.data != "digits" or not (config.evaluate and config.conditional and run.team.first):
         return None
     held_out = load_dataset("digits", "test", config.preparation).to(dataset.device)
-    quality = evaluate(average, config.recipe, dataset, held_out, config.seed, config.guidance, config.sample_steps)
+    quality = evaluate(average, config.recipe, dataset, held_out, config.seed, config.picture_guidance, config.sample_steps)
     print(quality, flush=True)
     return quality

@@ -32,7 +32,11 @@ def to_8_bit(images: Tensor, levels: int) -> Tensor:
 
 
 def write_images(path: Path, images: Tensor, levels: int, columns: int) -> None:
-    """Integer images [N, C, H, W] with values 0..levels-1 in rows of `columns`, enlarged to about PICTURE_SIZE pixels, as a PNG."""
+    """Integer images [N, C, H, W] with values 0..levels-1 in rows of `columns`, enlarged to about PICTURE_SIZE pixels, as a PNG.
+
+    Of images that are neither grey nor in three colours, the first three channels are shown, or the first of two.
+    """
+    images = images[:, : 3 if images.shape[1] >= 3 else 1]
     write_png(path, image_grid(to_8_bit(images, levels).cpu(), columns, scale=max(PICTURE_SIZE // images.shape[-1], 1)))
 
 

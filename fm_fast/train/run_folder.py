@@ -91,10 +91,10 @@ class RunFolder:
         Raises FileExistsError where there are such and neither is wanted, or where another process is writing.
         """
         with only_writer(self.path):
-            found = self.checkpoints()
+            found = [*self.checkpoints(), *([self.weights] if self.weights.exists() else [])]
             if found and not (resuming or overwriting):
                 raise FileExistsError(
-                    f"{self.path}: holds the checkpoints of another run ({found[0].name});"
+                    f"{self.path}: holds {found[0].name} of another run;"
                     " --resume continues it, --overwrite deletes it, or choose another --out"
                 )
             yield

@@ -131,7 +131,7 @@ def shard_modules(model: nn.Module) -> None:
 def sharded_state(config: TrainConfig, device: torch.device) -> ShardedState:
     """The state before the first step, the same as without shards."""
     model = build_model(config).to(device, DTYPES[config.precision])
-    plain = copy.deepcopy(model).float().requires_grad_(False)
+    plain = copy.deepcopy(model).float().requires_grad_(False).eval()
     shard_modules(model)
     assert all(isinstance(p, DTensor) and p.placements == (Shard(0),) for p in model.parameters())
     optimiser = ShardedAdamWEMA(

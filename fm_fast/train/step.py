@@ -133,7 +133,7 @@ def new_state(config: TrainConfig, device: torch.device) -> TrainState:
         model.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, max_norm=largest_norm,
         averages=averages_of(config),
     )  # fmt: skip
-    return TrainState(model, optimiser.average(model), optimiser)
+    return TrainState(model, optimiser.average(model).eval(), optimiser)
 
 
 def network_of(state: TrainState, config: TrainConfig) -> Model:
