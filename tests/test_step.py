@@ -218,6 +218,24 @@ def test_settings_of_the_step():
             tiny(**change)
 
 
+def test_a_network_is_not_asked_whether_it_is_true():
+    """What torch.compile returns has a length, which most networks do not: asking for it is an error."""
+
+    class Compiled:
+        def __init__(self, network):
+            self.network = network
+
+        def __len__(self):
+            raise TypeError("does not support len()")
+
+        def __call__(self, *inputs, **condition):
+            return self.network(*inputs, **condition)
+
+    config, data = tiny(), digits()
+    state = new_state(config, CPU)
+    assert training_step(state, config, data, DataOrder(len(data), 0), network=Compiled(state.model)).mean > 0.0
+
+
 @pytest.mark.slow
 def test_a_compiled_network_gives_the_same_losses():
     data, losses = digits(), []

@@ -155,7 +155,8 @@ def sample_losses(state: TrainState, config: TrainConfig, batch: Batch, network:
     )  # fmt: skip
     _fill_keys(state, seed, step, first_id)
     condition = training_condition(config, batch.images, batch.labels, batch.levels, step, first_id)
-    output = (network or state.model)(point.x_t, point.t, **condition)
+    model = state.model if network is None else network  # the truth of a compiled network is an error
+    output = model(point.x_t, point.t, **condition)
     return point.loss(output, weight=weight, reduction="none"), point.t
 
 
