@@ -64,7 +64,7 @@ def bench() -> Outcomes:
     for entry, dtype in [(planned, dtype) for planned in plan.GPU_PLAN for dtype in planned.dtypes]:
         op, options = registry.find(entry.op), entry.options(run.parse(["--device", "cuda", "--dtype", dtype]))
         for setting in run.settings(op, options):
-            new, outcomes[f"{op.name}, {setting.size}, {setting.problem}"] = _measured(op, setting, options)
+            new, outcomes[f"{op.name}, {setting.size}, {dtype}, {setting.problem}"] = _measured(op, setting, options)
             if new:
                 rows += new
                 tables.append(run.table(new, new[0].provider))

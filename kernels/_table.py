@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fm_fast._device import is_captured, to_device
+from fm_fast._device import is_captured
 
 VALUE, GRADIENT, COPY, OFFSET, COUNT, GROUP = (tl.constexpr(i) for i in range(6))  # columns of the table
 COLUMNS = tl.constexpr(6)
@@ -75,8 +75,12 @@ def _made_tables(rows: tuple[Row, ...], size: int, device: torch.device) -> tupl
         # The copy would be repeated at every replay, from memory of the host that is long gone.
         raise RuntimeError("gradients: expected memory that an earlier step had, as AdamWEMA.keep_gradients() gives, to capture a graph")
     chunks = [(i, first) for i, row in enumerate(rows) for first in range(0, row.count, size)]
-    table, order = (torch.tensor(values, dtype=torch.int64, device="cpu") for values in (rows, chunks))
-    return to_device(table, device), to_device(order, device)
+    return _to_device(rows, device), _to_device(chunks, device)
+
+
+def _to_device(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def by_kind(kinds: Sequence[Kind], rows: Sequence[Row]) -> Iterator[tuple[Kind, tuple[Row, ...]]]:

@@ -11,8 +11,8 @@ import torch
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import costs, registry, run
-from benchmarks.op import Setting, keeping_graphs
-from benchmarks.ops import group_norm_silu, path_loss
+from benchmarks.op import Inexact, Setting, keeping_graphs
+from benchmarks.ops import divergence_step, group_norm_silu, path_loss
 from fm_fast import _backends, _ops
 
 CPU = torch.device("cpu")
@@ -136,3 +136,21 @@ def test_further_sizes_are_for_a_gpu(monkeypatch):
     asked = {device: run.parse(["--device", device]) for device in ("cpu", "cuda")}
     sizes = {device: {setting.size for setting in run.settings(op, options)} for device, options in asked.items()}
     assert sizes["cuda"] - sizes["cpu"] == {"huge"}
+
+
+def test_a_variance_that_float32_sums_round_away_is_inexact_and_a_worse_one_wrong():
+    setting = Setting(CPU, "large", (2, 196608), torch.float32, "16 probes")
+    given = divergence_step.inputs(setting)
+    exact = divergence_step._formula(given.z.double(), given.products.double(), torch.zeros(2, 2, dtype=torch.float64))
+    bound = divergence_step._rounded_away(given)
+    assert divergence_step.TOLERANCE < bound < 2e-4
+
+    def off_by(error):
+        return lambda: torch.stack([exact[0], exact[1] * (1.0 + error)])
+
+    divergence_step.check(given, setting, off_by(0.9 * divergence_step.TOLERANCE))
+    with pytest.raises(Inexact):
+        divergence_step.check(given, setting, off_by(0.9 * bound))
+    with pytest.raises(AssertionError) as found:
+        divergence_step.check(given, setting, off_by(1.1 * bound))
+    assert not isinstance(found.value, Inexact)

@@ -17,7 +17,7 @@ def capture(monkeypatch):
     """A make-believe GPU: its copies stay on the CPU. Returns a function that says whether a graph is being captured."""
     capturing = [False]
     monkeypatch.setattr(_device, "is_captured", lambda device: capturing[0])
-    monkeypatch.setattr(_device, "to_device", lambda values, device: values)
+    monkeypatch.setattr(constants, "_copied", lambda values, device: values)
     constants._kept.cache_clear()
     yield lambda value: capturing.__setitem__(0, value)
     constants._kept.cache_clear()
@@ -48,8 +48,8 @@ def test_inference_mode_leaves_no_mark(capture):
 
 def test_a_network_that_writes_to_its_times_changes_no_later_solve(capture, monkeypatch):
     """A batch of one gets its times as they lie in memory."""
-    on_gpu = constants.constant
-    monkeypatch.setattr("fm_fast._solver.evaluate.constant", lambda values, dtype, device: on_gpu(values, dtype, CUDA))
+    on_gpu = constants.own_constant
+    monkeypatch.setattr("fm_fast._solver.evaluate.own_constant", lambda values, dtype, device: on_gpu(values, dtype, CUDA))
 
     def model(x, t):
         velocity = torch.ones_like(x) * t

@@ -177,7 +177,7 @@ def check_tables_while_a_graph_is_captured(monkeypatch):
 
     capturing, there = [False], torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(_table, "to_device", lambda values, device: values)
+    monkeypatch.setattr(_table, "_to_device", lambda rows, device: torch.tensor(rows))
     known, new = (tuple([_table.Row(16 * i, 32, 0, 0, 5, 0)]) for i in (1, 2))
     made = _table.tables(known, 4, there)
     assert made[1].tolist() == [[0, 0], [0, 4]] and _table._read_by_graphs == []

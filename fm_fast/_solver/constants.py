@@ -12,16 +12,27 @@ _read_by_graphs: list[Tensor] = []  # at every replay, so they are never freed
 
 
 def constant(values: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``values`` as a tensor that must not be written to. A GPU keeps it from one solve to the next, so that it is copied once.
+    """``values`` as a tensor that must not be written to.
 
+    A GPU keeps it from one solve to the next: the first waits for the copy, which is then there for every stream, and no later one does.
     Raises RuntimeError while a CUDA graph is captured, unless an earlier solve has brought the same values there.
     """
-    if device.type != "cuda" or not _ops.plainly_eager():
+    if not _is_kept_on(device):
         return torch.from_numpy(values).to(device=device, dtype=dtype)
     made = _kept(values.tobytes(), values.dtype.str, values.shape, dtype, device)
     if _device.is_captured(device):
         _read_by_graphs.append(made)
     return made
+
+
+def own_constant(values: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same in memory that no other solve reads."""
+    made = constant(values, dtype, device)
+    return made.clone() if _is_kept_on(device) else made
+
+
+def _is_kept_on(device: torch.device) -> bool:
+    return device.type == "cuda" and _ops.plainly_eager()
 
 
 @functools.lru_cache(maxsize=256)
@@ -33,4 +44,8 @@ def _kept(data: bytes, kind: str, shape: tuple[int, ...], dtype: torch.dtype, de
         )
     with torch.inference_mode(False):  # which would else mark the tensors for every later solve
         values = torch.from_numpy(np.frombuffer(bytearray(data), kind).reshape(shape))
-        return _device.to_device(values.to(dtype), device)
+        return _copied(values.to(dtype), device)
+
+
+def _copied(values: Tensor, device: torch.device) -> Tensor:
+    return values.to(device)

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fm_fast import _ops, reference
-from fm_fast._solver.constants import constant
+from fm_fast._solver.constants import own_constant
 from fm_fast._solver.field import Field, check_output
 from fm_fast._solver.loop import Evaluate
 from fm_fast._solver.plan import Plan
@@ -23,8 +23,8 @@ def make_evaluate(field: Field, plan: Plan, start: Tensor, rerun: bool = False) 
 
 
 def time_tensor(plan: Plan, start: Tensor) -> Tensor:
-    """The plan's times in memory of their own, since a network may write into what it is given."""
-    return constant(plan.times, reference.accumulation_dtype(start), start.device).clone()
+    """The plan's times in memory of this solve, since a network may write into what it is given."""
+    return own_constant(plan.times, reference.accumulation_dtype(start), start.device)
 
 
 def time_views(times: Tensor, batch: int) -> tuple[Tensor, ...]:
