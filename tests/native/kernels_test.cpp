@@ -4,18 +4,25 @@
 namespace test {
 namespace {
 
-const int64_t kIds[] = {5, 1ll << 40, -1, 77, 123456789012345, 0, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21};
+std::vector<int64_t> listed_ids() {
+  std::vector<int64_t> ids = {5, 1ll << 40, -1, 77, 123456789012345, 0};
+  for (int64_t id = 8; ids.size() < 130; ++id) ids.push_back(id);  // as many as the largest batch
+  return ids;
+}
 
-Key listed_key() { return Key{1u, 0x80000002u, 3u, 0, kIds}; }
+Key listed_key() {
+  static const std::vector<int64_t> ids = listed_ids();
+  return Key{1u, 0x80000002u, 3u, 0, ids.data()};
+}
 
 Key running_key() {
   return Key{7u, 9u, 0xffffffffu, 4294967290ll, nullptr};  // ids wrap at 2^32
 }
 
 std::vector<Shape> shapes() {
-  return {{5, 1, 1, 1},     {20, 1, 2, 2},  {20, 1, 70, 70},  {7, 1, 37, 37}, {3, 3, 64, 8},    {2, 5, 63, 9},
-          {2, 3, 1024, 32}, {2, 70, 16, 4}, {1, 2, 1640, 41}, {2, 130, 9, 3}, {2, 1, 1100, 11}, {1, 17, 2052, 2},
-          {13, 16, 7, 7},   {3, 40, 15, 5}, {0, 3, 16, 4},    {4, 1, 0, 0},   {4, 0, 16, 4}};
+  return {{5, 1, 1, 1},   {20, 1, 2, 2},    {20, 1, 70, 70}, {7, 1, 37, 37},   {3, 3, 64, 8},    {2, 5, 63, 9},  {2, 3, 1024, 32},
+          {2, 70, 16, 4}, {1, 2, 1640, 41}, {2, 130, 9, 3},  {2, 1, 1100, 11}, {1, 17, 2052, 2}, {13, 16, 7, 7}, {3, 40, 15, 5},
+          {130, 1, 3, 3}, {70, 1, 4, 4},    {0, 3, 16, 4},   {4, 1, 0, 0},     {4, 0, 16, 4}};
 }
 
 const Layout kLayouts[] = {Layout::contiguous, Layout::channels_last, Layout::sliced, Layout::transposed_batch};
