@@ -5,6 +5,7 @@ import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import Field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from fm_fast.cli_evaluate import add_evaluate
@@ -59,7 +60,8 @@ def _add_train(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("preset", nargs="?", choices=sorted(PRESETS), help="settings to start from [images with --data]")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="continue from the newest valid checkpoint in the folder --out")
+    start.add_argument("--resume", action="store_true", help="continue the run in the folder --out from its newest valid"
+                       " checkpoint; what is not given stays as it was")  # fmt: skip
     start.add_argument("--overwrite", action="store_true", help="delete the checkpoints of another run in the folder --out")
     _add_fields(parser, TrainConfig, PRESETS["digits"])
     parser.set_defaults(run=_train)
@@ -95,13 +97,28 @@ def _numbers(kind: type, text: str) -> tuple[Any, ...]:
 
 
 def config_from(options: argparse.Namespace) -> TrainConfig:
-    """The preset with the given options in place of its own values. Raises ValueError if no data are named."""
+    """The given options, for the rest the preset's, or with --resume the stored run's. Raises ValueError if no data or folder is named."""
     given = {name: value for name, value in vars(options).items() if name not in ("run", "preset", "resume", "overwrite")}
-    preset = PRESETS[options.preset or ("images" if given.get("data", "digits") != "digits" else "digits")]
-    if options.preset is None and "data" not in given:
+    base = _resumed(options.preset, given) if options.resume else _preset(options.preset, given)
+    model = replace(base.model, **{name.removeprefix("model."): value for name, value in given.items() if "." in name})
+    return replace(base, model=model, **{name: value for name, value in given.items() if "." not in name})
+
+
+def _preset(name: str | None, given: dict[str, Any]) -> TrainConfig:
+    if name is None and "data" not in given:
         raise ValueError(f"train: expected a preset ({', '.join(PRESETS)}) or --data PATH")
-    model = replace(preset.model, **{name.removeprefix("model."): value for name, value in given.items() if "." in name})
-    return replace(preset, model=model, **{name: value for name, value in given.items() if "." not in name})
+    return PRESETS[name or ("images" if given["data"] != "digits" else "digits")]
+
+
+def _resumed(name: str | None, given: dict[str, Any]) -> TrainConfig:
+    """The settings of the run in the folder --out, or the preset's; of a preset's own settings its data count as asked for."""
+    from fm_fast.train.run_folder import RunFolder
+
+    preset = PRESETS.get(name or "")
+    if preset is None and "out" not in given:
+        raise ValueError(f"train: expected --out FOLDER, or a preset ({', '.join(PRESETS)}), with --resume")
+    out = given.get("out", preset and preset.out)
+    return replace(RunFolder(Path(out)).settings(), out=out, **({"data": preset.data} if preset and preset.data else {}))
 
 
 def _train(options: argparse.Namespace) -> None:

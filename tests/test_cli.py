@@ -90,16 +90,51 @@ def test_short_run_and_resume(tmp_path, capsys):
     assert "cannot resume with other settings: seed: 0 -> 9" in capsys.readouterr().err
 
 
+def test_what_is_not_given_stays_as_it_was(tmp_path, capsys):
+    """A run of settings unlike its preset's goes on without naming them again."""
+    arguments = ["--batch-size", "8", "--seed", "3", "--log-every", "1", "--no-evaluate", "--out", str(tmp_path)]
+    assert main(["train", "digits", "--steps", "2", *arguments, *SMALL]) == 0
+    stored = parsed("--resume", "--out", str(tmp_path))
+    assert (stored.batch_size, stored.seed, stored.steps, stored.evaluate, stored.sample_steps) == (8, 3, 2, False, 2)
+    assert stored.model.channels == 8 and parsed("digits", "--resume", "--out", str(tmp_path)) == stored
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", str(tmp_path), "--steps", "3"]) == 0
+    assert "warning: the run was to take 2 steps and now takes 3" in capsys.readouterr().out
+    assert main(["train", "--resume", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == 3
+
+
+def test_resume_needs_a_folder_and_refuses_a_preset_of_other_data(tmp_path, capsys):
+    with pytest.raises(ValueError, match="expected --out FOLDER, or a preset"):
+        parsed("--resume")
+    run = ["--data", own_data(tmp_path), "--out", str(tmp_path / "run")]
+    assert main(["train", *run, "--steps", "1", "--batch-size", "4", *SMALL]) == 0
+    assert main(["train", "digits", "--resume", "--out", str(tmp_path / "run")]) == 1
+    assert "cannot resume with other settings: data: " in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_does_not_hide_the_settings(tmp_path):
+    run = ["train", "digits", "--steps", "2", "--checkpoint-every", "1", "--batch-size", "8", "--no-evaluate", "--out", str(tmp_path)]
+    assert main([*run, *SMALL]) == 0
+    newest = tmp_path / "checkpoint-00000002.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert parsed("--resume", "--out", str(tmp_path)).batch_size == 8
+
+
 def test_resume_without_a_checkpoint(tmp_path, capsys):
     assert main(["train", "digits", "--resume", "--out", str(tmp_path), *SMALL]) == 1
     assert "no checkpoint-NUMBER.pt in this folder" in capsys.readouterr().err
 
 
-def test_own_data(tmp_path):
+def own_data(folder):
     numpy = pytest.importorskip("numpy")
     pixels = numpy.random.default_rng(0).integers(0, 256, (20, 3, 8, 8), dtype=numpy.uint8)
-    numpy.savez(tmp_path / "set.npz", images=pixels, labels=numpy.arange(20) % 4)
-    run = ["train", "--data", str(tmp_path / "set.npz"), "--out", str(tmp_path / "run"), "--steps", "2", "--batch-size", "4"]
+    numpy.savez(folder / "set.npz", images=pixels, labels=numpy.arange(20) % 4)
+    return str(folder / "set.npz")
+
+
+def test_own_data(tmp_path):
+    run = ["train", "--data", own_data(tmp_path), "--out", str(tmp_path / "run"), "--steps", "2", "--batch-size", "4"]
     assert main([*run, *SMALL]) == 0
     assert (tmp_path / "run" / "samples.png").stat().st_size > 100
 

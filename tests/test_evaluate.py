@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +104,29 @@ def test_bits_are_those_of_the_likelihood_by_dopri5(trained_classifier):
     assert fixed.bits.nfe == 8, "a fixed-step method takes dopri5's place"
 
 
+class OnTheHost(torch.Tensor):
+    """Images in a mapped file while all else is on a GPU: they meet no other tensor before `to`; rows of them may be picked."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), keywords=None):
+        result = super().__torch_function__(function, types, arguments, keywords or {})
+        if function is torch.Tensor.to:
+            return result.as_subclass(torch.Tensor)
+        others = [value for value in arguments[1:] if isinstance(value, torch.Tensor) and not isinstance(value, cls)]
+        assert not others or function is torch.Tensor.__getitem__, f"{function.__name__}: tensors on two devices"
+        return result
+
+
+def test_mapped_images_go_to_the_device_of_the_rest(monkeypatch):
+    """What runs on the device gets them by `to`, part by part; the result is that of images that are there."""
+    monkeypatch.setattr("fm_fast.train.classifier.MOST_STEPS", 2)
+    train, held_out = first(digits(), 40), first(digits("test"), 12)
+    mapped = [replace(data, images=data.images.as_subclass(OnTheHost), mapped=True) for data in (train, held_out)]
+    for there, here in (mapped, (train, held_out)), ((mapped[0], held_out), (train, held_out)):
+        results = [evaluate_network(Counting().eval(), tiny(), *pair, batch_size=8, tolerance=1e-2) for pair in (there, here)]
+        assert results[0].quality == results[1].quality and torch.equal(results[0].samples.images, results[1].samples.images)
+
+
 # The command
 
 
@@ -150,3 +174,13 @@ def test_errors_are_told_before_the_work(run, tmp_path, capsys, monkeypatch):
     assert "there is no folder" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path)]) == 1
     assert "no checkpoint-NUMBER.pt in this folder" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--limit", "1"]) == 1
+    assert "data, limit: expected at least 2 training and 2 held-out images, got 1500 and 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["likelihood", "evaluate"])
+def test_a_run_that_never_went_without_labels_is_not_asked_to(command, tmp_path, capsys):
+    run = ["train", "digits", "--steps", "1", "--batch-size", "8", "--label-drop", "0", "--no-evaluate", "--out", str(tmp_path)]
+    assert main([*run, *SMALL]) == 0
+    assert main([command, str(tmp_path), "--unconditional", "--limit", "2"]) == 1
+    assert "unconditional: expected False for a run with label_drop 0" in capsys.readouterr().err

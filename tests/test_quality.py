@@ -78,6 +78,18 @@ def test_nearest_neighbour_accuracy_by_hand():
         nearest_neighbour_accuracy(torch.zeros(3, 1), torch.zeros(4, 1))
 
 
+def test_distances_in_parts_are_those_of_the_whole(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randint(0, 256, (23, 1, 4, 4), dtype=torch.uint8, generator=generator) for _ in range(2))
+    both = torch.cat([one, other]).flatten(1).double()
+    distances = (both[:, None] - both).norm(dim=2).fill_diagonal_(torch.inf)
+    accuracy = float(((distances.argmin(1) < 23) == (torch.arange(46) < 23)).double().mean())
+    for chunk in (5, 23, 100):
+        monkeypatch.setattr("fm_fast.train.quality.CHUNK", chunk)
+        assert nearest_neighbour_accuracy(one, other) == accuracy
+        assert median_distance(one, other) == pytest.approx(float(distances[:23, 23:].amin(1).median()), rel=1e-5)
+
+
 def test_median_distance_by_hand():
     images = torch.tensor([[0.0], [10.0], [20.0]]).reshape(3, 1, 1, 1)
     assert median_distance(images, torch.tensor([1.0, 12.0]).reshape(2, 1, 1, 1)) == 2.0

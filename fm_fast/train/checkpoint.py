@@ -23,15 +23,15 @@ def save_checkpoint(path: Path, stored: dict[str, Any], config: TrainConfig) -> 
         torch.save(content, file)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU; no code in the file is run.
+def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU; no code in the file is run. mapped: read tensors where they are used, unchecked.
 
     Raises FileNotFoundError if there is none, ValueError for a damaged file, one of another program, or another version.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: expected a complete checkpoint of fm_fast, but it cannot be read ({first_line(error)})") from error
     _check_header(path, content)

@@ -33,14 +33,14 @@ def train_classifier(data: Dataset) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         channels, height, width = data.images.shape[1:]
-        model = Classifier(channels, height, width, data.classes).to(data.images.device)
+        model = Classifier(channels, height, width, data.classes).to(data.device)
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=1e-2)
     order, steps = DataOrder(len(data), seed=0), min(EPOCHS * len(data) // BATCH, MOST_STEPS)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, steps)
     for step in range(steps):
-        rows = order.indices(step * BATCH, BATCH).to(data.images.device)
+        images, labels = data.batch(order.indices(step * BATCH, BATCH))
         optimiser.zero_grad()
-        F.cross_entropy(model(data.images[rows].float()), data.labels[rows]).backward()
+        F.cross_entropy(model(images.float()), labels).backward()
         optimiser.step()
         schedule.step()
     return model.eval()
@@ -48,12 +48,13 @@ def train_classifier(data: Dataset) -> Classifier:
 
 @torch.no_grad()
 def agreement(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of the images uint8 [N, C, H, W] that the classifier assigns to their label, int64 [N]."""
-    predicted = torch.cat([classifier(part.float()).argmax(dim=1) for part in images.split(CHUNK)])
+    """Share of the images uint8 [N, C, H, W], on any device, that the classifier assigns to their label, int64 [N]."""
+    predicted = torch.cat([classifier(part.to(labels.device, torch.float32)).argmax(dim=1) for part in images.split(CHUNK)])
     return float((predicted == labels).float().mean())
 
 
 @torch.no_grad()
 def features(classifier: Classifier, images: Tensor) -> Tensor:
-    """The classifier's last convolution, averaged over positions: float64 [N, 64] for images uint8 [N, C, H, W]."""
-    return torch.cat([classifier.body(part.float()).mean((2, 3)) for part in images.split(CHUNK)]).to(torch.float64)
+    """The classifier's last convolution, averaged over positions: float64 [N, 64] for images uint8 [N, C, H, W] on any device."""
+    device = classifier.head.weight.device
+    return torch.cat([classifier.body(part.to(device, torch.float32)).mean((2, 3)) for part in images.split(CHUNK)]).to(torch.float64)

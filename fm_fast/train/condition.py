@@ -42,7 +42,12 @@ def _mirrored(low: Tensor, config: TrainConfig, step: Whole, first_id: int) -> T
 
 
 def condition_of(config: TrainConfig, labels: Tensor, low_resolution: Tensor | None, unconditional: bool = False) -> Condition:
-    """Of a finished network's call: what it knows of. unconditional: the null class in place of every label."""
+    """Of a finished network's call: what it knows of. unconditional: the null class in place of every label.
+
+    Raises ValueError where that is asked of a network that has never seen the null class.
+    """
+    if unconditional and config.model.classes and not config.knows_the_null_class:
+        raise ValueError("unconditional: expected False for a run with label_drop 0, which has not learnt to go without labels, got True")
     found = {}
     if config.model.classes:
         found["y"] = torch.full_like(labels, NULL_CLASS) if unconditional else labels

@@ -165,8 +165,10 @@ def evaluate_network(
 
     tolerance: of dopri5, absolute and relative, for samples and likelihoods. likelihood: other arguments of
     :func:`fm_fast.bits_per_dim`, such as ``draws`` and ``probes``; a fixed-step ``method`` with its ``steps`` takes dopri5's place there.
-    Raises ValueError for data that the network was not made for.
+    Raises ValueError for data that the network was not made for, or fewer than two images.
     """
+    if min(len(train), len(held_out)) < 2:
+        raise ValueError(f"data, limit: expected at least 2 training and 2 held-out images, got {len(train)} and {len(held_out)}")
     started, solver = time.perf_counter(), {"method": "dopri5", "rtol": tolerance, "atol": tolerance}
     bits = dataset_bits(model, config, held_out, batch_size, seed, unconditional, **{**solver, **likelihood})
     samples = draw_samples(model, config, held_out, seed, batch_size, tolerance, unconditional)
@@ -183,9 +185,9 @@ def draw_samples(
     parts, counts = [], []
     for first, rows in _batches(labels, batch_size):
         x0 = starting_noise((len(rows), *like.images.shape[1:]), config.recipe, seed, EVALUATION_NOISE, rows.device, first)
-        low = reduced_if_wanted(config, like.images[first : first + len(rows)], like.levels)
+        low = reduced_if_wanted(config, like.images[first : first + len(rows)].to(rows.device), like.levels)
         solved = sampling.sample(
-            model, x0, cond=condition_of(config, rows, low), path=config.recipe.path, objective=config.recipe.objective,
+            model, x0, cond=condition_of(config, rows, low, unconditional), path=config.recipe.path, objective=config.recipe.objective,
             method="dopri5", rtol=tolerance, atol=tolerance,
         )  # fmt: skip
         parts.append(to_integers(solved.x, like.levels))
@@ -201,18 +203,19 @@ def _batches(labels: Tensor, batch_size: int) -> Iterator[tuple[int, Tensor]]:
 def sample_quality(samples: Samples, classifier: Classifier, train: Dataset, held_out: Dataset, with_fid: bool = False) -> SampleQuality:
     """Judge samples, one for each held-out image; the first training images, at most as many, stand for perfect samples."""
     count = min(len(held_out), len(train))
-    real, references = train.images[:count], held_out.images[:count]
-    usual = median_distance(held_out.images, train.images)
+    originals = held_out.images.to(held_out.device)
+    real, references = train.images[:count].to(held_out.device), originals[:count]
+    usual = median_distance(originals, train.images)
     known = bool((samples.labels != NULL_CLASS).all())
     return SampleQuality(
         agreement=agreement(classifier, samples.images, samples.labels) if known else None,
-        real_agreement=agreement(classifier, held_out.images, held_out.labels),
+        real_agreement=agreement(classifier, originals, held_out.labels),
         frechet=_feature_distance(classifier, samples.images[:count], references),
         real_frechet=_feature_distance(classifier, real, references),
         nearest_neighbour=nearest_neighbour_accuracy(samples.images[:count], references),
         real_nearest_neighbour=nearest_neighbour_accuracy(real, references),
         novelty=median_distance(samples.images, train.images) / usual if usual > 0.0 else None,
-        fid=fid(samples.images, held_out.images, train.levels) if with_fid else None,
+        fid=fid(samples.images, originals, train.levels) if with_fid else None,
     )
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fm_fast.train.picture import to_8_bit
 
+CHUNK = 1000  # images whose distances to all others are in memory at once
+
 
 def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> float:
     """Squared Fréchet distance of two normal distributions, means [D] and covariances [D, D], float64.
@@ -49,15 +51,23 @@ def nearest_neighbour_accuracy(one: Tensor, other: Tensor) -> float:
     if one.shape != other.shape or len(one) < 2:
         raise ValueError(f"expected two sets of equal shape with at least 2 elements, got {list(one.shape)} and {list(other.shape)}")
     both = torch.cat([one, other]).flatten(1).double()
-    distances = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
     from_one = torch.arange(len(both), device=both.device) < len(one)
-    return float((from_one[distances.argmin(1)] == from_one).double().mean())
+    nearest = torch.cat([_nearest_others(both, first) for first in range(0, len(both), CHUNK)])
+    return float((from_one[nearest] == from_one).double().mean())
+
+
+def _nearest_others(points: Tensor, first: int) -> Tensor:
+    """Of CHUNK points [N, D] from the first: the index of another one that is nearest."""
+    distances = torch.cdist(points[first : first + CHUNK], points, compute_mode="donot_use_mm_for_euclid_dist")
+    distances.diagonal(first).fill_(torch.inf)
+    return distances.argmin(1)
 
 
 def median_distance(images: Tensor, references: Tensor) -> float:
-    """Median over `images` of the Euclidean distance to the nearest of `references`, in grey levels."""
-    distances = torch.cdist(images.flatten(1).float(), references.flatten(1).float())
-    return float(distances.min(dim=1).values.median())
+    """Median over `images` of the Euclidean distance to the nearest of `references`, which may be on another device, in grey levels."""
+    rows = images.flatten(1).float()
+    parts = (part.to(rows.device, torch.float32).flatten(1) for part in references.split(CHUNK))
+    return float(torch.stack([torch.cdist(rows, part).amin(1) for part in parts]).amin(0).median())
 
 
 def fid(images: Tensor, references: Tensor, levels: int = 256) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fm_fast.train.checkpoint import read_checkpoint, save_checkpoint
-from fm_fast.train.config import TrainConfig
+from fm_fast.train.config import TrainConfig, from_dict
 from fm_fast.train.files import TEMPORARY, only_writer
 
 NUMBERED = re.compile(r"checkpoint-(\d{8,})\.pt")
@@ -63,12 +63,16 @@ class RunFolder:
         numbered = [(int(match[1]), file) for file in files if (match := NUMBERED.fullmatch(file.name))]
         return [file for _, file in sorted(numbered, reverse=True)]
 
-    def newest_valid(self) -> "Found":
+    def settings(self) -> TrainConfig:
+        """Those of the run, by its newest checkpoint that can be read, without reading its tensors. Raises as `newest_valid` does."""
+        return from_dict(self.newest_valid(mapped=True).content["config"])
+
+    def newest_valid(self, mapped: bool = False) -> "Found":
         """The newest checkpoint that can be read. Raises FileNotFoundError if there is none, ValueError if all are damaged."""
         files, damaged = self.checkpoints(), {}
         for file in files:
             try:
-                return Found(file, read_checkpoint(file), damaged)
+                return Found(file, read_checkpoint(file, mapped), damaged)
             except ValueError as error:
                 damaged[file] = str(error)
         if not files:
