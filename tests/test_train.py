@@ -20,6 +20,7 @@ from fm_fast.train.evaluate import agreement, evaluate, median_distance, train_c
 from fm_fast.train.log import Logger
 from fm_fast.train.loop import advance, pick_device
 from fm_fast.train.presets import PRESETS
+from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.step import Batch, build_model, new_state, sample_losses
 from fm_fast.train.times import importance_times
 
@@ -150,7 +151,7 @@ def test_devices():
 
 def test_log_reports_means_and_stops_at_a_loss_that_is_not_finite(tmp_path, capsys):
     config = tiny(log_every=2, steps=5)
-    logger = Logger(tmp_path / "log.jsonl", config, 0, Team(CPU))
+    logger = Logger(RunFolder(tmp_path), config, 0, Team(CPU))
     for step, loss in enumerate([1.0, 3.0, 5.0, 7.0, 9.0], start=1):
         logger.step(step, torch.tensor(loss), rate=0.1)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -162,7 +163,7 @@ def test_log_reports_means_and_stops_at_a_loss_that_is_not_finite(tmp_path, caps
 
 
 def test_log_leaves_out_losses_that_are_not_finite_and_shows_quartiles(tmp_path):
-    logger = Logger(tmp_path / "log.jsonl", tiny(log_every=3, steps=6), 0, Team(CPU))
+    logger = Logger(RunFolder(tmp_path), tiny(log_every=3, steps=6), 0, Team(CPU))
     nothing, two = torch.zeros(2, 4), torch.tensor([[1.0, 0.0, 4.0, 8.0], [2.0, 0.0, 1.0, 4.0]])
     for step, loss, quartiles in ((1, 1.0, two), (2, math.nan, nothing), (3, 2.0, two)):
         logger.step(step, torch.tensor(loss), 0.1, quartiles)
@@ -173,7 +174,7 @@ def test_log_leaves_out_losses_that_are_not_finite_and_shows_quartiles(tmp_path)
 def test_log_shows_a_bar_to_a_terminal(tmp_path, capsys, monkeypatch):
     pytest.importorskip("tqdm")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    logger = Logger(tmp_path / "log.jsonl", tiny(log_every=1, steps=2), 0, Team(CPU))
+    logger = Logger(RunFolder(tmp_path), tiny(log_every=1, steps=2), 0, Team(CPU))
     logger.step(1, torch.tensor(0.5), rate=0.1)
     logger.say("a line")
     logger.close()

@@ -15,6 +15,7 @@ from fm_fast.train.devices import flops_per_image, peak_memory, peak_tflops
 from fm_fast.train.distributed import Team
 from fm_fast.train.log import Logger, Speed
 from fm_fast.train.presets import PRESETS
+from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.step import Share
 
 MILLION = 10**6
@@ -22,7 +23,7 @@ LARGE_NETWORKS = [("cifar10-paper", 168.4), ("imagenet32-paper", 219.2), ("image
 
 
 def log_lines(path, **changes):
-    logger = Logger(path, tiny(log_every=1, steps=3, **changes), 0, Team(CPU), 3 * MILLION)
+    logger = Logger(RunFolder(path.parent), tiny(log_every=1, steps=3, **changes), 0, Team(CPU), 3 * MILLION)
     for step in (1, 2, 3):
         logger.step(step, torch.tensor(2.0 / step), 0.1, torch.tensor([[4.0, 0.0, 1.0, 2.0], [2.0, 0.0, 1.0, 4.0]]))
     logger.close()

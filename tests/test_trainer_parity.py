@@ -1,4 +1,4 @@
-"""The trainer's ops where they run compiled, against torch's own functions in float64: C++ on the CPU, Triton on a GPU where there is one."""
+"""The trainer's ops compiled, against torch's own functions in float64: C++ on the CPU, Triton on a GPU where there is one."""
 
 import pytest
 import torch

@@ -95,6 +95,9 @@ class TrainConfig:
     sample_method: str = _option("midpoint", f"solver of the sample pictures: {', '.join(METHODS)}", resumable=True)
     sample_steps: int = _option(20, "solver steps of the sample pictures", resumable=True)
     sample_every: int = _option(250, "training steps between two sample pictures, 0 for one at the end", resumable=True)
+    quality_every: int = _option(
+        0, "training steps between two measurements of sample quality by a small classifier, 0 for none", resumable=True
+    )
     samples_per_class: int = _option(10, "columns of the sample picture", resumable=True)
     checkpoint_every: int = _option(250, "training steps between two checkpoints, 0 for one at the end", resumable=True)
     keep_checkpoints: int = _option(2, "newest checkpoints to keep, 0 for all", resumable=True)
@@ -127,8 +130,8 @@ class TrainConfig:
 
 
 NOT_NEGATIVE = (
-    "resize", "pad", "memory_limit", "warmup", "micro_batch", "clip", "weight_decay", "seed", "sample_every", "checkpoint_every",
-    "keep_checkpoints",
+    "resize", "pad", "memory_limit", "warmup", "micro_batch", "clip", "weight_decay", "seed", "sample_every", "quality_every",
+    "checkpoint_every", "keep_checkpoints",
 )  # fmt: skip
 
 

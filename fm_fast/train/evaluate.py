@@ -99,7 +99,7 @@ def signal_to_noise(images: Tensor, originals: Tensor, levels: int) -> float:
 
 @dataclass(frozen=True)
 class Samples:
-    """Unguided samples by an adaptive solver, one for each held-out image and of its class.
+    """Unguided samples, one for each held-out image and of its class.
 
     images: uint8 [N, C, H, W]; labels: int64 [N], those that the network was told. nfe_of_batches: calls of the network for each
     batch of `batch_size` samples (the last may be smaller); the solver's error norm is over a batch, so the count belongs to its size.
@@ -180,6 +180,14 @@ def draw_samples(
     model: nn.Module, config: TrainConfig, like: Dataset, seed: int, batch_size: int, tolerance: float, unconditional: bool = False
 ) -> Samples:
     """As many samples as `like` has images, with its labels (or the null class) and reduced images, by dopri5 without guidance."""
+    solver = {"method": "dopri5", "rtol": tolerance, "atol": tolerance}
+    return draw_by(model, config, like, seed, batch_size, unconditional, **solver)
+
+
+def draw_by(
+    model: nn.Module, config: TrainConfig, like: Dataset, seed: int, batch_size: int, unconditional: bool = False, **solver: Any
+) -> Samples:
+    """The same by another solver: arguments of :func:`fm_fast.sample`."""
     knows_classes = config.model.classes > 0
     labels = torch.full_like(like.labels, NULL_CLASS) if unconditional or not knows_classes else like.labels
     parts, counts = [], []
@@ -188,7 +196,7 @@ def draw_samples(
         low = reduced_if_wanted(config, like.images[first : first + len(rows)].to(rows.device), like.levels)
         solved = sampling.sample(
             model, x0, cond=condition_of(config, rows, low, unconditional), path=config.recipe.path, objective=config.recipe.objective,
-            method="dopri5", rtol=tolerance, atol=tolerance,
+            **solver,
         )  # fmt: skip
         parts.append(to_integers(solved.x, like.levels))
         counts.append(solved.nfe)

@@ -17,6 +17,7 @@ from fm_fast.train.config import TrainConfig
 from fm_fast.train.devices import peak_memory, peak_tflops
 from fm_fast.train.distributed import Team
 from fm_fast.train.files import replaced_whole
+from fm_fast.train.run_folder import RunFolder
 
 GIB = 2**30
 
@@ -53,15 +54,17 @@ class Logger:
     Every process of a team has one, but only the first's writes. Raises FloatingPointError at such a point if no loss is finite.
     """
 
-    def __init__(self, file: Path, config: TrainConfig, first_step: int, team: Team, flops_per_image: int = 0) -> None:
-        self.file, self.config, self.team, self.flops_per_image = file, config, team, flops_per_image
+    def __init__(self, folder: RunFolder, config: TrainConfig, first_step: int, team: Team, flops_per_image: int = 0) -> None:
+        self.folder, self.config, self.team, self.flops_per_image = folder, config, team, flops_per_image
         self._losses: list[Tensor] = []
         self._quartiles: list[Tensor] = []
         self._since = time.perf_counter()
         self._bar = _progress_bar(config.steps, first_step) if team.first else None
-        self._board = _tensorboard(file.parent) if team.first and config.tensorboard else None
+        self._board = _tensorboard(folder.path) if team.first and config.tensorboard else None
         if team.first:
-            _keep_records(file, first_step)
+            _keep_records(folder.log, first_step)
+            if folder.quality.is_file():
+                _keep_records(folder.quality, first_step)
 
     def step(self, step: int, loss: Tensor, rate: float, by_quartile: Tensor | None = None) -> None:
         """Note the loss of the step that finished as number `step` (counted from 1), and its sums and counts [2, 4] by quartile of t."""
@@ -72,6 +75,12 @@ class Logger:
             self._bar.update(1)
         if step % self.config.log_every == 0 or step == self.config.steps:
             self._report(step, rate)
+
+    def quality(self, step: int, measured: dict[str, Any]) -> None:
+        """Note the quality of samples after that step, in a file of its own."""
+        self._write({"step": step, **measured}, self.folder.quality, "quality/")
+        numbers = (f"{name} {value:.3g}" for name, value in measured.items() if value is not None and not name.startswith("real_"))
+        self.say(f"quality after step {step}: {', '.join(numbers)}")
 
     def without_timing(self, action: Callable[[], None]) -> float:
         """Run `action` so that it does not count as training time; returns the seconds it took."""
@@ -104,7 +113,7 @@ class Logger:
         record |= {"loss_by_quartile": quartiles, "not_finite": len(losses) - len(finite)}
         record |= {"peak_memory_gib": round(peak_memory(self.team.device) / GIB, 3)}
         if self.team.first:
-            self._write(record)
+            self._write(record, self.folder.log)
             self._show(step, loss, rate, speed)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step}; a lower learning_rate or a smaller clip may help")
@@ -120,12 +129,12 @@ class Logger:
         sums, counts = self.team.total(torch.stack(self._quartiles).sum(0)).tolist()
         return [total / count if count else None for total, count in zip(sums, counts, strict=True)]
 
-    def _write(self, record: dict[str, Any]) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    def _write(self, record: dict[str, Any], file: Path, prefix: str = "") -> None:
+        with file.open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
         if self._board is not None:
             for name, value in _scalars(record):
-                self._board.add_scalar(name, value, record["step"])
+                self._board.add_scalar(prefix + name, value, record["step"])
 
     def _show(self, step: int, loss: float, rate: float, speed: Speed) -> None:
         if self._bar is not None:

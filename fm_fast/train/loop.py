@@ -11,13 +11,14 @@ from torch import nn
 
 from fm_fast.train.checkpoint import read_checkpoint, restore
 from fm_fast.train.config import TrainConfig, fit_to_data
-from fm_fast.train.curve import can_draw, draw_curves
+from fm_fast.train.curve import can_draw, draw_curves, draw_quality
 from fm_fast.train.data import DataOrder, Dataset, load_dataset
 from fm_fast.train.devices import flops_per_image, pick_device
 from fm_fast.train.distributed import StopVote, Team, joined, state_of, team_network
 from fm_fast.train.evaluate import Enlargement, Quality, evaluate, evaluate_enlargement
 from fm_fast.train.graph import GraphedStep, is_wanted
 from fm_fast.train.interrupt import deferred_interrupt, stop
+from fm_fast.train.judge import Judge, judge_of
 from fm_fast.train.log import Logger
 from fm_fast.train.picture import write_images
 from fm_fast.train.run_folder import RunFolder
@@ -52,10 +53,12 @@ class Run:
     folder: RunFolder
     team: Team
     shown: Dataset | None = None  # held-out images that the pictures of a super-resolution run enlarge
+    judge: Judge | None = None  # of the samples' quality in the course of the run
 
 
 def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False) -> Result:
-    """Train as configured; writes checkpoints, weights.safetensors, samples.png, loss.png and log.jsonl into `config.out`.
+    """Train as configured; writes checkpoints, weights.safetensors, samples.png, loss.png and log.jsonl into `config.out`, and where
+    `config.quality_every` asks for it quality.jsonl and quality.png.
 
     resuming: continue from the newest valid checkpoint in `config.out`, bit by bit as if the run had not been interrupted (same
     machine, same number of threads and processes; with other numbers, up to the order of summation). overwriting: delete another run's
@@ -74,7 +77,7 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
         team.share.samples(config.batch_size)
         folder = RunFolder(Path(config.out))
         with folder.held(resuming, overwriting) if team.first else contextlib.nullcontext():
-            run = Run(state_of(config, team), config, dataset, folder, team, _shown(config, team))
+            run = Run(state_of(config, team), config, dataset, folder, team, _shown(config, team), _judge(config, dataset, team))
             if resuming:
                 _resume(run)
             if team.first:
@@ -88,6 +91,10 @@ def _shown(config: TrainConfig, team: Team) -> Dataset | None:
         return None
     held_out = load_dataset(config.data, "test", config.preparation)
     return replace(held_out, images=held_out.images[:SHOWN], labels=held_out.labels[:SHOWN], mapped=False).to(team.device)
+
+
+def _judge(config: TrainConfig, dataset: Dataset, team: Team) -> Judge | None:
+    return judge_of(config, dataset) if config.quality_every > 0 and team.first else None
 
 
 def advance(state: TrainState, config: TrainConfig, dataset: Dataset, steps: int) -> list[torch.Tensor]:
@@ -118,7 +125,7 @@ def _resume(run: Run) -> None:
 
 def _run(run: Run) -> float:
     """All remaining steps; returns the seconds they took, without pictures and checkpoints."""
-    logger = Logger(run.folder.log, run.config, run.state.step, run.team, flops_per_image(run.config))
+    logger = Logger(run.folder, run.config, run.state.step, run.team, flops_per_image(run.config))
     started = time.perf_counter()
     try:
         return _steps(run, logger) - started
@@ -135,7 +142,7 @@ def _steps(run: Run, logger: Logger) -> float:
             rate = learning_rate(config, state.step)
             loss = take_step()
             logger.step(state.step, loss.mean, rate, loss.by_quartile)
-            paused += logger.without_timing(lambda: _interval_files(run))
+            paused += logger.without_timing(lambda: _interval_files(run, logger))
             signal = vote(asked())
             if signal and state.step < config.steps:
                 vote.close()
@@ -155,12 +162,14 @@ def _stepper(run: Run, network: Model, logger: Logger) -> Callable[[], StepLoss]
     return lambda: training_step(state, config, dataset, order, team.share, network)
 
 
-def _interval_files(run: Run) -> None:
+def _interval_files(run: Run, logger: Logger) -> None:
     last = run.state.step == run.config.steps
     if last or _due(run.state.step, run.config.checkpoint_every):
         _save(run)
     if last or _due(run.state.step, run.config.sample_every):
         _write_pictures(run)
+    if run.config.quality_every > 0 and (last or _due(run.state.step, run.config.quality_every)):
+        _measure_quality(run, logger)
 
 
 def _due(step: int, every: int) -> bool:
@@ -182,6 +191,14 @@ def _write_pictures(run: Run) -> None:
         _write_samples(run, average)
         if can_draw():
             draw_curves(run.folder.log, run.folder.curve)
+
+
+def _measure_quality(run: Run, logger: Logger) -> None:
+    average = run.state.averaged()
+    if run.judge is not None:
+        logger.quality(run.state.step, run.judge.measure(average, run.config))
+        if can_draw():
+            draw_quality(run.folder.quality, run.folder.quality_curve)
 
 
 def _write_samples(run: Run, average: nn.Module) -> None:
@@ -221,7 +238,8 @@ def _headline(run: Run) -> str:
 
 def _report(run: Run, seconds: float) -> Result:
     folder = run.folder
-    files = [file for file in (folder.samples, folder.curve, folder.checkpoint(run.config.steps), folder.weights) if file.exists()]
+    pictures = (folder.samples, folder.curve, folder.quality_curve)
+    files = [file for file in (*pictures, folder.checkpoint(run.config.steps), folder.weights) if file.exists()]
     _say(run, f"trained in {seconds:.1f} s; wrote {', '.join(map(str, files))} and {folder.log}")
     return Result(run.state, run.config, seconds, _quality(run, run.state.averaged()))
 

@@ -34,7 +34,7 @@ class Found:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """checkpoint-00000500.pt and the like (the number counts finished steps), weights.safetensors, log.jsonl and pictures."""
+    """checkpoint-00000500.pt and the like (the number counts finished steps), weights.safetensors, logs and pictures."""
 
     path: Path
 
@@ -49,6 +49,14 @@ class RunFolder:
     @property
     def curve(self) -> Path:
         return self.path / "loss.png"
+
+    @property
+    def quality(self) -> Path:
+        return self.path / "quality.jsonl"
+
+    @property
+    def quality_curve(self) -> Path:
+        return self.path / "quality.png"
 
     @property
     def weights(self) -> Path:
@@ -105,6 +113,6 @@ class RunFolder:
 
     def tidy(self, resuming: bool) -> None:
         """Delete what an interrupted write left behind, and before a new run the files of the one that it replaces."""
-        outdated = [] if resuming else [*self.checkpoints(), self.weights, self.log, self.curve]
+        outdated = [] if resuming else [*self.checkpoints(), self.weights, self.log, self.curve, self.quality, self.quality_curve]
         for file in (*outdated, *self.path.glob(f"checkpoint-*{TEMPORARY}"), *self.path.glob(f"{self.weights.name}*{TEMPORARY}")):
             file.unlink(missing_ok=True)
