@@ -39,7 +39,7 @@ ISA_FLAGS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
 }
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
-DEFAULT_CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0+PTX")
+DEFAULT_CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # the newest of these that nvcc knows also as PTX
 
 NINJA_RULES = """\
 rule compile
@@ -204,12 +204,28 @@ def plan_cpu() -> Plan:
 
 
 def cuda_architectures(nvcc: Path) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST, or those of the default list that this nvcc knows: names such as 9.0 or 9.0+PTX."""
+    """TORCH_CUDA_ARCH_LIST, or the default list and the GPUs of this machine as far as this nvcc knows them: names such as 9.0 or 9.0+PTX.
+
+    A binary runs on its own and later minor versions, PTX on everything later.
+    """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if asked:
         return re.split(r"[;,\s]+", asked.strip(";, "))
     known = set(output_lines([str(nvcc), "--list-gpu-arch"]))
-    return [name for name in DEFAULT_CUDA_ARCHITECTURES if f"compute_{name.removesuffix('+PTX').replace('.', '')}" in known]
+    wanted = sorted({*DEFAULT_CUDA_ARCHITECTURES, *older_gpus()}, key=lambda name: tuple(map(int, name.split("."))))
+    found = [name for name in wanted if f"compute_{name.replace('.', '')}" in known]
+    if not found:
+        raise NotBuilt(f"{nvcc} knows none of the GPU architectures {', '.join(wanted)}")
+    return [*found[:-1], f"{found[-1]}+PTX"]
+
+
+def older_gpus() -> list[str]:
+    """Compute capabilities of this machine's GPUs that are older than the default list."""
+    try:
+        lines = output_lines(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    except NotBuilt:
+        return []
+    return [name for line in lines if re.fullmatch(r"\d+\.\d+", name := line.strip()) and int(name.split(".")[0]) < 8]
 
 
 def architecture_flags(architecture: str) -> list[str]:

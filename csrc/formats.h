@@ -16,7 +16,7 @@ struct Float16 {
 FM_HD float widen(Bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
 FM_HD Bfloat16 to_bfloat16(float x) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint16_t rounded_by_hardware;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded_by_hardware) : "f"(x));
   return Bfloat16{rounded_by_hardware};

@@ -108,10 +108,23 @@ def load_native() -> str | None:
     return None
 
 
+def _driver_version() -> int:
+    """The newest CUDA version that the driver supports, 13000 for 13.0, or 0 without a driver.
+
+    Asked of the driver itself: the runtime's function starts the driver, after which a forked process could not use a GPU and
+    CUDA_VISIBLE_DEVICES would no longer count.
+    """
+    version = ctypes.c_int(0)
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return 0 if failed else version.value
+
+
 def _check_driver(path: Path) -> None:
-    """A driver older than the toolkit's major version can't run its binaries. Asking for its version starts nothing on a GPU."""
-    library = ctypes.CDLL(str(path))
-    driver, runtime = library.fm_fast_cuda_driver_version(), library.fm_fast_cuda_runtime_version()
+    """A driver older than the toolkit's major version can't run its binaries."""
+    driver, runtime = _driver_version(), ctypes.CDLL(str(path)).fm_fast_cuda_runtime_version()
     if 0 < driver < runtime // 1000 * 1000:
         shown = [f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime)]
         raise _Unavailable(f"the driver supports CUDA {shown[0]}, the library was built with CUDA {shown[1]}")

@@ -68,13 +68,18 @@ def noise(
     """
     _check_noise_arguments(shape, stream, index, dtype, kind)
     chosen = Kind[kind] if kind is not None else DEFAULT_KIND.get(Stream[stream], Kind.uniform)
-    place = torch.device(device) if device is not None else torch.get_default_device()
+    place = _indexed(torch.device(device) if device is not None else torch.get_default_device())
     _checks.whole("seed", seed, _checks.MAX_SEED)
     _checks.whole("step", step, _checks.WORD)
     key = make_key(seed, step, sample_ids, shape[0], place)
     out_dtype = torch.int64 if chosen is Kind.word else dtype or torch.float32
     backend = _backends.resolve("noise", place, None)
     return _ops.noise(key, tuple(shape), chosen, Stream[stream], index, out_dtype, backend)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """The current device for "cuda", as the devices of tensors are named."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def _check_noise_arguments(shape: tuple[int, ...], stream: str, index: int, dtype: torch.dtype | None, kind: str | None) -> None:

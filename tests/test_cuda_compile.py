@@ -127,6 +127,15 @@ def test_no_kernel_spills_on_any_architecture(cubins):
             assert kernel.registers <= 96, f"{file} sm_{architecture} {name}"
 
 
+@pytest.mark.parametrize("source", KERNEL_FILES, ids=lambda source: source.stem)
+def test_gpus_before_ampere(source, tmp_path):
+    """They lack the conversions of two numbers at once and of bfloat16."""
+    known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    if "compute_75\n" not in known:
+        pytest.skip("this nvcc does not know them")
+    assert compile_cubin(source, 75, tmp_path).stat().st_size > 1000
+
+
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 def test_main_loops_are_within_budget(cubins, budget):
     kernels = kernels_of(cubins[budget.file, 90])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fm_fast as fm
-from fm_fast import _philox
+from fm_fast import _philox, random
 from fm_fast.random import make_key
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -205,3 +205,11 @@ def test_no_two_draws_of_a_large_run_share_their_words(backend):
     words = torch.cat(draws)
     assert words.shape[0] == 2**17
     assert len(torch.unique(words, dim=0)) == len(words)
+
+
+def test_a_device_without_an_index_is_the_current_one(monkeypatch):
+    """As tensors name it, so that ids on that device are accepted."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert random._indexed(torch.device("cuda")) == torch.device("cuda", 3)
+    for name in ("cpu", "meta", "cuda:1"):
+        assert random._indexed(torch.device(name)) == torch.device(name)

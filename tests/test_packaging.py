@@ -1,11 +1,15 @@
 """The installed package: its files, its version, its record of the build, what importing it does, and how it chooses a backend."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import types
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -106,6 +110,77 @@ assert "triton" not in sys.modules
 """
     result = run_python(code, FM_FAST_BACKEND="", FM_FAST_CPU="")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+FAKE_DRIVER = """
+#include <stdlib.h>
+int cuDriverGetVersion(int* version) { *version = 12080; return 0; }
+int cuInit(unsigned flags) { abort(); }
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_asking_for_the_drivers_version_does_not_start_it(tmp_path: Path) -> None:
+    """A driver that was started before a fork is lost to the child."""
+    (tmp_path / "driver.c").write_text(FAKE_DRIVER)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"], check=True)
+    code = "from fm_fast import _backends; print(_backends._driver_version())"
+    assert run_python(code, LD_LIBRARY_PATH=str(tmp_path)).stdout == "12080\n"
+    (tmp_path / "libcuda.so.1").write_text("no library")
+    assert run_python(code, LD_LIBRARY_PATH=str(tmp_path)).stdout == "0\n"
+    in_runtime = [file for file in (ROOT / "csrc").rglob("*.c*") if "cudaDriverGetVersion" in file.read_text()]
+    assert in_runtime == [], "it starts the driver"
+
+
+def test_an_old_driver_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = types.SimpleNamespace(fm_fast_cuda_runtime_version=lambda: 13000)
+    monkeypatch.setattr(_backends.ctypes, "CDLL", lambda name: library)
+    for version, refused in ((12080, True), (13000, False), (14000, False), (0, False)):
+        monkeypatch.setattr(_backends, "_driver_version", lambda version=version: version)
+        with pytest.raises(_backends._Unavailable, match=r"driver supports CUDA 12\.8, .* with CUDA 13\.0") if refused else nullcontext():
+            _backends._check_driver(Path("library"))
+
+
+def load_setup(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """setup.py as a module, without setting anything up."""
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: None)
+    spec = importlib.util.spec_from_file_location("fm_fast_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+NEW_NVCC, OLD_NVCC = [75, 80, 86, 89, 90, 100, 103, 120], [70, 75, 80, 86, 89, 90]
+
+
+@pytest.mark.parametrize(
+    ("known", "gpus", "expected"),
+    [
+        (NEW_NVCC, [], "8.0 9.0 10.0 12.0+PTX"),
+        (OLD_NVCC, [], "8.0 9.0+PTX"),
+        (NEW_NVCC, ["9.0", "8.6"], "8.0 9.0 10.0 12.0+PTX"),
+        (NEW_NVCC, ["7.5", "7.0", "[N/A]"], "7.5 8.0 9.0 10.0 12.0+PTX"),
+    ],
+)
+def test_gpu_architectures(known: list[int], gpus: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default list as far as nvcc knows it, the newest also as PTX, and older GPUs of the machine."""
+    module = load_setup(monkeypatch)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    answers = {"nvcc": [f"compute_{number}" for number in known], "nvidia-smi": gpus}
+    monkeypatch.setattr(module, "output_lines", lambda command: answers[command[0]])
+    assert module.cuda_architectures(Path("nvcc")) == expected.split()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.0 9.0+PTX")
+    assert module.cuda_architectures(Path("nvcc")) == ["7.5", "8.0", "9.0+PTX"]
+
+
+def test_an_nvcc_that_knows_no_architecture_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load_setup(monkeypatch)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(module, "output_lines", lambda command: ["compute_50"] if command[0] == "nvcc" else [])
+    with pytest.raises(module.NotBuilt, match=r"nvcc knows none of the GPU architectures 8\.0, 9\.0, 10\.0, 12\.0"):
+        module.cuda_architectures(Path("nvcc"))
 
 
 def test_only_documented_environment_variables_are_read() -> None:

@@ -1,4 +1,4 @@
-// Questions about the device and the versions of CUDA.
+// Questions about the device and the version of CUDA.
 #include "device.h"
 
 #include "kernels.h"
@@ -10,11 +10,6 @@ int current_device() {
   int device = 0;
   check(cudaGetDevice(&device));
   return device;
-}
-
-int driver_version() {
-  int version = 0;
-  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
 int runtime_version() {

@@ -23,7 +23,11 @@ constexpr int kBlocks = 8;
 constexpr int kWideBlocks = 5;
 
 inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("fm_fast: CUDA error: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  const char* help = error == cudaErrorNoKernelImageForDevice
+                         ? " (install fm_fast with this GPU in TORCH_CUDA_ARCH_LIST, or set FM_FAST_BACKEND=triton)"
+                         : "";
+  throw std::runtime_error(std::string("fm_fast: CUDA error: ") + cudaGetErrorString(error) + help);
 }
 
 // Blocks that fill the current device, with `each` of them on a multiprocessor.

@@ -25,9 +25,8 @@ void probe(const ProbeCall& call, uint32_t stream_code, const uint32_t* parities
 void divergence_step(const DivergenceCall& call, const uint32_t* parities, double* scratch, void* stream);
 int64_t divergence_scratch(const DivergenceCall& call);
 
-// The current device, and versions of the driver and of the runtime in this library.
+// The current device, and the version of the runtime in this library.
 int current_device();
-int driver_version();
 int runtime_version();
 
 }  // namespace cuda

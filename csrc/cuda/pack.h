@@ -57,7 +57,7 @@ FM_HD Pack<S, kCount> reversed(const Pack<S, kCount>& pack) {
 
 // Two numbers rounded to 16 bits each, the first in the low half.
 FM_HD uint32_t narrow_pair(float low, float high, Bfloat16) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
@@ -67,7 +67,7 @@ FM_HD uint32_t narrow_pair(float low, float high, Bfloat16) {
 }
 
 FM_HD uint32_t narrow_pair(float low, float high, Float16) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;

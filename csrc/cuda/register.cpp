@@ -72,6 +72,5 @@ const bool registered = register_all();
 // 1 if all operators were registered.
 FM_EXPORT int fm_fast_cuda_registered(void) { return fm::cuda::registered ? 1 : 0; }
 
-// The newest CUDA version that the driver supports, 0 without a driver, and the version that this library was built with: 13000 is 13.0.
-FM_EXPORT int fm_fast_cuda_driver_version(void) { return fm::cuda::driver_version(); }
+// The version of CUDA that this library was built with: 13000 is 13.0. (The runtime is not asked for the driver's: that would start it.)
 FM_EXPORT int fm_fast_cuda_runtime_version(void) { return fm::cuda::runtime_version(); }
