@@ -16,7 +16,7 @@ LOSSES = {"loss": BLACK, "t in 0..1/4": BLUE, "1/4..1/2": GREEN, "1/2..3/4": ORA
 # Of the records of train/judge.py; beside each the level of real images.
 SHARES = {"agreement": BLUE, "nearest_neighbour": ORANGE}
 DISTANCES = {"frechet": RED, "novelty": GREEN}
-NAMES = {"agreement": "class agreement", "nearest_neighbour": "1-NN accuracy", "frechet": "feature Fréchet distance", "novelty": "novelty"}
+NAMES = {"agreement": "class agreement", "nearest_neighbour": "1-NN accuracy", "frechet": "feature distance", "novelty": "novelty"}
 Colour = tuple[int, int, int]
 Points = list[tuple[float, float]]
 
@@ -140,13 +140,14 @@ def _decades(low: float, high: float) -> list[float]:
 
 def _draw_panel(draw: Any, panel: Panel, axes: _Axes) -> None:
     _draw_axes(draw, axes)
-    right, top = axes.frame[2], axes.frame[1]
+    _, top, right, bottom = axes.frame
+    first = top + 8 if panel.logarithmic else bottom - 8 - 16 * len(panel.curves)  # shares lie in the upper half
     for number, (name, curve) in enumerate(panel.curves.items()):
         pixels = [axes.pixel(step, value) for step, value in curve.points]
         if len(pixels) > 1:
             draw.line(pixels, fill=curve.colour, width=2 if number == 0 else 1)
         if curve.points:
-            draw.text((right - 6, top + 8 + 16 * number), name, fill=curve.colour, anchor="ra")
+            draw.text((right - 6, first + 16 * number), name, fill=curve.colour, anchor="ra")
             _draw_level(draw, axes, curve)
 
 
