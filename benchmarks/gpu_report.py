@@ -1,8 +1,9 @@
 """Everything that needs a GPU, in one command: ``make gpu-report``, or ``python -m benchmarks.gpu_report [build|test|sanitize|bench]``.
 
 It runs on the GPU that is there, without a network, and prints a short table last. Rows go to
-benchmarks/results/<device>-<date>.json as they are measured, what came of each stage to <device>-<date>-stages.json. Exits with 2 where
-there is no GPU, with 1 if a stage failed.
+benchmarks/results/<device>-<date>.json as they are measured, what came of each stage to <device>-<date>-stages.json, also as it comes.
+Where a command may not take long, `bench --op path_loss noise` measures these alone. Exits with 2 where there is no GPU, with 1 if a
+stage failed.
 """
 
 import argparse
@@ -10,9 +11,13 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import torch
 
@@ -21,56 +26,76 @@ from benchmarks.op import Op, Setting
 
 ROOT = Path(__file__).parent.parent
 GPU_TESTS = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
+PROCESSES = 8  # that share the tests, most of which wait for Triton to compile
 # Few of them: the sanitizer takes a hundred times as long.
 SANITIZED_TESTS = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", "reductions or data_map or mixed_layouts", "tests"]
 SANITIZERS = ("memcheck", "racecheck")
 TRIVIAL = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda').add_(1).cpu()"]
+LIBRARY = "from fm_fast import _backends; raise SystemExit(_backends.why_not('path_loss', 'cuda', 'cuda'))"
+UNFINISHED = "FAILED: it was ended before it had finished"
+
+# What was tried, and "ok", "FAILED" and perhaps why, or why it was not.
+Outcomes = Iterator[tuple[str, str]]
 
 
-Outcomes = dict[str, str]  # what was tried -> "ok", "FAILED" and perhaps why, or why it was not
-
-
-def build() -> Outcomes:
+def build(options: argparse.Namespace) -> Outcomes:
     """Compile and install this checkout with the tools of this machine, and print what came of it."""
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
-    return {"install": _outcome(install), "info": _outcome([sys.executable, "-c", "import fm_fast; print(fm_fast.info())"])}
+    yield "install", _outcome(install)
+    yield "info", _outcome([sys.executable, "-c", "import fm_fast; print(fm_fast.info())"])
+    yield "CUDA library", _outcome([sys.executable, "-c", LIBRARY])
 
 
-def test() -> Outcomes:
-    return {"tests": _outcome(GPU_TESTS)}
+def test(options: argparse.Namespace) -> Outcomes:
+    shared = ["-n", str(PROCESSES)] if find_spec("xdist") else []
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "tests.xml")
+        outcome = _outcome([*GPU_TESTS, *shared, f"--junitxml={report}"])
+        yield "tests", outcome if outcome == "ok" else ": ".join([outcome, *_failed_tests(report)])
 
 
-def sanitize() -> Outcomes:
+def _failed_tests(report: Path) -> list[str]:
+    """Their names, in one text; none where pytest has not come to its end."""
+    if not report.is_file():
+        return []
+    cases = ElementTree.parse(report).iter("testcase")
+    return [", ".join(case.get("name", "?") for case in cases if case.find("failure") is not None or case.find("error") is not None)]
+
+
+def sanitize(options: argparse.Namespace) -> Outcomes:
     """Some parity tests under compute-sanitizer. A tool that is missing or that this machine refuses is no failure of ours."""
     program = shutil.which("compute-sanitizer")
-    if program is None:
-        return dict.fromkeys(SANITIZERS, "compute-sanitizer is not installed")
-    # Each tensor in memory of its own, or what a kernel writes beyond one would lie in another, and be allowed.
-    program = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", program]
-    return {tool: _sanitized([*program, "--tool", tool, "--error-exitcode", "1"]) for tool in SANITIZERS}
+    for tool in SANITIZERS:
+        # Each tensor in memory of its own, or what a kernel writes beyond one would lie in another, and be allowed.
+        command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", program or "", "--tool", tool, "--error-exitcode", "1"]
+        yield tool, _sanitized(command) if program else "compute-sanitizer is not installed"
 
 
 def _sanitized(tool: list[str]) -> str:
     return _outcome([*tool, *SANITIZED_TESTS]) if _succeeds([*tool, *TRIVIAL]) else "refused here, on a trivial program too"
 
 
-def bench() -> Outcomes:
+def bench(options: argparse.Namespace) -> Outcomes:
     """What the plan lists, in its dtypes; rows are written after each setting, whose providers are timed in turns."""
     surroundings = results.environment(torch.device("cuda"), None)
-    path = _path(surroundings, "")
+    path, entries = _path(surroundings, ""), [entry for entry in plan.GPU_PLAN if not options.op or entry.op in options.op]
+    earlier = [record for record in _records(path) if record["op"] not in {entry.op for entry in entries}]
     rows: list[results.Row] = []
     tables = []
-    outcomes: Outcomes = {}
-    for entry, dtype in [(planned, dtype) for planned in plan.GPU_PLAN for dtype in planned.dtypes]:
-        op, options = registry.find(entry.op), entry.options(run.parse(["--device", "cuda", "--dtype", dtype]))
-        for setting in run.settings(op, options):
-            new, outcomes[f"{op.name}, {setting.size}, {dtype}, {setting.problem}"] = _measured(op, setting, options)
+    for entry, dtype in [(planned, dtype) for planned in entries for dtype in planned.dtypes]:
+        op, chosen = registry.find(entry.op), entry.options(run.parse(["--device", "cuda", "--dtype", dtype]))
+        for setting in run.settings(op, chosen):
+            new, outcome = _measured(op, setting, chosen)
             if new:
                 rows += new
                 tables.append(run.table(new, new[0].provider))
-                results.write(path, rows, surroundings)
+                results.write(path, rows, surroundings, earlier)
+            yield f"{op.name}, {setting.size}, {dtype}, {setting.problem}", outcome
     print("\n".join(tables))
-    return outcomes
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def _measured(op: Op, setting: Setting, options: argparse.Namespace) -> tuple[list[results.Row], str]:
@@ -82,7 +107,7 @@ def _measured(op: Op, setting: Setting, options: argparse.Namespace) -> tuple[li
         return [], f"FAILED: {error}".splitlines()[0]
 
 
-STAGES: dict[str, Callable[[], Outcomes]] = {"build": build, "test": test, "sanitize": sanitize, "bench": bench}
+STAGES: dict[str, Callable[[argparse.Namespace], Outcomes]] = {"build": build, "test": test, "sanitize": sanitize, "bench": bench}
 
 
 def _succeeds(command: list[str]) -> bool:
@@ -99,18 +124,23 @@ def _path(surroundings: Mapping[str, str], suffix: str) -> Path:
     return results.FOLDER / ("-".join("_".join(surroundings[part].split()) for part in ("device", "date")) + f"{suffix}.json")
 
 
-def _record(stage: str, outcomes: Outcomes, surroundings: Mapping[str, str]) -> None:
-    """Add what came of a stage to the report's file."""
+def _record(stage: str, outcomes: Mapping[str, str], surroundings: Mapping[str, str]) -> None:
+    """Put what came of a stage into the report's file."""
     path = _path(surroundings, "-stages")
     stages = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**surroundings, "stages": {**stages, stage: outcomes}}, indent=1) + "\n", encoding="utf-8")
 
 
-def _run_stage(stage: str) -> bool:
+def _run_stage(stage: str, options: argparse.Namespace) -> bool:
+    """Recorded after everything that was tried, so that a stage that is killed leaves what it had."""
     surroundings = results.environment(torch.device("cuda"), None)
     print(", ".join(f"{name} {value}" for name, value in surroundings.items() if value))
-    outcomes = STAGES[stage]()
+    outcomes: dict[str, str] = {}
+    _record(stage, {stage: UNFINISHED}, surroundings)
+    for name, outcome in STAGES[stage](options):
+        outcomes[name] = outcome
+        _record(stage, {**outcomes, stage: UNFINISHED}, surroundings)
     _record(stage, outcomes, surroundings)
     print("\n".join(f"{stage}: {name}: {outcome}" for name, outcome in outcomes.items()))
     return not any(outcome.startswith("FAILED") for outcome in outcomes.values())
@@ -124,15 +154,19 @@ def _in_new_process(stage: str) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=__doc__)
     parser.add_argument("stage", nargs="?", default="all", choices=("all", *STAGES))
-    stage = parser.parse_args(arguments).stage
+    planned = [entry.op for entry in plan.GPU_PLAN]
+    parser.add_argument("--op", nargs="+", choices=planned, metavar="OP", help="of stage bench alone: these ops, beside earlier rows")
+    options = parser.parse_args(arguments)
+    if options.op and options.stage != "bench":
+        parser.error(f"--op: expected stage bench, got {options.stage}")
     if not torch.cuda.is_available():
         print("no CUDA device here: nothing was run")
         return 2
-    if stage == "all":
+    if options.stage == "all":
         outcomes = {name: _in_new_process(name) for name in STAGES}
         print(", ".join(f"{name}: {'ok' if good else 'FAILED'}" for name, good in outcomes.items()))
         return 0 if all(outcomes.values()) else 1
-    return 0 if _run_stage(stage) else 1
+    return 0 if _run_stage(options.stage, options) else 1
 
 
 if __name__ == "__main__":

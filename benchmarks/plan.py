@@ -47,14 +47,14 @@ PLAN = (
 # In minutes: what a GPU is about is large, or small and launched often. The sampler runs in the dtype of its tolerance.
 GPU_PLAN = (
     Entry("path_loss", ("small", "256 MiB"), None, 100),
-    Entry("path_sample", ("256 MiB",), None, 100, only=("eager", "floor")),
+    Entry("path_sample", ("256 MiB",), None, 100, only=("eager", "floor", "triton")),
     Entry("noise", ("256 MiB",), ("normal",), 100),
     Entry("linear_step", ("256 MiB",), ("euler", "rk4"), 100),
     Entry("sampler", ("CIFAR",), ("euler", "midpoint"), 10, dtypes=("float32",)),
     Entry("probe", ("large",), ("4 probes",), 100),
     Entry("divergence_step", ("large",), ("4 probes",), 100),
     Entry("adamw_ema", ("wide",), ("1 average",), 100),
-    Entry("group_norm_silu", ("32x32", "16x16", "8x8"), ("NHWC", "NHWC modulated"), 100),
+    Entry("group_norm_silu", ("32x32", "16x16", "8x8"), ("NHWC", "NHWC modulated"), 100, dtypes=("bfloat16",)),
 )
 
 

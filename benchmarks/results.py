@@ -5,7 +5,7 @@ import datetime
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,9 +62,12 @@ def default_path(op: str, surroundings: Mapping[str, str]) -> Path:
     return FOLDER / ("-".join("_".join(part.split()) for part in parts if part) + ".json")
 
 
-def write(path: Path, rows: list[Row], surroundings: Mapping[str, str]) -> None:
-    """Write the rows so far to ``path`` (JSON) and beside it as CSV; called after every setting, so that a stopped run keeps its rows."""
-    records = [{**asdict(row), **surroundings} for row in rows]
+def write(path: Path, rows: list[Row], surroundings: Mapping[str, str], earlier: Sequence[Mapping[str, object]] = ()) -> None:
+    """Write the rows so far to ``path`` (JSON) and beside it as CSV; called after every setting, so that a stopped run keeps its rows.
+
+    earlier: records of a file, to stand before them.
+    """
+    records = [*earlier, *({**asdict(row), **surroundings} for row in rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from benchmarks.results import Row
     from benchmarks.timing import Clock, Step
 
-WARM_UP_SECONDS = 0.5
+WARM_UP_SECONDS, GPU_WARM_UP_SECONDS = 0.5, 0.1
 SMALL_STEP_MS = 2.0
 PARTS = ("full", "forward", "backward")
 TIMES = ("ms", "us")
@@ -126,7 +126,7 @@ def measure(op: "Op", setting: "Setting", options: argparse.Namespace) -> "list[
     bandwidth, unit = None, op.unit
     if setting.device.type == "cuda" and op.observe is None:
         replays = {name: timing.captured(sets) for name, sets in gated.steps.items()}
-        timing.warm_up(replays, WARM_UP_SECONDS)
+        timing.warm_up(replays, GPU_WARM_UP_SECONDS, torch.cuda.synchronize)
         clock = timing.device_clock(len(next(iter(gated.steps.values()))))
         values, bandwidth = timing.interleaved(replays, rounds, clock), timing.copy_bandwidth(setting.device)
     else:

@@ -1,5 +1,6 @@
 """Interleaved timing: every round runs each candidate once, in random order, so that a busy moment of the machine hits all alike."""
 
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -58,12 +59,16 @@ def now(device: torch.device, kind: str) -> Clock:
     return finished
 
 
-def warm_up(steps: Mapping[str, Step], seconds: float) -> None:
-    """Run every step for a while: by time, not by count, so that clocks and caches settle whatever a step costs."""
+def warm_up(steps: Mapping[str, Step], seconds: float, finish: Step = lambda: None) -> None:
+    """Run every step for a while: by time, not by count, so that clocks and caches settle whatever a step costs.
+
+    finish: what waits for a step's work; else a GPU would get more of it than it does in that time, and be busy with the rest later.
+    """
     for step in steps.values():
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             step()
+            finish()
 
 
 def interleaved(steps: Mapping[str, Any], rounds: int, clock: Callable[[Any], float], seed: int = 0) -> dict[str, list[float]]:
@@ -90,7 +95,11 @@ def host_clock(repeats: int, now: Clock = time.perf_counter) -> Callable[[Step],
 
 
 def captured(steps: list[Step]) -> Step:
-    """A replay of all the steps in one CUDA graph: no launch gaps, and one input set after another, so that the cache stays cold."""
+    """A replay of all the steps in one CUDA graph: no launch gaps, and one input set after another, so that the cache stays cold.
+
+    The steps' results are kept until the end of the capture, so that each has memory of its own: otherwise all would be written to the
+    same, which then lies in the cache.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -100,25 +109,40 @@ def captured(steps: list[Step]) -> Step:
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
-            for step in steps:
-                step()
+            results = [step() for step in steps]
+        del results
     finally:
         torch.cuda.set_stream(current)  # which a capture that fails leaves behind
     return graph.replay
 
 
+SAMPLE_MS = 2.0  # at least, between two events
+
+
 def device_clock(repeats: int) -> Callable[[Step], float]:
-    """Milliseconds of a replay between two events, divided by the steps it holds."""
+    """Milliseconds of a step, of which a replay holds ``repeats``.
+
+    Over so many replays in a row that the microseconds until the first one starts do not count.
+    """
+    replays: dict[Step, int] = {}
 
     def clock(replay: Step) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / repeats
+        if replay not in replays:
+            replays[replay] = max(1, math.ceil(SAMPLE_MS / max(_between_events(replay, 1), 1e-3)))
+        return _between_events(replay, replays[replay]) / (replays[replay] * repeats)
 
     return clock
+
+
+def _between_events(replay: Step, count: int) -> float:
+    """Milliseconds that the device takes for so many replays."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(count):
+        replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def copy_bandwidth(device: torch.device, size: int = 1 << 30) -> float:

@@ -15,7 +15,7 @@ import fm_fast as fm
 # Benchmarks are not installed. Last on the path, so that the installed fm_fast stays the one that is tested.
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks import peers, points, results, run
+from benchmarks import peers, points, results, run, timing
 from benchmarks.op import Setting
 from benchmarks.ops import adamw_ema, path_loss
 from benchmarks.run import gate
@@ -179,3 +179,42 @@ def test_a_commit_is_dirty_by_its_sources_and_not_by_results(tmp_path):
     source.write_text("2", encoding="utf-8")
     assert results.commit_of(tmp_path) == f"{commit}-dirty"
     assert results.commit_of(tmp_path / "nowhere") == ""
+
+
+class FakeEvents:
+    """A device on which a replay takes ``cost`` ms and the start of the first of several another ``latency``."""
+
+    def __init__(self, cost, latency):
+        self.cost, self.latency, self.time, self.replays = cost, latency, 0.0, 0
+
+    def __call__(self, enable_timing):
+        device = self
+
+        class Event:
+            def record(self):
+                self.time, device.fresh = device.time, True
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return end.time - self.time
+
+        return Event()
+
+    def replay(self):
+        self.replays += 1
+        self.time += self.cost + self.latency * self.fresh
+        self.fresh = False
+
+
+def test_a_sample_on_a_gpu_lasts_long_enough(monkeypatch):
+    """The start of a graph takes microseconds, which are no part of its steps' time."""
+    for cost, latency in ((0.05, 0.01), (8.0, 0.01)):
+        device = FakeEvents(cost, latency)
+        monkeypatch.setattr(torch.cuda, "Event", device)
+        clock = timing.device_clock(4)
+        clock(device.replay)
+        device.replays = 0
+        assert clock(device.replay) == pytest.approx(cost / 4, rel=0.01)
+        assert device.replays == (34 if cost < 1 else 1)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -56,7 +57,45 @@ def test_stages_are_recorded_beside_each_other(machine):
     assert gpu_report.main(["build"]) == 0
     fails.append("-m gpu")
     assert gpu_report.main(["test"]) == 1
-    assert stages() == {"build": {"install": "ok", "info": "ok"}, "test": {"tests": "FAILED"}}
+    assert stages() == {"build": {"install": "ok", "info": "ok", "CUDA library": "ok"}, "test": {"tests": "FAILED"}}
+
+
+def test_failed_tests_are_named(tmp_path):
+    (tmp_path / "test_some.py").write_text("def test_good(): pass\ndef test_bad(): assert 0\ndef test_worse(): missing()\n")
+    report = tmp_path / "tests.xml"
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path, f"--junitxml={report}"], check=False)
+    assert gpu_report._failed_tests(report) == ["test_bad, test_worse"]
+    assert gpu_report._failed_tests(tmp_path / "missing.xml") == []
+
+
+def test_a_missing_cuda_library_is_a_failed_build(machine):
+    machine[1].append("why_not")
+    assert gpu_report.main(["build"]) == 1
+    assert stages()["build"]["CUDA library"] == "FAILED"
+
+
+def test_a_stage_that_is_killed_leaves_what_it_had(machine, monkeypatch):
+    def killed(options):
+        yield "first", "ok"
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(gpu_report.STAGES, "test", killed)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_report.main(["test"])
+    assert stages()["test"] == {"first": "ok", "test": gpu_report.UNFINISHED}
+
+
+def test_ops_are_measured_one_by_one(machine, monkeypatch):
+    """The rows of the others stay."""
+    row = results.Row("noise", "ours", "mode", "size", "float32", "ms", 1.0, 0.9, 1.1)
+    results.write(results.FOLDER / "Some_GPU-2026-01-02.json", [row, dataclasses.replace(row, op="probe")], SURROUNDINGS)
+    monkeypatch.setattr(gpu_report.run, "measure", lambda op, setting, options: [dataclasses.replace(row, op=op.name, median=2.0)])
+    monkeypatch.setattr(gpu_report.run, "table", lambda rows, ours: "table")
+    assert gpu_report.main(["bench", "--op", "probe"]) == 0
+    rows = json.loads((results.FOLDER / "Some_GPU-2026-01-02.json").read_text())
+    assert [(row["op"], row["median"]) for row in rows] == [("noise", 1.0), ("probe", 2.0), ("probe", 2.0)]
+    with pytest.raises(SystemExit, match="2"):
+        gpu_report.main(["test", "--op", "probe"])
 
 
 def test_both_sanitizers_run(machine):
