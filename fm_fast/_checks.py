@@ -3,12 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_SEED = 2**63
 WORD = 2**32
+WHOLE_NUMBERS = (int, np.integer)
+NUMBERS = (int, float, np.integer, np.floating)
 
 
 def values_readable(*tensors: Tensor) -> bool:
@@ -59,7 +62,7 @@ def same_device(name: str, x: Tensor, x1: Tensor, other: str = "x1") -> None:
 
 def time(t: object, x1: Tensor, name: str = "x1") -> None:
     """A number in [0, 1] or a floating tensor [] or [B] on the device of x1, which messages call ``name``."""
-    if isinstance(t, (int, float)):
+    if isinstance(t, NUMBERS):
         if not 0.0 <= t <= 1.0:
             raise ValueError(f"t must lie in [0, 1], got {t}")
         return
@@ -99,35 +102,49 @@ def whole(name: str, value: object, limit: int) -> None:
         if not values_readable(value):
             return
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (*WHOLE_NUMBERS, torch.SymInt)):
         raise TypeError(f"{name} must be a whole number or an int64 scalar tensor, got {type(value).__name__}")
     if not 0 <= value < limit:
         raise ValueError(f"{name} must lie in [0, {limit}), got {value}")
 
 
 def sample_ids(ids: object, batch: int, device: torch.device) -> None:
-    """None, a whole number (the first id) or an int64 tensor [B]."""
+    """None, a whole number (the first id) as such or as an int64 scalar tensor, or an int64 tensor [B]."""
+    if ids is None:
+        return
     if not isinstance(ids, Tensor):
-        return whole("sample_ids", ids, WORD - batch + 1) if ids is not None else None
-    if ids.dtype != torch.int64 or ids.shape != (batch,):
+        if isinstance(ids, bool) or not isinstance(ids, (*WHOLE_NUMBERS, torch.SymInt)):
+            raise TypeError(f"sample_ids must be a whole number or an int64 tensor [] or [{batch}], got {type(ids).__name__}")
+        return whole("sample_ids", ids, WORD - batch + 1)
+    if ids.dtype != torch.int64 or ids.shape not in ((batch,), ()):
         raise ValueError(f"sample_ids must be a whole number or int64 of shape [{batch}], got {ids.dtype} of shape {tuple(ids.shape)}")
     if ids.device != device:
         raise ValueError(f"sample_ids must be on {device}, got {ids.device}")
+    if ids.dim() == 0:
+        return whole("sample_ids", ids, WORD - batch + 1)
     if batch and values_readable(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < WORD):
         raise ValueError(f"sample_ids must lie in [0, {WORD}), got values from {int(ids.min())} to {int(ids.max())}")
 
 
-def probability(name: str, value: float) -> None:
+def probability(name: str, value: object) -> None:
+    if type(value) is float and 0.0 <= value <= 1.0:  # as nearly always
+        return
+    finite_number(name, value)
+    assert isinstance(value, NUMBERS)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def grey_levels(levels: object) -> None:
+    if not isinstance(levels, WHOLE_NUMBERS) or not 2 <= levels <= 256:
+        raise ValueError(f"levels must be a whole number in [2, 256], got {levels!r}")
 
 
 def data_map(x1: Tensor, flip: float, levels: int, dequantise: bool) -> None:
     """The arguments that say how x1 is read: flip needs rows, levels and dequantise need uint8."""
     if flip > 0.0 and x1.dim() < 3:
         raise ValueError(f"flip mirrors the last dimension of [B, C, ..., W] data, got x1 of shape {tuple(x1.shape)}")
-    if not isinstance(levels, int) or not 2 <= levels <= 256:
-        raise ValueError(f"levels must be a whole number in [2, 256], got {levels}")
+    grey_levels(levels)
     if x1.dtype == torch.uint8 and levels < 256 and x1.numel() and values_readable(x1) and int(x1.max()) >= levels:
         raise ValueError(f"x1 must lie in 0..{levels - 1} for levels={levels}, got values up to {int(x1.max())}")
     if dequantise and x1.dtype != torch.uint8:
@@ -135,7 +152,7 @@ def data_map(x1: Tensor, flip: float, levels: int, dequantise: bool) -> None:
 
 
 def finite_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
@@ -153,7 +170,7 @@ def state(name: str, x: object) -> None:
 
 def count(name: str, value: object) -> None:
     """A whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, WHOLE_NUMBERS):
         raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
@@ -161,6 +178,6 @@ def count(name: str, value: object) -> None:
 
 def positive_number(name: str, value: object) -> None:
     finite_number(name, value)
-    assert isinstance(value, (int, float))
+    assert isinstance(value, NUMBERS)
     if value <= 0.0:
         raise ValueError(f"{name} must be positive, got {value}")

@@ -43,7 +43,7 @@ def _make_spec(
     chosen_path, chosen_objective = as_path(path), as_objective(objective)
     limits, sampler = time_range(chosen_path, chosen_objective), as_time_sampler(t_sampler)
     kernel_path = kernel_form(chosen_path) if is_built_in(chosen_objective) else (-1, 0.0, 0.0)
-    return PathSpec(chosen_path, chosen_objective, sampler, limits, float(flip), levels, bool(dequantise), kernel_path)
+    return PathSpec(chosen_path, chosen_objective, sampler, limits, float(flip), int(levels), bool(dequantise), kernel_path)
 
 
 # Made once, because small training steps feel the microseconds.

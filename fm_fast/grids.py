@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from fm_fast import _checks
 from fm_fast.paths import EDGE, Path
 
 Times = np.ndarray
@@ -151,7 +152,7 @@ def _as_grid(grid: "str | type | Grid") -> Grid:
 def _required(steps: int | None) -> int:
     if steps is None:
         raise ValueError("steps must be given for a fixed-step method: the number of steps, a whole number of at least 1")
-    if isinstance(steps, bool) or not isinstance(steps, int):
+    if isinstance(steps, bool) or not isinstance(steps, _checks.WHOLE_NUMBERS):
         raise TypeError(f"steps must be a whole number, got {type(steps).__name__}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")

@@ -44,13 +44,12 @@ class PathSample:
 
         Reads x1 (and a given x0) again: RuntimeError if either was changed in place since the draw. On the CPU drawn noise is recovered
         from x_t where that costs at most a few roundings of the target (``recoverable`` in csrc/loss.h) and drawn again elsewhere, also
-        where x_t was changed in place. What torch does not count, changes through ``x_t.data`` or NumPy, must not come before the loss.
+        where x_t was changed in place. What torch does not count must not come before the loss: changes through ``x_t.data`` or NumPy,
+        or of tensors made in inference mode.
         """
         _checks.like("o", o, self._x1)
         _checks.one_of("reduction", reduction, reference.REDUCTIONS)
-        *inputs, point = _writes(self._x1, self._x0, self._point)
-        if any(map(_changed, self._writes, inputs)):
-            raise RuntimeError("x1 or x0 was changed in place between sample_path and the loss, which reads it again; give it a copy")
+        point = self._unchanged()
         if weight is not None:
             _checks.weight(weight, self._x1)
         if _ops.needs_reference(self._backend, self._x1, self._x0, self.coef, weight):
@@ -58,6 +57,24 @@ class PathSample:
         return _ops.path_loss(
             o, self._x1, self._x0, self._drawn_point(point), self._key, self.coef, weight, reduction, self._spec, self._backend
         )
+
+    def _unchanged(self) -> int | None:
+        """How often the drawn point was written to; RuntimeError if what is read again is no longer what the point was made of."""
+        *inputs, point = _writes(self._x1, self._x0, self._point)
+        if any(map(_changed, self._writes, inputs)):
+            raise RuntimeError(
+                "x1 or x0 was changed in place since sample_path, and is read again for the loss, x0 or target; give it a copy"
+            )
+        return point
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, whose tensors count their own writes: what was changed before."""
+        return {**self.__dict__, "_writes": tuple(map(_changed, self._writes, _writes(self._x1, self._x0, self._point)))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        now = _writes(self._x1, self._x0, self._point)
+        self.__dict__["_writes"] = tuple(None if n is None else n - changed for n, changed in zip(now, state["_writes"], strict=True))
 
     def _drawn_point(self, writes: int | None) -> Tensor | None:
         """x_t, if it is certainly still what this draw wrote: dividing the noise out of it costs a CPU less than drawing it again."""
@@ -67,12 +84,17 @@ class PathSample:
 
     @property
     def x0(self) -> Tensor:
-        """The noise [B, ...] of this draw, computed again on request, in coef's dtype."""
+        """The noise [B, ...] of this draw, computed again on request, in coef's dtype. RuntimeError as for :meth:`loss`."""
+        self._unchanged()
         return self._plain()[1]
 
     @property
     def target(self) -> Tensor:
-        """c1 x1 + c0 x0 [B, ...], computed on request; x1 - (1 - sigma_min) x0 for the OT velocity (equation 23)."""
+        """c1 x1 + c0 x0 [B, ...], computed on request; x1 - (1 - sigma_min) x0 for the OT velocity (equation 23).
+
+        RuntimeError as for :meth:`loss`.
+        """
+        self._unchanged()
         return reference.target(*self._plain(), self.coef)
 
     def _plain(self) -> tuple[Tensor, Tensor]:
@@ -217,11 +239,16 @@ def flow_matching_loss(
         loss = F.mse_loss(model(x_t, t), x1 - x0)
     """
     _checks.condition(cond)
+    if not callable(model):
+        raise TypeError(f"model must be callable as model(x_t, t, **cond), got {type(model).__name__}")
     sample = sample_path(
         x1, x0=x0, t=t, path=path, objective=objective, t_sampler=t_sampler, dtype=dtype, flip=flip, levels=levels,
         dequantise=dequantise, seed=seed, step=step, sample_ids=sample_ids, backend=backend,
     )  # fmt: skip
-    return sample.loss(model(sample.x_t, sample.t, **(cond or {})), weight, reduction)
+    prediction = model(sample.x_t, sample.t, **(cond or {}))
+    if not isinstance(prediction, Tensor):
+        raise TypeError(f"model must return a torch.Tensor of the shape of x1, got {type(prediction).__name__}")
+    return sample.loss(prediction, weight, reduction)
 
 
 class FlowMatchingLoss(torch.nn.Module):
@@ -253,7 +280,11 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     """Names are checked when the module is made, not at its first call."""
     defaults = flow_matching_loss.__kwdefaults__ or {}
     chosen = {name: settings.get(name, defaults[name]) for name in ("path", "objective", "t_sampler", "flip", "levels", "dequantise")}
+    _checks.probability("flip", chosen["flip"])
+    _checks.grey_levels(chosen["levels"])
     path_spec(**chosen)
+    _checks.one_of("backend", settings.get("backend"), (None, *_backends.BACKENDS))
+    _checks.one_of("dtype", settings.get("dtype"), (None, *_checks.FLOATING))
     _checks.one_of("reduction", settings.get("reduction", "mean"), reference.REDUCTIONS)
 
 

@@ -14,13 +14,15 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from fm_fast import _checks
+
 EDGE = 1e-5  # how far from a singular end a quantity is evaluated; the paper's eps (appendix E.1)
 
 
 def _require_numbers(**values: object) -> None:
     """Parameters of built-in paths are constants; a path with trainable parameters is a custom one."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, _checks.NUMBERS):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}; write a path object of your own to train it")
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")

@@ -1,5 +1,7 @@
 """Wrong input is refused with a message that names the argument, what was expected and what came."""
 
+import math
+
 import pytest
 import torch
 
@@ -58,6 +60,12 @@ BAD_SAMPLE_ARGUMENTS = [
         ValueError,
         r"sample_ids must be a whole number or int64 of shape \[4\], got torch.int64 of shape \(3,\)",
     ),
+    ({"sample_ids": [0, 1, 2, 3]}, TypeError, r"sample_ids must be a whole number or an int64 tensor \[\] or \[4\], got list"),
+    ({"sample_ids": 2.5}, TypeError, r"sample_ids must be a whole number or an int64 tensor \[\] or \[4\], got float"),
+    ({"sample_ids": torch.tensor(-1)}, ValueError, r"sample_ids must lie in .*, got -1"),
+    ({"flip": "a"}, TypeError, r"flip must be a number, got str"),
+    ({"flip": math.nan}, ValueError, r"flip must be finite, got nan"),
+    ({"levels": 17.0}, ValueError, r"levels must be a whole number in \[2, 256\], got 17.0"),
     ({"sample_ids": torch.zeros(4)}, ValueError, r"sample_ids must be .*, got torch.float32"),
     ({"sample_ids": torch.tensor([0, 1, 2, -3])}, ValueError, r"sample_ids must lie in .* from -3 to 2"),
     ({"backend": "opencl"}, ValueError, r"backend must be one of reference, cpp, cuda, triton, got 'opencl'"),

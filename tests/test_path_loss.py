@@ -307,7 +307,7 @@ def test_data_overwritten_before_the_loss_are_noticed(backend):
     x1 = tensor((4, 6))
     s = fm.sample_path(x1, x0=tensor((4, 6), seed=3), seed=SEED, step=STEP, backend=backend)
     x1.zero_()
-    with pytest.raises(RuntimeError, match="changed in place between sample_path and the loss"):
+    with pytest.raises(RuntimeError, match="changed in place since sample_path, and is read again"):
         s.loss(tensor((4, 6)))
 
 
