@@ -75,6 +75,13 @@ def test_noise_matches_the_model(place):
     parity.check_noise_is_the_reference_noise(place)
 
 
+def test_noise_on_a_device_without_an_index_takes_ids_that_are_there():
+    ids = torch.arange(5, 9, device="cuda")
+    torch.testing.assert_close(
+        fm.noise((4, 3), seed=1, step=2, device="cuda", sample_ids=ids).cpu(), fm.noise((4, 3), seed=1, step=2, sample_ids=5)
+    )
+
+
 def test_empty_batches_match_the_reference(place):
     parity.check_empty(place)
 
