@@ -21,7 +21,8 @@ KERNEL_FILES = sorted((SOURCES / "cuda").glob("*.cu"))
 ARCHITECTURES = (80, 90, 100, 120)
 ELEMENTS = 8  # of a thread in one pass of a main loop
 RESOURCES = re.compile(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+CONDITIONAL = " if"  # behind the opcode of an instruction with a predicate, such as the load of weights that most calls do not have
 
 pytestmark = [
     pytest.mark.slow,
@@ -99,9 +100,9 @@ def _listing(section):
         if label := re.match(r"(\.L_x_\d+):", line.strip()):
             labels[label[1]] = len(opcodes)
         elif found := INSTRUCTION.search(line):
-            if found[1].startswith("BRA") and (target := re.search(r"\.L_x_\d+", found[2])):
+            if found[2].startswith("BRA") and (target := re.search(r"\.L_x_\d+", found[3])):
                 branches.append((target[0], len(opcodes)))
-            opcodes.append(found[1])
+            opcodes.append(found[2] + CONDITIONAL * bool(found[1]))
     loops = tuple((labels[target], place) for target, place in branches if labels.get(target, place + 1) < place)
     return section.split(",", 1)[0], (tuple(opcodes), loops)
 
@@ -141,7 +142,8 @@ def test_main_loops_are_within_budget(cubins, budget):
     kernels = kernels_of(cubins[budget.file, 90])
     (kernel,) = [kernel for name, kernel in kernels.items() if re.search(f"packed_kernelI{budget.kernel}", name)]
     loop = kernel.main_loop()
-    count = {kind: sum(n for op, n in loop.items() if op.startswith(kind)) for kind in ("LDG.E.128", "STG.E.128")}
+    always = {op: n for op, n in loop.items() if not op.endswith(CONDITIONAL)}
+    count = {kind: sum(n for op, n in always.items() if op.startswith(kind)) for kind in ("LDG.E.128", "STG.E.128")}
     assert kernel.registers <= 64
     assert (loop.total() - loop["NOP"]) / ELEMENTS <= budget.instructions
     assert (count["LDG.E.128"], count["STG.E.128"]) == (budget.loads, budget.stores)
