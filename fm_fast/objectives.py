@@ -8,6 +8,7 @@ A score is grad log p_t(x | x1) = -x0 / s here. Equation 43 of the paper writes 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -49,8 +50,20 @@ class Objective:
 
 def schedule(path: Path, t: Tensor) -> Schedule:
     """The path at times t (any shape), in t's dtype."""
-    values = (path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t))
-    return Schedule(*(value if isinstance(value, Tensor) else torch.full_like(t, value) for value in values))
+    return Schedule(*(_like_times(name, getattr(path, name)(t), t) for name in ("alpha", "sigma", "d_alpha", "d_sigma")))
+
+
+def _like_times(name: str, value: Tensor | float, t: Tensor) -> Tensor:
+    """What a path returned for times t, a number or single element spread over them."""
+    if isinstance(value, Tensor) and value.shape == t.shape:
+        return value
+    if isinstance(value, (int, float, Real)):
+        return torch.full_like(t, value)  # type: ignore[arg-type]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} of a path must return a tensor or a number, got {type(value).__name__}")
+    if value.numel() != 1 or value.dim() > 1:
+        raise ValueError(f"{name} of a path must return a number or the shape of its times, {tuple(t.shape)}, got {tuple(value.shape)}")
+    return value.reshape(()).to(t).expand(t.shape)
 
 
 def _velocity_target(p: Schedule) -> Target:
