@@ -83,7 +83,7 @@ class KarrasGrid:
         return _pinned(_time_of_ratio(ratios, path))
 
     def _range(self, path: Path) -> tuple[float, float]:
-        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
         first, last = (path.sigma(ends) / path.alpha(ends)).tolist()
         return min(self.sigma_max, first), max(self.sigma_min, last)
 

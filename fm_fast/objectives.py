@@ -164,16 +164,28 @@ def velocity_coefficients(path: str | Path, objective: str | Objective, t: float
 
     Times are kept inside :func:`velocity_range`. Raises ValueError for a time outside [0, 1] and where the path gives no finite value.
     """
-    times = torch.as_tensor(t, dtype=torch.float64).detach().cpu()
+    times = _on_host(t)
     outside = ~((times >= 0.0) & (times <= 1.0))
     if bool(outside.any()):
         raise ValueError(f"t must lie in [0, 1], got {float(times[outside][0])}")
     path, objective = as_path(path), as_objective(objective)
     p, r = velocity_factors(path, objective, times)
+    require_finite(path, objective, times, p, r)
+    return p.detach(), r.detach()
+
+
+def _on_host(t: float | Tensor) -> Tensor:
+    """t as float64 on the CPU, whatever torch's default device."""
+    if isinstance(t, Tensor):
+        return t.detach().to(device="cpu", dtype=torch.float64)
+    return torch.tensor(t, dtype=torch.float64, device="cpu")
+
+
+def require_finite(path: Path, objective: Objective, times: Tensor, p: Tensor, r: Tensor) -> None:
+    """ValueError if the velocity p x + r o has a factor that is not finite, with its time; looks at the values."""
     infinite = ~(torch.isfinite(p) & torch.isfinite(r))
     if bool(infinite.any()):
         raise ValueError(f"objective {objective.name!r} has no finite velocity on path {path!r} at t = {float(times[infinite][0])}")
-    return p.detach(), r.detach()
 
 
 def velocity_factors(path: Path, objective: Objective, t: Tensor) -> tuple[Tensor, Tensor]:
