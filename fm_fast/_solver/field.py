@@ -41,8 +41,21 @@ class Guidance:
         if not _is_interval(self.interval):
             raise ValueError(f"interval must be (begin, end) with 0 <= begin <= end <= 1, got {self.interval}")
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Guidance):
+            return NotImplemented
+        mine, others = (self.scale, tuple(self.interval), set(self.null)), (other.scale, tuple(other.interval), set(other.null))
+        return mine == others and all(_equal(value, other.null[name]) for name, value in self.null.items())
+
     def applies(self, t: float) -> bool:
         return self.interval[0] <= t <= self.interval[1]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two null values are the same; tensors by shape, dtype and values."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
 
 
 def _is_interval(value: Any) -> bool:
