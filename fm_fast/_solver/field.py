@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fm_fast import _checks, reference
+from fm_fast import _checks, _ops, reference
 from fm_fast.objectives import Objective, velocity_factors
 from fm_fast.paths import Path
 
 Model = Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Guidance:
     """Classifier-free guidance: the output u + scale (c - u), c with the condition and u without, from one doubled batch.
 
@@ -91,8 +91,16 @@ class Field:
         """The model's output for x [B, ...] at t [B], with guidance mixed in by plain PyTorch if ``guided``; differentiable."""
         if not guided or self.doubled is None or self.guidance is None:
             return self.model(x, t, **self.cond)
-        both = self.model(torch.cat([x, x]), torch.cat([t, t]), **self.doubled)
+        twice = torch.cat([x, x])
+        both = self.model(twice, torch.cat([t, t]), **self.doubled)
+        check_output(both, twice)
         return reference.guided(both, self.guidance.scale)
+
+    def checked_output_at(self, x: Tensor, t: Tensor, guided: bool) -> Tensor:
+        """The same, checked, in a layout that the ops take."""
+        output = self.output_at(x, t, guided)
+        check_output(output, x)
+        return _ops.native_layout(output)
 
     def velocity(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """p(t) x + r(t) o in x's dtype."""
