@@ -7,28 +7,29 @@ variance falls with the number of steps, because the errors of different steps a
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from fm_fast import _backends, _checks, _ops, random, reference
 from fm_fast._solver.estimator import Estimator, frozen
 from fm_fast._solver.field import Guidance, Model, check_output, make_field
 from fm_fast._solver.integrate import Integral, Task, integrate, integrate_coarsely, leaf
+from fm_fast._solver.prior import Prior, as_prior, log_prior, tried_prior
 from fm_fast._solver.probes import make_probes
 from fm_fast._solver.settings import check_finite, make_settings
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective, as_objective, velocity_factors
-from fm_fast.paths import Path, as_path, prior_scale
+from fm_fast.paths import Path, as_path
 from fm_fast.random import Whole
 from fm_fast.solvers import Table
 
 __all__ = ["Divergence", "Likelihood", "SampleWithLogProb", "divergence", "log_likelihood", "sample_with_log_prob"]
 
-Prior = Callable[[Tensor], Tensor]
 LARGE_ERROR = 0.01  # bits a dimension: what published figures are rounded to
 
 
@@ -194,7 +195,7 @@ def log_likelihood(
     mode: str = "auto",
     memory_budget: int | None = None,
     replicates: int = 1,
-    prior: Prior | None = None,
+    prior: Prior | Distribution | None = None,
     error_estimate: bool = False,
     seed: Whole | None = None,
     step: Whole = 0,
@@ -212,7 +213,8 @@ def log_likelihood(
         x1: data [B, ...] in the model's space.
         probes, kind, mode, memory_budget, replicates, seed, step, sample_ids, create_graph: as in :func:`fm_fast.divergence`. Fixed-step
             methods draw new probes at every evaluation that counts, adaptive ones hold theirs for the whole solve.
-        prior: log-density [B] of the state at t0; by default that of N(0, prior_scale^2) of the path, which is right at t0 = 0.
+        prior: log-density [B] of the state at t0, as a function of it or a distribution of whole samples; by default that of
+            N(0, prior_scale^2) of the path, which is right at t0 = 0. It is tried on x1 before the solve.
         error_estimate: solve again with half the steps and report ``disc_err`` = |difference| / (2^order - 1). Both solves are compared
             by one more probe, held over the two steps that a coarse step replaces, so that the probes' noise does not enter; ``logp``
             stays as it is. Needs an even number of steps; costs half as many calls of the model again, and one and a half
@@ -243,15 +245,16 @@ def log_likelihood(
         key=random.make_key(seed, step, sample_ids, len(x1), x1.device),
         mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
     )  # fmt: skip
+    density = tried_prior(prior, x1)
     fine = integrate(task, x1, controlled=error_estimate and not task.probes.exact)
     with torch.set_grad_enabled(create_graph):
-        logp = log_prior(prior, fine.x, settings.path) + fine.value
+        logp = log_prior(density, fine.x, settings.path) + fine.value
     check_finite(logp, "log-densities", settings, on_nonfinite)
     error, coarse = None, None
     if error_estimate:
         coarse = integrate_coarsely(task, x1.detach())
         with torch.no_grad():
-            densities = [log_prior(prior, solve.x, settings.path) + solve.control for solve in (fine, coarse)]
+            densities = [log_prior(density, solve.x, settings.path) + solve.control for solve in (fine, coarse)]
         error = (densities[0] - densities[1]).abs() / (2.0 ** _order(settings.table) - 1.0)
         _warn_if_large(error, x1)
     return Likelihood(logp, standard_error(fine), error, fine.x, _total("nfe", fine, coarse), _total("nvjp", fine, coarse))
@@ -285,18 +288,6 @@ def standard_error(integral: Integral) -> Tensor | None:
     return None if integral.variance is None else integral.variance.detach().sqrt()
 
 
-def log_prior(prior: Prior | None, x0: Tensor, path: Path) -> Tensor:
-    """log p0(x0), float64 [B]."""
-    if prior is not None:
-        value = prior(x0)
-        if not isinstance(value, Tensor) or value.shape != x0.shape[:1]:
-            raise ValueError(f"prior must return a tensor of shape [{len(x0)}], got {getattr(value, 'shape', type(value).__name__)}")
-        return value.to(torch.float64)
-    scale, size = prior_scale(path), math.prod(x0.shape[1:])
-    squares = x0.square().flatten(1).sum(1, dtype=torch.float64) if x0.dim() > 1 else x0.square().to(torch.float64)
-    return -0.5 * squares / scale**2 - size * (math.log(scale) + 0.5 * math.log(2.0 * math.pi))
-
-
 def sample_with_log_prob(
     model: Model,
     noise: Tensor,
@@ -319,7 +310,7 @@ def sample_with_log_prob(
     mode: str = "auto",
     memory_budget: int | None = None,
     replicates: int = 1,
-    prior: Prior | None = None,
+    prior: Prior | Distribution | None = None,
     seed: Whole | None = None,
     step: Whole = 0,
     sample_ids: Whole | None = None,
@@ -347,9 +338,11 @@ def sample_with_log_prob(
         key=random.make_key(seed, step, sample_ids, len(noise), noise.device),
         mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
     )  # fmt: skip
+    with torch.set_grad_enabled(create_graph):
+        before = log_prior(as_prior(prior), noise, settings.path)
     integral = integrate(task, noise)
     with torch.set_grad_enabled(create_graph):
-        logp = log_prior(prior, noise, settings.path) - integral.value
+        logp = before - integral.value
     check_finite(integral.x, "samples", settings, on_nonfinite)
     check_finite(logp, "log-densities", settings, on_nonfinite)
     return SampleWithLogProb(integral.x, logp, standard_error(integral), integral.nfe, integral.nvjp)
