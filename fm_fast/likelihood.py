@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from fm_fast import _backends, _checks, _ops, random, reference
-from fm_fast._solver.estimator import Estimator, frozen
-from fm_fast._solver.field import Guidance, Model, check_output, make_field
-from fm_fast._solver.integrate import Integral, Task, integrate, integrate_coarsely, leaf
+from fm_fast._solver.estimator import Estimator
+from fm_fast._solver.field import Guidance, Model, make_field
+from fm_fast._solver.integrate import Integral, Task, integrate, integrate_coarsely
 from fm_fast._solver.prior import Prior, as_prior, log_prior, tried_prior
 from fm_fast._solver.probes import make_probes
+from fm_fast._solver.recording import check_gradient, solving
 from fm_fast._solver.settings import check_finite, make_settings
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective, as_objective, velocity_factors
@@ -103,8 +104,8 @@ def divergence(
     """The velocity of a model and its divergence at time t, by Hutchinson's estimator or exactly (equation 34).
 
     Args:
-        model, cond, path, objective, guidance: as in :func:`fm_fast.sample`. The parameters of a module are frozen meanwhile, unless
-            ``create_graph``.
+        model, cond, path, objective, guidance: as in :func:`fm_fast.sample`. Unless ``create_graph``, the parameters of a module do not
+            require gradients meanwhile, so another thread must not train the same module then: it would find no gradients.
         x: [B, ...], float64, float32, bfloat16 or float16: the model's input.
         t: a number in [0, 1], a scalar tensor or [B]. With guidance, one time for the batch.
         probes: probe vectors a sample and replicate.
@@ -117,7 +118,8 @@ def divergence(
             give them a standard error.
         seed, step, sample_ids: what the probes are a function of (see ``fm_fast.random``); without a seed, one is drawn from torch's
             generator.
-        create_graph: make the result differentiable; costs the memory of all graphs.
+        create_graph: make the result differentiable, also in a path's own parameters; costs the memory of all graphs. Needed under
+            ``torch.func.grad``.
 
     Raises:
         ValueError, TypeError: for any argument out of range or of wrong shape or dtype, naming it.
@@ -137,18 +139,14 @@ def divergence(
     key = random.make_key(seed, step, sample_ids, len(x), x.device)
     resolved = _backends.resolve("divergence_step", x.device, backend)
     estimator = Estimator(chosen, key, len(x), mode, memory_budget, create_graph, resolved)
-    with torch.inference_mode(False), torch.set_grad_enabled(create_graph), frozen(model, not create_graph):
-        times = _as_times(t, x)
-        with estimator.recording():
-            given = leaf(x)
-            output = field.output_at(given, times, _guided(guidance, t))
-            check_output(output, given)
-            output = _ops.native_layout(output)
-        estimator.add(output, given, 0, 0.0, 1.0)
-        output = output if create_graph else output.detach()
-        return _divergence(
-            estimator, field.velocity(x.to(times.dtype), times, output), velocity_factors(chosen_path, chosen_objective, times)
-        )
+    check_gradient(create_graph)
+    with solving(model, create_graph):
+        times, guided = _as_times(t, x), _guided(guidance, t)
+        recorded = estimator.record(lambda given: field.checked_output_at(given, times, guided), x)
+        estimator.add(recorded, 0, 0.0, 1.0)
+        output = recorded.output if create_graph or _ops.transforms_active() else recorded.output.detach()
+        v = field.velocity(x.to(times.dtype), times, output)
+        return _divergence(estimator, v, velocity_factors(chosen_path, chosen_objective, times))
 
 
 def _as_times(t: Tensor | float, x: Tensor) -> Tensor:
@@ -208,7 +206,8 @@ def log_likelihood(
     """Log-density of data under the model: back to the noise at t0, the divergence carried along (appendix C, equations 31-35).
 
     Args:
-        model, cond, path, objective, method, steps, grid, t0, t1, guidance: as in :func:`fm_fast.sample`.
+        model, cond, path, objective, method, steps, grid, t0, t1, guidance: as in :func:`fm_fast.sample`; the parameters of a module are
+            frozen as in :func:`fm_fast.divergence`, for other threads too.
         rtol, atol, max_steps, dtype, on_nonfinite, progress, backend: as in :func:`fm_fast.sample`.
         x1: data [B, ...] in the model's space.
         probes, kind, mode, memory_budget, replicates, seed, step, sample_ids, create_graph: as in :func:`fm_fast.divergence`. Fixed-step
@@ -256,7 +255,8 @@ def log_likelihood(
         with torch.no_grad():
             densities = [log_prior(density, solve.x, settings.path) + solve.control for solve in (fine, coarse)]
         error = (densities[0] - densities[1]).abs() / (2.0 ** _order(settings.table) - 1.0)
-        _warn_if_large(error, x1)
+        if not _ops.transforms_active():
+            _warn_if_large(error, x1)
     return Likelihood(logp, standard_error(fine), error, fine.x, _total("nfe", fine, coarse), _total("nvjp", fine, coarse))
 
 
