@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import numpy as np
 import torch
@@ -149,6 +150,11 @@ def data_map(x1: Tensor, flip: float, levels: int, dequantise: bool) -> None:
         raise ValueError(f"x1 must lie in 0..{levels - 1} for levels={levels}, got values up to {int(x1.max())}")
     if dequantise and x1.dtype != torch.uint8:
         raise ValueError(f"dequantise needs uint8 x1, got {x1.dtype}")
+
+
+def number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def finite_number(name: str, value: object) -> None:

@@ -95,12 +95,20 @@ def _check(x_int: Tensor, levels: int, draws: int, arguments: dict[str, Any]) ->
     _checks.count("draws", draws)
     if not 2 <= levels <= LARGEST_LEVELS:
         raise ValueError(f"levels must lie in [2, {LARGEST_LEVELS}], got {levels}")
-    if _checks.values_readable(x_int) and x_int.numel() and not (int(x_int.min()) >= 0 and int(x_int.max()) < levels):
-        raise ValueError(f"x_int must lie in 0..{levels - 1} for levels={levels}, got {int(x_int.min())}..{int(x_int.max())}")
+    _check_values(x_int, levels)
     if arguments.get("error_estimate"):
         raise ValueError("error_estimate is a matter of log_likelihood; a bits_per_dim result does not hold it")
     if "step" in arguments:
         raise TypeError("step counts the draws here; use seed and sample_ids to choose the noise")
+
+
+def _check_values(x_int: Tensor, levels: int) -> None:
+    if not _checks.values_readable(x_int) or x_int.numel() == 0:
+        return
+    # torch finds no extremes of unsigned numbers of more than 8 bits.
+    low, high = (int(extreme) for extreme in torch.aminmax(x_int if x_int.dtype == torch.uint8 else x_int.to(torch.int64)))
+    if low < 0 or high >= levels:
+        raise ValueError(f"x_int must lie in 0..{levels - 1} for levels={levels}, got {low}..{high}")
 
 
 def _result(results: list[Likelihood], size: int, levels: int) -> BitsPerDim:

@@ -52,6 +52,7 @@ class ShiftGrid:
     shift: float = 3.0
 
     def __post_init__(self) -> None:
+        _checks.number("shift", self.shift)
         if not 0.0 < self.shift < math.inf:
             raise ValueError(f"shift must be positive and finite, got {self.shift}")
 
@@ -73,6 +74,8 @@ class KarrasGrid:
     rho: float = 7.0
 
     def __post_init__(self) -> None:
+        for name in ("sigma_min", "sigma_max", "rho"):
+            _checks.number(name, getattr(self, name))
         if not 0.0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
         if not 0.0 < self.rho < math.inf:
@@ -84,7 +87,7 @@ class KarrasGrid:
         return _pinned(_time_of_ratio(ratios, path))
 
     def _range(self, path: Path) -> tuple[float, float]:
-        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
         first, last = (path.sigma(ends) / path.alpha(ends)).tolist()
         return min(self.sigma_max, first), max(self.sigma_min, last)
 
@@ -171,6 +174,8 @@ def _explicit(grid: Sequence[float], steps: int | None, t0: float, t1: float) ->
 
 
 def _times(name: str, values: Sequence[float]) -> Times:
+    if isinstance(values, torch.Tensor):
+        _check_times_tensor(name, values)
     try:
         times = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError, RuntimeError):
@@ -178,6 +183,15 @@ def _times(name: str, values: Sequence[float]) -> Times:
     if times.ndim != 1 or not np.all((times >= 0.0) & (times <= 1.0)):
         raise ValueError(f"{name} must be a sequence of times in [0, 1], got {values!r}")
     return times
+
+
+def _check_times_tensor(name: str, values: torch.Tensor) -> None:
+    if values.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU, where a solve's times are numbers, got a tensor on {values.device}")
+    if values.requires_grad:
+        raise ValueError(f"{name} must not require a gradient, which a solve does not give its times; use {name}.detach()")
+    if values.dtype == torch.bfloat16:
+        raise TypeError(f"{name} must be float64, float32 or float16, got torch.bfloat16, which holds times to three digits only")
 
 
 def _increasing(times: Times, name: str) -> Times:

@@ -7,28 +7,30 @@ variance falls with the number of steps, because the errors of different steps a
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from fm_fast import _backends, _checks, _ops, random, reference
-from fm_fast._solver.estimator import Estimator, frozen
-from fm_fast._solver.field import Guidance, Model, check_output, make_field
-from fm_fast._solver.integrate import Integral, Task, integrate, integrate_coarsely, leaf
+from fm_fast._solver.estimator import Estimator
+from fm_fast._solver.field import Guidance, Model, make_field
+from fm_fast._solver.integrate import Integral, Task, integrate, integrate_coarsely
+from fm_fast._solver.prior import Prior, as_prior, log_prior, tried_prior
 from fm_fast._solver.probes import make_probes
+from fm_fast._solver.recording import check_gradient, solving
 from fm_fast._solver.settings import check_finite, make_settings
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective, as_objective, velocity_factors
-from fm_fast.paths import Path, as_path, prior_scale
+from fm_fast.paths import Path, as_path
 from fm_fast.random import Whole
 from fm_fast.solvers import Table
 
 __all__ = ["Divergence", "Likelihood", "SampleWithLogProb", "divergence", "log_likelihood", "sample_with_log_prob"]
 
-Prior = Callable[[Tensor], Tensor]
 LARGE_ERROR = 0.01  # bits a dimension: what published figures are rounded to
 
 
@@ -102,8 +104,8 @@ def divergence(
     """The velocity of a model and its divergence at time t, by Hutchinson's estimator or exactly (equation 34).
 
     Args:
-        model, cond, path, objective, guidance: as in :func:`fm_fast.sample`. The parameters of a module are frozen meanwhile, unless
-            ``create_graph``.
+        model, cond, path, objective, guidance: as in :func:`fm_fast.sample`. Unless ``create_graph``, the parameters of a module do not
+            require gradients meanwhile, so another thread must not train the same module then: it would find no gradients.
         x: [B, ...], float64, float32, bfloat16 or float16: the model's input.
         t: a number in [0, 1], a scalar tensor or [B]. With guidance, one time for the batch.
         probes: probe vectors a sample and replicate.
@@ -116,7 +118,8 @@ def divergence(
             give them a standard error.
         seed, step, sample_ids: what the probes are a function of (see ``fm_fast.random``); without a seed, one is drawn from torch's
             generator.
-        create_graph: make the result differentiable; costs the memory of all graphs.
+        create_graph: make the result differentiable, also in a path's own parameters; costs the memory of all graphs. Needed under
+            ``torch.func.grad``.
 
     Raises:
         ValueError, TypeError: for any argument out of range or of wrong shape or dtype, naming it.
@@ -136,18 +139,14 @@ def divergence(
     key = random.make_key(seed, step, sample_ids, len(x), x.device)
     resolved = _backends.resolve("divergence_step", x.device, backend)
     estimator = Estimator(chosen, key, len(x), mode, memory_budget, create_graph, resolved)
-    with torch.inference_mode(False), torch.set_grad_enabled(create_graph), frozen(model, not create_graph):
-        times = _as_times(t, x)
-        with estimator.recording():
-            given = leaf(x)
-            output = field.output_at(given, times, _guided(guidance, t))
-            check_output(output, given)
-            output = _ops.native_layout(output)
-        estimator.add(output, given, 0, 0.0, 1.0)
-        output = output if create_graph else output.detach()
-        return _divergence(
-            estimator, field.velocity(x.to(times.dtype), times, output), velocity_factors(chosen_path, chosen_objective, times)
-        )
+    check_gradient(create_graph)
+    with solving(model, create_graph):
+        times, guided = _as_times(t, x), _guided(guidance, t)
+        recorded = estimator.record(lambda given: field.checked_output_at(given, times, guided), x)
+        estimator.add(recorded, 0, 0.0, 1.0)
+        output = recorded.output if create_graph or _ops.transforms_active() else recorded.output.detach()
+        v = field.velocity(x.to(times.dtype), times, output)
+        return _divergence(estimator, v, velocity_factors(chosen_path, chosen_objective, times))
 
 
 def _as_times(t: Tensor | float, x: Tensor) -> Tensor:
@@ -194,7 +193,7 @@ def log_likelihood(
     mode: str = "auto",
     memory_budget: int | None = None,
     replicates: int = 1,
-    prior: Prior | None = None,
+    prior: Prior | Distribution | None = None,
     error_estimate: bool = False,
     seed: Whole | None = None,
     step: Whole = 0,
@@ -207,12 +206,14 @@ def log_likelihood(
     """Log-density of data under the model: back to the noise at t0, the divergence carried along (appendix C, equations 31-35).
 
     Args:
-        model, cond, path, objective, method, steps, grid, t0, t1, guidance: as in :func:`fm_fast.sample`.
+        model, cond, path, objective, method, steps, grid, t0, t1, guidance: as in :func:`fm_fast.sample`; the parameters of a module are
+            frozen as in :func:`fm_fast.divergence`, for other threads too.
         rtol, atol, max_steps, dtype, on_nonfinite, progress, backend: as in :func:`fm_fast.sample`.
         x1: data [B, ...] in the model's space.
         probes, kind, mode, memory_budget, replicates, seed, step, sample_ids, create_graph: as in :func:`fm_fast.divergence`. Fixed-step
             methods draw new probes at every evaluation that counts, adaptive ones hold theirs for the whole solve.
-        prior: log-density [B] of the state at t0; by default that of N(0, prior_scale^2) of the path, which is right at t0 = 0.
+        prior: log-density [B] of the state at t0, as a function of it or a distribution of whole samples; by default that of
+            N(0, prior_scale^2) of the path, which is right at t0 = 0. It is tried on x1 before the solve.
         error_estimate: solve again with half the steps and report ``disc_err`` = |difference| / (2^order - 1). Both solves are compared
             by one more probe, held over the two steps that a coarse step replaces, so that the probes' noise does not enter; ``logp``
             stays as it is. Needs an even number of steps; costs half as many calls of the model again, and one and a half
@@ -243,17 +244,19 @@ def log_likelihood(
         key=random.make_key(seed, step, sample_ids, len(x1), x1.device),
         mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
     )  # fmt: skip
+    density = tried_prior(prior, x1)
     fine = integrate(task, x1, controlled=error_estimate and not task.probes.exact)
     with torch.set_grad_enabled(create_graph):
-        logp = log_prior(prior, fine.x, settings.path) + fine.value
+        logp = log_prior(density, fine.x, settings.path) + fine.value
     check_finite(logp, "log-densities", settings, on_nonfinite)
     error, coarse = None, None
     if error_estimate:
         coarse = integrate_coarsely(task, x1.detach())
         with torch.no_grad():
-            densities = [log_prior(prior, solve.x, settings.path) + solve.control for solve in (fine, coarse)]
+            densities = [log_prior(density, solve.x, settings.path) + solve.control for solve in (fine, coarse)]
         error = (densities[0] - densities[1]).abs() / (2.0 ** _order(settings.table) - 1.0)
-        _warn_if_large(error, x1)
+        if not _ops.transforms_active():
+            _warn_if_large(error, x1)
     return Likelihood(logp, standard_error(fine), error, fine.x, _total("nfe", fine, coarse), _total("nvjp", fine, coarse))
 
 
@@ -285,18 +288,6 @@ def standard_error(integral: Integral) -> Tensor | None:
     return None if integral.variance is None else integral.variance.detach().sqrt()
 
 
-def log_prior(prior: Prior | None, x0: Tensor, path: Path) -> Tensor:
-    """log p0(x0), float64 [B]."""
-    if prior is not None:
-        value = prior(x0)
-        if not isinstance(value, Tensor) or value.shape != x0.shape[:1]:
-            raise ValueError(f"prior must return a tensor of shape [{len(x0)}], got {getattr(value, 'shape', type(value).__name__)}")
-        return value.to(torch.float64)
-    scale, size = prior_scale(path), math.prod(x0.shape[1:])
-    squares = x0.square().flatten(1).sum(1, dtype=torch.float64) if x0.dim() > 1 else x0.square().to(torch.float64)
-    return -0.5 * squares / scale**2 - size * (math.log(scale) + 0.5 * math.log(2.0 * math.pi))
-
-
 def sample_with_log_prob(
     model: Model,
     noise: Tensor,
@@ -319,7 +310,7 @@ def sample_with_log_prob(
     mode: str = "auto",
     memory_budget: int | None = None,
     replicates: int = 1,
-    prior: Prior | None = None,
+    prior: Prior | Distribution | None = None,
     seed: Whole | None = None,
     step: Whole = 0,
     sample_ids: Whole | None = None,
@@ -347,9 +338,11 @@ def sample_with_log_prob(
         key=random.make_key(seed, step, sample_ids, len(noise), noise.device),
         mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
     )  # fmt: skip
+    with torch.set_grad_enabled(create_graph):
+        before = log_prior(as_prior(prior), noise, settings.path)
     integral = integrate(task, noise)
     with torch.set_grad_enabled(create_graph):
-        logp = log_prior(prior, noise, settings.path) - integral.value
+        logp = before - integral.value
     check_finite(integral.x, "samples", settings, on_nonfinite)
     check_finite(logp, "log-densities", settings, on_nonfinite)
     return SampleWithLogProb(integral.x, logp, standard_error(integral), integral.nfe, integral.nvjp)

@@ -8,6 +8,7 @@ A score is grad log p_t(x | x1) = -x0 / s here. Equation 43 of the paper writes 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -49,8 +50,20 @@ class Objective:
 
 def schedule(path: Path, t: Tensor) -> Schedule:
     """The path at times t (any shape), in t's dtype."""
-    values = (path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t))
-    return Schedule(*(value if isinstance(value, Tensor) else torch.full_like(t, value) for value in values))
+    return Schedule(*(_like_times(name, getattr(path, name)(t), t) for name in ("alpha", "sigma", "d_alpha", "d_sigma")))
+
+
+def _like_times(name: str, value: Tensor | float, t: Tensor) -> Tensor:
+    """What a path returned for times t, a number or single element spread over them."""
+    if isinstance(value, Tensor) and value.shape == t.shape:
+        return value
+    if isinstance(value, (int, float, Real)):
+        return torch.full_like(t, value)  # type: ignore[arg-type]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} of a path must return a tensor or a number, got {type(value).__name__}")
+    if value.numel() != 1 or value.dim() > 1:
+        raise ValueError(f"{name} of a path must return a number or the shape of its times, {tuple(t.shape)}, got {tuple(value.shape)}")
+    return value.reshape(()).to(t).expand(t.shape)
 
 
 def _velocity_target(p: Schedule) -> Target:
@@ -151,16 +164,28 @@ def velocity_coefficients(path: str | Path, objective: str | Objective, t: float
 
     Times are kept inside :func:`velocity_range`. Raises ValueError for a time outside [0, 1] and where the path gives no finite value.
     """
-    times = torch.as_tensor(t, dtype=torch.float64).detach().cpu()
+    times = _on_host(t)
     outside = ~((times >= 0.0) & (times <= 1.0))
     if bool(outside.any()):
         raise ValueError(f"t must lie in [0, 1], got {float(times[outside][0])}")
     path, objective = as_path(path), as_objective(objective)
     p, r = velocity_factors(path, objective, times)
+    require_finite(path, objective, times, p, r)
+    return p.detach(), r.detach()
+
+
+def _on_host(t: float | Tensor) -> Tensor:
+    """t as float64 on the CPU, whatever torch's default device."""
+    if isinstance(t, Tensor):
+        return t.detach().to(device="cpu", dtype=torch.float64)
+    return torch.tensor(t, dtype=torch.float64, device="cpu")
+
+
+def require_finite(path: Path, objective: Objective, times: Tensor, p: Tensor, r: Tensor) -> None:
+    """ValueError if the velocity p x + r o has a factor that is not finite, with its time; looks at the values."""
     infinite = ~(torch.isfinite(p) & torch.isfinite(r))
     if bool(infinite.any()):
         raise ValueError(f"objective {objective.name!r} has no finite velocity on path {path!r} at t = {float(times[infinite][0])}")
-    return p.detach(), r.detach()
 
 
 def velocity_factors(path: Path, objective: Objective, t: Tensor) -> tuple[Tensor, Tensor]:

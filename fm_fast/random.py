@@ -68,7 +68,7 @@ def noise(
     """
     _check_noise_arguments(shape, stream, index, dtype, kind)
     chosen = Kind[kind] if kind is not None else DEFAULT_KIND.get(Stream[stream], Kind.uniform)
-    place = _indexed(torch.device(device) if device is not None else torch.get_default_device())
+    place = _indexed(torch.device(device) if device is not None else torch.empty(0).device)
     _checks.whole("seed", seed, _checks.MAX_SEED)
     _checks.whole("step", step, _checks.WORD)
     key = make_key(seed, step, sample_ids, shape[0], place)

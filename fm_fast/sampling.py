@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fm_fast import _checks, reference
 from fm_fast._solver.adaptive import solve_adaptive
-from fm_fast._solver.evaluate import make_evaluate
+from fm_fast._solver.evaluate import make_evaluate, make_mixed
 from fm_fast._solver.field import Field, Guidance, Model, check_output, make_field
+from fm_fast._solver.learned import plan_and_factors, velocities
 from fm_fast._solver.loop import AfterStep, Layout, make_state, run
 from fm_fast._solver.progress import step_counter
 from fm_fast._solver.settings import NONFINITE, Save, Settings, check_finite, make_settings
@@ -94,7 +95,8 @@ def sample(
         rtol, atol, max_steps: of adaptive methods; the norm is over the whole batch, so a sample depends on its neighbours there.
         dtype: of the model's input; by default the noise's. The state is float32 (float64 for float64 noise) throughout, so a bfloat16
             model loses no accuracy to the solver.
-        grad: "none" (nothing is recorded), "direct" (the whole graph is), "checkpoint" (the model runs again in backward).
+        grad: "none" (nothing is recorded), "direct" (the whole graph is, with the path's own parameters), "checkpoint" (the model runs
+            again in backward; not under torch.func transforms).
         on_nonfinite: "raise" a FloatingPointError if a sample is not finite at the end, or "mark" it in the result. Inside torch.compile,
             torch.func transforms and the capture of a CUDA graph samples are only marked.
         backend: as in :func:`fm_fast.flow_matching_loss`.
@@ -187,9 +189,14 @@ def _check_callback(settings: Settings, callback: Callback | None, progress: boo
 
 
 def _fixed(field: Field, start: Tensor, settings: Settings, callback: Callback | None, progress: bool) -> tuple[Tensor, Tensor | None, int]:
-    plan = settings.plan()
-    evaluate = make_evaluate(field, plan, start, rerun=settings.grad == "checkpoint" and torch.is_grad_enabled())
-    layout = Layout(settings.dtype, field.doubled is not None, field.guidance.scale if field.guidance else 1.0)
+    plan, factors = plan_and_factors(settings, start.device)
+    rerun = settings.grad == "checkpoint" and torch.is_grad_enabled()
+    if factors is None:
+        evaluate = make_evaluate(field, plan, start, rerun)
+        layout = Layout(settings.dtype, field.doubled is not None, field.guidance.scale if field.guidance else 1.0)
+    else:
+        evaluate = velocities(factors, make_mixed(field, plan, start, rerun), settings.dtype)
+        layout = Layout(reference.accumulation_dtype(start))
     states: dict[int, Tensor] = {}
     with step_counter(len(plan.nodes) - 1, progress) as count:
         after = _after_step(states, settings, callback, count if progress else None)

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fm_fast import _checks
+
 HIGHEST_CHECKED_ORDER = 4
 TOLERANCE = 1e-10
 
@@ -29,8 +31,8 @@ class RungeKutta:
     b: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "a", tuple(tuple(float(value) for value in row) for row in self.a))
-        object.__setattr__(self, "b", tuple(float(value) for value in self.b))
+        object.__setattr__(self, "a", _numbers("a", self.a, rows=True))
+        object.__setattr__(self, "b", _numbers("b", self.b))
         lengths = [len(row) for row in self.a]
         if lengths != list(range(len(self.b))) or not self.b:
             raise ValueError(f"a must have one row a weight of b, row i with i numbers, got rows of {lengths} for {len(self.b)} weights")
@@ -69,6 +71,14 @@ class RungeKutta:
         return full
 
 
+def _numbers(name: str, values: Any, rows: bool = False) -> tuple[Any, ...]:
+    """Numbers, or rows of numbers, as tuples of floats."""
+    try:
+        return tuple(tuple(float(value) for value in row) for row in values) if rows else tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a sequence of {'rows of ' if rows else ''}numbers, got {values!r}") from None
+
+
 @dataclass(frozen=True)
 class AdamsBashforth:
     """A multistep method of one evaluation a step: the polynomial through the last ``history`` velocities, integrated over the step.
@@ -80,6 +90,9 @@ class AdamsBashforth:
     start: RungeKutta
 
     def __post_init__(self) -> None:
+        _checks.count("history", self.history)
+        if not isinstance(self.start, RungeKutta):
+            raise TypeError(f"start must be a RungeKutta table, got {type(self.start).__name__}")
         if self.history < 2:
             raise ValueError(f"history must be at least 2, got {self.history}")
         if self.start.order() < min(self.history - 1, HIGHEST_CHECKED_ORDER):

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
+from fm_fast import _checks
+
 
 @dataclass(frozen=True)
 class Uniform:
@@ -32,6 +34,8 @@ class LogitNormal:
     code: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
+        _checks.number("mean", self.mean)
+        _checks.number("std", self.std)
         if not math.isfinite(self.mean):
             raise ValueError(f"mean must be finite, got {self.mean}")
         if not 0.0 < self.std < math.inf:

@@ -27,10 +27,18 @@ def images(levels, *shape):
 
 
 @pytest.mark.parametrize(("levels", "bits"), [(256, 8.0), (16, 4.0), (17, math.log2(17))])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.int16, torch.uint16, torch.uint32, torch.uint64])
 def test_a_uniform_density_needs_the_logarithm_of_the_levels(levels, bits, dtype):
     b = fm.bits_per_dim(still, images(levels, 4, 3, 5, 5).to(dtype), levels=levels, steps=1, kind="exact", prior=uniform_prior, seed=0)
     torch.testing.assert_close(b.bpd, torch.full((4,), bits, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_all_sixteen_bits_of_unsigned_numbers():
+    x = images(65536, 2, 3, 4)
+    x[0, 0, 0], x[1, 0, 0] = 0, 65535
+    arguments = {"levels": 65536, "steps": 2, "kind": "exact", "seed": 0}
+    found, expected = (fm.bits_per_dim(still, y, **arguments).bpd for y in (x.to(torch.uint16), x))
+    assert torch.equal(found, expected)
 
 
 def test_every_draw_is_averaged_as_a_density_on_the_dequantised_data_of_the_noise_contract():
@@ -94,6 +102,7 @@ def test_draws_use_different_noise_and_the_same_seed_repeats():
         (torch.zeros(2, 3), {}, "x_int must hold whole numbers, got torch.float32"),
         (torch.zeros(2, dtype=torch.uint8), {}, r"x_int must be \[B, ...\] with at least one element"),
         (torch.full((2, 3), 17), {"levels": 17}, r"x_int must lie in 0..16 for levels=17, got 17..17"),
+        (torch.full((2, 3), 300, dtype=torch.uint16), {}, r"x_int must lie in 0..255 for levels=256, got 300..300"),
         (torch.full((2, 3), -1), {}, r"x_int must lie in 0..255 for levels=256, got -1..-1"),
         (torch.zeros(2, 3, dtype=torch.uint8), {"levels": 1}, r"levels must lie in \[2, 65536\], got 1"),
         (torch.zeros(2, 3, dtype=torch.uint8), {"draws": 0}, "draws must be at least 1, got 0"),

@@ -60,6 +60,17 @@ def test_fullgraph_forward_and_backward(path, objective, backend):
         )
 
 
+def test_noise_compiles_with_and_without_a_device():
+    def drawn(step, device):
+        return fm.noise((3, 4), seed=SEED, step=step, device=device)
+
+    compiled = torch.compile(drawn, fullgraph=True, backend="aot_eager")
+    for device in (None, "cpu"):
+        assert torch.equal(compiled(2, device), drawn(2, device))
+    with torch.device("meta"):
+        assert drawn(2, None).device.type == "meta"
+
+
 def test_ten_steps_compile_at_most_twice(backend):
     counting = Counting()
     compiled = torch.compile(

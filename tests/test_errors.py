@@ -155,6 +155,12 @@ def test_bad_parameters_of_value_objects(make, message):
         make()
 
 
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_parameters_of_a_time_sampler_are_numbers(name):
+    with pytest.raises(TypeError, match=f"{name} must be a number, got str"):
+        fm.LogitNormal(**{name: "a"})
+
+
 def test_a_velocity_that_is_nowhere_finite_is_an_error():
     class Standing(fm.OT):
         def alpha(self, t):

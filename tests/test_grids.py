@@ -120,6 +120,43 @@ def test_bad_parameters(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ShiftGrid("3"), r"shift must be a number, got str"),
+        (lambda: ShiftGrid(torch.tensor(3.0)), r"shift must be a number, got Tensor"),
+        (lambda: KarrasGrid(sigma_min="small"), r"sigma_min must be a number, got str"),
+        (lambda: KarrasGrid(sigma_max=None), r"sigma_max must be a number, got NoneType"),
+        (lambda: KarrasGrid(rho=True), r"rho must be a number, got bool"),
+    ],
+)
+def test_parameters_of_the_wrong_type(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_numbers_of_numpy_are_parameters():
+    assert nodes_of(ShiftGrid(np.float32(3.0)), 4).tolist() == nodes_of(ShiftGrid(3.0), 4).tolist()
+
+
+EVEN = torch.linspace(0, 1, 5)
+
+
+@pytest.mark.parametrize(
+    ("times", "error", "message"),
+    [
+        (EVEN.clone().requires_grad_(), ValueError, r"must not require a gradient, .*; use (grid|save)\.detach\(\)"),
+        (EVEN.bfloat16(), TypeError, r"must be float64, float32 or float16, got torch.bfloat16, which holds times to three digits only"),
+        (EVEN.to("meta"), ValueError, r"must be on the CPU, where a solve's times are numbers, got a tensor on meta"),
+    ],
+)
+def test_tensors_that_are_no_times(times, error, message):
+    with pytest.raises(error, match=f"grid {message}"):
+        fm.sample(lambda x, t: x, torch.zeros(2, 3), grid=times)
+    with pytest.raises(error, match=f"save {message}"):
+        fm.sample(lambda x, t: x, torch.zeros(2, 3), steps=2, save=times)
+
+
 @pytest.mark.parametrize("method", ["midpoint", "ab2", "ab3"])
 def test_times_to_save_that_rounding_moved_off_a_node_are_that_node(method):
     """linspace's 0.30000000000000004 is the node 0.3; a step of 5e-17 between them once made AB2 return 1e18."""

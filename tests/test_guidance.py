@@ -150,6 +150,23 @@ def test_gradients_through_guidance():
         assert torch.autograd.gradcheck(end, (noise, embedding))
 
 
+def test_guidances_are_compared_by_value():
+    guidance = fm.Guidance(2.0, {"y": -1, "text": noise64(2, 3)})
+    assert guidance == fm.Guidance(2.0, {"text": noise64(2, 3), "y": -1})
+    others = [
+        fm.Guidance(1.5, {"y": -1, "text": noise64(2, 3)}),
+        fm.Guidance(2.0, {"y": -1, "text": noise64(2, 3)}, (0.0, 0.5)),
+        fm.Guidance(2.0, {"y": -2, "text": noise64(2, 3)}),
+        fm.Guidance(2.0, {"y": -1, "text": noise64(2, 3) + 1}),
+        fm.Guidance(2.0, {"y": -1, "text": noise64(3, 2)}),
+        fm.Guidance(2.0, {"y": -1, "text": noise64(2, 3).float()}),
+        fm.Guidance(2.0, {"y": -1, "text": 0.0}),
+        fm.Guidance(2.0, {"y": -1}),
+        "guidance",
+    ]
+    assert all(guidance != other for other in others)
+
+
 def test_an_empty_batch(backend):
     found = fm.sample(
         conditional, X0[:0], cond={"y": LABELS[:0]}, guidance=fm.Guidance(2.0, {"y": -1}), method="ab2", steps=3, backend=backend

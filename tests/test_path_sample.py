@@ -243,6 +243,50 @@ def test_a_schedule_may_return_numbers():
     torch.testing.assert_close(custom.coef, built_in.coef)
 
 
+class Returned(fm.OT):
+    """The OT path whose derivative, or another function, returns what it is told for times t."""
+
+    def __init__(self, name, value):
+        super().__init__()
+        object.__setattr__(self, name, value)
+
+
+@pytest.mark.parametrize("value", [lambda t: 1, lambda t: np.float32(1.0), lambda t: torch.tensor(1.0), lambda t: torch.ones(1)])
+def test_a_schedule_may_return_one_element(value, backend):
+    path, x1 = Returned("d_alpha", value), torch.linspace(-1, 1, 12).reshape(4, 3)
+
+    def model(x, t):
+        return x * t[:, None]
+
+    loss, plain = (fm.flow_matching_loss(model, x1, path=p, seed=1, step=2, backend=backend) for p in (path, "ot"))
+    torch.testing.assert_close(loss, plain)
+    for solve in (
+        lambda p: fm.sample(model, x1, path=p, objective="data", steps=3, backend=backend).x,
+        lambda p: fm.sample(model, x1, path=p, objective="data", method="dopri5", backend=backend).x,
+        lambda p: fm.divergence(model, x1, 0.5, path=p, objective="data", seed=0, backend=backend).div,
+    ):
+        torch.testing.assert_close(solve(path), solve("ot"))
+
+
+@pytest.mark.parametrize("name", ["alpha", "sigma", "d_alpha", "d_sigma"])
+@pytest.mark.parametrize(
+    ("value", "error", "found"),
+    [
+        (lambda t: t[:, None], ValueError, r"a number or the shape of its times, \(4,\), got \(4, 1\)"),
+        (lambda t: t[:2], ValueError, r"a number or the shape of its times, \(4,\), got \(2,\)"),
+        (lambda t: t[:1, None], ValueError, r"a number or the shape of its times, \(4,\), got \(1, 1\)"),
+        (lambda t: "t", TypeError, r"a tensor or a number, got str"),
+        (lambda t: None, TypeError, r"a tensor or a number, got NoneType"),
+    ],
+)
+def test_what_a_schedule_returns_is_checked(name, value, error, found, backend):
+    path, x1 = Returned(name, value), torch.linspace(-1, 1, 12).reshape(4, 3)
+    with pytest.raises(error, match=f"^{name} of a path must return {found}"):
+        fm.flow_matching_loss(lambda x, t: x, x1, path=path, seed=1, step=2, backend=backend)
+    with pytest.raises(error, match=f"^{name} of a path must return {found}"):
+        fm.divergence(lambda x, t: x, x1, torch.full((4,), 0.5), path=path, objective="data", seed=0, backend=backend)
+
+
 @pytest.mark.parametrize("t", [None, 0.5])
 def test_layouts_of_nothing_and_with_sizes_of_one(t, backend):
     for x1 in (data((4, 3, 8, 8))[:0][..., :6], data((2, 3, 8, 1, 7))[..., :6], data((2, 3, 1, 1, 7))):

@@ -153,19 +153,56 @@ def test_bad_outputs(output, error, message, method, grad, backend):
         fm.sample(lambda x, t: output(x), X0, method=method, steps=steps, grad=grad, backend=backend)
 
 
-@pytest.mark.parametrize("output", [lambda x: x[:, :1], lambda x: x[:1], lambda x: x.mean(), lambda x: x[:, :2]])
-@pytest.mark.parametrize("grad", ["none", "direct"])
-@pytest.mark.parametrize("method", ["euler", "midpoint", "ab2"])
-def test_a_wrong_shape_at_a_later_time(output, grad, method, backend):
-    """Never broadcast in silence."""
-    with pytest.raises((ValueError, RuntimeError)):
-        fm.sample(lambda x, t: x if float(t[0]) == 0 else output(x), X0, method=method, steps=3, grad=grad, backend=backend)
+LATER_OUTPUTS = [
+    (lambda x: (x, x), TypeError, r"model must return a torch.Tensor, got tuple"),
+    (lambda x: None, TypeError, r"model must return a torch.Tensor, got NoneType"),
+    (lambda x: x[:, :1], ValueError, r"model must return the shape of its input, \(4, 3\), got \(4, 1\)"),
+    (lambda x: x[:1], ValueError, r"got \(1, 3\)"),
+    (lambda x: x.mean(), ValueError, r"got \(\)"),
+    (lambda x: x[None], ValueError, r"got \(1, 4, 3\)"),
+    (lambda x: torch.cat([x, x]), ValueError, r"got \(8, 3\)"),
+]
+
+
+@pytest.mark.parametrize("grad", ["none", "direct", "checkpoint"])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "ab2"])
+@pytest.mark.parametrize(("output", "error", "message"), LATER_OUTPUTS)
+def test_a_wrong_output_at_a_later_time(output, error, message, method, grad, backend):
+    """Never broadcast in silence, nor taken for the two halves of a guided batch."""
+    model = functools.partial(_after_the_first, output)
+    with pytest.raises(error, match=message):
+        fm.sample(model, X0, method=method, steps=3, grad=grad, backend=backend)
+    with pytest.raises(error, match=message):
+        fm.encode(lambda x, t: model(x, 1 - t), X0, method=method, steps=3, grad=grad, backend=backend)
+    with pytest.raises(error, match=message):
+        fm.sample_with_log_prob(model, X0, method=method, steps=3, create_graph=grad == "direct", backend=backend)
+
+
+def _after_the_first(output, x, t):
+    return x if float(t[0]) == 0 else output(x)
+
+
+def test_a_wrong_output_of_images_at_a_later_time(backend):
+    with pytest.raises(TypeError, match=r"model must return a torch\.Tensor, got tuple"):
+        fm.sample(functools.partial(_after_the_first, lambda x: (x,)), torch.zeros(2, 3, 4, 4), steps=2, backend=backend)
 
 
 def test_bad_outputs_of_a_guided_model(backend):
     guided = functools.partial(fm.sample, cond={"y": LABELS}, guidance=fm.Guidance(2.0, {"y": -1}), steps=3, backend=backend)
     with pytest.raises(ValueError, match=r"model must return the shape of its input, \(8, 3\), got \(4, 3\)"):
         guided(lambda x, t, y: x[:4], X0)
+    with pytest.raises(TypeError, match=r"model must return a torch\.Tensor, got tuple"):
+        guided(lambda x, t, y: (x,), X0)
+    for solve in (functools.partial(guided, method="dopri5", steps=None), functools.partial(_guided_likelihood, backend)):
+        with pytest.raises(TypeError, match=r"model must return a torch\.Tensor, got tuple"):
+            solve(lambda x, t, y: (x,), X0)
+        with pytest.raises(ValueError, match=r"model must return the shape of its input, \(8, 3\), got \(4, 3\)"):
+            solve(lambda x, t, y: x[:4], X0)
+
+
+def _guided_likelihood(backend, model, x):
+    guidance = fm.Guidance(2.0, {"y": -1})
+    return fm.log_likelihood(model, x, cond={"y": LABELS}, guidance=guidance, steps=3, backend=backend)
 
 
 @pytest.mark.parametrize(

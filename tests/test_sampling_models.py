@@ -142,3 +142,56 @@ def test_a_model_that_differentiates_inside(backend):
     expected = hand(X0, "midpoint", 4, lambda x, t: x.cos() * (1 + t))
     assert not found.x.requires_grad
     torch.testing.assert_close(found.x, expected, rtol=1e-12, atol=1e-13)
+
+
+CONSTANT = noise64(3, 4)
+SEVERAL_OUTPUTS = ["heun2", "rk4", "ab2", "ab3"]
+
+
+@pytest.mark.parametrize("grad", ["none", "direct"])
+@pytest.mark.parametrize("method", SEVERAL_OUTPUTS)
+@pytest.mark.parametrize("field", [lambda x: CONSTANT, lambda x: CONSTANT[:1].expand_as(x)], ids=["itself", "a view"])
+def test_a_constant_field_may_be_one_tensor(field, method, grad, backend):
+    x0 = noise64(3, 4)
+    found = fm.sample(lambda x, t: field(x), x0, method=method, steps=4, grad=grad, backend=backend).x
+    torch.testing.assert_close(found, x0 + field(x0), rtol=1e-12, atol=1e-12)
+
+
+def _array(x, kept, t):
+    kept.numpy()[:] = (x * t[0]).numpy()
+    return torch.from_numpy(kept.numpy())
+
+
+def _alternating(x, kept, t):
+    """The first step in one tensor, written over and over; new ones in the second."""
+    return kept.copy_(x * t[0]) if float(t[0]) < 0.6 else x * t[0]
+
+
+@pytest.mark.parametrize("method", ["heun2", "rk4"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x, kept, t: kept.copy_(x * t[0]),
+        lambda x, kept, t: kept.copy_(x * t[0])[:],
+        lambda x, kept, t: torch.mul(x, t[0], out=kept).detach(),
+        _array,
+        _alternating,
+    ],
+)
+def test_one_tensor_that_is_written_again_is_refused(write, method, backend):
+    kept = torch.zeros(3, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="model returned the memory of an earlier output"):
+        fm.sample(lambda x, t: write(x, kept, t), noise64(3, 4), method=method, steps=2, backend=backend)
+
+
+def test_a_constant_that_is_written_after_it_was_returned_is_refused(backend):
+    kept = torch.ones(3, 4, dtype=torch.float64)
+
+    def model(x, t):
+        if float(t[0]) == 1.0:
+            kept.mul_(2.0)
+            return x.clone()
+        return kept
+
+    with pytest.raises(RuntimeError, match="model returned the memory of an earlier output"):
+        fm.sample(model, noise64(3, 4), method="rk4", steps=1, backend=backend)

@@ -139,6 +139,24 @@ def test_bad_tables(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AdamsBashforth(2.0, METHODS["midpoint"]), r"history must be a whole number, got float"),
+        (lambda: AdamsBashforth(True, METHODS["midpoint"]), r"history must be a whole number, got bool"),
+        (lambda: AdamsBashforth(3, "rk4"), r"start must be a RungeKutta table, got str"),
+        (lambda: AdamsBashforth(3, METHODS["ab2"]), r"start must be a RungeKutta table, got AdamsBashforth"),
+        (lambda: RungeKutta("rk4", (1.0,)), r"a must be a sequence of rows of numbers, got 'rk4'"),
+        (lambda: RungeKutta((0.0, 0.5), (0.0, 1.0)), r"a must be a sequence of rows of numbers, got \(0.0, 0.5\)"),
+        (lambda: RungeKutta(((),), 1.0), r"b must be a sequence of numbers, got 1.0"),
+        (lambda: RungeKutta(((),), ("one",)), r"b must be a sequence of numbers, got \('one',\)"),
+    ],
+)
+def test_tables_of_the_wrong_type(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
 def test_tables_are_values():
     assert RungeKutta(((),), (1,)) == METHODS["euler"] and hash(RungeKutta(((),), (1,))) == hash(METHODS["euler"])
     with pytest.raises(AttributeError):

@@ -3,7 +3,16 @@
 from fm_fast._ops.adamw_ema import AdamwState, adamw_ema, adamw_ema_norm
 from fm_fast._ops.conv_weight_grad import conv_weight_grad, conv_weight_grad_backend
 from fm_fast._ops.group_norm_silu import NormSettings, group_norm_silu
-from fm_fast._ops.guard import host_words, is_batched, needs_reference, outside_transforms, plainly_eager, transforms_active
+from fm_fast._ops.guard import (
+    function_transforms_active,
+    gradient_transform_active,
+    host_words,
+    is_batched,
+    needs_reference,
+    outside_transforms,
+    plainly_eager,
+    transforms_active,
+)
 from fm_fast._ops.layout import memory_format, native_layout
 from fm_fast._ops.noise import drawer, noise
 from fm_fast._ops.path import path_loss, path_sample
@@ -21,6 +30,8 @@ __all__ = [
     "conv_weight_grad_backend",
     "divergence_step",
     "drawer",
+    "function_transforms_active",
+    "gradient_transform_active",
     "group_norm_silu",
     "host_words",
     "is_batched",

@@ -7,13 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+from torch._C._functorch import TransformType, get_interpreter_stack, is_batchedtensor, is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 
 def transforms_active() -> bool:
     """Whether a ``torch.func`` transform or forward-mode differentiation is running, which only plain PyTorch supports."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return function_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def function_transforms_active() -> bool:
+    """Whether a ``torch.func`` transform is running."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def gradient_transform_active() -> bool:
+    """Whether one of them is reverse-mode differentiation."""
+    return function_transforms_active() and any(level.key() == TransformType.Grad for level in get_interpreter_stack() or ())
 
 
 def outside_transforms() -> contextlib.AbstractContextManager[Any]:

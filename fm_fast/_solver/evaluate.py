@@ -1,5 +1,6 @@
-"""The network at the times of a plan: conditions bound, the batch doubled where guidance applies, the first output checked."""
+"""The network at the times of a plan: conditions bound, the batch doubled where guidance applies, every output checked."""
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -11,15 +12,31 @@ from fm_fast._solver.plan import Plan
 
 
 def make_evaluate(field: Field, plan: Plan, start: Tensor, rerun: bool = False) -> Evaluate:
-    """The model at the plan's times, for the loop of ``_solve``; ``rerun``: in the backward pass, instead of keeping its graph.
-
-    The first output is checked here; the op checks the sizes of the others.
-    """
+    """The model at the plan's times, for the loop of ``_solve``; ``rerun``: in the backward pass, instead of keeping its graph."""
     times = time_tensor(plan, start)
-    evaluate = _guided(field, plan, times) if field.doubled is not None else _plain(field, times)
+    evaluate = _guided(field, plan, times) if field.doubled is not None else _plain(field, times, start.shape)
     if start.dim() > 3:
         evaluate = _native(evaluate)
     return _rerun(evaluate) if rerun else evaluate
+
+
+def make_mixed(field: Field, plan: Plan, start: Tensor, rerun: bool = False) -> Evaluate:
+    """The same with guidance mixed in by plain PyTorch, so that inputs and outputs are single batches; differentiable."""
+    views = time_views(time_tensor(plan, start), field.batch)
+    guided = [field.guided_at(t) for t in plan.times.tolist()]
+
+    def evaluate(x: Tensor, number: int) -> Tensor:
+        output = field.output_at(x, views[number], guided[number])
+        check_each(output, x, x.shape, number)
+        return _ops.native_layout(output)
+
+    return _rerun(evaluate) if rerun else evaluate
+
+
+def check_each(output: object, x: Tensor, shape: torch.Size, number: int) -> None:
+    """An output for the input x, whose shape is given since asking costs time: the first whole, the others by type and shape."""
+    if number == 0 or type(output) is not Tensor or output.shape != shape:
+        check_output(output, x)
 
 
 def time_tensor(plan: Plan, start: Tensor) -> Tensor:
@@ -32,13 +49,12 @@ def time_views(times: Tensor, batch: int) -> tuple[Tensor, ...]:
     return times.unsqueeze(1).expand(-1, batch).unbind(0)
 
 
-def _plain(field: Field, times: Tensor) -> Evaluate:
+def _plain(field: Field, times: Tensor, shape: torch.Size) -> Evaluate:
     model, cond, views = field.model, field.cond, time_views(times, field.batch)
 
     def evaluate(x: Tensor, number: int) -> Tensor:
         output = model(x, views[number], **cond)
-        if number == 0:
-            check_output(output, x)
+        check_each(output, x, shape, number)
         return output
 
     return evaluate
@@ -54,8 +70,7 @@ def _guided(field: Field, plan: Plan, times: Tensor) -> Evaluate:
         doubled = guided[number]
         x = x[: sizes[doubled]]
         output = model(x, views[number][: sizes[doubled]], **conditions[doubled])
-        if number == 0:
-            check_output(output, x)
+        check_each(output, x, x.shape, number)
         return output
 
     return evaluate

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fm_fast import _checks, reference
+from fm_fast import _checks, _ops, reference
 from fm_fast.objectives import Objective, velocity_factors
 from fm_fast.paths import Path
 
 Model = Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Guidance:
     """Classifier-free guidance: the output u + scale (c - u), c with the condition and u without, from one doubled batch.
 
@@ -41,8 +41,21 @@ class Guidance:
         if not _is_interval(self.interval):
             raise ValueError(f"interval must be (begin, end) with 0 <= begin <= end <= 1, got {self.interval}")
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Guidance):
+            return NotImplemented
+        mine, others = (self.scale, tuple(self.interval), set(self.null)), (other.scale, tuple(other.interval), set(other.null))
+        return mine == others and all(_equal(value, other.null[name]) for name, value in self.null.items())
+
     def applies(self, t: float) -> bool:
         return self.interval[0] <= t <= self.interval[1]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two null values are the same; tensors by shape, dtype and values."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
 
 
 def _is_interval(value: Any) -> bool:
@@ -78,8 +91,16 @@ class Field:
         """The model's output for x [B, ...] at t [B], with guidance mixed in by plain PyTorch if ``guided``; differentiable."""
         if not guided or self.doubled is None or self.guidance is None:
             return self.model(x, t, **self.cond)
-        both = self.model(torch.cat([x, x]), torch.cat([t, t]), **self.doubled)
+        twice = torch.cat([x, x])
+        both = self.model(twice, torch.cat([t, t]), **self.doubled)
+        check_output(both, twice)
         return reference.guided(both, self.guidance.scale)
+
+    def checked_output_at(self, x: Tensor, t: Tensor, guided: bool) -> Tensor:
+        """The same, checked, in a layout that the ops take."""
+        output = self.output_at(x, t, guided)
+        check_output(output, x)
+        return _ops.native_layout(output)
 
     def velocity(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """p(t) x + r(t) o in x's dtype."""

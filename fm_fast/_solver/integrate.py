@@ -1,8 +1,7 @@
 """A solve that carries the integral of the divergence along: what likelihoods are made of."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,13 +9,15 @@ from torch import Tensor
 
 from fm_fast import _ops, reference
 from fm_fast._solver.adaptive import solve_adaptive
-from fm_fast._solver.estimator import Estimator, frozen
-from fm_fast._solver.evaluate import time_tensor, time_views
-from fm_fast._solver.field import Field, check_output
+from fm_fast._solver.estimator import Estimator
+from fm_fast._solver.evaluate import make_mixed
+from fm_fast._solver.field import Field
+from fm_fast._solver.learned import Factors, plan_and_factors, velocities
 from fm_fast._solver.loop import Evaluate, Layout, make_state, run
-from fm_fast._solver.plan import Plan, make_plan
+from fm_fast._solver.plan import Plan
 from fm_fast._solver.probes import Probes, single_probe
 from fm_fast._solver.progress import step_counter
+from fm_fast._solver.recording import check_gradient, solving
 from fm_fast._solver.settings import Settings
 from fm_fast.objectives import velocity_factors
 from fm_fast.solvers import RungeKutta
@@ -68,23 +69,17 @@ def integrate(task: Task, start: Tensor, controlled: bool = False) -> Integral:
 
     controlled: measure the integral with the probes of :func:`control_draws` too, for comparison with :func:`integrate_coarsely`.
     """
-    with _recording_mode(task):
+    check_gradient(task.create_graph)
+    with solving(task.field.model, task.create_graph):
         if task.settings.adaptive is not None:
             if task.progress:
                 raise ValueError(f"progress needs a fixed-step method, got {task.settings.adaptive!r}")
             return _adaptive(task, start)
-        plan = task.settings.plan()
+        plan, factors = plan_and_factors(task.settings, start.device)
         measures = [Measure(task.estimator(), [number * task.probes.groups for number in range(plan.evaluations)])]
         if controlled:
             measures.append(Measure(_control(task).estimator(), control_draws(task, plan, steps_a_draw=2)))
-        return _fixed(task, start, plan, measures)
-
-
-@contextlib.contextmanager
-def _recording_mode(task: Task) -> Iterator[None]:
-    """Gradients beyond single evaluations only where asked for; tensors made here can be differentiated whatever the caller's mode."""
-    with torch.inference_mode(False), torch.set_grad_enabled(task.create_graph), frozen(task.field.model, not task.create_graph):
-        yield
+        return _fixed(task, start, plan, measures, factors)
 
 
 def integrate_coarsely(task: Task, start: Tensor) -> Integral:
@@ -94,11 +89,10 @@ def integrate_coarsely(task: Task, start: Tensor) -> Integral:
     discretisation of one and the same integrand. With probes that change between stages their noise differs too, by O(h^1.5), which
     hides the error of any method of order 2 or more.
     """
-    settings, control = task.settings, _control(task)
-    assert settings.table is not None
-    plan = make_plan(settings.table, settings.nodes[::2].copy(), settings.path, settings.objective)
-    with _recording_mode(control):
-        return _fixed(control, start, plan, [Measure(control.estimator(), control_draws(task, plan, steps_a_draw=1))])
+    settings, control = replace(task.settings, nodes=task.settings.nodes[::2].copy()), _control(task)
+    with solving(control.field.model, control.create_graph):
+        plan, factors = plan_and_factors(settings, start.device)
+        return _fixed(control, start, plan, [Measure(control.estimator(), control_draws(task, plan, steps_a_draw=1))], factors)
 
 
 def _control(task: Task) -> Task:
@@ -112,7 +106,7 @@ def control_draws(task: Task, plan: Plan, steps_a_draw: int) -> list[int]:
     A Runge-Kutta step is an integral of its own, so its probe may differ from the next one's. Multistep methods combine evaluations of
     many steps and need one probe for all of them.
     """
-    first = task.settings.plan().evaluations * task.probes.groups
+    first = task.settings.plan(folded=False).evaluations * task.probes.groups
     held = not isinstance(task.settings.table, RungeKutta)
     return [first + (0 if held else step // steps_a_draw) for step, _ in plan.places()]
 
@@ -120,9 +114,11 @@ def control_draws(task: Task, plan: Plan, steps_a_draw: int) -> list[int]:
 # Fixed steps
 
 
-def _fixed(task: Task, start: Tensor, plan: Plan, measures: list[Measure]) -> Integral:
-    evaluate = _measured(task, plan, start, measures)
+def _fixed(task: Task, start: Tensor, plan: Plan, measures: list[Measure], factors: Factors | None) -> Integral:
+    evaluate = _measured(task, plan, start, measures, factors)
     layout = Layout(task.settings.dtype)
+    if factors is not None:
+        evaluate, layout = velocities(factors, evaluate, task.settings.dtype), Layout(reference.accumulation_dtype(start))
     with step_counter(len(plan.nodes) - 1, task.progress) as count:
         state = make_state(start, plan, layout, task.settings.backend, plain=task.create_graph)
         x = run(plan, state, evaluate, (lambda step, x: count()) if task.progress else None)
@@ -132,39 +128,23 @@ def _fixed(task: Task, start: Tensor, plan: Plan, measures: list[Measure]) -> In
     return Integral(x, value, variance if known else None, plan.evaluations, products, estimators[-1].sums[0])
 
 
-def _measured(task: Task, plan: Plan, start: Tensor, measures: list[Measure]) -> Evaluate:
+def _measured(task: Task, plan: Plan, start: Tensor, measures: list[Measure], factors: Factors | None) -> Evaluate:
     """The model at the plan's times; where the divergence has a weight, it is measured from the same forward pass."""
-    field, size = task.field, math.prod(start.shape[1:])
-    views = time_views(time_tensor(plan, start), field.batch)
-    guided = [field.guided_at(t) for t in plan.times.tolist()]
-    weights = plan.weights.tolist()
-    biases, factors = (plan.weights * plan.x_factors * size).tolist(), (plan.weights * plan.output_factors).tolist()
+    network, size = make_mixed(task.field, plan, start), math.prod(start.shape[1:])
+    weights, keep = plan.weights.tolist(), task.create_graph or _ops.transforms_active()
+    p, r = factors or (plan.x_factors.tolist(), plan.output_factors.tolist())
 
     def evaluate(x: Tensor, number: int) -> Tensor:
-        if weights[number] == 0.0:
-            return _checked(field.output_at(x, views[number], guided[number]), x, number)
-        with measures[0].estimator.recording():
-            x = leaf(x)
-            output = _checked(field.output_at(x, views[number], guided[number]), x, number)
+        weight = weights[number]
+        if weight == 0.0:
+            return network(x, number)
+        recorded = measures[0].estimator.record(lambda given: network(given, number), x)
         for measure in measures:
             last = measure is measures[-1] and not task.create_graph
-            measure.estimator.add(output, x, measure.draws[number], biases[number], factors[number], last)
-        return output if task.create_graph else output.detach()
+            measure.estimator.add(recorded, measure.draws[number], weight * p[number] * size, weight * r[number], last)
+        return recorded.output if keep else recorded.output.detach()
 
     return evaluate
-
-
-def _checked(output: Tensor, x: Tensor, number: int) -> Tensor:
-    if number == 0:
-        check_output(output, x)
-    return _ops.native_layout(output)
-
-
-def leaf(x: Tensor) -> Tensor:
-    """x where it belongs to a graph already, else the same values as a new leaf."""
-    if x.requires_grad:
-        return x
-    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
 
 
 # Adaptive steps
@@ -189,12 +169,9 @@ def _derivative(task: Task, estimator: Estimator) -> Callable[[Tensor, tuple[Ten
 
     def derivative(t: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, times = parts[0], t.to(parts[0].dtype).expand(field.batch)
-        with estimator.recording():
-            given = leaf(x.to(settings.dtype))
-            output = field.output_at(given, times, field.guided_at(t))
-            check_output(output, given)
-        estimator.add(output, given, 0, 0.0, 1.0)
-        output = output if task.create_graph else output.detach()
+        recorded = estimator.record(lambda given: field.checked_output_at(given, times, field.guided_at(t)), x.to(settings.dtype))
+        estimator.add(recorded, 0, 0.0, 1.0)
+        output = recorded.output if task.create_graph else recorded.output.detach()
         p, r = velocity_factors(field.path, field.objective, t)
         growth = p * math.prod(x.shape[1:]) + r * estimator.group_means()
         return field.velocity(x, times, output), growth.to(x.dtype)

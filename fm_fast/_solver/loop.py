@@ -4,6 +4,7 @@ Two kinds of state share the loop. `FusedState` updates private buffers in place
 `PlainState` makes new tensors by plain PyTorch, which gradients and ``torch.func`` transforms follow.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from fm_fast import _ops, reference
 from fm_fast._solver.constants import constant
-from fm_fast._solver.field import check_output
 from fm_fast._solver.plan import Plan, Stage
 
 # (input of the network, number of the evaluation) -> output
@@ -75,6 +75,7 @@ class FusedState:
         self._scale = layout.scale
         self._none = x0.new_empty(0)
         self._history: deque[Tensor] = deque(maxlen=plan.longest_lag + 1)
+        self._writes = _Writes()
         self._allocate(x0, plan, layout)
         self.input = self._node_input
         self._buffers = {x.untyped_storage().data_ptr() for x in (self.x, self._node_input, self._stage_input)}
@@ -107,14 +108,12 @@ class FusedState:
         return plain and same_dtype and copy.numel() == 0 and self._scale == 1.0 and self._history.maxlen == 1
 
     def _addition(self, stage: Stage) -> Callable[[int, Tensor], None]:
-        x, factors, copies, size = self.x, stage.coefficients[:, 1].tolist(), self._copies, self.x.numel()
+        x, factors, copies = self.x, stage.coefficients[:, 1].tolist(), self._copies
         target, following = self._destination(stage)[::2]
 
         def advance(row: int, output: Tensor) -> None:
             if copies:
                 output = self._own(output)
-            if output.numel() != size:
-                check_output(output, x)
             torch.add(x, output, alpha=factors[row], out=target)
             self.input = following
 
@@ -126,10 +125,12 @@ class FusedState:
         target, copy, following = self._destination(stage)
 
         def advance(row: int, output: Tensor) -> None:
+            if not history:
+                self._writes.watch(output)
             history.appendleft(to_velocity(row, output))
             outputs = [history[lag] for lag in lags]
-            if len(outputs) > 1:
-                _require_distinct(outputs)
+            if len(outputs) > 1 and _share_memory(outputs):
+                self._writes.require_none(outputs)
             step(target, copy, x, outputs, table, row, scale)
             self.input = following
 
@@ -159,11 +160,36 @@ class FusedState:
         return output.clone() if output.untyped_storage().data_ptr() in self._buffers else output
 
 
-def _require_distinct(outputs: Sequence[Tensor]) -> None:
-    """A model that writes every output into the same memory has overwritten those that this update still needs."""
+def _share_memory(outputs: Sequence[Tensor]) -> bool:
     # An address of 0 is that of no memory: of an empty batch, or a device without values.
-    if len({output.data_ptr() for output in outputs}) < len(outputs) and outputs[0].data_ptr():
-        raise RuntimeError("model returned the memory of an earlier output, which this method still needs; return a new tensor")
+    return len({output.data_ptr() for output in outputs}) < len(outputs) and outputs[0].data_ptr() != 0
+
+
+class _Writes:
+    """The count of writes to the solve's first output: a constant field may return it, or a view of the same tensor, again and again."""
+
+    def __init__(self) -> None:
+        self._first: weakref.ref[Tensor] | None = None
+        self._count: int | None = None
+
+    def watch(self, first: Tensor) -> None:
+        origin = _origin(first)
+        self._first, self._count = weakref.ref(origin), None if origin.is_inference() else origin._version
+
+    def require_none(self, outputs: Sequence[Tensor]) -> None:
+        """RuntimeError where one of the outputs, of which some share memory, may have been overwritten by a later one."""
+        first = self._first() if self._first is not None else None
+        # The writes of a CUDA graph are not counted.
+        constant = first is not None and first.device.type == "cpu" and self._count is not None and self._count == first._version
+        allowed = {output.data_ptr() for output in outputs if constant and _origin(output) is first}
+        others = [output.data_ptr() for output in outputs if not (constant and _origin(output) is first)]
+        if len(allowed.union(others)) < len(allowed) + len(others):
+            raise RuntimeError("model returned the memory of an earlier output, which this method still needs; return a new tensor")
+
+
+def _origin(x: Tensor) -> Tensor:
+    """The tensor that x is a view of, or x itself."""
+    return x if x._base is None else x._base
 
 
 def _input_buffer(x0: Tensor, layout: Layout) -> Tensor:
@@ -178,6 +204,7 @@ class PlainState:
     def __init__(self, x0: Tensor, plan: Plan, layout: Layout) -> None:
         self._layout = layout
         self._history: deque[Tensor] = deque(maxlen=plan.longest_lag + 1)
+        self._writes = _Writes()
         self.x = x0.to(reference.accumulation_dtype(x0))
         self.input = self._as_input(self.x)
         self.advance = [self._combination(stage) for stage in all_stages(plan)]
@@ -191,10 +218,12 @@ class PlainState:
         factors = None if stage.velocity is None else stage.velocity.tolist()
 
         def advance(row: int, output: Tensor) -> None:
+            if not self._history:
+                self._writes.watch(output)
             self._history.appendleft(output if factors is None else reference.linear_step(self.x, [output], factors[row], scale))
             outputs = [self._history[lag] for lag in stage.lags]
-            if len(outputs) > 1 and not _ops.transforms_active():
-                _require_distinct(outputs)
+            if len(outputs) > 1 and not _ops.transforms_active() and _share_memory(outputs):
+                self._writes.require_none(outputs)
             x = reference.linear_step(self.x, outputs, coefficients[row], scale)
             self.x = x if stage.ends_step else self.x
             self.input = self._as_input(x)

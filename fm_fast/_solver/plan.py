@@ -6,6 +6,7 @@ loop only looks them up. The log-density is a quadrature along the same trajecto
 of weight 0 (midpoint's first stage) need no divergence.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,14 +71,17 @@ class Plan:
         return [(step, stage) for step, stages in enumerate(shapes) for stage in stages]
 
 
-def make_plan(table: Table, nodes: Array, path: Path, objective: Objective) -> Plan:
+def make_plan(table: Table, nodes: Array, path: Path, objective: Objective, folded: bool = True) -> Plan:
     """The plan of a solve through these nodes, float64 [N + 1], rising or falling.
+
+    folded: p and r are part of it; else its evaluations are to return velocities, p = 0 and r = 1.
 
     Raises ValueError where the path and the objective give no finite velocity.
     """
+    velocity = Velocity(velocity_range(path, objective), _factors_on(path, objective) if folded else _trivial_factors)
     if isinstance(table, RungeKutta):
-        return _runge_kutta(table, nodes, path, objective)
-    return _adams_bashforth(table, nodes, path, objective)
+        return _runge_kutta(table, nodes, velocity)
+    return _adams_bashforth(table, nodes, velocity)
 
 
 class Factors(NamedTuple):
@@ -92,20 +96,34 @@ class Factors(NamedTuple):
         return bool(np.all(self.p == 0.0) and np.all(self.r == 1.0))
 
 
-def _factors(path: Path, objective: Objective, times: Array) -> Factors:
-    p, r = velocity_coefficients(path, objective, torch.from_numpy(times))
-    return Factors(p.numpy(), r.numpy())
+class Velocity(NamedTuple):
+    """What a plan needs of the velocity: the range of times where it is finite, and its factors at times of any shape in there."""
+
+    limits: tuple[float, float]
+    factors: Callable[[Array], Factors]
 
 
-def _stage_times(table: RungeKutta, nodes: Array, path: Path, objective: Objective) -> Array:
-    """[steps, stages], inside the range where the velocity is finite."""
+def _factors_on(path: Path, objective: Objective) -> Callable[[Array], Factors]:
+    def factors(times: Array) -> Factors:
+        p, r = velocity_coefficients(path, objective, torch.from_numpy(times))
+        return Factors(p.numpy(), r.numpy())
+
+    return factors
+
+
+def _trivial_factors(times: Array) -> Factors:
+    return Factors(np.zeros_like(times), np.ones_like(times))
+
+
+def _stage_times(table: RungeKutta, nodes: Array, limits: tuple[float, float]) -> Array:
+    """[steps, stages], inside the limits."""
     times = nodes[:-1, None] + np.array(table.c) * np.diff(nodes)[:, None]
-    return np.clip(times, *velocity_range(path, objective))
+    return np.clip(times, *limits)
 
 
-def _runge_kutta(table: RungeKutta, nodes: Array, path: Path, objective: Objective) -> Plan:
-    times = _stage_times(table, nodes, path, objective)
-    factors, widths = _factors(path, objective, times), np.diff(nodes)
+def _runge_kutta(table: RungeKutta, nodes: Array, velocity: Velocity) -> Plan:
+    times = _stage_times(table, nodes, velocity.limits)
+    factors, widths = velocity.factors(times), np.diff(nodes)
     segment = Segment(len(widths), _folded_stages(table, widths, factors))
     weights = widths[:, None] * np.array(table.b)
     return Plan(nodes, (segment,), times.ravel(), weights.ravel(), factors.p.ravel(), factors.r.ravel())
@@ -136,12 +154,13 @@ def _stage(combination: Array, newest: int, ends_step: bool) -> Stage:
     return Stage(tuple(newest - i for i in used), np.ascontiguousarray(combination[:, columns]), ends_step)
 
 
-def _adams_bashforth(table: AdamsBashforth, nodes: Array, path: Path, objective: Objective) -> Plan:
+def _adams_bashforth(table: AdamsBashforth, nodes: Array, velocity: Velocity) -> Plan:
     """The starting steps, then one segment for each step that still reaches back into them, then the rest."""
     _check_widths(nodes)
     started = min(table.history - 1, len(nodes) - 1)
-    factors = _factors(path, objective, np.clip(nodes[:-1], *velocity_range(path, objective)))
-    first, evaluations = _starting_steps(table.start, nodes[: started + 1], path, objective, factors)
+    times = np.clip(nodes[:-1], *velocity.limits)
+    factors = velocity.factors(times)
+    first, evaluations = _starting_steps(table.start, nodes[: started + 1], velocity, factors)
     node_evaluations = [*range(0, started * table.start.stages, table.start.stages)]
     node_evaluations += range(evaluations.times.size, evaluations.times.size + len(nodes) - 1 - started)
     weights = np.concatenate([evaluations.weights, np.zeros(len(nodes) - 1 - started)])
@@ -150,7 +169,7 @@ def _adams_bashforth(table: AdamsBashforth, nodes: Array, path: Path, objective:
         segments += _history_segments(table, nodes, started, node_evaluations, factors, weights)
     later = slice(started, None)
     return Plan(
-        nodes, tuple(segments), np.concatenate([evaluations.times, np.clip(nodes[:-1], *velocity_range(path, objective))[later]]), weights,
+        nodes, tuple(segments), np.concatenate([evaluations.times, times[later]]), weights,
         np.concatenate([evaluations.x_factors, factors.p[later]]), np.concatenate([evaluations.output_factors, factors.r[later]]),
     )  # fmt: skip
 
@@ -163,9 +182,9 @@ def _check_widths(nodes: Array) -> None:
         raise ValueError(f"grid must not lengthen a step more than {LARGEST_GROWTH:g} times for a multistep method, got {ratio:.3g} times")
 
 
-def _starting_steps(start: RungeKutta, nodes: Array, path: Path, objective: Objective, at_nodes: Factors) -> tuple[Segment, Plan]:
+def _starting_steps(start: RungeKutta, nodes: Array, velocity: Velocity, at_nodes: Factors) -> tuple[Segment, Plan]:
     """Runge-Kutta steps whose first stage keeps its velocity for the history, and the plan that these steps alone would be."""
-    plan = _runge_kutta(start, nodes, path, objective)
+    plan = _runge_kutta(start, nodes, velocity)
     if at_nodes.trivial:
         return plan.segments[0], plan
     shape = (len(nodes) - 1, start.stages)

@@ -36,10 +36,10 @@ class Settings:
     grad: str
     backend: str
 
-    def plan(self) -> Plan:
+    def plan(self, folded: bool = True) -> Plan:
         assert self.table is not None
         with _ops.outside_transforms():
-            return make_plan(self.table, self.nodes, self.path, self.objective)
+            return make_plan(self.table, self.nodes, self.path, self.objective, folded)
 
 
 def make_settings(
@@ -50,6 +50,7 @@ def make_settings(
     """The arguments of a solve, checked and with names resolved."""
     _checks.one_of("dtype", dtype, (None, *_checks.FLOATING))
     _checks.one_of("grad", grad, GRADIENTS)
+    _check_transforms(method, grad)
     _checks.positive_number("rtol", rtol)
     _checks.positive_number("atol", atol)
     _checks.count("max_steps", max_steps)
@@ -72,6 +73,17 @@ def make_settings(
     return Settings(
         chosen_path, chosen_objective, table, adaptive, nodes, saved, rtol, atol, max_steps, dtype or start.dtype, grad, resolved
     )
+
+
+def _check_transforms(method: object, grad: str) -> None:
+    """What torch's transforms cannot go through, told before they say it in their own words."""
+    if is_adaptive(method) and _ops.transforms_active():
+        raise ValueError(
+            "method must be a fixed-step one under torch.func transforms and forward-mode differentiation, which torchdiffeq does not "
+            f"support, got {method!r}"
+        )
+    if grad == "checkpoint" and _ops.function_transforms_active():
+        raise ValueError('grad must be "none" or "direct" under torch.func transforms, which do not support checkpoints, got "checkpoint"')
 
 
 def _adaptive_nodes(

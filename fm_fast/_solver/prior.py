@@ -1,0 +1,56 @@
+"""The density that a likelihood starts from: the path's own normal distribution, or what the caller gave, checked before the solve."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from fm_fast import reference
+from fm_fast.paths import Path, prior_scale
+
+Prior = Callable[[Tensor], Tensor]
+
+
+def as_prior(prior: Prior | Distribution | None) -> Prior | None:
+    """The prior as a function; TypeError for what is none."""
+    function = prior.log_prob if isinstance(prior, Distribution) else prior
+    if function is not None and not callable(function):
+        raise TypeError(f"prior must be callable as prior(x) with x [B, ...], returning log-densities [B], got {type(prior).__name__}")
+    return function
+
+
+def tried_prior(prior: Prior | Distribution | None, x: Tensor) -> Prior | None:
+    """The same, tried on data x [B, ...]: ValueError for a wrong shape now instead of after the solve."""
+    function = as_prior(prior)
+    if function is None:
+        return None
+    try:
+        with torch.no_grad():
+            density = function(x.detach().to(reference.accumulation_dtype(x)))
+    except Exception:  # data may lie where the prior has no density; the noise need not
+        return function
+    _check_density(density, len(x))
+    return function
+
+
+def _check_density(density: object, batch: int) -> None:
+    if isinstance(density, Tensor) and density.shape == (batch,):
+        return
+    found = tuple(density.shape) if isinstance(density, Tensor) else type(density).__name__
+    each = isinstance(density, Tensor) and density.dim() > 1 and len(density) == batch
+    remedy = "; sum over a sample's elements, as in lambda x: distribution.log_prob(x).flatten(1).sum(1)" if each else ""
+    raise ValueError(f"prior must return a tensor of shape [{batch}], one log-density a sample, got {found}{remedy}")
+
+
+def log_prior(prior: Prior | None, x0: Tensor, path: Path) -> Tensor:
+    """log p0(x0), float64 [B]."""
+    if prior is not None:
+        density = prior(x0)
+        _check_density(density, len(x0))
+        return density.to(torch.float64)
+    scale, size = prior_scale(path), math.prod(x0.shape[1:])
+    squares = x0.square().flatten(1).sum(1, dtype=torch.float64) if x0.dim() > 1 else x0.square().to(torch.float64)
+    log_scale = scale.log() if isinstance(scale, Tensor) else math.log(scale)
+    return -0.5 * squares / scale**2 - size * (log_scale + 0.5 * math.log(2.0 * math.pi))

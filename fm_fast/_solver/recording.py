@@ -1,0 +1,125 @@
+"""One call of the network, with what its vector-Jacobian products need: a graph of autograd, or the pullback of ``torch.func``."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fm_fast import _ops
+
+Network = Callable[[Tensor], Tensor]
+
+
+class Recorded(Protocol):
+    """The output [B, ...] of the network for some x, and its products J^T z.
+
+    ``products(z, keep, create_graph)`` takes z [k, B, ...]; ``keep``: there are more to come, ``create_graph``: they are differentiable.
+    """
+
+    output: Tensor
+
+    def products(self, z: Tensor, keep: bool, create_graph: bool) -> Tensor: ...
+
+
+def record(network: Network, x: Tensor) -> Recorded:
+    """Calls the network; under transforms by ``torch.func.vjp``, which nests with them.
+
+    Raises RuntimeError if autograd does not see that the output depends on x.
+    """
+    return _Pullback(network, x) if _ops.transforms_active() else _Graph(network, x)
+
+
+class _Graph:
+    def __init__(self, network: Network, x: Tensor) -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            self._x = _leaf(x)
+            self.output = _recorded(network(self._x))
+
+    def products(self, z: Tensor, keep: bool, create_graph: bool) -> Tensor:
+        batched = len(z) > 1
+        (product,) = torch.autograd.grad(
+            self.output,
+            self._x,
+            z if batched else z[0],
+            retain_graph=keep or create_graph,
+            create_graph=create_graph,
+            is_grads_batched=batched,
+            allow_unused=True,
+        )
+        if product is None:
+            raise RuntimeError("the model's output does not depend on x (a velocity that is constant in x: add 0 * x)")
+        if not batched:
+            return _ops.native_layout(product).unsqueeze(0)
+        return product if product.dim() <= 4 or product.is_contiguous() else product.contiguous()
+
+
+class _Pullback:
+    def __init__(self, network: Network, x: Tensor) -> None:
+        self.output, self._pull = torch.func.vjp(lambda y: _recorded(network(y)), x)  # type: ignore[misc]
+
+    def products(self, z: Tensor, keep: bool, create_graph: bool) -> Tensor:
+        if len(z) == 1:
+            return self._pull(z[0])[0].unsqueeze(0)
+        return torch.func.vmap(lambda row: self._pull(row)[0])(z)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """x where it belongs to a graph already, else the same values as a new leaf."""
+    if x.requires_grad:
+        return x
+    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+
+
+def _recorded(output: Tensor) -> Tensor:
+    if not output.requires_grad:
+        raise RuntimeError(
+            "the divergence needs the gradient of the model's output in x, which this model does not record: it must not run under "
+            "no_grad or detach x (a velocity that is constant in x: add 0 * x)"
+        )
+    return output
+
+
+@contextlib.contextmanager
+def measured_graph() -> Iterator[dict[int, int]]:
+    """Bytes of the tensors that autograd keeps meanwhile, by their memory."""
+    sizes: dict[int, int] = {}
+
+    def note(kept: Tensor) -> Tensor:
+        storage = kept.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
+        yield sizes
+
+
+def check_gradient(create_graph: bool) -> None:
+    """ValueError where a ``torch.func`` transform asks for the gradient that is not recorded, which would be zero in silence."""
+    if not create_graph and _ops.gradient_transform_active():
+        raise ValueError(
+            "create_graph must be True under torch.func.grad, vjp, jacrev and hessian, or the derivative would be zero, got False"
+        )
+
+
+@contextlib.contextmanager
+def solving(model: object, create_graph: bool) -> Iterator[None]:
+    """Gradients beyond single evaluations only where asked for; tensors made here can be differentiated whatever the caller's mode."""
+    with torch.inference_mode(False), torch.set_grad_enabled(create_graph), _frozen(model, not create_graph):
+        yield
+
+
+@contextlib.contextmanager
+def _frozen(model: object, freeze: bool) -> Iterator[None]:
+    """The parameters of a module do not require gradients meanwhile: without it, autograd keeps activations that only they need."""
+    module = getattr(model, "__self__", model)
+    freeze = freeze and not _ops.transforms_active()  # which forbid to change what requires a gradient
+    wanted = [p for p in module.parameters() if p.requires_grad] if freeze and isinstance(module, torch.nn.Module) else []
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)

@@ -1,0 +1,67 @@
+"""The prior of a likelihood: functions and distributions are taken, what is neither or has a wrong shape is refused before the solve."""
+
+import math
+
+import pytest
+import torch
+from sampling_helpers import Counted, noise64
+from torch.distributions import Independent, MultivariateNormal, Normal, Uniform
+
+import fm_fast as fm
+
+X = noise64(4, 2)
+ZERO, ONE = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+
+
+def wide_normal(x):
+    return Normal(0.0, 2.0).log_prob(x).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("prior", [Independent(Normal(ZERO, 2 * ONE), 1), MultivariateNormal(ZERO, 4 * torch.eye(2, dtype=torch.float64))])
+def test_a_distribution_of_whole_samples_is_a_prior(prior):
+    for solve in (fm.log_likelihood, fm.sample_with_log_prob):
+        found, expected = (solve(Counted(), X, steps=3, prior=p).logp for p in (prior, wide_normal))
+        torch.testing.assert_close(found, expected)
+
+
+BAD_PRIORS = [
+    ("normal", TypeError, r"prior must be callable as prior\(x\) with x \[B, ...\], returning log-densities \[B\], got str"),
+    (2.0, TypeError, r"prior must be callable .*, got float"),
+    (
+        Normal(0.0, 1.0),
+        ValueError,
+        r"prior must return a tensor of shape \[4\], one log-density a sample, got \(4, 2\); sum over .*log_prob\(x\)\.flatten",
+    ),
+    (lambda x: wide_normal(x).sum(), ValueError, r"prior must return a tensor of shape \[4\], one log-density a sample, got \(\)$"),
+    (lambda x: 0.0, ValueError, r"prior must return a tensor of shape \[4\], one log-density a sample, got float"),
+    (lambda x: None, ValueError, r"prior must return a tensor of shape \[4\], one log-density a sample, got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("prior", "error", "message"), BAD_PRIORS)
+def test_bad_priors_cost_no_call_of_the_model(prior, error, message):
+    for solve in (fm.log_likelihood, fm.sample_with_log_prob):
+        model = Counted()
+        with pytest.raises(error, match=message):
+            solve(model, X, steps=3, prior=prior)
+        assert model.times == []
+
+
+def test_data_may_lie_where_the_prior_has_no_density():
+    """A uniform prior refuses data outside of it; the noise lies inside."""
+    prior = Independent(Uniform(-ONE, ONE), 1)
+    with pytest.raises(ValueError, match="support"):
+        prior.log_prob(X)
+    found = fm.log_likelihood(lambda x, t: 5 * x, X, steps=20, prior=prior, kind="exact")
+    assert bool((found.x0.abs() < 1).all())
+    factor = 1 - 5 / 20 + (5 / 20) ** 2 / 2  # of a midpoint step; the divergence is 10 everywhere
+    torch.testing.assert_close(found.x0, X * factor**20)
+    torch.testing.assert_close(found.logp, torch.full((4,), -2 * math.log(2.0) - 10.0, dtype=torch.float64))
+
+
+def test_an_error_within_a_prior_is_its_own():
+    def broken(x):
+        raise KeyError("missing")
+
+    with pytest.raises(KeyError, match="missing"):
+        fm.log_likelihood(Counted(), X, steps=2, prior=broken)
