@@ -314,6 +314,23 @@ def test_wrong_configurations(change, message):
 
 
 @pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"channels": "a"}, TypeError, "channels: expected a whole number, got 'a'"),
+        ({"blocks": 1.0}, TypeError, "blocks: expected a whole number, got 1.0"),
+        ({"multipliers": (1, "2")}, TypeError, r"multipliers: expected a tuple of whole numbers, got \(1, '2'\)"),
+        ({"multipliers": 2}, TypeError, "multipliers: expected a tuple of whole numbers, got 2"),
+        ({"dropout": None}, TypeError, "dropout: expected a number, got None"),
+        ({"scale_shift": 1}, TypeError, "scale_shift: expected True or False, got 1"),
+        ({"time_scale": float("inf")}, ValueError, "time_scale: expected a finite number, got inf"),
+    ],
+)
+def test_configurations_of_other_types(change, error, message):
+    with pytest.raises(error, match=message):
+        UNetConfig(**change)
+
+
+@pytest.mark.parametrize(
     ("x_shape", "t_shape", "y", "error", "message"),
     [
         ((2, 1, 7, 8), (2,), None, ValueError, "divisible by 2 .*got 7x8"),
