@@ -62,7 +62,8 @@ def _add_train(commands: Any) -> None:
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the run in the folder --out from its newest valid"
                        " checkpoint; what is not given stays as it was")  # fmt: skip
-    start.add_argument("--overwrite", action="store_true", help="delete the checkpoints of another run in the folder --out")
+    start.add_argument("--overwrite", action="store_true", help="delete another run's files in the folder --out, after"
+                       " the first step")  # fmt: skip
     _add_fields(parser, TrainConfig, PRESETS["digits"])
     parser.set_defaults(run=_train)
 

@@ -90,6 +90,22 @@ def test_short_run_and_resume(tmp_path, capsys):
     assert "cannot resume with other settings: seed: 0 -> 9" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.multipliers", "1,2,2,2,2"], "model.multipliers: expected at most 4 levels"),
+        (["--seed", str(2**63)], "seed: expected less"),
+    ],
+)
+def test_a_refused_run_overwrites_nothing(arguments, message, tmp_path, capsys):
+    run = ["train", "digits", "--steps", "1", "--batch-size", "8", "--no-evaluate", "--out", str(tmp_path), *SMALL]
+    assert main(run) == 0
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert main([*run, "--overwrite", *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 def test_what_is_not_given_stays_as_it_was(tmp_path, capsys):
     """A run of settings unlike its preset's goes on without naming them again."""
     arguments = ["--batch-size", "8", "--seed", "3", "--log-every", "1", "--no-evaluate", "--out", str(tmp_path)]
