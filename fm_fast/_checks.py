@@ -19,6 +19,8 @@ def values_readable(*tensors: Tensor) -> bool:
     """Whether values may be looked at: eager CPU tensors only, because a look at a device tensor waits for the device."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
+    if torch._C._len_torch_dispatch_stack() > 0:  # a mode may be recording, and a number that is read is no part of a graph
+        return False
     # A subclass may hold no values at all, as fake tensors do.
     return all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors)
 

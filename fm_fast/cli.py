@@ -8,6 +8,7 @@ from dataclasses import Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from fm_fast._version import __version__
 from fm_fast.cli_evaluate import add_evaluate
 from fm_fast.cli_likelihood import add_likelihood
 from fm_fast.cli_reproduce import add_reproduce
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The whole command line; every setting of a training run is an option of `train`."""
     root = argparse.ArgumentParser(prog="fm-fast", description="Flow matching for PyTorch.", allow_abbrev=False)
+    root.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = root.add_subparsers(required=True, metavar="command")
     _add_train(commands)
     add_sample(commands)
@@ -62,7 +64,8 @@ def _add_train(commands: Any) -> None:
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the run in the folder --out from its newest valid"
                        " checkpoint; what is not given stays as it was")  # fmt: skip
-    start.add_argument("--overwrite", action="store_true", help="delete the checkpoints of another run in the folder --out")
+    start.add_argument("--overwrite", action="store_true", help="delete another run's files in the folder --out, after"
+                       " the first step")  # fmt: skip
     _add_fields(parser, TrainConfig, PRESETS["digits"])
     parser.set_defaults(run=_train)
 
@@ -93,7 +96,11 @@ def _add_option(parser: argparse.ArgumentParser, entry: Field, hint: Any, defaul
 
 def _numbers(kind: type, text: str) -> tuple[Any, ...]:
     """ "1,2,2" -> (1, 2, 2)."""
-    return tuple(kind(part) for part in text.split(",") if part)
+    try:
+        return tuple(kind(part) for part in text.split(",") if part)
+    except ValueError as error:
+        numbers = "whole numbers" if kind is int else "numbers"
+        raise argparse.ArgumentTypeError(f"invalid list of {numbers}: {text!r}, expected N,N with commas between them") from error
 
 
 def config_from(options: argparse.Namespace) -> TrainConfig:

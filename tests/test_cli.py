@@ -8,6 +8,7 @@ from dataclasses import fields
 
 import pytest
 
+import fm_fast
 from fm_fast.cli import FROM_DATA, config_from, main, parser
 from fm_fast.nn import UNetConfig
 from fm_fast.train.config import TrainConfig
@@ -47,7 +48,9 @@ def test_options_replace_the_values_of_the_preset():
         (["train", "digits", "--step", "3"], "unrecognized arguments: --step"),
         (["train", "digits", "--steps", "three"], "argument --steps: invalid int value: 'three'"),
         (["train", "letters"], "invalid choice: 'letters'"),
-        (["train", "digits", "--model.multipliers", "1,x"], "argument --model.multipliers: invalid"),
+        (["train", "digits", "--model.multipliers", "1,x"], "argument --model.multipliers: invalid list of whole numbers: '1,x'"),
+        (["train", "digits", "--model.multipliers", "1,1.5"], "argument --model.multipliers: invalid list of whole numbers: '1,1.5'"),
+        (["train", "digits", "--ema-widths", "a"], "argument --ema-widths: invalid list of numbers: 'a'"),
         (["fly"], "invalid choice: 'fly'"),
         ([], "required: command"),
     ],
@@ -88,6 +91,22 @@ def test_short_run_and_resume(tmp_path, capsys):
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     assert main([*arguments, "--steps", "5", "--resume", "--seed", "9"]) == 1
     assert "cannot resume with other settings: seed: 0 -> 9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.multipliers", "1,2,2,2,2"], "model.multipliers: expected at most 4 levels"),
+        (["--seed", str(2**63)], "seed: expected less"),
+    ],
+)
+def test_a_refused_run_overwrites_nothing(arguments, message, tmp_path, capsys):
+    run = ["train", "digits", "--steps", "1", "--batch-size", "8", "--no-evaluate", "--out", str(tmp_path), *SMALL]
+    assert main(run) == 0
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert main([*run, "--overwrite", *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_what_is_not_given_stays_as_it_was(tmp_path, capsys):
@@ -137,6 +156,12 @@ def test_own_data(tmp_path):
     run = ["train", "--data", own_data(tmp_path), "--out", str(tmp_path / "run"), "--steps", "2", "--batch-size", "4"]
     assert main([*run, *SMALL]) == 0
     assert (tmp_path / "run" / "samples.png").stat().st_size > 100
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"fm-fast {fm_fast.__version__}\n"
 
 
 def test_info_in_a_fresh_process():

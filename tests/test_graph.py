@@ -58,6 +58,20 @@ def test_replays_are_the_steps(changes):
     assert_same_state(eager, replayed)
 
 
+def test_weights_written_between_replays_reach_their_masters():
+    config, data = tiny(precision="bfloat16"), digits()
+    eager, replayed = new_state(config, CPU), new_state(config, CPU)
+    order = DataOrder(len(data), config.seed)
+    step = GraphedStep(replayed, config, data, order, recorder=Tape())
+    for number in range(WARM_UPS + REPLAYS):
+        for state in (eager, replayed):
+            with torch.no_grad():
+                state.model.head.bias.fill_(number)
+        advance(eager, config, data, 1), step()
+        assert replayed.model.head.bias[0].item() == pytest.approx(number, abs=0.01)
+    assert_same_state(eager, replayed)
+
+
 def test_gradients_are_always_in_the_same_memory(monkeypatch):
     """The kernels' table of addresses is then that of the steps before: it cannot be made while a graph is recorded."""
     seen, norm = [], _ops.adamw_ema_norm

@@ -116,6 +116,35 @@ def test_a_new_run_overwrites_another_only_when_told_to(tmp_path):
         run(tmp_path, True, True)
 
 
+def failing(*arguments, **options):
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"model": replace(tiny().model, multipliers=(1, 1, 1, 1, 1))}, ValueError, "model.multipliers: expected at most 4 levels"),
+        ({"tensorboard": True}, ImportError, "tensorboard: --tensorboard needs it"),
+        ({}, RuntimeError, "out of memory"),
+    ],
+)
+def test_a_new_run_that_fails_early_deletes_nothing(changes, error, message, tmp_path, monkeypatch):
+    run(tmp_path, steps=4)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr("fm_fast.train.loop.training_step", failing)
+    with pytest.raises(error, match=message):
+        run(tmp_path, overwriting=True, seed=1, **changes)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_the_log_of_a_new_run_is_its_own(tmp_path):
+    run(tmp_path, steps=8, log_every=1, quality_every=8)
+    run(tmp_path, overwriting=True, steps=4, log_every=2)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [2, 4]
+    assert not (tmp_path / "quality.jsonl").exists()
+
+
 def test_weights_alone_are_another_run_too(tmp_path):
     run(tmp_path)
     for file in tmp_path.glob("checkpoint*"):

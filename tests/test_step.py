@@ -1,13 +1,15 @@
 """The training step: parts of a batch, non-finite gradients, 16-bit weights, dropout keys, resuming, and no waiting for a device."""
 
 import copy
+import dataclasses
 import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainer_helpers import CPU, assert_same_state, flat, tiny
+from trainer_helpers import CPU, TINY_NET, assert_same_state, flat, tiny
 
 from fm_fast.train.config import from_dict, to_dict
 from fm_fast.train.data import DataOrder, digits
@@ -183,6 +185,20 @@ def test_a_run_resumes_bit_by_bit(precision, tmp_path):
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     advance(resumed, config, data, 3)
     assert_same_state(straight, resumed)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))], ids=["copied", "pickled"])
+def test_a_duplicate_of_the_state_goes_on_by_itself(duplicate):
+    config, data = tiny(precision="bfloat16", model=dataclasses.replace(TINY_NET, dropout=0.5)), digits()
+    state = new_state(config, CPU)
+    advance(state, config, data, 3)
+    other = duplicate(state)
+    assert_same_state(state, other)
+    before = flat(state.average).clone()
+    advance(other, config, data, 2)
+    assert torch.equal(flat(state.average), before) and not torch.equal(flat(other.average), before)
+    advance(state, config, data, 2)
+    assert_same_state(state, other)
 
 
 def test_sixteen_bit_weights_learn_as_well():

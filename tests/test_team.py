@@ -1,5 +1,6 @@
 """Two gloo processes against one with the whole batch: equal losses and weights, one writer, resuming with another number of them."""
 
+import copy
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from thread_counts import threads
 from torch.nn.parallel import DistributedDataParallel
 from trainer_helpers import CPU, tiny
@@ -15,6 +17,7 @@ from trainer_helpers import CPU, tiny
 from fm_fast.train import loop, train
 from fm_fast.train.checkpoint import read_checkpoint
 from fm_fast.train.config import TrainConfig
+from fm_fast.train.data import digits
 from fm_fast.train.distributed import Team
 from fm_fast.train.run_folder import RunFolder
 
@@ -179,3 +182,22 @@ def test_one_process_is_a_team(monkeypatch):
     assert team.first and team.total(value) is value and team.agreed("x") == "x"
     with pytest.raises(ValueError, match="parallel: expected one of ddp, fsdp, got 'dp'"):
         TrainConfig(parallel="dp")
+
+
+@pytest.mark.slow
+def test_shards_follow_weights_that_others_write_and_cannot_be_copied(one_thread):
+    from fm_fast.train.sharded import sharded_state
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        settings = tiny(precision="bfloat16")
+        state = sharded_state(settings, CPU)
+        loop.advance(state, settings, digits(), 2)
+        with torch.no_grad():
+            state.model.head.bias.fill_(5.0)
+        loop.advance(state, settings, digits(), 1)
+        assert state.model.head.bias.full_tensor().item() == pytest.approx(5.0, abs=0.04)
+        with pytest.raises(TypeError, match=r"optimiser: expected one without shards .*whole_state_dict\(\)"):
+            copy.deepcopy(state.optimiser)
+    finally:
+        dist.destroy_process_group()

@@ -13,7 +13,7 @@ from fm_fast import objectives
 from fm_fast.nn import Preconditioned
 from fm_fast.train import train
 from fm_fast.train.condition import drop_labels
-from fm_fast.train.config import RECIPES, from_dict, to_dict
+from fm_fast.train.config import RECIPES, fit_to_data, from_dict, to_dict
 from fm_fast.train.data import digits
 from fm_fast.train.distributed import Team
 from fm_fast.train.evaluate import agreement, evaluate, median_distance, train_classifier
@@ -129,11 +129,56 @@ def test_configuration_survives_storage():
         ({"ema_decay": 1.0}, r"ema_decay: expected a number in \[0, 1\)"),
         ({"learning_rate": 0.0}, "learning_rate: expected a positive number"),
         ({"sample_method": "heun"}, "sample_method: expected one of euler, midpoint"),
+        ({"seed": 2**63}, r"seed: expected less than 2\^63, got 9223372036854775808"),
+        ({"guidance": math.nan}, "guidance: expected a finite number, got nan"),
+        ({"learning_rate": math.inf}, "learning_rate: expected a finite number, got inf"),
+        ({"memory_limit": math.nan}, "memory_limit: expected a finite number, got nan"),
+        ({"ema_widths": (0.1, math.inf)}, "ema_widths: expected finite numbers"),
     ],
 )
 def test_wrong_settings(change, message):
     with pytest.raises(ValueError, match=message):
         tiny(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 2.5}, "steps: expected a whole number, got 2.5"),
+        ({"batch_size": True}, "batch_size: expected a whole number, got True"),
+        ({"learning_rate": "fast"}, "learning_rate: expected a number, got 'fast'"),
+        ({"flip": False}, "flip: expected a number, got False"),
+        ({"compile": 1}, "compile: expected True or False, got 1"),
+        ({"out": None}, "out: expected text, got None"),
+        ({"ema_widths": [0.1]}, r"ema_widths: expected a tuple of numbers, got \[0.1\]"),
+        ({"model": {}}, "model: expected a UNetConfig, got {}"),
+    ],
+)
+def test_settings_of_other_types(change, message):
+    with pytest.raises(TypeError, match=message):
+        tiny(**change)
+
+
+def test_settings_that_a_checkpoint_could_not_hold(tmp_path):
+    """Reading one runs no code, which numpy's numbers and paths would need."""
+    numpy = pytest.importorskip("numpy")
+    for change in ({"learning_rate": numpy.float64(0.1)}, {"steps": numpy.int64(3)}, {"out": tmp_path}):
+        with pytest.raises(TypeError, match=f"{next(iter(change))}: expected"):
+            tiny(**change)
+
+
+def test_whole_numbers_where_any_are_expected_and_no_limit():
+    config = tiny(learning_rate=1, ema_widths=(), clip=math.inf, memory_limit=math.inf)
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(("size", "levels"), [(8, 4), (12, 3), (7, 1)])
+def test_a_network_halves_its_images(size, levels):
+    fitting = tiny(model=replace(tiny().model, multipliers=(1,) * levels))
+    assert fit_to_data(fitting, (1, size, size), 10).model.image_size == size
+    deeper = tiny(model=replace(tiny().model, multipliers=(1,) * (levels + 1)))
+    with pytest.raises(ValueError, match=rf"model\.multipliers: expected at most {levels} levels, .*{size}x{size} .* got \(1, 1"):
+        fit_to_data(deeper, (1, size, size), 10)
 
 
 def test_devices():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from unet_helpers import TINY, inputs, shaken
 
 from fm_fast.nn import GroupNormSiLU, UNet
@@ -79,6 +80,16 @@ def test_training_without_a_key_is_an_error():
     with pytest.raises(ValueError, match=r"dropout_key: expected set_dropout_key\(seed, step, first_id\) before each training step"):
         model(x, t, y=y)
     UNet(TINY)(x, t, y=y)
+
+
+def test_a_network_from_the_meta_device_has_no_key_either():
+    """Its memory is new, and may hold anything, when it becomes a real one."""
+    with torch.device("meta"):
+        inner = UNet(CONFIG)
+    nn.Sequential(inner).to_empty(device="cpu")
+    assert inner.dropout_key.tolist()[0] == -1
+    keyed(inner).to(torch.float64)
+    assert inner.dropout_key.tolist() == [3, 5, 0]
 
 
 @pytest.mark.parametrize("name", ["seed", "step", "first_id"])

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from fm_fast._settings import check_types
+
 RESAMPLING = ("convolution", "pool", "block")
 
 
@@ -14,7 +16,7 @@ def _described(default: Any, text: str) -> Any:
 class UNetConfig:
     """Shape of a U-Net. `UNetConfig.digits()` is the smallest; presets.py has those of the paper and of other libraries.
 
-    Raises ValueError where the numbers do not fit together, e.g. a width that `groups` does not divide.
+    Raises ValueError where the numbers do not fit together, e.g. a width that `groups` does not divide, TypeError for other than numbers.
     """
 
     image_size: int = _described(32, "height and width of the images that attention_sizes refers to")
@@ -66,6 +68,7 @@ class UNetConfig:
 
 
 def _check(config: UNetConfig) -> None:
+    check_types(config)
     for name in ("image_size", "image_channels", "channels", "blocks", "groups"):
         _require(name, getattr(config, name) >= 1, "at least 1", getattr(config, name))
     for name in ("classes", "heads", "head_channels", "low_resolution_channels"):

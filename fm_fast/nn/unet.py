@@ -4,6 +4,8 @@ Written from the papers. A stem, an encoder of residual blocks between which the
 decoder that takes the encoder's outputs in reverse order as additional channels.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,7 +34,8 @@ class UNet(nn.Module):
     Dropout follows the noise contract: its masks are a function of `dropout_key`, int64 (seed, step, id of the first sample), which a
     training step sets by :meth:`set_dropout_key`. fused=False computes everything by plain PyTorch, equal up to rounding, masks included.
 
-    Raises ValueError for a shape that does not fit or a key that was never set, TypeError for labels that are not int64.
+    Raises ValueError for a shape that does not fit, a key that was never set or a class that there is not (where y can be read without
+    waiting for a device), TypeError for labels that are not int64.
     """
 
     dropout_key: Tensor
@@ -68,6 +71,14 @@ class UNet(nn.Module):
         for layer in self.decoder:
             h = layer(h, embedding, key, skips.pop()) if isinstance(layer, Block) else layer(h, embedding, key)
         return self.head(self.norm(h))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "UNet":
+        """What `to` and `to_empty` do; what comes from the meta device has no values, so that the key is again one that was never set."""
+        abstract = self.dropout_key.is_meta
+        super()._apply(fn, recurse)
+        if abstract and not self.dropout_key.is_meta:
+            self.dropout_key.copy_(torch.tensor(NO_KEY))
+        return self
 
     @torch.no_grad()
     def set_dropout_key(self, seed: int | Tensor, step: int | Tensor, first_id: int | Tensor = 0) -> None:
@@ -177,6 +188,14 @@ def _check_labels(config: UNetConfig, x: Tensor, y: Tensor) -> None:
         raise TypeError(f"y: expected int64 labels, got {y.dtype}")
     if y.shape != x.shape[:1]:
         raise ValueError(f"y: expected shape [{x.shape[0]}], got {list(y.shape)}")
+    if len(y) and _checks.values_readable(y):
+        _check_range(config, *map(int, y.aminmax()))
+
+
+def _check_range(config: UNetConfig, low: int, high: int) -> None:
+    if low < -1 or high >= config.classes:
+        got = low if low < -1 else high
+        raise ValueError(f"y: expected classes in 0..{config.classes - 1}, or -1 for none, got {got}")
 
 
 def _check_low_resolution(config: UNetConfig, x: Tensor, low_resolution: Tensor | None) -> None:

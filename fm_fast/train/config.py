@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from fm_fast._checks import MAX_SEED
+from fm_fast._settings import check_types
 from fm_fast.nn import UNetConfig
 from fm_fast.paths import OT, VE, VP, Cosine, Path
 from fm_fast.solvers import METHODS
@@ -53,7 +55,7 @@ def _option(default: Any, text: str, resumable: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a run. Raises ValueError, naming the setting, for a value out of range."""
+    """All settings of a run. Raises ValueError for a value out of range, TypeError for one of another type, naming the setting."""
 
     data: str = _option(
         "digits", "'digits' (shipped), 'fashion', or a file or folder: IDX, CIFAR-10, .npz, or images in a subfolder a class"
@@ -133,9 +135,11 @@ NOT_NEGATIVE = (
     "resize", "pad", "memory_limit", "warmup", "micro_batch", "clip", "weight_decay", "seed", "sample_every", "quality_every",
     "checkpoint_every", "keep_checkpoints",
 )  # fmt: skip
+UNLIMITED = ("memory_limit", "clip")
 
 
 def _check(config: TrainConfig) -> None:
+    check_types(config, UNLIMITED)
     if config.objective not in RECIPES:
         raise ValueError(f"objective: expected one of {', '.join(RECIPES)}, got {config.objective!r}")
     for name in ("steps", "batch_size", "sample_steps", "samples_per_class", "log_every", "pool", "super_resolution"):
@@ -150,6 +154,7 @@ def _check(config: TrainConfig) -> None:
         _require(name, 0.0 <= getattr(config, name) < 1.0, "a number in [0, 1)", getattr(config, name))
     for width in config.ema_widths:
         _require("ema_widths", 0.0 < width <= WIDEST, f"shares of the run, at most {WIDEST:.4f}", width)
+    _require("seed", config.seed < MAX_SEED, "less than 2^63", config.seed)
     _require("learning_rate", config.learning_rate > 0.0, "a positive number", config.learning_rate)
     _require("sample_method", config.sample_method in METHODS, f"one of {', '.join(METHODS)}", config.sample_method)
 
@@ -165,9 +170,16 @@ def fit_to_data(config: TrainConfig, image_shape: tuple[int, ...], classes: int)
     _require("data", height == width, "square images (resize cuts out the middle square of a folder's)", f"{height}x{width}")
     known, factor = classes if config.conditional else 0, config.super_resolution
     _require("super_resolution", height % factor == width % factor == 0, f"a divisor of the images' size, {height}x{width}", factor)
+    _check_levels(config.model, height)
     low = channels if factor > 1 else 0
     shape = replace(config.model, image_channels=channels, image_size=height, classes=known, low_resolution_channels=low)
     return replace(config, model=shape)
+
+
+def _check_levels(model: UNetConfig, size: int) -> None:
+    halvings = (size & -size).bit_length() - 1
+    expected = f"at most {halvings + 1} levels, because images of {size}x{size} can be halved {halvings} times"
+    _require("model.multipliers", size % model.downsampling == 0, expected, model.multipliers)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Logger:
         self._since = time.perf_counter()
         self._bar = _progress_bar(config.steps, first_step) if team.first else None
         self._board = _tensorboard(folder.path) if team.first and config.tensorboard else None
-        if team.first:
+        if team.first and first_step > 0:
             _keep_records(folder.log, first_step)
             if folder.quality.is_file():
                 _keep_records(folder.quality, first_step)

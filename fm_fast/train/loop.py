@@ -62,8 +62,8 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
 
     resuming: continue from the newest valid checkpoint in `config.out`, bit by bit as if the run had not been interrupted (same
     machine, same number of threads and processes; with other numbers, up to the order of summation). overwriting: delete another run's
-    checkpoints there. Ctrl-C and SIGTERM let the step finish and write a checkpoint, then raise KeyboardInterrupt and SystemExit(143).
-    Under torchrun every process calls this, and the first writes.
+    files there after the first step, so that a run that fails before deletes nothing. Ctrl-C and SIGTERM let the step finish and write a
+    checkpoint, then raise KeyboardInterrupt and SystemExit(143). Under torchrun every process calls this, and the first writes.
     Raises FileNotFoundError or ValueError for missing or damaged data and checkpoints, FileExistsError where a new run would
     overwrite another's, FloatingPointError if the loss is not finite.
     """
@@ -81,7 +81,7 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
             if resuming:
                 _resume(run)
             if team.first:
-                folder.tidy(resuming)
+                folder.tidy()
             _say(run, _headline(run))
             return _report(run, _run(run))
 
@@ -141,6 +141,8 @@ def _steps(run: Run, logger: Logger) -> float:
         while state.step < config.steps:
             rate = learning_rate(config, state.step)
             loss = take_step()
+            if state.step == 1 and team.first:
+                run.folder.clear()
             logger.step(state.step, loss.mean, rate, loss.by_quartile)
             paused += logger.without_timing(lambda: _interval_files(run, logger))
             signal = vote(asked())

@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +15,22 @@ from fm_fast.train.averaging import Averaging
 
 ALIGNMENT = 16  # elements: every parameter's state begins at a cache line
 HALF_TYPES = (torch.bfloat16, torch.float16)
+UNKNOWN = -1  # in place of the version of a weight that is not known to be its master rounded
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Memory:
+    """The tensors that are kept from step to step.
+
+    flat: [2 + K, N], the moments m and v and the averages. masters: [N], or [0] where no weight has 16 bits. counts: int64 (updates
+    applied, steps skipped). total: float64 [1], the sum of squares of the last step's gradients.
+    """
+
+    flat: Tensor
+    masters: Tensor
+    counts: Tensor
+    total: Tensor
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -21,7 +38,10 @@ class AdamWEMA(torch.optim.Optimizer):
 
     A step is what these do one after the other, in two passes: the norm of all gradients, then everything else. Where a gradient is not
     finite, the step changes nothing and is counted in :attr:`skipped`; the host does not look at the gradients, so it need not wait.
-    Weights in bfloat16 or float16 are the rounded copies of float32 masters, which the optimiser keeps and averages.
+    Weights in bfloat16 or float16 are the rounded copies of float32 masters, which the optimiser keeps and averages. Where others write
+    such weights, as loading does, the masters follow at the next step (not what is written through ``weight.data``, which torch hides).
+
+    Copies and pickles have parameters of their own unless the model is copied with it: ``copy.deepcopy((model, optimiser))``.
 
     Args:
         parameters: tensors or parameter groups, all on one device; float32, float64 or, with float32 masters, bfloat16 and float16.
@@ -30,7 +50,8 @@ class AdamWEMA(torch.optim.Optimizer):
         averages: how each average forgets, see :mod:`fm_fast.train.averaging`; it starts with the initial weights.
         backend: of op ``adamw_ema``.
 
-    Raises ValueError for parameters that cannot be updated together, RuntimeError where a step finds them in other memory than before.
+    Raises ValueError for parameters that cannot be updated together, TypeError for averages that are none, RuntimeError where a step
+    finds the parameters in other memory than before.
     """
 
     def __init__(
@@ -46,15 +67,15 @@ class AdamWEMA(torch.optim.Optimizer):
         backend: str | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "max_norm": max_norm}
-        self.averages = tuple(averages)
+        self.averages = _averagings(averages)
         self._parameters: list[Tensor] = []
         super().__init__(parameters, defaults)
         self._parameters = [p for group in self.param_groups for p in group["params"]]
         _check_parameters(self._parameters)
         for group in self.param_groups:
             _check_group(group)
-        self._backend = _backends.resolve("adamw_ema", self._parameters[0].device, backend)
-        self._allocate()
+        self._use(self._allocated(), backend)
+        self._begin()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the constructor adds groups: the state of all parameters is one tensor."""
@@ -62,15 +83,35 @@ class AdamWEMA(torch.optim.Optimizer):
             raise ValueError("param_group: expected all parameters when the optimiser is made, got more afterwards")
         super().add_param_group(param_group)
 
-    def _allocate(self) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle."""
+        self._follow_weights()
+        names = ("defaults", "param_groups", "averages", "_memory", "_requested_backend")
+        return {name: getattr(self, name) for name in names} | {"keeps_gradients": bool(self._kept)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        names = ("defaults", "param_groups", "averages")
+        super().__setstate__({name: state[name] for name in names} | {"state": defaultdict(dict)})
+        self._parameters = [p for group in self.param_groups for p in group["params"]]
+        self._use(state["_memory"], state["_requested_backend"])
+        if state["keeps_gradients"]:
+            self.keep_gradients()
+
+    def _allocated(self) -> _Memory:
         parameters, device = self._parameters, self._parameters[0].device
         dtype = torch.float64 if parameters[0].dtype == torch.float64 else torch.float32
-        layout, length = _layout(self.param_groups)
+        length = _layout(self.param_groups)[1]
         flat = torch.zeros(2 + len(self.averages), length, dtype=dtype, device=device)
-        self._flat = _ops.AdamwState(flat[0], flat[1], flat[2:], torch.zeros(2, dtype=torch.int64, device=device), layout)
-        self._masters = torch.zeros(length if any(p.dtype != dtype for p in parameters) else 0, dtype=dtype, device=device)
+        masters = torch.zeros(length if any(p.dtype != dtype for p in parameters) else 0, dtype=dtype, device=device)
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        return _Memory(flat, masters, counts, torch.zeros(1, dtype=torch.float64, device=device))
+
+    def _use(self, memory: _Memory, backend: str | None) -> None:
+        parameters, device = self._parameters, memory.flat.device
+        self._requested_backend, self._backend = backend, _backends.resolve("adamw_ema", device, backend)
+        self._memory, flat, layout = memory, memory.flat, _layout(self.param_groups)[0]
+        self._flat, self._total = _ops.AdamwState(flat[0], flat[1], flat[2:], memory.counts, layout), memory.total
         self._nothing = torch.empty(0, device=device)
-        self._total = torch.zeros(1, dtype=torch.float64, device=device)
         self._settings = torch.full((len(self.param_groups), 6), math.nan, dtype=torch.float64, device=device)
         self._written = [[math.nan] * 6 for _ in self.param_groups]
         self._decays = torch.tensor([average.row for average in self.averages], dtype=torch.float64).reshape(-1, 4).to(device)
@@ -78,7 +119,6 @@ class AdamWEMA(torch.optim.Optimizer):
         self._kept: list[Tensor] = []
         self._make_views()
 
-    @torch.no_grad()
     def _make_views(self) -> None:
         """What the op updates of each parameter: the master (or the parameter itself) and its 16-bit copy; and the state by name."""
         self._weights, self._copies = list(self._parameters), []
@@ -86,11 +126,33 @@ class AdamWEMA(torch.optim.Optimizer):
             parts = {"exp_avg": self._flat.m, "exp_avg_sq": self._flat.v, "averages": self._flat.averages}
             views = {name: self._flat.part(flat, i, p) for name, flat in parts.items()}
             if p.dtype in HALF_TYPES:
-                views["master"] = self._weights[i] = self._flat.part(self._masters, i, p).copy_(p)
-            views["averages"].copy_(self._weights[i])
+                views["master"] = self._weights[i] = self._flat.part(self._memory.masters, i, p)
             self.state[p] = {**views, "counts": self._flat.counts}
-        if self._masters.numel():
+        if self._memory.masters.numel():
             self._copies = [p if p.dtype in HALF_TYPES else self._nothing for p in self._parameters]
+        self._halves = [(p, self.state[p]["master"]) for p in self._parameters if p.dtype in HALF_TYPES]
+        self._versions = [UNKNOWN] * len(self._halves)
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """Masters and averages start with the weights."""
+        for p, master in self._halves:
+            master.copy_(p)
+        for p, weight in zip(self._parameters, self._weights, strict=True):
+            self.state[p]["averages"].copy_(weight)
+        self._versions = self._versions_now()
+
+    @torch.no_grad()
+    def _follow_weights(self) -> None:
+        """Give masters the 16-bit weights that others have written; where a weight still is its master rounded, the master stays."""
+        for (p, master), noted, version in zip(self._halves, self._versions, self._versions_now(), strict=True):
+            if version != noted:
+                master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
+        self._versions = self._versions_now()
+
+    def _versions_now(self) -> list[int]:
+        """How often torch has seen each 16-bit weight written."""
+        return [p._version for p, _ in self._halves]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -108,6 +170,7 @@ class AdamWEMA(torch.optim.Optimizer):
             self._weights, self._copies, gradients, self._flat, self._total, self._settings, self._decays, self._backend
         )  # fmt: skip
         torch.autograd.graph.increment_version(self._parameters)  # a graph made before must not be walked backward with these weights
+        self._versions = self._versions_now()
         return loss
 
     def keep_gradients(self) -> None:
@@ -128,8 +191,10 @@ class AdamWEMA(torch.optim.Optimizer):
     def write_settings(self) -> None:
         """Bring the numbers of `param_groups` to the device, as every step does and the replay of a recorded one does not.
 
-        Those that changed go as arguments of a fill, which is no copy from the host to wait for.
+        Those that changed go as arguments of a fill, which is no copy from the host to wait for. 16-bit weights that others have written
+        go to their masters.
         """
+        self._follow_weights()
         for i, group in enumerate(self.param_groups):
             row = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["max_norm"])
             for j, value in enumerate(row):
@@ -155,15 +220,29 @@ class AdamWEMA(torch.optim.Optimizer):
     def average(self, model: nn.Module, i: int = 0) -> nn.Module:
         """A copy of ``model`` with the averaged weights of ``averages[i]``, in the dtype of the masters and without gradients.
 
-        Its weights are those averages themselves: later steps move them. Their values: ``average(model, i).state_dict()``.
+        Its weights are those averages themselves: later steps move them. Their values: ``average(model, i).state_dict()``. Frozen
+        parameters that are not the optimiser's are copied as they are. Raises ValueError for another model than the optimiser's.
         """
         if not -len(self.averages) <= i < len(self.averages):
             raise ValueError(f"i: expected the index of one of {len(self.averages)} averages, got {i}")
+        self._check_model(model)
         copied = copy.deepcopy(model).to(self._flat.m.dtype).requires_grad_(False)
         for p, q in zip(model.parameters(), copied.parameters(), strict=True):
             if p in self.state:
                 q.data = self.state[p]["averages"][i]
         return copied
+
+    def _check_model(self, model: nn.Module) -> None:
+        others = [name for name, p in model.named_parameters() if p.requires_grad and p not in self.state]
+        if others:
+            raise ValueError(f"model: expected the one whose parameters the optimiser has, got one with others: {', '.join(others[:3])}")
+        if not any(p in self.state for p in model.parameters()):
+            raise ValueError("model: expected the one whose parameters the optimiser has, got one with none of them")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights, on the device and not copied, as torch's optimisers give it."""
+        self._follow_weights()
+        return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -173,6 +252,7 @@ class AdamWEMA(torch.optim.Optimizer):
             raise ValueError("state_dict: expected as many parameters in each group as the optimiser has")
         for i, p in enumerate(self._parameters):
             _load(i, state_dict["state"].get(i, {}), self.state[p])
+        self._versions = [UNKNOWN] * len(self._halves)
         for group, stored in zip(self.param_groups, groups, strict=True):
             group.update({name: value for name, value in stored.items() if name != "params"})
 
@@ -185,6 +265,13 @@ def _layout(groups: Sequence[dict[str, Any]]) -> tuple[Tensor, int]:
             rows.append((length, i))
             length += -(-p.numel() // ALIGNMENT) * ALIGNMENT
     return torch.tensor(rows, dtype=torch.int64, device="cpu"), length
+
+
+def _averagings(averages: Any) -> tuple[Averaging, ...]:
+    found = tuple(averages) if isinstance(averages, Iterable) else None
+    if found is None or not all(isinstance(average, Averaging) for average in found):
+        raise TypeError(f"averages: expected a sequence of Averaging such as [fixed_decay(0.999)], got {averages!r}")
+    return found
 
 
 def _check_parameters(parameters: Sequence[Tensor]) -> None:

@@ -111,8 +111,13 @@ class RunFolder:
                 )
             yield
 
-    def tidy(self, resuming: bool) -> None:
-        """Delete what an interrupted write left behind, and before a new run the files of the one that it replaces."""
-        outdated = [] if resuming else [*self.checkpoints(), self.weights, self.log, self.curve, self.quality, self.quality_curve]
-        for file in (*outdated, *self.path.glob(f"checkpoint-*{TEMPORARY}"), *self.path.glob(f"{self.weights.name}*{TEMPORARY}")):
+    def tidy(self) -> None:
+        """Delete what an interrupted write left behind."""
+        for file in (*self.path.glob(f"checkpoint-*{TEMPORARY}"), *self.path.glob(f"{self.weights.name}*{TEMPORARY}")):
             file.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Delete the files of the run that a new one replaces, and begin the new one's log."""
+        for file in (*self.checkpoints(), self.weights, self.log, self.curve, self.quality, self.quality_curve):
+            file.unlink(missing_ok=True)
+        self.log.touch()

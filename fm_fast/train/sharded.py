@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from fm_fast.reference import NORM_EPSILON
 from fm_fast.train.config import TrainConfig
-from fm_fast.train.optimiser import AdamWEMA
+from fm_fast.train.optimiser import HALF_TYPES, AdamWEMA
 from fm_fast.train.step import DTYPES, TrainState, averages_of, build_model
 
 
@@ -27,6 +27,9 @@ class ShardedAdamWEMA(AdamWEMA):
         self.shards = [nn.Parameter(p.to_local().detach()) for p in parameters]
         super().__init__(self.shards, *arguments, **settings)
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("optimiser: expected one without shards to copy or pickle; whole_state_dict() gives the state of this one")
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         """One update from the gradients of the sharded parameters."""
@@ -37,6 +40,9 @@ class ShardedAdamWEMA(AdamWEMA):
         for gradient in gradients:
             gradient.mul_(scale)
         return super().step(closure)
+
+    def _versions_now(self) -> list[int]:
+        return [whole._version for whole in self.whole if whole.dtype in HALF_TYPES]
 
     def _scale(self, gradients: list[Tensor]) -> Tensor:
         """The factor that clips, float32 []; NaN where any process has a gradient that is not finite, so that all leave the step out."""

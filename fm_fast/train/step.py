@@ -42,6 +42,11 @@ class TrainState:
     def __post_init__(self) -> None:
         self.dropout_keys = tuple(buffer for name, buffer in self.model.named_buffers() if name.rpartition(".")[2] == "dropout_key")
 
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        """For copy and pickle, where the average would otherwise lose touch with the optimiser."""
+        self.__dict__.update(values)
+        self.average = self.optimiser.average(self.model).eval()
+
     def averaged(self) -> nn.Module:
         """`average`, up to date."""
         return self.average
