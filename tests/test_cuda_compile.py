@@ -21,8 +21,7 @@ KERNEL_FILES = sorted((SOURCES / "cuda").glob("*.cu"))
 ARCHITECTURES = (80, 90, 100, 120)
 ELEMENTS = 8  # of a thread in one pass of a main loop
 RESOURCES = re.compile(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
-CONDITIONAL = " if"  # behind the opcode of an instruction with a predicate, such as the load of weights that most calls do not have
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 
 pytestmark = [
     pytest.mark.slow,
@@ -49,7 +48,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the main loop of one kernel may cost on sm_90: instructions an element; how many 16-byte loads and stores it has."""
+    """What the main loop of one kernel may cost on sm_90: instructions an element; how many 16-byte loads (at least) and stores it has.
+
+    A compiler may double a load, for each way that a predicate can go.
+    """
 
     file: str
     kernel: str
@@ -100,9 +102,9 @@ def _listing(section):
         if label := re.match(r"(\.L_x_\d+):", line.strip()):
             labels[label[1]] = len(opcodes)
         elif found := INSTRUCTION.search(line):
-            if found[2].startswith("BRA") and (target := re.search(r"\.L_x_\d+", found[3])):
+            if found[1].startswith("BRA") and (target := re.search(r"\.L_x_\d+", found[2])):
                 branches.append((target[0], len(opcodes)))
-            opcodes.append(found[2] + CONDITIONAL * bool(found[1]))
+            opcodes.append(found[1])
     loops = tuple((labels[target], place) for target, place in branches if labels.get(target, place + 1) < place)
     return section.split(",", 1)[0], (tuple(opcodes), loops)
 
@@ -142,9 +144,9 @@ def test_main_loops_are_within_budget(cubins, budget):
     kernels = kernels_of(cubins[budget.file, 90])
     (kernel,) = [kernel for name, kernel in kernels.items() if re.search(f"packed_kernelI{budget.kernel}", name)]
     loop = kernel.main_loop()
-    always = {op: n for op, n in loop.items() if not op.endswith(CONDITIONAL)}
-    count = {kind: sum(n for op, n in always.items() if op.startswith(kind)) for kind in ("LDG.E.128", "STG.E.128")}
+    loads, stores = ({op: n for op, n in loop.items() if op.startswith(kind)} for kind in ("LDG.", "STG."))
     assert kernel.registers <= 64
     assert (loop.total() - loop["NOP"]) / ELEMENTS <= budget.instructions
-    assert (count["LDG.E.128"], count["STG.E.128"]) == (budget.loads, budget.stores)
-    assert not [op for op in loop if op.startswith(("LDG.E.U8", "LDG.E.U16", "LDG.E.S16"))]
+    assert all(op.startswith("LDG.E.128") for op in loads) and sum(loads.values()) >= budget.loads
+    # Beside the results only the partial sum of a chunk, where every sample has a loss of its own.
+    assert {op: n for op, n in stores.items() if op != "STG.E.64"} == {"STG.E.128": budget.stores}

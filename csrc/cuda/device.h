@@ -17,9 +17,10 @@ namespace cuda {
 
 constexpr int kThreads = 128;  // of a block, always
 constexpr int kWarp = 32;      // threads
-// Blocks that a multiprocessor holds at once, which is what a kernel's registers are cut to: 64 a thread, or 96 where it computes in
-// double.
+// Blocks that a multiprocessor holds at once, which is what a kernel's registers are cut to: 64 a thread, 72 where it also maps pixels
+// and a gradient, or 96 where it computes in double.
 constexpr int kBlocks = 8;
+constexpr int kPixelBlocks = 7;
 constexpr int kWideBlocks = 5;
 
 inline void check(cudaError_t error) {

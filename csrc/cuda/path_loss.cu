@@ -73,7 +73,7 @@ __device__ __forceinline__ void weigh(const View& weight, int64_t offset, float 
 
 // Chunks pack by pack. Loads come first, so that the drawing of noise hides them.
 template <class O, class X1, bool kDraw>
-__global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const LossLaunch launch) {
+__global__ void __launch_bounds__(kThreads, sizeof(X1) == 1 ? kPixelBlocks : kBlocks) packed_kernel(const LossLaunch launch) {
   using P = Packs<O>;
   const LossCall& call = launch.call;
   const Geometry& geometry = launch.geometry;
@@ -211,7 +211,8 @@ LossPlan plan(const LossCall& call) {
   LossLaunch args = {call, {}, blocks_of_sample(call.shape, call.o), nullptr, nullptr};
   int64_t padded = padded_elements(args.blocks);
   args.geometry = geometry(call.shape.batch, packed ? call.shape.channels * call.shape.points : padded);
-  return LossPlan{kernel, blocks_of(args.geometry, packed ? kBlocks : kWideBlocks), args};
+  int each = !packed ? kWideBlocks : call.x1.dtype == Dtype::uint8 ? kPixelBlocks : kBlocks;
+  return LossPlan{kernel, blocks_of(args.geometry, each), args};
 }
 
 void add_samples(const LossLaunch& args, void* stream) {
