@@ -49,7 +49,7 @@ def test_bad_priors_cost_no_call_of_the_model(prior, error, message):
 
 def test_data_may_lie_where_the_prior_has_no_density():
     """A uniform prior refuses data outside of it; the noise lies inside."""
-    prior = Independent(Uniform(-ONE, ONE), 1)
+    prior = Independent(Uniform(-ONE, ONE, validate_args=True), 1, validate_args=True)  # torch.compile switches checks off
     with pytest.raises(ValueError, match="support"):
         prior.log_prob(X)
     found = fm.log_likelihood(lambda x, t: 5 * x, X, steps=20, prior=prior, kind="exact")
