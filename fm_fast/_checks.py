@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
 
 import numpy as np
 import torch
@@ -155,13 +154,13 @@ def data_map(x1: Tensor, flip: float, levels: int, dequantise: bool) -> None:
 
 
 def number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def finite_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, NUMBERS):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    number(name, value)
+    assert isinstance(value, NUMBERS)
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
 
