@@ -242,7 +242,7 @@ def test_table1_command_and_its_restart(tiny_table, tmp_path, capsys):
     assert [entry["objective"] for entry in record["results"]] == list(checkerboard.NAMES)
     for entry in record["results"]:
         assert f"| {entry['bits_per_dim']:.3f} ± {entry['std_err']:.3f} | {entry['nfe']:.0f} |" in text
-        assert len(entry["bits_by_draws"]) == 2 and RunFolder(tmp_path / f"digits-{entry['objective']}").checkpoints()
+        assert len(entry["bits_by_draws"]) == 2 and RunFolder(tmp_path / f"digits-{entry['objective']}-2-steps-seed-0").checkpoints()
     assert (tmp_path / "table1-digits.md").read_text().strip() in text and "not FID" in text
     before = (tmp_path / "table1-digits.json").read_text()
     assert main(arguments) == 0
