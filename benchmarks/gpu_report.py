@@ -47,7 +47,7 @@ def build(options: argparse.Namespace) -> Outcomes:
 
 
 def test(options: argparse.Namespace) -> Outcomes:
-    shared = ["-n", str(PROCESSES)] if find_spec("xdist") else []
+    shared = ["-n", str(PROCESSES), "--dist", "loadgroup"] if find_spec("xdist") else []
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "tests.xml")
         outcome = _outcome([*GPU_TESTS, *shared, f"--junitxml={report}"])

@@ -8,12 +8,12 @@ A score is grad log p_t(x | x1) = -x0 / s here. Equation 43 of the paper writes 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fm_fast import _checks
 from fm_fast.paths import EDGE, Path, as_path
 
 
@@ -57,8 +57,8 @@ def _like_times(name: str, value: Tensor | float, t: Tensor) -> Tensor:
     """What a path returned for times t, a number or single element spread over them."""
     if isinstance(value, Tensor) and value.shape == t.shape:
         return value
-    if isinstance(value, (int, float, Real)):
-        return torch.full_like(t, value)  # type: ignore[arg-type]
+    if isinstance(value, _checks.NUMBERS):
+        return torch.full_like(t, float(value))
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} of a path must return a tensor or a number, got {type(value).__name__}")
     if value.numel() != 1 or value.dim() > 1:

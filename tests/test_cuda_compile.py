@@ -48,9 +48,9 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the main loop of one kernel may cost on sm_90: instructions an element; how many 16-byte loads (at least) and stores it has.
+    """What the main loop of one kernel may cost on sm_90: instructions an element; how many 16-byte loads and stores it has.
 
-    A compiler may double a load, for each way that a predicate can go.
+    x1 is loaded in one of two ways, mirrored or not, so its loads are there twice; those of weights are two more in path_loss.
     """
 
     file: str
@@ -66,9 +66,9 @@ class Budget:
 # kernel: the template arguments (output, x1, whether x0 is drawn) as they are mangled.
 BF16 = r"NS_8Bfloat16ES\d+_"
 BUDGETS = [
-    Budget("path_loss", f"{BF16}Lb1", 64, 3, 1),
-    Budget("path_loss", "ffLb1", 72, 6, 2),
-    Budget("path_loss", f"{BF16}Lb0", 32, 4, 1),
+    Budget("path_loss", f"{BF16}Lb1", 64, 5, 1),
+    Budget("path_loss", "ffLb1", 72, 8, 2),
+    Budget("path_loss", f"{BF16}Lb0", 32, 6, 1),
     Budget("path_sample", f"{BF16}Lb1", 44, 2, 1),
     Budget("path_sample", "ffLb1", 51, 4, 2),
     Budget("path_sample", f"{BF16}Lb0", 12, 3, 1),
@@ -147,6 +147,6 @@ def test_main_loops_are_within_budget(cubins, budget):
     loads, stores = ({op: n for op, n in loop.items() if op.startswith(kind)} for kind in ("LDG.", "STG."))
     assert kernel.registers <= 64
     assert (loop.total() - loop["NOP"]) / ELEMENTS <= budget.instructions
-    assert all(op.startswith("LDG.E.128") for op in loads) and sum(loads.values()) >= budget.loads
+    assert all(op.startswith("LDG.E.128") for op in loads) and sum(loads.values()) == budget.loads
     # Beside the results only the partial sum of a chunk, where every sample has a loss of its own.
     assert {op: n for op, n in stores.items() if op != "STG.E.64"} == {"STG.E.128": budget.stores}

@@ -13,6 +13,8 @@ from fm_fast.train.graph import WARM_UP_STEPS, GraphedStep
 from fm_fast.train.loop import advance
 from fm_fast.train.step import new_state
 
+# In one process of several: each looks for free memory first, and another must not take it meanwhile.
+large = pytest.mark.xdist_group("memory")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -190,6 +192,7 @@ def test_the_device_of_the_tensors_runs_the_op(place):
     assert torch.equal(there.cpu(), wanted.cpu())
 
 
+@large
 def test_more_than_two_to_the_31_elements(place):
     batch, size = 2**31 // 3072 + 4, (3, 32, 32)
     if torch.cuda.mem_get_info()[0] < 24 << 30:
@@ -277,6 +280,7 @@ def test_replayed_training_steps_are_the_steps(objective, precision):
     assert int(replayed.optimiser.updates) == replayed.step == WARM_UP_STEPS + 8
 
 
+@large
 def test_linear_step_on_more_than_two_to_the_31_elements(place):
     if torch.cuda.mem_get_info()[0] < 16 << 30:
         pytest.skip("needs 16 GiB of free GPU memory")
