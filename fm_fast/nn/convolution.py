@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fm_fast import _ops
+from fm_fast import _modes, _ops
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
@@ -59,12 +59,12 @@ def _is_only_differentiated_in(x: Tensor, weight: Tensor, bias: Tensor | None) -
     """Whether autograd will want the gradient of x and of no parameter, and no transform looks for PyTorch's own convolution."""
     if not (torch.is_grad_enabled() and x.requires_grad) or weight.requires_grad or (bias is not None and bias.requires_grad):
         return False
-    return not torch.is_autocast_enabled(x.device.type) and _ops.plainly_eager() and not _ops.transforms_active()
+    return not torch.is_autocast_enabled(x.device.type) and _modes.plainly_eager() and not _modes.transforms_active()
 
 
 def _has_faster_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether autograd will want the gradient of the weight, and can have it from a kernel of ours."""
-    if not (torch.is_grad_enabled() and weight.requires_grad and _ops.plainly_eager()) or _ops.transforms_active() or x.is_inference():
+    if not (torch.is_grad_enabled() and weight.requires_grad and _modes.plainly_eager()) or _modes.transforms_active() or x.is_inference():
         return False
     return _ops.conv_weight_grad_backend(x, weight) != "reference" and not torch.is_autocast_enabled("cpu")
 
