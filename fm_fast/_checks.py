@@ -29,6 +29,8 @@ def is_whole(value: object) -> TypeGuard[int]:
 def tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {x.layout}; use {name}.to_dense()")
 
 
 def one_of(name: str, value: object, choices: Sequence[object]) -> None:
@@ -89,6 +91,8 @@ def weight(value: object, x1: Tensor) -> None:
     """A tensor [B], or one that broadcasts to x1's shape."""
     tensor("weight", value)
     assert isinstance(value, Tensor)
+    if value.is_complex():
+        raise TypeError(f"weight must be real, got {value.dtype}")
     same_device("weight", value, x1)
     if value.dim() == 1 and value.shape[0] == x1.shape[0]:
         return
@@ -153,6 +157,8 @@ def data_map(x1: Tensor, flip: float, levels: int, dequantise: bool) -> None:
     grey_levels(levels)
     if x1.dtype == torch.uint8 and levels < 256 and x1.numel() and _modes.values_readable(x1) and int(x1.max()) >= levels:
         raise ValueError(f"x1 must lie in 0..{levels - 1} for levels={levels}, got values up to {int(x1.max())}")
+    if not isinstance(dequantise, bool):
+        raise TypeError(f"dequantise must be True or False, got {dequantise!r}")
     if dequantise and x1.dtype != torch.uint8:
         raise ValueError(f"dequantise needs uint8 x1, got {x1.dtype}")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fm_fast import _checks
-from fm_fast.paths import EDGE, Path, as_path
+from fm_fast.paths import EDGE, Path, as_path, time_limits
 
 
 class Schedule(NamedTuple):
@@ -62,12 +62,14 @@ def schedule(path: Path, t: Tensor) -> Schedule:
 
 def _like_times(name: str, value: Tensor | float, t: Tensor) -> Tensor:
     """What a path returned for times t, a number or single element spread over them."""
-    if isinstance(value, Tensor) and value.shape == t.shape:
+    if isinstance(value, Tensor) and value.shape == t.shape and not value.is_complex():
         return value
     if _checks.is_number(value):
         return torch.full_like(t, float(value))
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} of a path must return a tensor or a number, got {type(value).__name__}")
+    if value.is_complex():
+        raise TypeError(f"{name} of a path must return real values, got {value.dtype}")
     if value.numel() != 1 or value.dim() > 1:
         raise ValueError(f"{name} of a path must return a number or the shape of its times, {tuple(t.shape)}, got {tuple(value.shape)}")
     return value.reshape(()).to(t).expand(t.shape)
@@ -152,7 +154,7 @@ def velocity_range(path: Path, objective: Objective) -> tuple[float, float]:
 
 
 def _range(path: Path, off_noise: bool, off_data: bool) -> tuple[float, float]:
-    low, high = getattr(path, "t_min", 0.0), getattr(path, "t_max", 1.0)
+    low, high = time_limits(path)
     if off_noise and getattr(path, "starts_at_noise", True):
         low = max(low, EDGE)
     if off_data and getattr(path, "ends_at_data", True):

@@ -178,8 +178,22 @@ def as_path(path: "str | Path") -> Path:
     if isinstance(path, str) and path in NAMED:
         return NAMED[path]
     if not isinstance(path, (str, type)) and isinstance(path, Path):
+        _check_limits(path)
         return path
     raise ValueError(f"path must be one of {', '.join(NAMED)} or an object with alpha, sigma, d_alpha and d_sigma, got {path!r}")
+
+
+def time_limits(path: Path) -> tuple[float, float]:
+    """(t_min, t_max) of the path."""
+    return getattr(path, "t_min", 0.0), getattr(path, "t_max", 1.0)
+
+
+def _check_limits(path: Path) -> None:
+    low, high = time_limits(path)
+    _checks.finite_number("t_min of a path", low)
+    _checks.finite_number("t_max of a path", high)
+    if not 0.0 <= low < high <= 1.0:
+        raise ValueError(f"t_min and t_max of a path must satisfy 0 <= t_min < t_max <= 1, got {low} and {high}")
 
 
 def prior_scale(path: Path) -> float | Tensor:

@@ -94,6 +94,8 @@ def _check_noise_arguments(shape: tuple[int, ...], stream: str, index: int, dtyp
     if isinstance(index, Tensor):
         raise TypeError("index must be a whole number, got a tensor")
     _checks.whole("index", index, INDEX_LIMIT)
+    if not isinstance(shape, (tuple, list)) or not all(_checks.is_whole(size) or isinstance(size, torch.SymInt) for size in shape):
+        raise TypeError(f"shape must be a tuple of whole numbers, got {shape!r}")
     if len(shape) == 0 or any(size < 0 for size in shape):
         raise ValueError(f"shape must be [B, ...] of whole numbers, got {tuple(shape)}")
 

@@ -52,7 +52,8 @@ def _raw_time(key: Tensor, batch: int, sampler: TimeSampler, draw: Draw) -> Tens
     if isinstance(sampler, Uniform):
         return draw(key, (batch, 1), Kind.uniform, Stream.t)[:, 0]
     z = draw(key, (batch, 1), Kind.normal, Stream.t)[:, 0].to(torch.float64)
-    return torch.sigmoid(sampler.mean + sampler.std * z)
+    # Not torch.sigmoid, whose last bit depends on where in the tensor a number stands.
+    return 1.0 / (1.0 + torch.exp(-(sampler.mean + sampler.std * z)))
 
 
 def prepare_data(x1: Tensor, key: Tensor, flip: float, levels: int, dequantise: bool, dtype: torch.dtype, draw: Draw = noise) -> Tensor:

@@ -65,6 +65,9 @@ BAD_SAMPLE_ARGUMENTS = [
     ({"sample_ids": torch.tensor(-1)}, ValueError, r"sample_ids must lie in .*, got -1"),
     ({"flip": "a"}, TypeError, r"flip must be a number, got str"),
     ({"flip": math.nan}, ValueError, r"flip must be finite, got nan"),
+    ({"x1": X1.to_sparse()}, TypeError, r"x1 must be a dense tensor, got torch.sparse_coo; use x1.to_dense\(\)"),
+    ({"x0": X1.to_sparse()}, TypeError, r"x0 must be a dense tensor, got torch.sparse_coo"),
+    ({"dequantise": "no"}, TypeError, r"dequantise must be True or False, got 'no'"),
     ({"t": True}, TypeError, r"t must be a torch.Tensor, got bool"),
     ({"levels": True}, ValueError, r"levels must be a whole number in \[2, 256\], got True"),
     ({"levels": 17.0}, ValueError, r"levels must be a whole number in \[2, 256\], got 17.0"),
@@ -90,6 +93,9 @@ BAD_LOSS_ARGUMENTS = [
     ({"o": torch.zeros(4, 3, 8, 1)}, ValueError, r"o must have the shape of x1, \(4, 3, 8, 8\), got \(4, 3, 8, 1\)"),
     ({"o": torch.zeros(4, 3, 8, 8, dtype=torch.int64)}, TypeError, r"o must be float64, .*, got torch.int64"),
     ({"reduction": "average"}, ValueError, r"reduction must be one of mean, sum, none, got 'average'"),
+    ({"o": X1.to_sparse()}, TypeError, r"o must be a dense tensor, got torch.sparse_coo"),
+    ({"weight": torch.ones(4).to_sparse()}, TypeError, r"weight must be a dense tensor, got torch.sparse_coo"),
+    ({"weight": torch.ones(4) * 1j}, TypeError, r"weight must be real, got torch.complex64"),
     ({"weight": 2.0}, TypeError, r"weight must be a torch.Tensor, got float"),
     ({"weight": torch.ones(8)}, ValueError, r"weight must have shape \[4\] or broadcast to \(4, 3, 8, 8\), got \(8,\)"),
     ({"weight": torch.ones(4, 3, 8, 7)}, ValueError, r"weight must have shape \[4\] or broadcast to .*, got \(4, 3, 8, 7\)"),
@@ -125,6 +131,9 @@ def test_a_seed_alone_is_enough_when_nothing_is_drawn():
         ({"kind": "gauss"}, ValueError, r"kind must be one of normal, uniform, sign, word, got 'gauss'"),
         ({"index": torch.tensor(1)}, TypeError, r"index must be a whole number, got a tensor"),
         ({"index": 2**24}, ValueError, r"index must lie in \[0, 16777216\), got 16777216"),
+        ({"shape": 3}, TypeError, r"shape must be a tuple of whole numbers, got 3"),
+        ({"shape": (2, None)}, TypeError, r"shape must be a tuple of whole numbers, got \(2, None\)"),
+        ({"shape": (2.0, 3)}, TypeError, r"shape must be a tuple of whole numbers, got \(2.0, 3\)"),
         ({"shape": ()}, ValueError, r"shape must be \[B, ...\] of whole numbers, got \(\)"),
         ({"shape": (2, -1)}, ValueError, r"shape must be \[B, ...\] of whole numbers, got \(2, -1\)"),
         ({"dtype": torch.int8}, ValueError, r"dtype must be one of"),
@@ -170,6 +179,25 @@ def test_a_velocity_that_is_nowhere_finite_is_an_error():
 
     with pytest.raises(ValueError, match="no finite velocity"):
         fm.objectives.velocity_coefficients(Standing(), "noise", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "error", "message"),
+    [
+        (0.8, 0.2, ValueError, r"t_min and t_max of a path must satisfy 0 <= t_min < t_max <= 1, got 0.8 and 0.2"),
+        (-2.0, 5.0, ValueError, r"must satisfy 0 <= t_min < t_max <= 1, got -2.0 and 5.0"),
+        (math.nan, 1.0, ValueError, r"t_min of a path must be finite, got nan"),
+        (0.0, "late", TypeError, r"t_max of a path must be a number, got str"),
+    ],
+)
+def test_the_range_of_a_path_is_checked(low, high, error, message):
+    class Limited(fm.OT):
+        t_min, t_max = low, high
+
+    with pytest.raises(error, match=message):
+        fm.sample_path(X1, path=Limited(), **SEEDED)
+    with pytest.raises(error, match=message):
+        fm.sample(lambda x, t: x, X1, path=Limited(), steps=2)
 
 
 def test_parameters_of_built_in_paths_are_numbers():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fm_fast import _backends, _checks, _modes
+from fm_fast._solver.conditioning import warn_if_ill_conditioned
 from fm_fast._solver.plan import Plan, make_plan
 from fm_fast.grids import Grid, grid_nodes, with_times
 from fm_fast.objectives import Objective, as_objective, velocity_range
@@ -64,6 +65,8 @@ def make_settings(
     if reverse:
         nodes = nodes[::-1].copy()
         saved = saved if isinstance(save, str) else tuple(len(nodes) - 1 - position for position in saved)
+    with _modes.outside_transforms():
+        warn_if_ill_conditioned(chosen_path, chosen_objective, table, nodes)
     resolved = _backends.resolve("linear_step", start.device, backend)
     return Settings(
         chosen_path, chosen_objective, table, adaptive, nodes, saved, rtol, atol, max_steps, dtype or start.dtype, grad, resolved

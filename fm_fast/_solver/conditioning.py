@@ -1,0 +1,59 @@
+"""Solves that multiply the network's errors: where the velocity divides by an alpha or sigma that is almost 0.
+
+With the noise predicted on the OT path the velocity at time t is (x - o) / t, so a step of 0.02 from t = 1e-5 moves x by 2000 times the
+error of o, and more steps do not help: x - o grows with t all the same. The other end is like it for predicted data, where encode and
+likelihoods begin.
+"""
+
+import warnings
+
+import numpy as np
+import torch
+
+from fm_fast.objectives import Objective, schedule, velocity_factors, velocity_range
+from fm_fast.paths import Path
+from fm_fast.solvers import RungeKutta, Table
+
+LARGEST_FACTOR = 10.0
+ADAPTIVE_STEPS = 100  # what an adaptive method is taken to need
+
+
+def warn_if_ill_conditioned(path: Path, objective: Objective, table: Table | None, nodes: np.ndarray) -> None:
+    """UserWarning where a step at an end of the solve multiplies the relative error of an output by more than ``LARGEST_FACTOR``."""
+    if not (objective.velocity_divides_by_alpha or objective.velocity_divides_by_sigma):
+        return
+    times, widths = _evaluations_at_the_ends(table, nodes)
+    times = np.clip(times, *velocity_range(path, objective))
+    factors = widths * error_factors(path, objective, times)
+    worst = int(factors.argmax())
+    if factors[worst] > LARGEST_FACTOR:
+        remedy = "t0=0.01" if times[worst] < 0.5 else "t1=0.99"
+        warnings.warn(
+            f"objective {objective.name!r} does not determine the velocity well at t = {times[worst]:.6g}: a step there multiplies an "
+            f"error of the network's output by {factors[worst]:.2g}. Solve with {remedy}, or train the velocity",
+            stacklevel=4,
+        )
+
+
+def _evaluations_at_the_ends(table: Table | None, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Times of the evaluations in the first and the last step, and the lengths of their steps.
+
+    Towards a singular end errors shrink, and only fixed steps jump across: an adaptive method is judged by where it begins.
+    """
+    if table is None:
+        return nodes[:1], np.full(1, np.ptp(nodes) / ADAPTIVE_STEPS)
+    stages = np.array(table.c if isinstance(table, RungeKutta) else (0.0, *table.start.c))
+    steps = np.diff(nodes)[[0, -1]]
+    return np.concatenate([nodes[[0, -2]] + c * steps for c in stages]), np.tile(np.abs(steps), len(stages))
+
+
+def error_factors(path: Path, objective: Objective, times: np.ndarray) -> np.ndarray:
+    """The relative error of x, per unit of time, over that of the output, for data of variance 1."""
+    t = torch.from_numpy(np.ascontiguousarray(times))
+    with torch.no_grad():
+        point = schedule(path, t)
+        target = objective.target(point)
+        output = torch.hypot(target.c1, target.c0) / target.k.abs()
+        r = velocity_factors(path, objective, t)[1]
+        # Not a number: a score where sigma is 0, which the velocity does not use there.
+        return (r.abs() * output / torch.hypot(point.a, point.s)).nan_to_num(0.0).numpy()

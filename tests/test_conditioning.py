@@ -1,0 +1,66 @@
+"""Solves that multiply the network's errors are told; what is told is what an error does, and well-posed solves are left alone."""
+
+import warnings
+
+import pytest
+import torch
+from sampling_helpers import FIXED
+
+import fm_fast as fm
+from fm_fast import testing
+
+X = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).reshape(4, 3)
+ILL = "does not determine the velocity well at t = "
+
+
+def told(**options):
+    """The message of a solve of a network that predicts zeros, or None."""
+    solve = options.pop("solve", fm.sample)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        solve(lambda x, t: 0.5 * x, X, on_nonfinite="mark", **options)
+    messages = [str(entry.message) for entry in caught if ILL in str(entry.message)]
+    assert all(entry.filename == __file__ for entry in caught if ILL in str(entry.message)), "it points at the caller"
+    return messages[0] if messages else None
+
+
+@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("path", ["ot", "cosine"])
+@pytest.mark.parametrize("objective", ["noise", "score", "scoreflow"])
+def test_noise_predicted_where_alpha_is_zero(method, path, objective):
+    message = told(method=method, steps=50, path=path, objective=objective)
+    assert f"objective {objective!r} {ILL}1e-05" in message and "Solve with t0=0.01" in message
+    assert told(method=method, steps=50, path=path, objective=objective, t0=0.05, t1=0.95) is None
+
+
+@pytest.mark.parametrize("solve", [fm.encode, fm.log_likelihood])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "dopri5"])
+def test_data_predicted_where_the_solve_begins_at_the_data(solve, method):
+    steps = {} if method == "dopri5" else {"steps": 50}
+    message = told(solve=solve, method=method, objective="data", t0=0.9, **steps)
+    assert f"objective 'data' {ILL}0.99999" in message and "Solve with t1=0.99" in message
+    assert told(solve=solve, method=method, objective="data", t1=0.99, **steps) is None
+
+
+@pytest.mark.parametrize("path", ["ot", "vp", "ve", "cosine"])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "ab2"])
+@pytest.mark.parametrize("objective", ["velocity", "data"])
+def test_towards_the_data_errors_shrink(path, method, objective):
+    assert told(method=method, steps=20, path=path, objective=objective) is None
+
+
+@pytest.mark.parametrize("objective", ["velocity", "noise", "score", "scoreflow"])
+@pytest.mark.parametrize("path", ["vp", "ve"])
+@pytest.mark.parametrize("solve", [fm.sample, fm.encode])
+def test_the_papers_diffusion_paths_are_well_posed(objective, path, solve):
+    assert told(solve=solve, method="midpoint", steps=20, path=path, objective=objective) is None
+
+
+def test_the_factor_is_what_an_error_of_the_output_does():
+    """One Euler step from t = 1e-5, the output off by 1e-3: x moves by the factor times that."""
+    field = testing.GaussianToGaussian(torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
+    exact = field.model("noise")
+    options = {"method": "euler", "steps": 1, "objective": "noise", "t1": 0.02}
+    with pytest.warns(UserWarning, match=r"multiplies an error of the network's output by 2e\+03"):
+        moved = fm.sample(lambda x, t: exact(x, t) + 1e-3, X, **options).x - fm.sample(exact, X, **options).x
+    torch.testing.assert_close(moved.abs().mean(), torch.tensor(2.0, dtype=torch.float64), rtol=0.01, atol=0.0)
