@@ -13,7 +13,7 @@ from fm_fast.train.checkpoint import read_checkpoint, restore
 from fm_fast.train.config import TrainConfig, fit_to_data
 from fm_fast.train.curve import can_draw, draw_curves, draw_quality
 from fm_fast.train.data import DataOrder, Dataset, load_dataset
-from fm_fast.train.devices import flops_per_image, pick_device
+from fm_fast.train.devices import flops_per_image
 from fm_fast.train.distributed import StopVote, Team, joined, state_of, team_network
 from fm_fast.train.evaluate import Enlargement, Quality, evaluate, evaluate_enlargement
 from fm_fast.train.graph import GraphedStep, is_wanted
@@ -26,8 +26,6 @@ from fm_fast.train.sample import enlargements, sample, sample_enlarged, starting
 from fm_fast.train.schedule import learning_rate
 from fm_fast.train.step import Model, StepLoss, TrainState, training_step
 from fm_fast.train.weights import can_write_weights, save_weights
-
-__all__ = ["Result", "advance", "pick_device", "train"]
 
 PICTURE_CLASSES = 10
 SHOWN = 100  # images that a super-resolution run is judged by; the first ten are in its pictures
