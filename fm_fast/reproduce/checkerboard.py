@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fm_fast import sampling
+from fm_fast.bits import standard_error
 from fm_fast.likelihood import log_likelihood
 from fm_fast.loss import flow_matching_loss
 from fm_fast.random import noise
@@ -149,7 +150,7 @@ def _measure(
     many = _midpoint(model, recipe, _start(MANY_SAMPLES, seed), MANY_STEPS, save=DENSITY_TIMES)
     late = losses[-LATE_LOSSES:]
     return ObjectiveResult(
-        objective, snapshots, nfe, float(nll.mean()), float(nll.std() / math.sqrt(len(nll))),
+        objective, snapshots, nfe, float(nll.mean()), standard_error(nll),
         float(is_inside(many.x).double().mean()), COUNTS, errors, float(late.std() / late.mean()), _densities(many),
     )  # fmt: skip
 
