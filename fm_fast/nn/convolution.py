@@ -8,15 +8,15 @@ from torch.nn import functional as F
 
 from fm_fast import _ops
 
-HALF_TYPES = (torch.bfloat16, torch.float16)
-
 
 def _emulated_on_cpu() -> frozenset[torch.dtype]:
     """The 16-bit types in which oneDNN has no convolution here: PyTorch's substitute is tens of times slower than float32."""
-    if not torch.backends.mkldnn.is_available():
-        return frozenset(HALF_TYPES)
-    supported = (torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return frozenset(dtype for dtype, is_supported in zip(HALF_TYPES, supported, strict=True) if not is_supported)
+    available = torch.backends.mkldnn.is_available()
+    supported = {
+        torch.bfloat16: available and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: available and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return frozenset(dtype for dtype, is_supported in supported.items() if not is_supported)
 
 
 EMULATED_ON_CPU = _emulated_on_cpu()
