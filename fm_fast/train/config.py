@@ -10,6 +10,7 @@ from fm_fast.paths import OT, VE, VP, Cosine, Path
 from fm_fast.solvers import METHODS
 from fm_fast.train.averaging import WIDEST
 from fm_fast.train.prepare import Preparation
+from fm_fast.train.schedule import SCHEDULES, LearningRate
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ RECIPES = {
 }
 
 
-SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")  # functions of train/schedule.py
 PRECISIONS = ("float32", "bfloat16")
 PARALLEL = ("ddp", "fsdp")
 CUDA_GRAPH = ("auto", "on", "off")
@@ -124,6 +124,11 @@ class TrainConfig:
     def picture_guidance(self) -> float:
         """`guidance` where the network has learnt the null class, else 1: none."""
         return self.guidance if self.knows_the_null_class else 1.0
+
+    @property
+    def rate(self) -> LearningRate:
+        """Of every step."""
+        return LearningRate(self.schedule, self.learning_rate, self.warmup, self.steps)
 
     @property
     def preparation(self) -> Preparation:

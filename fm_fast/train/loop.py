@@ -23,7 +23,6 @@ from fm_fast.train.log import Logger
 from fm_fast.train.picture import write_images
 from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.sample import enlargements, sample, sample_enlarged, starting_noise, to_integers
-from fm_fast.train.schedule import learning_rate
 from fm_fast.train.step import Model, StepLoss, TrainState, training_step
 from fm_fast.train.weights import can_write_weights, save_weights
 
@@ -137,7 +136,7 @@ def _steps(run: Run, logger: Logger) -> float:
     with deferred_interrupt() as asked, team_network(state, config, team) as network:
         take_step = _stepper(run, network, logger)
         while state.step < config.steps:
-            rate = learning_rate(config, state.step)
+            rate = config.rate.after(state.step)
             loss = take_step()
             if state.step == 1 and team.first:
                 run.folder.clear()

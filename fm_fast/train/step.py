@@ -21,7 +21,6 @@ from fm_fast.train.condition import training_condition
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import DataOrder, Dataset
 from fm_fast.train.optimiser import AdamWEMA
-from fm_fast.train.schedule import learning_rate
 from fm_fast.train.times import importance_times
 
 QUARTILES = 4
@@ -204,7 +203,7 @@ def next_batch(state: TrainState, config: TrainConfig, dataset: Dataset, order: 
 def set_learning_rate(state: TrainState, config: TrainConfig) -> None:
     """That of the next step."""
     for group in state.optimiser.param_groups:
-        group["lr"] = learning_rate(config, state.step)
+        group["lr"] = config.rate.after(state.step)
 
 
 def learn(state: TrainState, config: TrainConfig, batch: Batch, network: Model | None = None) -> StepLoss:
