@@ -10,8 +10,6 @@ using abi::Tensor;
 
 namespace {
 
-constexpr int64_t kMostIndices = 1 << 24;  // an index has 24 bits of the counter
-
 enum ProbeKind : int { kSigns = 0, kNormals = 1 };
 
 // One row of the table: the coefficient of x, then one for each k.
@@ -67,8 +65,8 @@ ProbeCall probe_call(const Tensor& probes, const ProbeInputs& in) {
   call.key_words = key_words(in.key, call.shape.batch);
   call.share = whole(in.share, 1, INT64_MAX, "share");
   call.first = whole(in.first, 0, INT64_MAX - call.probes, "first");
-  call.index = whole(in.index, 0, kMostIndices - 1, "index");
-  whole(call.index + (call.first + call.probes - 1) / call.share, 0, kMostIndices - 1, "index + probes / share");
+  call.index = whole(in.index, 0, kIndexLimit - 1, "index");
+  whole(call.index + (call.first + call.probes - 1) / call.share, 0, kIndexLimit - 1, "index + probes / share");
   set_structure(in, call.shape.channels * call.shape.points, &call);
   return call;
 }

@@ -80,7 +80,7 @@ FM_HD double clamp_time(const TimeLaw& law, double t) { return t < law.low ? law
 // Stratified times are an integer lattice: any run of consecutive ids is well spread.
 FM_HD uint32_t lattice_start(const Stream& stream) { return stream_words(stream, 0, 0).w[0]; }
 
-FM_HD float lattice_time(uint32_t start, uint32_t sample_id) { return uniform_from_word(start + sample_id * 0x9E3779B9u); }
+FM_HD float lattice_time(uint32_t start, uint32_t sample_id) { return uniform_from_word(start + sample_id * kGolden); }
 
 // The random number behind a sample's time: standard normal for the logit-normal law, else uniform.
 FM_HD float time_number(const TimeLaw& law, const Stream& stream, uint32_t sample_id) {
