@@ -13,8 +13,8 @@ NoiseCall read_noise(Arguments* in) {
   Tensor out = in->tensor("out"), key = in->tensor("key");
   NoiseCall call = {};
   call.kind = static_cast<DrawKind>(code(in->integer(), 0, 3, "kind"));
-  uint32_t stream = static_cast<uint32_t>(in->integer()), index = static_cast<uint32_t>(in->integer());
-  call.tag = stream | index << 8;
+  int64_t stream = whole(in->integer(), 0, kStreamLimit - 1, "stream"), index = whole(in->integer(), 0, kIndexLimit - 1, "index");
+  call.tag = tag_of(static_cast<uint32_t>(stream), static_cast<uint32_t>(index));
   call.shape = shape_of(out);
   call.out = call.kind == DrawKind::word ? view_of(out, out) : float_view(out, out);
   if (call.kind == DrawKind::word && call.out.dtype != Dtype::int64) out.fail("words are int64");
@@ -25,6 +25,12 @@ NoiseCall read_noise(Arguments* in) {
 namespace {
 
 constexpr int64_t kWorthRecovering = 64;  // elements of a sample, below which drawing x0 again is faster
+
+// With the coefficients given, their objective is known to the caller alone and may have any code.
+int read_objective(Arguments* in, const Path& path) {
+  int64_t objective = in->integer();
+  return path.kind == kPathGiven ? kVelocity : code(objective, kVelocity, kData, "objective");
+}
 
 DataTransform read_transform(Arguments* in) { return DataTransform{in->number(), in->number(), in->flag()}; }
 
@@ -41,9 +47,9 @@ SampleCall read_path_sample(Arguments* in) {
   Tensor x_t = in->tensor("x_t"), t = in->tensor("t"), coef = in->tensor("coef");
   Tensor x1 = in->tensor("x1"), x0 = in->tensor("x0"), key = in->tensor("key");
   refuse_grad({&t, &coef, &x1, &x0});
-  Path path = {static_cast<int>(in->integer()), in->number(), in->number()};
-  int objective = code(in->integer(), kVelocity, kData, "objective");
-  TimeLaw law = {static_cast<int>(in->integer()), in->number(), in->number(), in->number(), in->number()};
+  Path path = {code(in->integer(), kPathGiven, kPathCosine, "path"), in->number(), in->number()};
+  int objective = read_objective(in, path);
+  TimeLaw law = {code(in->integer(), kTimeGiven, kTimeLogitNormal, "t_sampler"), in->number(), in->number(), in->number(), in->number()};
   SampleCall call = {};
   call.transform = read_transform(in);
   call.shape = shape_of(x1);

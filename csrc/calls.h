@@ -23,8 +23,8 @@ struct NoiseCall {
 struct ScheduleCall {
   void *t, *coefficients;
   bool wide;
-  Path path;  // kPathGiven: both are there already
-  int objective;
+  Path path;      // kPathGiven: both are there already
+  int objective;  // of no meaning for kPathGiven
   TimeLaw law;
 };
 
