@@ -1,8 +1,8 @@
-// The op group_norm_silu and its backward, from torch's arguments to kernels.
+// group_norm_silu and its backward, from torch's arguments to their kernels.
 #include "dispatch.h"
 #include "ops.h"
+#include "run.h"
 #include "scratch.h"
-#include "unbox.h"
 
 #define FM_ISA plain  // the parameters' gradients are too small for vectors
 #include "norm_parameters.h"
