@@ -24,6 +24,9 @@ struct Coefficients {
   double a, s, c1, c0, k, w;
 };
 
+// Where they stand in a sample's row of a tensor [B, kColumns].
+enum CoefficientColumn : int { kA, kS, kC1, kC0, kK, kW, kColumns };
+
 struct TimeLaw {
   int sampler;
   double mean, std, low, high;

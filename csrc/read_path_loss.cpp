@@ -47,7 +47,7 @@ LossCall loss_call(const LossInputs& in, int reduction, const DataTransform& tra
   call.x1 = view_of(in.x1, in.o);
   call.x0 = float_view_or_absent(in.x0, in.o);
   call.key_words = key_words(in.key, call.shape.batch);
-  call.coefficients = dense_floats(in.coef, 6 * call.shape.batch);
+  call.coefficients = dense_floats(in.coef, kColumns * call.shape.batch);
   call.coefficient_dtype = dtype_of(in.coef);
   set_weight(in.weight, in.o, &call);
   call.wide = is_wide(in.coef) || is_wide(in.o) || is_wide(in.x1) || (call.x0.data && is_wide(in.x0));

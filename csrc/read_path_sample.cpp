@@ -17,7 +17,7 @@ int read_objective(Arguments* in, const Path& path) {
 
 ScheduleCall read_schedule(const Tensor& t, const Tensor& coef, int64_t batch, const Path& path, int objective, const TimeLaw& law) {
   if (path.kind == kPathGiven) return ScheduleCall{nullptr, nullptr, false, path, objective, law};
-  void *times = dense_floats(t, batch), *coefficients = dense_floats(coef, 6 * batch);
+  void *times = dense_floats(t, batch), *coefficients = dense_floats(coef, kColumns * batch);
   if (is_wide(t) != is_wide(coef)) t.fail("expected the dtype of coef");
   return ScheduleCall{times, coefficients, is_wide(coef), path, objective, law};
 }
@@ -38,7 +38,7 @@ SampleCall read_path_sample(Arguments* in) {
   call.x1 = view_of(x1, x1);
   call.x0 = float_view_or_absent(x0, x1);
   call.key_words = key_words(key, call.shape.batch);
-  call.coefficients = dense_floats(coef, 6 * call.shape.batch);
+  call.coefficients = dense_floats(coef, kColumns * call.shape.batch);
   call.coefficient_dtype = dtype_of(coef);
   call.wide = is_wide(coef) || is_wide(x_t) || is_wide(x1) || (call.x0.data && is_wide(x0));
   call.schedule = read_schedule(t, coef, call.shape.batch, path, objective, law);
