@@ -1,5 +1,5 @@
-// The loss w (k o - (c1 x1 + c0 x0))^2 and its gradient in one pass over o, x1 and x0 (paper eqs 9 and 23), which is read, recovered from
-// x_t or drawn again.
+// The loss w (k o - (c1 x1 + c0 x0))^2 (paper eq. 14; OT: eq. 23) and its gradient in one pass over o, x1 and x0, which is read, recovered
+// from x_t or drawn again.
 #include "../loss.h"
 #include "abreast.h"
 

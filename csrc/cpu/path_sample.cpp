@@ -1,4 +1,4 @@
-// x_t = a x1 + s x0, with x0 read or drawn (paper eq. 20 for OT, 11 in general), tile by tile.
+// x_t = a x1 + s x0 (paper eq. 11; OT: eq. 22), with x0 read or drawn, tile by tile.
 #include "../loss.h"
 #include "abreast.h"
 

@@ -1,4 +1,4 @@
-// t and the six coefficients (a, s, c1, c0, k, w) of every sample (paper eqs 10 and 22 for OT; path.h for the others).
+// t and the six coefficients (a, s, c1, c0, k, w) of every sample, by the formulas of path.h (paths: paper eqs 16, 18 and 20).
 #include "abreast.h"
 
 namespace fm {

@@ -1,4 +1,4 @@
-// x_t = a x1 + s x0, with x0 read or drawn (paper eq. 20 for OT, 11 in general), and the time and coefficients of each sample.
+// x_t = a x1 + s x0 (paper eq. 11; OT: eq. 22), with x0 read or drawn, and the time and coefficients of each sample.
 #include "kernels.h"
 #include "samples.h"
 
