@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fm_fast import _modes
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_SEED = 2**63
@@ -14,14 +17,13 @@ WHOLE_NUMBERS = (int, np.integer)
 NUMBERS = (int, float, np.integer, np.floating)
 
 
-def values_readable(*tensors: Tensor) -> bool:
-    """Whether values may be looked at: eager CPU tensors only, because a look at a device tensor waits for the device."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    if torch._C._len_torch_dispatch_stack() > 0:  # a mode may be recording, and a number that is read is no part of a graph
-        return False
-    # A subclass may hold no values at all, as fake tensors do.
-    return all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors)
+def is_number(value: object) -> TypeGuard[float]:
+    """A real number of Python's or NumPy's; True and False are none."""
+    return isinstance(value, NUMBERS) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, WHOLE_NUMBERS) and not isinstance(value, bool)
 
 
 def tensor(name: str, x: object) -> None:
@@ -45,11 +47,15 @@ def data(x1: Tensor) -> None:
 def like(name: str, x: Tensor, x1: Tensor) -> None:
     """A floating tensor of x1's shape on x1's device."""
     tensor(name, x)
-    if x.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    floating(name, x)
     if x.shape != x1.shape:
         raise ValueError(f"{name} must have the shape of x1, {tuple(x1.shape)}, got {tuple(x.shape)}")
     same_device(name, x, x1)
+
+
+def floating(name: str, x: Tensor) -> None:
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
 
 
 def condition(cond: object) -> None:
@@ -64,7 +70,7 @@ def same_device(name: str, x: Tensor, x1: Tensor, other: str = "x1") -> None:
 
 def time(t: object, x1: Tensor, name: str = "x1") -> None:
     """A number in [0, 1] or a floating tensor [] or [B] on the device of x1, which messages call ``name``."""
-    if isinstance(t, NUMBERS):
+    if is_number(t):
         if not 0.0 <= t <= 1.0:
             raise ValueError(f"t must lie in [0, 1], got {t}")
         return
@@ -75,7 +81,7 @@ def time(t: object, x1: Tensor, name: str = "x1") -> None:
     if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != x1.shape[0]):
         raise ValueError(f"t must be a number, a scalar tensor or have shape [{x1.shape[0]}], got {tuple(t.shape)}")
     same_device("t", t, x1, name)
-    if values_readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
+    if _modes.values_readable(t) and not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(f"t must lie in [0, 1], got values from {float(t.min())} to {float(t.max())}")
 
 
@@ -101,10 +107,10 @@ def whole(name: str, value: object, limit: int) -> None:
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or value.numel() != 1:
             raise TypeError(f"{name} must be a whole number or an int64 scalar tensor, got {value.dtype} of shape {tuple(value.shape)}")
-        if not values_readable(value):
+        if not _modes.values_readable(value):
             return
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, (*WHOLE_NUMBERS, torch.SymInt)):
+    if not (is_whole(value) or isinstance(value, torch.SymInt)):
         raise TypeError(f"{name} must be a whole number or an int64 scalar tensor, got {type(value).__name__}")
     if not 0 <= value < limit:
         raise ValueError(f"{name} must lie in [0, {limit}), got {value}")
@@ -115,7 +121,7 @@ def sample_ids(ids: object, batch: int, device: torch.device) -> None:
     if ids is None:
         return
     if not isinstance(ids, Tensor):
-        if isinstance(ids, bool) or not isinstance(ids, (*WHOLE_NUMBERS, torch.SymInt)):
+        if not (is_whole(ids) or isinstance(ids, torch.SymInt)):
             raise TypeError(f"sample_ids must be a whole number or an int64 tensor [] or [{batch}], got {type(ids).__name__}")
         return whole("sample_ids", ids, WORD - batch + 1)
     if ids.dtype != torch.int64 or ids.shape not in ((batch,), ()):
@@ -124,21 +130,19 @@ def sample_ids(ids: object, batch: int, device: torch.device) -> None:
         raise ValueError(f"sample_ids must be on {device}, got {ids.device}")
     if ids.dim() == 0:
         return whole("sample_ids", ids, WORD - batch + 1)
-    if batch and values_readable(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < WORD):
+    if batch and _modes.values_readable(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < WORD):
         raise ValueError(f"sample_ids must lie in [0, {WORD}), got values from {int(ids.min())} to {int(ids.max())}")
 
 
 def probability(name: str, value: object) -> None:
     if type(value) is float and 0.0 <= value <= 1.0:  # as nearly always
         return
-    finite_number(name, value)
-    assert isinstance(value, NUMBERS)
-    if not 0.0 <= value <= 1.0:
+    if not 0.0 <= finite_number(name, value) <= 1.0:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
 def grey_levels(levels: object) -> None:
-    if not isinstance(levels, WHOLE_NUMBERS) or not 2 <= levels <= 256:
+    if not is_whole(levels) or not 2 <= levels <= 256:
         raise ValueError(f"levels must be a whole number in [2, 256], got {levels!r}")
 
 
@@ -147,44 +151,37 @@ def data_map(x1: Tensor, flip: float, levels: int, dequantise: bool) -> None:
     if flip > 0.0 and x1.dim() < 3:
         raise ValueError(f"flip mirrors the last dimension of [B, C, ..., W] data, got x1 of shape {tuple(x1.shape)}")
     grey_levels(levels)
-    if x1.dtype == torch.uint8 and levels < 256 and x1.numel() and values_readable(x1) and int(x1.max()) >= levels:
+    if x1.dtype == torch.uint8 and levels < 256 and x1.numel() and _modes.values_readable(x1) and int(x1.max()) >= levels:
         raise ValueError(f"x1 must lie in 0..{levels - 1} for levels={levels}, got values up to {int(x1.max())}")
     if dequantise and x1.dtype != torch.uint8:
         raise ValueError(f"dequantise needs uint8 x1, got {x1.dtype}")
 
 
-def number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, NUMBERS):
+def finite_number(name: str, value: object) -> float:
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-
-
-def finite_number(name: str, value: object) -> None:
-    number(name, value)
-    assert isinstance(value, NUMBERS)
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
+    return value
 
 
 def state(name: str, x: object) -> None:
     """A floating tensor [B, ...], the state of a solve."""
     tensor(name, x)
     assert isinstance(x, Tensor)
-    if x.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    floating(name, x)
     if x.dim() == 0:
         raise ValueError(f"{name} must have a batch dimension [B, ...], got a scalar")
 
 
 def count(name: str, value: object) -> None:
     """A whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, WHOLE_NUMBERS):
+    if not is_whole(value):
         raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def positive_number(name: str, value: object) -> None:
-    finite_number(name, value)
-    assert isinstance(value, NUMBERS)
-    if value <= 0.0:
+    if finite_number(name, value) <= 0.0:
         raise ValueError(f"{name} must be positive, got {value}")

@@ -15,6 +15,7 @@ MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_BUMPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
+INDEX_LIMIT = 2**24  # an index has 24 bits of the fourth counter word
 GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: the step of the stratified time lattice
 
 # -2 ln(1 + f) = -2 f + f^2 (1 + f Q(f)) on f in [-0.25, 0.5), relative error 4e-8

@@ -4,11 +4,13 @@ import itertools
 from dataclasses import dataclass
 
 from fm_fast import paths, time_samplers
+from fm_fast._codes import ObjectiveCode, PathCode
 from fm_fast.objectives import OBJECTIVES, Objective, as_objective, is_built_in, time_range
 from fm_fast.paths import Path, as_path, kernel_form
 from fm_fast.time_samplers import TimeSampler, as_time_sampler
 
 DATA_AS_IS = (0.0, 256, False)  # flip, levels, dequantise
+GIVEN = (PathCode.given.value, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,18 @@ class PathSpec:
     flip: float = 0.0
     levels: int = 256
     dequantise: bool = False
-    # (path code, a, b) by which kernels evaluate the coefficients; code -1 where only Python knows the path or objective
-    kernel_path: tuple[int, float, float] = (-1, 0.0, 0.0)
+    # (path code, a, b) and objective code by which kernels evaluate the coefficients
+    kernel_path: tuple[int, float, float] = GIVEN
+    kernel_objective: int = 0
+
+    @property
+    def data_map(self) -> tuple[float, int, bool]:
+        return self.flip, self.levels, self.dequantise
+
+    @property
+    def known_to_kernels(self) -> bool:
+        """Whether they can; else only Python knows the path or the objective."""
+        return self.kernel_path[0] != PathCode.given
 
 
 def path_spec(
@@ -42,8 +54,11 @@ def _make_spec(
 ) -> PathSpec:
     chosen_path, chosen_objective = as_path(path), as_objective(objective)
     limits, sampler = time_range(chosen_path, chosen_objective), as_time_sampler(t_sampler)
-    kernel_path = kernel_form(chosen_path) if is_built_in(chosen_objective) else (-1, 0.0, 0.0)
-    return PathSpec(chosen_path, chosen_objective, sampler, limits, float(flip), int(levels), bool(dequantise), kernel_path)
+    data_map = (float(flip), int(levels), bool(dequantise))
+    if not is_built_in(chosen_objective):
+        return PathSpec(chosen_path, chosen_objective, sampler, limits, *data_map)
+    code = ObjectiveCode[chosen_objective.name].value
+    return PathSpec(chosen_path, chosen_objective, sampler, limits, *data_map, kernel_form(chosen_path), code)
 
 
 # Made once, because small training steps feel the microseconds.

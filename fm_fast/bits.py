@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fm_fast import _checks, random
+from fm_fast import _checks, _modes, random
 from fm_fast._solver.field import Model
 from fm_fast.likelihood import Likelihood, log_likelihood
 from fm_fast.random import Whole
@@ -108,7 +108,7 @@ def _check(x_int: Tensor, levels: int, draws: int, arguments: dict[str, Any]) ->
 
 
 def _check_values(x_int: Tensor, levels: int) -> None:
-    if not _checks.values_readable(x_int) or x_int.numel() == 0:
+    if not _modes.values_readable(x_int) or x_int.numel() == 0:
         return
     # torch finds no extremes of unsigned numbers of more than 8 bits.
     low, high = (int(extreme) for extreme in torch.aminmax(x_int if x_int.dtype == torch.uint8 else x_int.to(torch.int64)))

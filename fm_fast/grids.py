@@ -52,9 +52,7 @@ class ShiftGrid:
     shift: float = 3.0
 
     def __post_init__(self) -> None:
-        _checks.number("shift", self.shift)
-        if not 0.0 < self.shift < math.inf:
-            raise ValueError(f"shift must be positive and finite, got {self.shift}")
+        _checks.positive_number("shift", self.shift)
 
     def nodes(self, steps: int, path: Path) -> Times:
         level = 1.0 - np.arange(steps + 1) / steps
@@ -75,11 +73,9 @@ class KarrasGrid:
 
     def __post_init__(self) -> None:
         for name in ("sigma_min", "sigma_max", "rho"):
-            _checks.number(name, getattr(self, name))
-        if not 0.0 < self.sigma_min < self.sigma_max < math.inf:
+            _checks.positive_number(name, getattr(self, name))
+        if not self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
-        if not 0.0 < self.rho < math.inf:
-            raise ValueError(f"rho must be positive and finite, got {self.rho}")
 
     def nodes(self, steps: int, path: Path) -> Times:
         high, low = self._range(path)
@@ -155,10 +151,7 @@ def _as_grid(grid: "str | type | Grid") -> Grid:
 def _required(steps: int | None) -> int:
     if steps is None:
         raise ValueError("steps must be given for a fixed-step method: the number of steps, a whole number of at least 1")
-    if isinstance(steps, bool) or not isinstance(steps, _checks.WHOLE_NUMBERS):
-        raise TypeError(f"steps must be a whole number, got {type(steps).__name__}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    _checks.count("steps", steps)
     return steps
 
 

@@ -11,18 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from fm_fast import _backends, _checks, _ops, random, reference
+from fm_fast import _backends, _checks, _modes, random, reference
 from fm_fast._solver.estimator import Estimator
 from fm_fast._solver.field import Guidance, Model, make_field
 from fm_fast._solver.integrate import Integral, Task, integrate, integrate_coarsely
 from fm_fast._solver.prior import Prior, as_prior, log_prior, tried_prior
 from fm_fast._solver.probes import make_probes
 from fm_fast._solver.recording import check_gradient, solving
-from fm_fast._solver.settings import check_finite, make_settings
+from fm_fast._solver.settings import Settings, check_finite, make_settings
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective, as_objective, velocity_factors
 from fm_fast.paths import Path, as_path
@@ -120,6 +121,7 @@ def divergence(
             generator.
         create_graph: make the result differentiable, also in a path's own parameters; costs the memory of all graphs. Needed under
             ``torch.func.grad``.
+        backend: as in :func:`fm_fast.flow_matching_loss`.
 
     Raises:
         ValueError, TypeError: for any argument out of range or of wrong shape or dtype, naming it.
@@ -144,7 +146,7 @@ def divergence(
         times, guided = _as_times(t, x), _guided(guidance, t)
         recorded = estimator.record(lambda given: field.checked_output_at(given, times, guided), x)
         estimator.add(recorded, 0, 0.0, 1.0)
-        output = recorded.output if create_graph or _ops.transforms_active() else recorded.output.detach()
+        output = recorded.output if create_graph or _modes.transforms_active() else recorded.output.detach()
         v = field.velocity(x.to(times.dtype), times, output)
         return _divergence(estimator, v, velocity_factors(chosen_path, chosen_objective, times))
 
@@ -249,31 +251,28 @@ def log_likelihood(
     with torch.set_grad_enabled(create_graph):
         logp = log_prior(density, fine.x, settings.path) + fine.value
     check_finite(logp, "log-densities", settings, on_nonfinite)
-    error, coarse = None, None
-    if error_estimate:
-        coarse = integrate_coarsely(task, x1.detach())
-        with torch.no_grad():
-            densities = [log_prior(density, solve.x, settings.path) + solve.control for solve in (fine, coarse)]
-        error = (densities[0] - densities[1]).abs() / (2.0 ** _order(settings.table) - 1.0)
-        if not _ops.transforms_active():
-            _warn_if_large(error, x1)
-    return Likelihood(logp, standard_error(fine), error, fine.x, _total("nfe", fine, coarse), _total("nvjp", fine, coarse))
+    if not error_estimate:
+        return Likelihood(logp, standard_error(fine), None, fine.x, fine.nfe, fine.nvjp)
+    coarse = integrate_coarsely(task, x1.detach())
+    error = _discretisation_error(fine, coarse, density, settings)
+    if _modes.worth_a_wait(error):
+        _warn_if_large(error, x1)
+    return Likelihood(logp, standard_error(fine), error, fine.x, fine.nfe + coarse.nfe, fine.nvjp + coarse.nvjp)
 
 
-def _check_halving(nodes: Any, error_estimate: bool, adaptive: str | None) -> None:
+def _check_halving(nodes: np.ndarray, error_estimate: bool, adaptive: str | None) -> None:
     if error_estimate and adaptive is not None:
         raise ValueError(f"error_estimate needs a fixed-step method, got {adaptive!r}, which controls its error by rtol and atol")
     if error_estimate and len(nodes) % 2 == 0:
         raise ValueError(f"steps must be even for error_estimate, which solves again with half of them, got {len(nodes) - 1}")
 
 
-def _order(table: Table | None) -> int:
-    assert table is not None
-    return table.order()
-
-
-def _total(name: str, *parts: Integral | None) -> int:
-    return sum(getattr(part, name) for part in parts if part is not None)
+@torch.no_grad()
+def _discretisation_error(fine: Integral, coarse: Integral, density: Prior | None, settings: Settings) -> Tensor:
+    """|log p by all steps - log p by half of them| / (2^order - 1), Richardson's estimate of the former's error."""
+    assert settings.table is not None
+    one, other = (log_prior(density, solve.x, settings.path) + solve.control for solve in (fine, coarse))
+    return (one - other).abs() / (2.0 ** settings.table.order() - 1.0)
 
 
 def _warn_if_large(error: Tensor, x1: Tensor) -> None:

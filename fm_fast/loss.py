@@ -5,17 +5,31 @@ The fused kernels read x1 and the output and write x_t and the gradient; noise a
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fm_fast import _backends, _checks, _ops, random, reference
+from fm_fast import _backends, _checks, _modes, _ops, random, reference
 from fm_fast._spec import PathSpec, path_spec
 from fm_fast.objectives import Objective, loss_coefficients
 from fm_fast.paths import Path
 from fm_fast.random import Whole
 from fm_fast.time_samplers import TimeSampler
+
+
+class _Writes(NamedTuple):
+    """How often each tensor was written to in place; None where torch does not count it."""
+
+    x1: int | None = None
+    x0: int | None = None
+    point: int | None = None
+
+
+def _count_writes(x1: Tensor, x0: Tensor | None, point: Tensor | None) -> _Writes:
+    if torch.compiler.is_compiling() or _modes.transforms_active():
+        return _Writes()
+    return _Writes(*[None if x is None or x.is_inference() else x._version for x in (x1, x0, point)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +51,7 @@ class PathSample:
     _spec: PathSpec = field(repr=False)
     _backend: str = field(repr=False)
     _point: Tensor | None = field(default=None, repr=False)  # x_t as drawn, also where dataclasses.replace gives another x_t
-    _writes: tuple[int | None, ...] = field(default=(None, None, None), repr=False)  # to x1, x0 and _point before the loss
+    _writes: _Writes = field(default=_Writes(), repr=False)  # before the loss
 
     def loss(self, o: Tensor, weight: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """The loss of the network's output ``o`` [B, ...], as in :func:`flow_matching_loss`.
@@ -60,25 +74,28 @@ class PathSample:
 
     def _unchanged(self) -> int | None:
         """How often the drawn point was written to; RuntimeError if what is read again is no longer what the point was made of."""
-        *inputs, point = _writes(self._x1, self._x0, self._point)
-        if any(map(_changed, self._writes, inputs)):
+        now = self._count_writes()
+        if _changed(self._writes.x1, now.x1) or _changed(self._writes.x0, now.x0):
             raise RuntimeError(
                 "x1 or x0 was changed in place since sample_path, and is read again for the loss, x0 or target; give it a copy"
             )
-        return point
+        return now.point
+
+    def _count_writes(self) -> _Writes:
+        return _count_writes(self._x1, self._x0, self._point)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, whose tensors count their own writes: what was changed before."""
-        return {**self.__dict__, "_writes": tuple(map(_changed, self._writes, _writes(self._x1, self._x0, self._point)))}
+        return {**self.__dict__, "_writes": tuple(map(_changed, self._writes, self._count_writes()))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        now = _writes(self._x1, self._x0, self._point)
-        self.__dict__["_writes"] = tuple(None if n is None else n - changed for n, changed in zip(now, state["_writes"], strict=True))
+        before = (None if n is None else n - changed for n, changed in zip(self._count_writes(), state["_writes"], strict=True))
+        self.__dict__["_writes"] = _Writes(*before)
 
     def _drawn_point(self, writes: int | None) -> Tensor | None:
         """x_t, if it is certainly still what this draw wrote: dividing the noise out of it costs a CPU less than drawing it again."""
-        if self._point is None or writes is None or writes != self._writes[2]:
+        if self._point is None or writes is None or writes != self._writes.point:
             return None
         return self._point.detach() if self._point.requires_grad else self._point
 
@@ -97,26 +114,18 @@ class PathSample:
         self._unchanged()
         return reference.target(*self._plain(), self.coef)
 
+    def _noise_backend(self) -> str:
+        return "reference" if self._backend == "reference" else _backends.resolve("noise", self._x1.device, None)
+
     def _plain(self) -> tuple[Tensor, Tensor]:
         spec = self._spec
         return reference.plain_inputs(
-            self._x1, self._x0, self._key, spec.flip, spec.levels, spec.dequantise, self.coef.dtype, _ops.drawer(_noise_backend(self))
+            self._x1, self._x0, self._key, spec.flip, spec.levels, spec.dequantise, self.coef.dtype, _ops.drawer(self._noise_backend())
         )
-
-
-def _writes(*tensors: Tensor | None) -> tuple[int | None, ...]:
-    """How often each tensor was written to in place; None where torch does not count it."""
-    if torch.compiler.is_compiling() or _ops.transforms_active():
-        return (None,) * len(tensors)
-    return tuple([None if x is None or x.is_inference() else x._version for x in tensors])
 
 
 def _changed(before: int | None, now: int | None) -> bool:
     return before is not None and now is not None and before != now
-
-
-def _noise_backend(sample: PathSample) -> str:
-    return "reference" if sample._backend == "reference" else _backends.resolve("noise", sample._x1.device, None)
 
 
 def sample_path(
@@ -156,7 +165,7 @@ def sample_path(
     if _ops.needs_reference(chosen, x1, x0, times):
         return _plain_sample(x1, x0, times, key, spec, out, wide)
     coefficients = None
-    if spec.kernel_path[0] < 0:
+    if not spec.known_to_kernels:
         if times is None:
             draw = _ops.drawer(_backends.resolve("noise", x1.device, None))
             times = reference.draw_time(key, x1.shape[0], spec.t_sampler, spec.t_range, wide, draw)
@@ -164,8 +173,8 @@ def sample_path(
         if _ops.needs_reference(chosen, coefficients):
             return _plain_sample(x1, x0, times, key, spec, out, wide)
     x_t, times, coefficients = _ops.path_sample(x1, x0, times, coefficients, key, spec, out, wide, chosen)
-    point = x_t if x0 is None and chosen == "cpp" else None  # a GPU draws faster than it reads
-    return PathSample(x_t, times, coefficients, x1, x0, key, spec, chosen, point, _writes(x1, x0, point))
+    point = x_t if _ops.recovers_noise(x0, chosen) else None
+    return PathSample(x_t, times, coefficients, x1, x0, key, spec, chosen, point, _count_writes(x1, x0, point))
 
 
 def _plain_sample(
@@ -178,7 +187,7 @@ def _plain_sample(
     coefficients = loss_coefficients(spec.path, spec.objective, t).to(wide)
     x_t = reference.path_sample(data, noise_x0, coefficients, dtype)
     mapped = PathSpec(spec.path, spec.objective, spec.t_sampler, spec.t_range)
-    return PathSample(x_t, t, coefficients, data, noise_x0, key, mapped, "reference", None, _writes(data, noise_x0, None))
+    return PathSample(x_t, t, coefficients, data, noise_x0, key, mapped, "reference", None, _count_writes(data, noise_x0, None))
 
 
 def flow_matching_loss(
@@ -256,6 +265,9 @@ class FlowMatchingLoss(torch.nn.Module):
 
     Args:
         settings: keyword arguments of :func:`flow_matching_loss`; those given to the call take precedence.
+
+    Raises:
+        ValueError, TypeError: when it is made, for unknown settings, names and values out of range; when it is called, as the function.
     """
 
     def __init__(self, **settings: Any) -> None:

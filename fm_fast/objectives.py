@@ -37,10 +37,17 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """One way to train the network: its loss target and the velocity p x + r o recovered from its output o."""
+    """One way to train the network: its loss target and the velocity p x + r o recovered from its output o.
+
+    Attributes:
+        name: what messages call it.
+        target: (c1, c0, k, w) of the loss from the path's values at some times.
+        velocity: (p, r) of the velocity from the same.
+        weight_is_singular: w is infinite where alpha or sigma is 0, which training then keeps away from.
+        velocity_divides_by_alpha, velocity_divides_by_sigma: the same of the velocity, for sampling.
+    """
 
     name: str
-    code: int
     target: Callable[[Schedule], Target]
     velocity: Callable[[Schedule], tuple[Tensor, Tensor]]
     weight_is_singular: bool = False
@@ -57,7 +64,7 @@ def _like_times(name: str, value: Tensor | float, t: Tensor) -> Tensor:
     """What a path returned for times t, a number or single element spread over them."""
     if isinstance(value, Tensor) and value.shape == t.shape:
         return value
-    if isinstance(value, _checks.NUMBERS):
+    if _checks.is_number(value):
         return torch.full_like(t, float(value))
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} of a path must return a tensor or a number, got {type(value).__name__}")
@@ -111,11 +118,11 @@ def _velocity_from_data(p: Schedule) -> tuple[Tensor, Tensor]:
 OBJECTIVES = {
     o.name: o
     for o in (
-        Objective("velocity", 0, _velocity_target, _velocity_from_velocity),
-        Objective("noise", 1, _noise_target, _velocity_from_noise, velocity_divides_by_alpha=True),
-        Objective("score", 2, _score_target, _velocity_from_score, velocity_divides_by_alpha=True),
-        Objective("scoreflow", 3, _scoreflow_target, _velocity_from_score, weight_is_singular=True, velocity_divides_by_alpha=True),
-        Objective("data", 4, _data_target, _velocity_from_data, velocity_divides_by_sigma=True),
+        Objective("velocity", _velocity_target, _velocity_from_velocity),
+        Objective("noise", _noise_target, _velocity_from_noise, velocity_divides_by_alpha=True),
+        Objective("score", _score_target, _velocity_from_score, velocity_divides_by_alpha=True),
+        Objective("scoreflow", _scoreflow_target, _velocity_from_score, weight_is_singular=True, velocity_divides_by_alpha=True),
+        Objective("data", _data_target, _velocity_from_data, velocity_divides_by_sigma=True),
     )
 }
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fm_fast import _checks
+from fm_fast._codes import PathCode
 
 EDGE = 1e-5  # how far from a singular end a quantity is evaluated; the paper's eps (appendix E.1)
 
@@ -22,7 +23,7 @@ EDGE = 1e-5  # how far from a singular end a quantity is evaluated; the paper's 
 def _require_numbers(**values: object) -> None:
     """Parameters of built-in paths are constants; a path with trainable parameters is a custom one."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, _checks.NUMBERS):
+        if not _checks.is_number(value):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}; write a path object of your own to train it")
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
@@ -181,17 +182,17 @@ def as_path(path: "str | Path") -> Path:
     raise ValueError(f"path must be one of {', '.join(NAMED)} or an object with alpha, sigma, d_alpha and d_sigma, got {path!r}")
 
 
-def prior_scale(path: Path) -> float:
-    """Standard deviation of the noise that a solve starts from."""
+def prior_scale(path: Path) -> float | Tensor:
+    """Standard deviation of the noise that a solve starts from; a tensor where a path of the user's own says so."""
     return getattr(path, "prior_scale", 1.0)
 
 
 def kernel_form(path: Path) -> tuple[int, float, float]:
-    """(code, a, b) with which the fused kernels evaluate a built-in path themselves; code -1: evaluate it in Python."""
+    """(code, a, b) with which the fused kernels evaluate a built-in path themselves; others are evaluated in Python."""
     if type(path) is OT:
-        return 0, path.sigma_min, 0.0
+        return PathCode.ot.value, path.sigma_min, 0.0
     if type(path) is VP:
-        return 1, path.beta_min, path.beta_max
+        return PathCode.vp.value, path.beta_min, path.beta_max
     if type(path) is VE:
-        return 2, path.sigma_min, path.sigma_max
-    return (3, 0.0, 0.0) if type(path) is Cosine else (-1, 0.0, 0.0)
+        return PathCode.ve.value, path.sigma_min, path.sigma_max
+    return PathCode.cosine.value if type(path) is Cosine else PathCode.given.value, 0.0, 0.0

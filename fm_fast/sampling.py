@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fm_fast import _checks, reference
 from fm_fast._solver.adaptive import solve_adaptive
 from fm_fast._solver.evaluate import make_evaluate, make_mixed
-from fm_fast._solver.field import Field, Guidance, Model, check_output, make_field
+from fm_fast._solver.field import Field, Guidance, Model, make_field
 from fm_fast._solver.learned import plan_and_factors, velocities
 from fm_fast._solver.loop import AfterStep, Layout, make_state, run
 from fm_fast._solver.progress import step_counter
@@ -251,9 +251,7 @@ def velocity_function(field: Field, settings: Settings) -> Callable[[Tensor, Ten
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         times = t.to(x.dtype).expand(x.shape[0])
-        output = field.output_at(x.to(settings.dtype), times, field.guided_at(t))
-        check_output(output, x)
-        return field.velocity(x, times, output)
+        return field.velocity(x, times, field.checked_output_at(x.to(settings.dtype), times, field.guided_at(t)))
 
     if settings.grad == "checkpoint" and torch.is_grad_enabled():
         return lambda x, t: checkpoint(velocity, x, t, use_reentrant=False)  # type: ignore[return-value]

@@ -25,6 +25,9 @@ class RungeKutta:
 
     Stage times are c_i = sum_j a_ij. Raises ValueError for rows of the wrong length, numbers that are not finite, and weights that
     do not sum to 1.
+
+    Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, chapter II.1, where the named ones stand too (Ralston's:
+    Ralston, 1962).
     """
 
     a: tuple[tuple[float, ...], ...]
@@ -84,6 +87,8 @@ class AdamsBashforth:
     """A multistep method of one evaluation a step: the polynomial through the last ``history`` velocities, integrated over the step.
 
     Steps of unequal length have exact weights too. The first history - 1 steps are those of the Runge-Kutta method ``start``.
+
+    Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, chapters III.1 and III.5.
     """
 
     history: int

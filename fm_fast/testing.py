@@ -271,8 +271,11 @@ class StationaryImages(_GaussianField):
 
     def __post_init__(self) -> None:
         as_path(self.path)
-        if self.size < 1 or self.channels < 1 or self.variance <= 0.0 or not 0.0 <= self.correlation < 1.0:
-            raise ValueError(f"size, channels and variance must be positive and correlation in [0, 1), got {self}")
+        _checks.count("size", self.size)
+        _checks.count("channels", self.channels)
+        _checks.positive_number("variance", self.variance)
+        if not 0.0 <= _checks.finite_number("correlation", self.correlation) < 1.0:
+            raise ValueError(f"correlation must lie in [0, 1), got {self.correlation}")
         frequency = torch.fft.fftfreq(self.size, 1.0 / self.size, dtype=torch.float64)
         power = 1.0 / (frequency[:, None] ** 2 + frequency**2).clamp_min(1.0)
         between = torch.full((self.channels, self.channels), self.correlation, dtype=torch.float64).fill_diagonal_(1.0)

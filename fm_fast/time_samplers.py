@@ -1,45 +1,44 @@
 """How training times are drawn: frozen value objects whose raw values in (0, 1] are spread over the path's own range."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 from fm_fast import _checks
+from fm_fast._codes import TimeCode
 
 
 @dataclass(frozen=True)
 class Uniform:
     """t ~ U(t_min, t_max), independently for every sample (equation 5)."""
 
-    code: ClassVar[int] = 0
+    code: ClassVar[int] = TimeCode.uniform.value
     mean: ClassVar[float] = 0.0
     std: ClassVar[float] = 1.0
 
 
 @dataclass(frozen=True)
 class Stratified:
-    """Uniform times on an integer lattice with a random offset a step: any run of consecutive sample ids is well spread."""
+    """Uniform times on an integer lattice with a random offset a step: any run of consecutive sample ids is well spread.
 
-    code: ClassVar[int] = 1
+    Not in the paper; the noise contract (``fm_fast/random.py``) defines it.
+    """
+
+    code: ClassVar[int] = TimeCode.stratified.value
     mean: ClassVar[float] = 0.0
     std: ClassVar[float] = 1.0
 
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """t = 1 / (1 + exp(-(mean + std z))), z normal: more training at middle times."""
+    """t = 1 / (1 + exp(-(mean + std z))), z normal: more training at middle times (Esser et al., 2024)."""
 
     mean: float = 0.0
     std: float = 1.0
-    code: ClassVar[int] = 2
+    code: ClassVar[int] = TimeCode.logit_normal.value
 
     def __post_init__(self) -> None:
-        _checks.number("mean", self.mean)
-        _checks.number("std", self.std)
-        if not math.isfinite(self.mean):
-            raise ValueError(f"mean must be finite, got {self.mean}")
-        if not 0.0 < self.std < math.inf:
-            raise ValueError(f"std must be positive and finite, got {self.std}")
+        _checks.finite_number("mean", self.mean)
+        _checks.positive_number("std", self.std)
 
 
 TimeSampler = Uniform | Stratified | LogitNormal

@@ -16,12 +16,7 @@ FLAGS = (
     "-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-math-errno", f"-I{SOURCES}",
     f"-I{HERE / 'native'}", "-DFM_EMULATE_CUDA", f'-DFM_NAMESPACE="{NAMESPACE}"', '-DFM_DISPATCH_KEY="CPU"',
 )  # fmt: skip
-# Which file of fm_fast/_ops calls an op.
-WIRED = {
-    "noise": ["noise"],
-    "path": ["path_sample", "path_loss", "path_loss_backward"],
-    "solver": ["linear_step", "probe", "divergence_step"],
-}
+EMULATED = ("noise", "path_sample", "path_loss", "path_loss_backward", "linear_step", "probe", "divergence_step")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
@@ -64,7 +59,6 @@ def install(monkeypatch) -> None:
 
     for op in _backends.OPS:
         monkeypatch.setitem(_backends._REASONS, (op, "cpu", "cuda"), None)
-    for module, names in WIRED.items():
-        for name in names:
-            implementations = getattr(importlib.import_module(f"fm_fast._ops.{module}"), f"_{name}")
-            monkeypatch.setitem(implementations, "cuda", getattr(getattr(torch.ops, NAMESPACE), name).default)
+    for name in EMULATED:
+        wiring = importlib.import_module(f"fm_fast._ops.{name.removesuffix('_backward')}")
+        monkeypatch.setitem(getattr(wiring, f"_{name}"), "cuda", getattr(getattr(torch.ops, NAMESPACE), name).default)

@@ -60,13 +60,10 @@ def _spoiled(kernel, number):
     return wrong
 
 
-MODULES = {"noise": "noise", "path_sample": "path", "conv_weight_grad": "conv_weight_grad"}
-
-
 @pytest.mark.skipif(_backends.resolve("path_sample", CPU) == "reference", reason="no kernel runs here")
 @pytest.mark.parametrize(("name", "mode"), PROBLEMS)
 def test_a_wrong_kernel_stops_the_run(name, mode, monkeypatch):
-    kernels = getattr(sys.modules[f"fm_fast._ops.{MODULES.get(name, 'solver')}"], f"_{name}")
+    kernels = getattr(sys.modules[f"fm_fast._ops.{name}"], f"_{name}")
     for backend in list(kernels):
         monkeypatch.setitem(kernels, backend, _spoiled(kernels[backend], 0))
     with pytest.raises(SystemExit, match=r"fm_fast cpp is wrong, so nothing is timed: "):

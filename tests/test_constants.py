@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import fm_fast as fm
-from fm_fast import _device
+from fm_fast import _modes
 from fm_fast._solver import constants
 
 CUDA = torch.device("cuda")
@@ -16,7 +16,7 @@ VALUES = np.array([[1.0, 0.25], [1.0, 0.75]])
 def capture(monkeypatch):
     """A make-believe GPU: its copies stay on the CPU. Returns a function that says whether a graph is being captured."""
     capturing = [False]
-    monkeypatch.setattr(_device, "is_captured", lambda device: capturing[0])
+    monkeypatch.setattr(_modes, "is_captured", lambda device: capturing[0])
     monkeypatch.setattr(constants, "_copied", lambda values, device: values)
     constants._kept.cache_clear()
     yield lambda value: capturing.__setitem__(0, value)

@@ -27,7 +27,7 @@ DROPPING = dataclasses.replace(TINY_NET, dropout=0.5)
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     """Checks look at no values there. And one warm-up is enough here."""
-    monkeypatch.setattr("fm_fast._checks.values_readable", lambda *x: False)
+    monkeypatch.setattr("fm_fast._modes.values_readable", lambda *x: False)
     monkeypatch.setattr("fm_fast.train.graph.WARM_UP_STEPS", WARM_UPS)
 
 

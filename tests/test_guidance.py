@@ -33,6 +33,12 @@ def test_a_doubled_batch_equals_two_calls(method, scale, backend):
     assert found.nfe == len(model.times) and set(model.batches) == {6}
 
 
+def test_a_null_class_may_be_a_number_of_numpy():
+    options = {"cond": {"y": LABELS}, "method": "euler", "steps": 2}
+    found, expected = (fm.sample(conditional, X0, guidance=fm.Guidance(2.0, {"y": null}), **options) for null in (np.int64(-1), -1))
+    assert torch.equal(found.x, expected.x)
+
+
 @pytest.mark.parametrize("objective", ["noise", "data"])
 @pytest.mark.parametrize("method", ["euler", "midpoint", "ab2"])
 def test_mixing_outputs_mixes_velocities(objective, method, backend):

@@ -85,6 +85,7 @@ BAD_ARGUMENTS = [
         ValueError,
         r"guidance.null\['y'\]: only conditions that are tensors with one entry a sample \(\[4, ...\]\) can be replaced",
     ),
+    ({"guidance": fm.Guidance(2.0, {"y": NAN}), **GUIDED}, ValueError, r"guidance.null\['y'\] must be a whole number like .*, got nan"),
     ({"guidance": fm.Guidance(2.0, {"y": "none"}), **GUIDED}, TypeError, r"guidance.null\['y'\] must be a tensor or a number, got str"),
     # save, callback, progress
     ({"save": "all"}, ValueError, r'save must be None, "steps" .* or a sequence of times, got \'all\''),

@@ -124,7 +124,7 @@ class Syncs(TorchDispatchMode):
 @pytest.mark.parametrize("changes", [{}, {"objective": "scoreflow"}, {"precision": "bfloat16", "micro_batch": 5}], ids=str)
 def test_a_step_never_waits_for_the_device(changes, backend, monkeypatch):
     monkeypatch.setattr("fm_fast._backends.ENVIRONMENT_BACKEND", backend)
-    monkeypatch.setattr("fm_fast._checks.values_readable", lambda x: False)  # as on a GPU: only values on the CPU are checked
+    monkeypatch.setattr("fm_fast._modes.values_readable", lambda x: False)  # as on a GPU: only values on the CPU are checked
     config, data = tiny(ema_widths=(0.1,), **SETTINGS, **changes), digits()
     state, order = new_state(config, CPU), DataOrder(len(data), 0)
     training_step(state, config, data, order)

@@ -313,5 +313,9 @@ def test_bad_input_names_what_is_wrong():
         mixture("OT")
     with pytest.raises(ValueError, match="correlation"):
         testing.StationaryImages(correlation=1.0)
+    with pytest.raises(ValueError, match="variance must be finite, got nan"):
+        testing.StationaryImages(variance=float("nan"))
+    with pytest.raises(TypeError, match="size must be a whole number, got float"):
+        testing.StationaryImages(size=8.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="objective must be one of"):
         mixture().model("epsilon")

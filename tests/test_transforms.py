@@ -190,11 +190,11 @@ def test_bf16_autocast(backend):
 
 
 def test_the_transform_guard_finds_the_names_it_relies_on():
-    assert fm._ops.transforms_active() is False
+    assert fm._modes.transforms_active() is False
     inside = []
-    grad(lambda x: (inside.append(fm._ops.transforms_active()), x.sum())[1])(torch.ones(2))
+    grad(lambda x: (inside.append(fm._modes.transforms_active()), x.sum())[1])(torch.ones(2))
     with torch.autograd.forward_ad.dual_level():
-        inside.append(fm._ops.transforms_active())
+        inside.append(fm._modes.transforms_active())
     assert inside == [True, True]
 
 

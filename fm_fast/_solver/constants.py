@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fm_fast import _device, _ops
+from fm_fast import _modes
 
 _read_by_graphs: list[Tensor] = []  # at every replay, so they are never freed
 
@@ -20,7 +20,7 @@ def constant(values: np.ndarray, dtype: torch.dtype, device: torch.device) -> Te
     if not _is_kept_on(device):
         return torch.from_numpy(values).to(device=device, dtype=dtype)
     made = _kept(values.tobytes(), values.dtype.str, values.shape, dtype, device)
-    if _device.is_captured(device):
+    if _modes.is_captured(device):
         _read_by_graphs.append(made)
     return made
 
@@ -32,12 +32,12 @@ def own_constant(values: np.ndarray, dtype: torch.dtype, device: torch.device) -
 
 
 def _is_kept_on(device: torch.device) -> bool:
-    return device.type == "cuda" and _ops.plainly_eager()
+    return device.type == "cuda" and _modes.plainly_eager()
 
 
 @functools.lru_cache(maxsize=256)
 def _kept(data: bytes, kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if _device.is_captured(device):
+    if _modes.is_captured(device):
         raise RuntimeError(
             "a solve can be captured in a CUDA graph only after one with the same settings, which brings its times and coefficients to "
             "the device: call it once before the capture"

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fm_fast import _checks, _ops, reference
-from fm_fast._solver.probes import LARGEST_INDEX, Probes
+from fm_fast import _checks, _modes, _ops, reference
+from fm_fast._philox import INDEX_LIMIT
+from fm_fast._solver.probes import Probes
 from fm_fast._solver.recording import Network, Recorded, measured_graph, record
 
 Number = float | Tensor  # a tensor where it has a gradient
@@ -44,7 +45,7 @@ class Estimator:
         """The network's output for x, to :meth:`add`; the first one tells how much memory its graph takes."""
         if self._chunk is not None:
             return record(network, x)
-        if _ops.transforms_active():  # which hide that memory
+        if _modes.transforms_active():  # which hide that memory
             self._chunk = 1
             return record(network, x)
         with measured_graph() as sizes:
@@ -57,12 +58,12 @@ class Estimator:
 
         last: the graph of the output is not needed any more.
         """
-        if index + self.probes.groups > LARGEST_INDEX:
-            raise ValueError(f"probes x evaluations must stay below {LARGEST_INDEX}, got draw number {index + self.probes.groups}")
+        if index + self.probes.groups > INDEX_LIMIT:
+            raise ValueError(f"probes x evaluations must stay below {INDEX_LIMIT}, got draw number {index + self.probes.groups}")
         if self.probes.exact:
             self.dots = self._trace(recorded, last)[None]
             self._accumulate(self.dots, bias, factor)
-        elif isinstance(bias, Tensor) or isinstance(factor, Tensor) or self.create_graph or _ops.transforms_active():
+        elif isinstance(bias, Tensor) or isinstance(factor, Tensor) or self.create_graph or _modes.transforms_active():
             self._add_plain(recorded, index, bias, factor)
         else:
             self._add_fused(recorded, index, bias, factor, last)

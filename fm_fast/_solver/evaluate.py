@@ -12,7 +12,7 @@ from fm_fast._solver.plan import Plan
 
 
 def make_evaluate(field: Field, plan: Plan, start: Tensor, rerun: bool = False) -> Evaluate:
-    """The model at the plan's times, for the loop of ``_solve``; ``rerun``: in the backward pass, instead of keeping its graph."""
+    """The model at the plan's times, for the loop of ``loop.run``; ``rerun``: in the backward pass, instead of keeping its graph."""
     times = time_tensor(plan, start)
     evaluate = _guided(field, plan, times) if field.doubled is not None else _plain(field, times, start.shape)
     if start.dim() > 3:

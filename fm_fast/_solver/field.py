@@ -131,9 +131,9 @@ def make_field(
 def _doubled(name: str, value: Any, null: Any, batch: int) -> Any:
     """A condition of the double batch: the given values, then the null values."""
     if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
-        if isinstance(null, bool) or not isinstance(null, (int, float, Tensor)):
+        if not (_checks.is_number(null) or isinstance(null, Tensor)):
             raise TypeError(f"guidance.null[{name!r}] must be a tensor or a number, got {type(null).__name__}")
-        if isinstance(null, float) and not value.is_floating_point() and null != int(null):
+        if _checks.is_number(null) and not value.is_floating_point() and not float(null).is_integer():
             raise ValueError(f"guidance.null[{name!r}] must be a whole number like the condition, {value.dtype}, got {null}")
         other = null.to(value) if isinstance(null, Tensor) else value.new_full((), null)
         try:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fm_fast import _ops, reference
+from fm_fast import _modes, reference
 from fm_fast._solver.adaptive import solve_adaptive
 from fm_fast._solver.estimator import Estimator
 from fm_fast._solver.evaluate import make_mixed
 from fm_fast._solver.field import Field
-from fm_fast._solver.learned import Factors, plan_and_factors, velocities
+from fm_fast._solver.learned import LearnedFactors, plan_and_factors, velocities
 from fm_fast._solver.loop import Evaluate, Layout, make_state, run
 from fm_fast._solver.plan import Plan
 from fm_fast._solver.probes import Probes, single_probe
@@ -114,7 +114,7 @@ def control_draws(task: Task, plan: Plan, steps_a_draw: int) -> list[int]:
 # Fixed steps
 
 
-def _fixed(task: Task, start: Tensor, plan: Plan, measures: list[Measure], factors: Factors | None) -> Integral:
+def _fixed(task: Task, start: Tensor, plan: Plan, measures: list[Measure], factors: LearnedFactors | None) -> Integral:
     evaluate = _measured(task, plan, start, measures, factors)
     layout = Layout(task.settings.dtype)
     if factors is not None:
@@ -128,10 +128,10 @@ def _fixed(task: Task, start: Tensor, plan: Plan, measures: list[Measure], facto
     return Integral(x, value, variance if known else None, plan.evaluations, products, estimators[-1].sums[0])
 
 
-def _measured(task: Task, plan: Plan, start: Tensor, measures: list[Measure], factors: Factors | None) -> Evaluate:
+def _measured(task: Task, plan: Plan, start: Tensor, measures: list[Measure], factors: LearnedFactors | None) -> Evaluate:
     """The model at the plan's times; where the divergence has a weight, it is measured from the same forward pass."""
     network, size = make_mixed(task.field, plan, start), math.prod(start.shape[1:])
-    weights, keep = plan.weights.tolist(), task.create_graph or _ops.transforms_active()
+    weights, keep = plan.weights.tolist(), task.create_graph or _modes.transforms_active()
     p, r = factors or (plan.x_factors.tolist(), plan.output_factors.tolist())
 
     def evaluate(x: Tensor, number: int) -> Tensor:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fm_fast import _checks, _ops
+from fm_fast import _modes
+from fm_fast._codes import PathCode
 from fm_fast._solver.constants import own_constant
 from fm_fast._solver.loop import Evaluate
 from fm_fast._solver.plan import Plan
@@ -20,9 +21,9 @@ from fm_fast.paths import Path, kernel_form
 
 def is_learned(path: Path, objective: Objective, device: torch.device) -> bool:
     """Whether p or r has a derivative that is recorded now; under a transform, which may hide one, any path of the user's has."""
-    if kernel_form(path)[0] >= 0 and is_built_in(objective):
+    if kernel_form(path)[0] != PathCode.given and is_built_in(objective):
         return False
-    if _ops.transforms_active():
+    if _modes.transforms_active():
         return True
     if not torch.is_grad_enabled():
         return False
@@ -30,7 +31,7 @@ def is_learned(path: Path, objective: Objective, device: torch.device) -> bool:
     return any(factor.requires_grad for factor in velocity_factors(path, objective, middle))
 
 
-class Factors(NamedTuple):
+class LearnedFactors(NamedTuple):
     """(p, r) at each evaluation of a plan, float64 scalars with their graph."""
 
     p: tuple[Tensor, ...]
@@ -41,7 +42,7 @@ class Factors(NamedTuple):
         return self.p[number] * x + self.r[number] * output.to(x.dtype)
 
 
-def plan_and_factors(settings: Settings, device: torch.device) -> tuple[Plan, Factors | None]:
+def plan_and_factors(settings: Settings, device: torch.device) -> tuple[Plan, LearnedFactors | None]:
     """The plan of a solve, and what is not part of it where the path's own parameters take part."""
     if not is_learned(settings.path, settings.objective, device):
         return settings.plan(), None
@@ -49,15 +50,15 @@ def plan_and_factors(settings: Settings, device: torch.device) -> tuple[Plan, Fa
     return plan, _learned_factors(plan, settings.path, settings.objective, device)
 
 
-def _learned_factors(plan: Plan, path: Path, objective: Objective, device: torch.device) -> Factors:
+def _learned_factors(plan: Plan, path: Path, objective: Objective, device: torch.device) -> LearnedFactors:
     """Raises ValueError where they are not finite, if they can be looked at without a wait."""
     times = own_constant(plan.times, torch.float64, device)
     p, r = velocity_factors(path, objective, times)
-    if _checks.values_readable(p, r):
+    if _modes.values_readable(p, r):
         require_finite(path, objective, times, p, r)
-    return Factors(p.unbind(), r.unbind())
+    return LearnedFactors(p.unbind(), r.unbind())
 
 
-def velocities(factors: Factors, evaluate: Evaluate, dtype: torch.dtype) -> Evaluate:
+def velocities(factors: LearnedFactors, evaluate: Evaluate, dtype: torch.dtype) -> Evaluate:
     """The velocity in x's dtype, from the output for an input of ``dtype``."""
     return lambda x, number: factors.velocity(number, x, evaluate(x.to(dtype), number))

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fm_fast import _ops, reference
+from fm_fast import _modes, _ops, reference
 from fm_fast._solver.constants import constant
 from fm_fast._solver.plan import Plan, Stage
 
@@ -222,7 +222,7 @@ class PlainState:
                 self._writes.watch(output)
             self._history.appendleft(output if factors is None else reference.linear_step(self.x, [output], factors[row], scale))
             outputs = [self._history[lag] for lag in stage.lags]
-            if len(outputs) > 1 and not _ops.transforms_active() and _share_memory(outputs):
+            if len(outputs) > 1 and not _modes.transforms_active() and _share_memory(outputs):
                 self._writes.require_none(outputs)
             x = reference.linear_step(self.x, outputs, coefficients[row], scale)
             self.x = x if stage.ends_step else self.x

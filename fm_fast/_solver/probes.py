@@ -25,7 +25,6 @@ from fm_fast._solver.constants import constant
 
 KINDS = ("auto", "exact", "rademacher", "gaussian", "hadamard", "coloured")
 ALWAYS_EXACT = 4
-LARGEST_INDEX = 2**24
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fm_fast import _ops
+from fm_fast import _modes, _ops
 
 Network = Callable[[Tensor], Tensor]
 
@@ -28,7 +28,7 @@ def record(network: Network, x: Tensor) -> Recorded:
 
     Raises RuntimeError if autograd does not see that the output depends on x.
     """
-    return _Pullback(network, x) if _ops.transforms_active() else _Graph(network, x)
+    return _Pullback(network, x) if _modes.transforms_active() else _Graph(network, x)
 
 
 class _Graph:
@@ -97,7 +97,7 @@ def measured_graph() -> Iterator[dict[int, int]]:
 
 def check_gradient(create_graph: bool) -> None:
     """ValueError where a ``torch.func`` transform asks for the gradient that is not recorded, which would be zero in silence."""
-    if not create_graph and _ops.gradient_transform_active():
+    if not create_graph and _modes.gradient_transform_active():
         raise ValueError(
             "create_graph must be True under torch.func.grad, vjp, jacrev and hessian, or the derivative would be zero, got False"
         )
@@ -114,7 +114,7 @@ def solving(model: object, create_graph: bool) -> Iterator[None]:
 def _frozen(model: object, freeze: bool) -> Iterator[None]:
     """The parameters of a module do not require gradients meanwhile: without it, autograd keeps activations that only they need."""
     module = getattr(model, "__self__", model)
-    freeze = freeze and not _ops.transforms_active()  # which forbid to change what requires a gradient
+    freeze = freeze and not _modes.transforms_active()  # which forbid to change what requires a gradient
     wanted = [p for p in module.parameters() if p.requires_grad] if freeze and isinstance(module, torch.nn.Module) else []
     for parameter in wanted:
         parameter.requires_grad_(False)

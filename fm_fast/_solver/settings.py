@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fm_fast import _backends, _checks, _device, _ops
+from fm_fast import _backends, _checks, _modes
 from fm_fast._solver.plan import Plan, make_plan
 from fm_fast.grids import Grid, grid_nodes, with_times
 from fm_fast.objectives import Objective, as_objective, velocity_range
@@ -38,7 +38,7 @@ class Settings:
 
     def plan(self, folded: bool = True) -> Plan:
         assert self.table is not None
-        with _ops.outside_transforms():
+        with _modes.outside_transforms():
             return make_plan(self.table, self.nodes, self.path, self.objective, folded)
 
 
@@ -57,18 +57,13 @@ def make_settings(
     for name, value in (("t0", t0), ("t1", t1)):
         _checks.finite_number(name, value)
     chosen_path, chosen_objective = as_path(path), as_objective(objective)
-    limits = velocity_range(chosen_path, chosen_objective)
-    if is_adaptive(method):
-        nodes = _adaptive_nodes(method, steps, grid, t0, t1, chosen_path, limits)
-    else:
-        as_table(method)
-        with _ops.outside_transforms():
-            nodes = grid_nodes(grid, steps, t0, t1, chosen_path, limits)
-    nodes, saved = _with_saved(nodes, save, adaptive=is_adaptive(method))
+    table, adaptive = (None, str(method)) if is_adaptive(method) else (as_table(method), None)
+    interval = (t0, t1, chosen_path, velocity_range(chosen_path, chosen_objective))
+    nodes = _fixed_nodes(grid, steps, *interval) if adaptive is None else _adaptive_nodes(adaptive, steps, grid, *interval)
+    nodes, saved = _with_saved(nodes, save, adaptive is not None)
     if reverse:
         nodes = nodes[::-1].copy()
         saved = saved if isinstance(save, str) else tuple(len(nodes) - 1 - position for position in saved)
-    table, adaptive = (None, str(method)) if is_adaptive(method) else (as_table(method), None)
     resolved = _backends.resolve("linear_step", start.device, backend)
     return Settings(
         chosen_path, chosen_objective, table, adaptive, nodes, saved, rtol, atol, max_steps, dtype or start.dtype, grad, resolved
@@ -77,17 +72,24 @@ def make_settings(
 
 def _check_transforms(method: object, grad: str) -> None:
     """What torch's transforms cannot go through, told before they say it in their own words."""
-    if is_adaptive(method) and _ops.transforms_active():
+    if is_adaptive(method) and _modes.transforms_active():
         raise ValueError(
             "method must be a fixed-step one under torch.func transforms and forward-mode differentiation, which torchdiffeq does not "
             f"support, got {method!r}"
         )
-    if grad == "checkpoint" and _ops.function_transforms_active():
+    if grad == "checkpoint" and _modes.function_transforms_active():
         raise ValueError('grad must be "none" or "direct" under torch.func transforms, which do not support checkpoints, got "checkpoint"')
 
 
+def _fixed_nodes(
+    grid: str | Grid | Sequence[float], steps: int | None, t0: float, t1: float, path: Path, limits: tuple[float, float]
+) -> np.ndarray:
+    with _modes.outside_transforms():
+        return grid_nodes(grid, steps, t0, t1, path, limits)
+
+
 def _adaptive_nodes(
-    method: object, steps: int | None, grid: object, t0: float, t1: float, path: Path, limits: tuple[float, float]
+    method: str, steps: int | None, grid: object, t0: float, t1: float, path: Path, limits: tuple[float, float]
 ) -> np.ndarray:
     if steps is not None:
         raise ValueError(f"steps must be None for the adaptive method {method!r}, which chooses its own (see rtol and atol), got {steps}")
@@ -117,8 +119,7 @@ def check_finite(values: Tensor, what: str, settings: Settings, on_nonfinite: st
     _checks.one_of("on_nonfinite", on_nonfinite, NONFINITE)
     finite = torch.isfinite(values.detach())
     finite = finite.flatten(1).all(1) if finite.dim() > 1 else finite
-    unreadable = torch.compiler.is_compiling() or _ops.transforms_active() or _device.is_captured(values.device)
-    if on_nonfinite == "raise" and not unreadable and not bool(finite.all()):
+    if on_nonfinite == "raise" and _modes.worth_a_wait(values) and not bool(finite.all()):
         raise FloatingPointError(
             f"{int((~finite).sum())} of {len(finite)} {what} are not finite after the solve to t = {settings.nodes[-1]}; take more steps "
             'or check the model (on_nonfinite="mark" returns them)'

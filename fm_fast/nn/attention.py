@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fm_fast._ops.guard import transforms_active
-from fm_fast._ops.layout import memory_format
+from fm_fast import _modes, _ops
 from fm_fast.nn.convolution import conv1x1, zeroed
 from fm_fast.nn.norm import GroupNormSiLU
 
@@ -36,7 +35,7 @@ class Attention(nn.Module):
         query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = self._mixed(query, key, value).transpose(1, 2).flatten(2)
         image = mixed.transpose(1, 2).unflatten(2, x.shape[2:])
-        return x + self.projection(image.contiguous(memory_format=memory_format(x)))
+        return x + self.projection(image.contiguous(memory_format=_ops.memory_format(x)))
 
     def _mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self._may_fuse():
@@ -44,7 +43,7 @@ class Attention(nn.Module):
         return plain_attention(query, key, value)
 
     def _may_fuse(self) -> bool:
-        if not self.fused or transforms_active():
+        if not self.fused or _modes.transforms_active():
             return False
         return not torch.is_grad_enabled() or (self.training and self.query_key_value.weight.requires_grad)
 

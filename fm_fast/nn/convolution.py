@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fm_fast import _ops
+from fm_fast import _modes, _ops
 
 
 def _emulated_on_cpu() -> frozenset[torch.dtype]:
@@ -60,12 +60,12 @@ def _is_only_differentiated_in(x: Tensor, weight: Tensor, bias: Tensor | None) -
     """Whether autograd will want the gradient of x and of no parameter, and no transform looks for PyTorch's own convolution."""
     if not (torch.is_grad_enabled() and x.requires_grad) or weight.requires_grad or (bias is not None and bias.requires_grad):
         return False
-    return not torch.is_autocast_enabled(x.device.type) and _ops.plainly_eager() and not _ops.transforms_active()
+    return not torch.is_autocast_enabled(x.device.type) and _modes.plainly_eager() and not _modes.transforms_active()
 
 
 def _kernel_of_gradients(x: Tensor, weight: Tensor) -> str | None:
     """The backend of ``conv_weight_grad`` where autograd will want the gradient of the weight and a kernel is faster than PyTorch's."""
-    if not (torch.is_grad_enabled() and weight.requires_grad and _ops.plainly_eager()) or _ops.transforms_active() or x.is_inference():
+    if not (torch.is_grad_enabled() and weight.requires_grad and _modes.plainly_eager()) or _modes.transforms_active() or x.is_inference():
         return None
     backend = _ops.conv_weight_grad_backend(x, weight)
     return None if backend == "reference" or torch.is_autocast_enabled("cpu") else backend

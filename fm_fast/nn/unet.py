@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fm_fast import _checks
-from fm_fast._ops.guard import transforms_active
+from fm_fast import _checks, _modes
 from fm_fast.nn.attention import Attention
 from fm_fast.nn.config import UNetConfig
 from fm_fast.nn.convolution import Convolution, conv3x3, zeroed
@@ -101,7 +100,7 @@ class UNet(nn.Module):
     def _key(self) -> Tensor | None:
         if not self.training or self.config.dropout == 0.0:
             return None
-        if _checks.values_readable(self.dropout_key) and self.dropout_key[0] < 0:
+        if _modes.values_readable(self.dropout_key) and self.dropout_key[0] < 0:
             raise ValueError(
                 "dropout_key: expected set_dropout_key(seed, step, first_id) before each training step, but it was never called"
             )
@@ -120,7 +119,7 @@ class UNet(nn.Module):
             enlarged = F.interpolate(low_resolution.to(image.dtype), size=x.shape[2:], mode="bicubic")
             image = torch.cat([image, enlarged], dim=1)
         # The fused layers train a seventh faster in this layout (CPU, float32); the plain ones keep what they are given.
-        keeps = not self.fused or transforms_active()
+        keeps = not self.fused or _modes.transforms_active()
         return image if keeps else image.contiguous(memory_format=torch.channels_last)
 
 
@@ -188,7 +187,7 @@ def _check_labels(config: UNetConfig, x: Tensor, y: Tensor) -> None:
         raise TypeError(f"y: expected int64 labels, got {y.dtype}")
     if y.shape != x.shape[:1]:
         raise ValueError(f"y: expected shape [{x.shape[0]}], got {list(y.shape)}")
-    if len(y) and _checks.values_readable(y):
+    if len(y) and _modes.values_readable(y):
         _check_range(config, *map(int, y.aminmax()))
 
 

@@ -1,4 +1,4 @@
-"""Ops ``path_sample`` and ``path_loss``: allocation, the autograd Function and the calls of the kernels."""
+"""Op ``path_loss``: the loss and its gradient in one pass, and the autograd Function around it."""
 
 from typing import Any
 
@@ -7,41 +7,17 @@ from torch import Tensor
 
 from fm_fast import reference
 from fm_fast._ops import schemas
-from fm_fast._ops.guard import absent, is_batched, run, savable
+from fm_fast._ops.guard import absent, is_batched, savable
 from fm_fast._ops.layout import native_layout
 from fm_fast._spec import PathSpec
 
-GIVEN_TIME = -1
-_path_sample = schemas.op("path_sample")
 _path_loss = schemas.op("path_loss")
 _path_loss_backward = schemas.op("path_loss_backward")
 
 
-def path_sample(
-    x1: Tensor,
-    x0: Tensor | None,
-    t: Tensor | None,
-    coefficients: Tensor | None,
-    key: Tensor,
-    spec: PathSpec,
-    dtype: torch.dtype,
-    wide: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_t of ``dtype``, t [B] and coefficients [B, 6] of dtype ``wide``) in one pass over x1.
-
-    With ``coefficients`` given, t is too and both are used as they are.
-    """
-    x1 = native_layout(x1)
-    x_t = torch.empty_like(x1, dtype=dtype)
-    sampler = spec.t_sampler.code if t is None else GIVEN_TIME
-    times = x1.new_empty(x1.shape[0], dtype=wide) if t is None else t
-    rows = x1.new_empty(x1.shape[0], 6, dtype=wide) if coefficients is None else coefficients
-    path = spec.kernel_path if coefficients is None else (GIVEN_TIME, 0.0, 0.0)
-    times_drawn = (sampler, spec.t_sampler.mean, spec.t_sampler.std, *spec.t_range)
-    x0 = absent(rows) if x0 is None else native_layout(x0)
-    run(_path_sample[backend], x_t, times, rows, x1, x0, key, *path, spec.objective.code, *times_drawn, *_data_map(spec))
-    return x_t, times, rows
+def recovers_noise(x0: Tensor | None, backend: str) -> bool:
+    """Whether the kernel may divide drawn noise out of x_t: a CPU draws slower than it reads, a GPU faster."""
+    return x0 is None and backend == "cpp"
 
 
 def path_loss(
@@ -64,16 +40,12 @@ def path_loss(
     x0 = absent(coefficients) if x0 is None else native_layout(x0)
     mask = absent(coefficients) if weight is None else _kernel_weight(weight, o, coefficients.dtype)
     inputs = (native_layout(o), native_layout(x1), x0, key, coefficients, mask)
-    tail = (reference.REDUCTIONS.index(reduction), *_data_map(spec))
+    tail = (reference.REDUCTIONS.index(reduction), *spec.data_map)
     if torch.is_grad_enabled() and o.requires_grad:
         o, *others = savable(inputs)
         return _PathLoss.apply(o, tuple(others), x_t, tail, backend)
     with torch.no_grad():  # the raw op would otherwise look for gradients to refuse
         return _fused_loss(inputs, x_t, tail, backend, with_gradient=False)[0]
-
-
-def _data_map(spec: PathSpec) -> tuple[float, int, bool]:
-    return spec.flip, spec.levels, spec.dequantise
 
 
 def _fused_loss(

@@ -1,0 +1,52 @@
+"""What torch is doing: transforms, compilers, modes and captures, and whether values may be looked at meanwhile."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+
+def transforms_active() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode differentiation is running, which only plain PyTorch supports."""
+    return function_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def function_transforms_active() -> bool:
+    """Whether a ``torch.func`` transform is running."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def gradient_transform_active() -> bool:
+    """Whether one of them is reverse-mode differentiation."""
+    return function_transforms_active() and any(level.key() == TransformType.Grad for level in get_interpreter_stack() or ())
+
+
+def outside_transforms() -> contextlib.AbstractContextManager[Any]:
+    """Where the host computes numbers of its own, which a running ``torch.func`` transform would wrap."""
+    return temporarily_clear_interpreter_stack() if function_transforms_active() else contextlib.nullcontext()
+
+
+def plainly_eager() -> bool:
+    """Whether torch runs without a compiler or a mode that looks at every op: then tensors may be made or shared behind its back."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is being recorded: what is copied from the host now would be copied again at every replay."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def values_readable(*tensors: Tensor) -> bool:
+    """Whether values may be looked at without a wait: plain CPU tensors only, and no mode that records, which a number read escapes."""
+    if function_transforms_active() or not plainly_eager():
+        return False
+    # A subclass may hold no values at all, as fake tensors do.
+    return all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors)
+
+
+def worth_a_wait(values: Tensor) -> bool:
+    """Whether values may be looked at once their device has finished; not while they are traced, transformed or captured."""
+    return not (torch.compiler.is_compiling() or transforms_active() or values.is_meta or is_captured(values.device))
