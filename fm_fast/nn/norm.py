@@ -120,7 +120,8 @@ def _check_second(x: Tensor, second: Tensor) -> None:
 
 
 def _check_modulation(name: str, value: Tensor, x: Tensor, channels: int) -> None:
-    _checks.state(name, value)
+    _checks.tensor(name, value)
+    _checks.floating(name, value)
     if value.shape != (x.shape[0], channels):
         raise ValueError(f"{name} must have shape {(x.shape[0], channels)}, got {tuple(value.shape)}")
     _checks.same_device(name, value, x, "x")
