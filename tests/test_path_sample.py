@@ -218,7 +218,7 @@ def test_stratified_times_cover_the_interval(backend):
     assert float(gaps.max()) < 3.5 / 64
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (0, 5), (4, 0), (2, 3, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (0, 5), (4, 0), (2, 3, 0), (2, 0, 3), (1, 0, 5, 3)], ids=str)
 def test_empty_data(shape, backend):
     s = fm.sample_path(data(shape), seed=SEED, step=STEP, backend=backend)
     assert s.x_t.shape == shape

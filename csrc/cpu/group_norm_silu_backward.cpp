@@ -192,7 +192,7 @@ class Backward {
     for_each_piece(args_.norm, unit, [&](const Piece& piece, const View& input) {
       int64_t c = piece.tile.channel - unit.channel;
       BackwardNumbers<T> numbers = all_numbers.from(c);
-      const View& output = piece.first == 0 ? args_.grad_x : args_.grad_second;
+      const View& output = piece.tile.channel < args_.norm.first_channels ? args_.grad_x : args_.grad_second;
       Block<const S> x = input_block<S>(input, piece, piece.first, space_.x);
       Block<T> dz = {keeps() ? next : space_.dz, piece.width()};
       if (keeps())
