@@ -23,8 +23,8 @@ struct NoiseCall {
 struct ScheduleCall {
   void *t, *coefficients;
   bool wide;
-  Path path;  // kPathGiven: both are there already
-  int objective;
+  Path path;      // kPathGiven: both are there already
+  int objective;  // of no meaning for kPathGiven
   TimeLaw law;
 };
 
@@ -108,6 +108,11 @@ constexpr const char* kLinearStepArguments = "TTTLTif";
 constexpr const char* kProbeArguments = "TTTTiii";
 constexpr const char* kDivergenceStepArguments = "TTTTTTiiiiiff";
 
+// One of the numbers that a tensor of coefficients holds.
+FM_HD double coefficient_at(const void* coefficients, Dtype dtype, int64_t sample, int column) {
+  return number_at(coefficients, dtype, kColumns * sample + column);
+}
+
 // The six numbers of a sample and its time, which is clamped where it is given.
 template <class T>
 FM_HD Coefficients coefficients_of(const ScheduleCall& schedule, const Key& key, int64_t sample, T* time) {
@@ -121,14 +126,14 @@ FM_HD Coefficients coefficients_of(const ScheduleCall& schedule, const Key& key,
 
 template <class T>
 FM_HD void put_coefficients(const ScheduleCall& schedule, int64_t sample, T time, const Coefficients& c) {
-  T* row = static_cast<T*>(schedule.coefficients) + 6 * sample;
+  T* row = static_cast<T*>(schedule.coefficients) + kColumns * sample;
   static_cast<T*>(schedule.t)[sample] = time;
-  row[0] = static_cast<T>(c.a);
-  row[1] = static_cast<T>(c.s);
-  row[2] = static_cast<T>(c.c1);
-  row[3] = static_cast<T>(c.c0);
-  row[4] = static_cast<T>(c.k);
-  row[5] = static_cast<T>(c.w);
+  row[kA] = static_cast<T>(c.a);
+  row[kS] = static_cast<T>(c.s);
+  row[kC1] = static_cast<T>(c.c1);
+  row[kC0] = static_cast<T>(c.c0);
+  row[kK] = static_cast<T>(c.k);
+  row[kW] = static_cast<T>(c.w);
 }
 
 }  // namespace fm

@@ -1,4 +1,4 @@
-// The loss of one element, w (k o - (c1 x1 + c0 x0))^2, and its derivative with respect to o.
+// The loss of one element, w (k o - (c1 x1 + c0 x0))^2 (paper eq. 14; OT: eq. 23), and its derivative with respect to o.
 #pragma once
 
 #include "hd.h"
@@ -14,6 +14,7 @@ struct LossTerm {
   T grad_scale;  // derivative of the reduced loss: 2 w k, the sample's weight, 1/N and the incoming gradient
 };
 
+// x_t (paper eq. 11; OT: eq. 22), and the target of the loss.
 template <class T>
 FM_HD T interpolate(T a, T x1, T s, T x0) {
   return a * x1 + s * x0;

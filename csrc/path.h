@@ -1,5 +1,5 @@
-// Probability paths and objectives: the six numbers (a, s, c1, c0, k, w) of a sample, with x_t = a x1 + s x0 and
-// loss = w ||k o - (c1 x1 + c0 x0)||^2, and the laws from which t is drawn.
+// Probability paths and objectives: the six numbers (a, s, c1, c0, k, w) of a sample, with x_t = a x1 + s x0 (paper eq. 11) and
+// loss = w ||k o - (c1 x1 + c0 x0)||^2 (eq. 14), and the laws from which t is drawn.
 #pragma once
 
 #include "normal.h"
@@ -24,11 +24,15 @@ struct Coefficients {
   double a, s, c1, c0, k, w;
 };
 
+// Where they stand in a sample's row of a tensor [B, kColumns].
+enum CoefficientColumn : int { kA, kS, kC1, kC0, kK, kW, kColumns };
+
 struct TimeLaw {
   int sampler;
   double mean, std, low, high;
 };
 
+// Paper eq. 18, with the linear beta of its appendix E.1.
 FM_HD Schedule schedule_vp(double beta_min, double beta_max, double t) {
   double left = 1.0 - t;
   double integral = beta_min * left + 0.5 * (beta_max - beta_min) * left * left;
@@ -37,6 +41,7 @@ FM_HD Schedule schedule_vp(double beta_min, double beta_max, double t) {
   return Schedule{alpha, sigma, d_alpha, -alpha * d_alpha / sigma};
 }
 
+// Paper eq. 16.
 FM_HD Schedule schedule_ve(double sigma_min, double sigma_max, double t) {
   double growth = log(sigma_max / sigma_min), sigma = sigma_min * exp((1.0 - t) * growth);
   return Schedule{1.0, sigma, 0.0, -sigma * growth};
@@ -61,15 +66,16 @@ FM_HD Schedule schedule(const Path& path, double t) {
     sin_cos_of_quarter_turn(t, &alpha, &sigma);
     return Schedule{alpha, sigma, kHalfPi * sigma, -kHalfPi * alpha};
   }
-  return Schedule{t, 1.0 - (1.0 - path.a) * t, 1.0, -(1.0 - path.a)};
+  return Schedule{t, 1.0 - (1.0 - path.a) * t, 1.0, -(1.0 - path.a)};  // OT, paper eq. 20
 }
 
 FM_HD Coefficients coefficients(const Path& path, int objective, double t) {
   Schedule p = schedule(path, t);
-  if (objective == kVelocity) return Coefficients{p.alpha, p.sigma, p.d_alpha, p.d_sigma, 1.0, 1.0};
-  if (objective == kNoise) return Coefficients{p.alpha, p.sigma, 0.0, 1.0, 1.0, 1.0};
+  if (objective == kVelocity) return Coefficients{p.alpha, p.sigma, p.d_alpha, p.d_sigma, 1.0, 1.0};  // OT: paper eq. 23
+  if (objective == kNoise) return Coefficients{p.alpha, p.sigma, 0.0, 1.0, 1.0, 1.0};                 // paper eq. 45
   if (objective == kData) return Coefficients{p.alpha, p.sigma, 1.0, 0.0, 1.0, 1.0};
-  // The score's target is -x0 / sigma; multiplying by sigma keeps it finite at sigma = 0. ScoreFlow weighs by g^2 / sigma^2.
+  // The score's target is -x0 / sigma (paper eq. 43 with the other sign); multiplying by sigma keeps it finite at sigma = 0. ScoreFlow
+  // weighs by g^2 / sigma^2 (appendix E.1).
   double weight = objective == kScoreFlow ? 2.0 * (p.d_alpha / p.alpha - p.d_sigma / p.sigma) : 1.0;
   return Coefficients{p.alpha, p.sigma, 0.0, -1.0, p.sigma, weight};
 }
@@ -80,7 +86,7 @@ FM_HD double clamp_time(const TimeLaw& law, double t) { return t < law.low ? law
 // Stratified times are an integer lattice: any run of consecutive ids is well spread.
 FM_HD uint32_t lattice_start(const Stream& stream) { return stream_words(stream, 0, 0).w[0]; }
 
-FM_HD float lattice_time(uint32_t start, uint32_t sample_id) { return uniform_from_word(start + sample_id * 0x9E3779B9u); }
+FM_HD float lattice_time(uint32_t start, uint32_t sample_id) { return uniform_from_word(start + sample_id * kGolden); }
 
 // The random number behind a sample's time: standard normal for the logit-normal law, else uniform.
 FM_HD float time_number(const TimeLaw& law, const Stream& stream, uint32_t sample_id) {

@@ -7,7 +7,8 @@ namespace fm {
 
 constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u;
 constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57u;
-constexpr uint32_t kPhiloxKeyBump0 = 0x9E3779B9u;
+constexpr uint32_t kGolden = 0x9E3779B9u;  // 2^32 over the golden ratio
+constexpr uint32_t kPhiloxKeyBump0 = kGolden;
 constexpr uint32_t kPhiloxKeyBump1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
@@ -18,11 +19,17 @@ constexpr uint32_t kStreamDequantise = 3;
 constexpr uint32_t kStreamFlip = 5;
 constexpr uint32_t kStreamDropout = 6;
 
+constexpr int kStreamBits = 8;
+constexpr int64_t kStreamLimit = 1 << kStreamBits, kIndexLimit = 1 << (32 - kStreamBits);
+
 struct Words {
   uint32_t w[4];
 };
 
-// The part of a counter and key that all draws of one stream share. `tag` holds stream | index << 8.
+// The last word of a counter: what is drawn, and which draw of its kind.
+FM_HD uint32_t tag_of(uint32_t stream, uint32_t index) { return stream | index << kStreamBits; }
+
+// The part of a counter and key that all draws of one stream and index share. `tag` holds both.
 struct Stream {
   uint32_t key0, key1, step, tag;
 };

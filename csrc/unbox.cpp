@@ -176,6 +176,8 @@ KeyWords key_words(const abi::Tensor& key, int64_t batch) {
   return KeyWords{static_cast<const int64_t*>(key.data()), numel == 2 + batch};
 }
 
+DataTransform read_transform(abi::Arguments* in) { return DataTransform{in->number(), in->number(), in->flag()}; }
+
 namespace {
 
 void refuse_grad(const abi::Tensor& input) {

@@ -47,6 +47,9 @@ const int64_t* dense_integers(const abi::Tensor& tensor);
 // (seed, step, first id) or (seed, step, one id a sample).
 KeyWords key_words(const abi::Tensor& key, int64_t batch);
 
+// (flip, levels, dequantise)
+DataTransform read_transform(abi::Arguments* in);
+
 // Fails if gradients are being recorded and one of the inputs wants its own: raw ops have no derivative.
 void refuse_grad(std::initializer_list<const abi::Tensor*> inputs);
 

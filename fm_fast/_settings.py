@@ -1,4 +1,4 @@
-"""Checks of frozen dataclasses of settings: every field holds what its annotation says, and its numbers are finite."""
+"""Checks of frozen dataclasses of settings: every field holds what its annotation says, its numbers are finite, and they fit."""
 
 import functools
 import math
@@ -17,6 +17,12 @@ def check_types(settings: Any, unlimited: Collection[str] = ()) -> None:
     for name, hint in _hints(type(settings)).items():
         check = _check_tuple if get_origin(hint) is tuple else _check_one
         check(name, getattr(settings, name), hint, name in unlimited)
+
+
+def require(name: str, holds: bool, expected: str, got: object) -> None:
+    """ValueError that names the field unless its value fits."""
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
 @functools.cache

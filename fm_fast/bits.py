@@ -40,7 +40,12 @@ class BitsPerDim:
     @property
     def mean_std_err(self) -> float:
         """Standard error of the mean, from the spread over the batch: data, dequantisation and probes together. nan for one sample."""
-        return float(self.bpd.std() / math.sqrt(len(self.bpd))) if len(self.bpd) > 1 else math.nan
+        return standard_error(self.bpd)
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of values [B], from their spread; nan for one."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def bits_per_dim(

@@ -8,13 +8,16 @@ from dataclasses import Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import fm_fast
 from fm_fast._version import __version__
 from fm_fast.cli_evaluate import add_evaluate
 from fm_fast.cli_likelihood import add_likelihood
 from fm_fast.cli_reproduce import add_reproduce
 from fm_fast.cli_sample import add_sample
 from fm_fast.train.config import TrainConfig
+from fm_fast.train.loop import train
 from fm_fast.train.presets import PRESETS, SUMMARIES
+from fm_fast.train.run_folder import RunFolder
 
 # Fields of the network that the data decides.
 FROM_DATA = ("image_size", "image_channels", "classes", "low_resolution_channels")
@@ -119,8 +122,6 @@ def _preset(name: str | None, given: dict[str, Any]) -> TrainConfig:
 
 def _resumed(name: str | None, given: dict[str, Any]) -> TrainConfig:
     """The settings of the run in the folder --out, or the preset's; of a preset's own settings its data count as asked for."""
-    from fm_fast.train.run_folder import RunFolder
-
     preset = PRESETS.get(name or "")
     if preset is None and "out" not in given:
         raise ValueError(f"train: expected --out FOLDER, or a preset ({', '.join(PRESETS)}), with --resume")
@@ -129,8 +130,6 @@ def _resumed(name: str | None, given: dict[str, Any]) -> TrainConfig:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from fm_fast.train.loop import train
-
     config = config_from(options)
     if not config.data:
         raise ValueError(f"data: expected --data PATH with preset {options.preset}")
@@ -138,6 +137,4 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    import fm_fast
-
     print(fm_fast.info())

@@ -6,13 +6,17 @@ import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fm_fast.cli_likelihood import held_out_data
-from fm_fast.cli_sample import add_run, positive, require_folder
+import torch
 
-if TYPE_CHECKING:
-    from fm_fast.train.evaluate import Evaluation
+from fm_fast.cli_options import add_run, held_out_data, positive, require_folder, warn_without_dequantisation
+from fm_fast.train.config import TrainConfig
+from fm_fast.train.data import Dataset, load_dataset
+from fm_fast.train.devices import pick_device
+from fm_fast.train.evaluate import Evaluation, evaluate_network
+from fm_fast.train.quality import require_torch_fidelity
+from fm_fast.train.weights import load_model
 
 NOT_FID = "a distance of a small classifier's features, trained on this data set; it is not FID"
 
@@ -37,23 +41,12 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    import torch
-
-    from fm_fast.train.data import load_dataset
-    from fm_fast.train.evaluate import evaluate_network
-    from fm_fast.train.loop import pick_device
-    from fm_fast.train.quality import require_torch_fidelity
-    from fm_fast.train.weights import load_model
-
     device = pick_device(options.device)
     model, config = load_model(options.checkpoint)
-    held_out = held_out_data(options.data or f"{config.data}:test", options.limit, config)
+    held_out = held_out_data(options.data, options.limit, config)
     train = load_dataset(config.data, "train", config.preparation)
-    if options.json is not None:
-        require_folder(options.json)
-    if options.fid:
-        require_torch_fidelity()
-    _warn(config.dequantise, torch.equal(held_out.images, train.images[: len(held_out)]))
+    _check(options)
+    _warn(config, train, held_out)
     print(f"{held_out.name}: {len(held_out)} held-out images; {config.objective}; dopri5, tolerance {options.tolerance:g}", flush=True)
     result = evaluate_network(
         model.to(device), config, train.to(device), held_out.to(device), seed=options.seed, batch_size=options.batch_size,
@@ -61,25 +54,25 @@ def _evaluate(options: argparse.Namespace) -> None:
     )  # fmt: skip
     print(report(result))
     if options.json is not None:
-        settings = {name: getattr(options, name) for name in ("seed", "batch_size", "unconditional", "draws", "probes", "tolerance")}
-        content = {
-            "checkpoint": str(options.checkpoint),
-            "data": held_out.name,
-            "objective": config.objective,
-            **settings,
-            **record(result),
-        }
+        content = _settings(options, config, held_out) | record(result)
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _warn(dequantised: bool, same: bool) -> None:
-    if not dequantised:
-        print("fm-fast: warning: the network was not trained with --dequantise, so its bits/dim say little", file=sys.stderr)
-    if same:
+def _check(options: argparse.Namespace) -> None:
+    """What the end of the work needs."""
+    if options.json is not None:
+        require_folder(options.json)
+    if options.fid:
+        require_torch_fidelity()
+
+
+def _warn(config: TrainConfig, train: Dataset, held_out: Dataset) -> None:
+    warn_without_dequantisation(config)
+    if torch.equal(held_out.images, train.images[: len(held_out)]):
         print("fm-fast: warning: the held-out images are training images; name others with --data", file=sys.stderr)
 
 
-def report(result: "Evaluation") -> str:
+def report(result: Evaluation) -> str:
     """For people."""
     bits, samples, quality = result.bits, result.samples, result.quality
     agreement = "unknown without classes" if quality.agreement is None else f"{quality.agreement:.1%}"
@@ -98,7 +91,13 @@ def report(result: "Evaluation") -> str:
     )
 
 
-def record(result: "Evaluation") -> dict[str, Any]:
+def _settings(options: argparse.Namespace, config: TrainConfig, held_out: Dataset) -> dict[str, Any]:
+    names = ("seed", "batch_size", "unconditional", "draws", "probes", "tolerance")
+    given = {name: getattr(options, name) for name in names}
+    return {"checkpoint": str(options.checkpoint), "data": held_out.name, "objective": config.objective, **given}
+
+
+def record(result: Evaluation) -> dict[str, Any]:
     """For programs."""
     bits, samples = result.bits, result.samples
     return {

@@ -2,21 +2,18 @@
 
 import argparse
 import json
-import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fm_fast.cli_sample import add_run, add_solver, positive, require_folder
+from fm_fast._solver.probes import KINDS
+from fm_fast.cli_options import add_run, add_solver, held_out_data, positive, require_folder, require_no_steps, warn_without_dequantisation
 from fm_fast.solvers import ADAPTIVE, METHODS, is_adaptive
+from fm_fast.train.config import TrainConfig
+from fm_fast.train.data import Dataset
+from fm_fast.train.devices import pick_device
+from fm_fast.train.likelihood import DatasetBits, dataset_bits
+from fm_fast.train.weights import load_model
 
-if TYPE_CHECKING:
-    from fm_fast.train.config import TrainConfig
-    from fm_fast.train.data import Dataset
-    from fm_fast.train.likelihood import DatasetBits
-
-SPLITS = ("train", "test")
-KINDS = ("auto", "exact", "rademacher", "gaussian", "hadamard", "coloured")
 STEPS = 100
 
 
@@ -46,15 +43,10 @@ def add_likelihood(commands: Any) -> None:
 
 
 def _likelihood(options: argparse.Namespace) -> None:
-    from fm_fast.train.likelihood import dataset_bits
-    from fm_fast.train.loop import pick_device
-    from fm_fast.train.weights import load_model
-
     device, solver = pick_device(options.device), _solver(options)
     model, config = load_model(options.checkpoint)
-    dataset = held_out_data(options.data or f"{config.data}:test", options.limit, config)
-    if not config.dequantise:
-        print("fm-fast: warning: the network was not trained with --dequantise, so its bits/dim say little", file=sys.stderr)
+    dataset = held_out_data(options.data, options.limit, config)
+    warn_without_dequantisation(config)
     if options.json is not None:
         require_folder(options.json)
     print(_headline(options, config, dataset, solver), flush=True)
@@ -66,24 +58,13 @@ def _likelihood(options: argparse.Namespace) -> None:
 
 def _solver(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of bits_per_dim."""
-    if is_adaptive(options.method) and options.steps is not None:
-        raise ValueError(f"steps: expected none for the adaptive method {options.method}, got {options.steps}")
+    require_no_steps(options.method, options.steps)
     steps = None if is_adaptive(options.method) else options.steps or STEPS
     names = ("method", "grid", "rtol", "atol", "probes", "kind", "replicates", "draws", "progress")
     return {"steps": steps, **{name: getattr(options, name) for name in names}}
 
 
-def held_out_data(source: str, limit: int | None, config: "TrainConfig") -> "Dataset":
-    """The data set named digits:train, PATH:test or PATH (its test split), or its first `limit` images, as the run prepares its own."""
-    from fm_fast.train.data import load_dataset
-
-    path, _, split = source.rpartition(":")
-    path, split = (path, split) if path and split in SPLITS else (source, "test")
-    dataset = load_dataset(path, split, config.preparation)
-    return replace(dataset, name=source, images=dataset.images[:limit], labels=dataset.labels[:limit])
-
-
-def _headline(options: argparse.Namespace, config: "TrainConfig", dataset: "Dataset", solver: dict[str, Any]) -> str:
+def _headline(options: argparse.Namespace, config: TrainConfig, dataset: Dataset, solver: dict[str, Any]) -> str:
     channels, height, width = dataset.images.shape[1:]
     steps = "" if solver["steps"] is None else f", {solver['steps']} steps"
     condition = "without labels" if options.unconditional else "given their labels"
@@ -93,7 +74,7 @@ def _headline(options: argparse.Namespace, config: "TrainConfig", dataset: "Data
     )
 
 
-def _report(result: "DatasetBits") -> str:
+def _report(result: DatasetBits) -> str:
     probes = "" if result.probe_std_err is None else f"; {result.probe_std_err:.2g} of it by the probes"
     return (
         f"bits/dim: {result.mean:.4f} +- {result.mean_std_err:.4f} (standard error of the mean over the images{probes})\n"
@@ -101,7 +82,7 @@ def _report(result: "DatasetBits") -> str:
     )
 
 
-def _record(options: argparse.Namespace, dataset: "Dataset", solver: dict[str, Any], result: "DatasetBits") -> dict[str, Any]:
+def _record(options: argparse.Namespace, dataset: Dataset, solver: dict[str, Any], result: DatasetBits) -> dict[str, Any]:
     return {
         "checkpoint": str(options.checkpoint), "data": dataset.name, "images": len(dataset), "levels": dataset.levels,
         "unconditional": options.unconditional, "seed": options.seed, **solver, "bits_per_dim": result.mean,

@@ -5,19 +5,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fm_fast.grids import NAMED as GRIDS
-from fm_fast.solvers import ADAPTIVE, METHODS, is_adaptive
+import numpy as np
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fm_fast.train.config import TrainConfig
+from fm_fast.cli_options import add_run, add_solver, held_out_data, positive, require_folder, require_no_steps
+from fm_fast.solvers import ADAPTIVE, METHODS
+from fm_fast.train.condition import NULL_CLASS
+from fm_fast.train.config import TrainConfig
+from fm_fast.train.data import levels_of
+from fm_fast.train.devices import pick_device
+from fm_fast.train.picture import write_images
+from fm_fast.train.sample import enlargements, sample_classes, sample_enlarged
+from fm_fast.train.weights import load_model
 
 # Classes of one picture are put in rows of at most this many samples.
 LONGEST_ROW = 20
-NO_CLASS = -1
 
 
 def add_sample(commands: Any) -> None:
@@ -41,36 +45,6 @@ def add_sample(commands: Any) -> None:
     parser.set_defaults(run=_sample)
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """What every command that reads a checkpoint takes."""
-    parser.add_argument("checkpoint", metavar="RUN", help="the folder of a run, a checkpoint of it, or a .safetensors file of its weights")
-    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="the result is a function of this number and the settings [0]")
-    parser.add_argument("--batch-size", type=positive, default=256, metavar="INT", help="images at a time; fixed steps give the same [256]")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... [auto]")
-
-
-def add_solver(parser: argparse.ArgumentParser, steps_help: str, steps: int | None) -> None:
-    """The solver's options but for its name."""
-    parser.add_argument("--steps", type=positive, default=steps, metavar="INT", help=steps_help)
-    parser.add_argument("--grid", choices=list(GRIDS), metavar="NAME", default="uniform", help=f"time grid: {', '.join(GRIDS)} [uniform]")
-    parser.add_argument("--rtol", type=float, default=1e-5, metavar="FLOAT", help="relative tolerance of an adaptive method [1e-5]")
-    parser.add_argument("--atol", type=float, default=1e-5, metavar="FLOAT", help="absolute tolerance of an adaptive method [1e-5]")
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
-def require_folder(file: Path) -> None:
-    """Told before the work that would be lost, not after it."""
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"{file}: there is no folder {file.parent}")
-
-
 def _output_file(text: str) -> Path:
     if Path(text).suffix not in (".png", ".npz"):
         raise argparse.ArgumentTypeError(f"expected a name that ends in .png or .npz, got {text!r}")
@@ -78,11 +52,6 @@ def _output_file(text: str) -> Path:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from fm_fast.train.data import levels_of
-    from fm_fast.train.loop import pick_device
-    from fm_fast.train.sample import sample_classes
-    from fm_fast.train.weights import load_model
-
     device = pick_device(options.device)
     model, config = load_model(options.checkpoint)
     classes, solver, levels = _classes(options.classes, config.model.classes), _solver(options, config), levels_of(config.data)
@@ -100,16 +69,13 @@ def _sample(options: argparse.Namespace) -> None:
     print(f"{options.out}: {len(images)} samples by {solver['method']}, guidance {solver['guidance']:g}, in {seconds:.1f} s")
 
 
-def _enlarged(options: argparse.Namespace, model: Any, config: "TrainConfig", solver: dict[str, Any]) -> "Tensor":
+def _enlarged(options: argparse.Namespace, model: nn.Module, config: TrainConfig, solver: dict[str, Any]) -> Tensor:
     """Samples of images' reduced images, written beside these and the originals; a row of a picture holds one image, or an archive all."""
-    from fm_fast.cli_likelihood import held_out_data
-    from fm_fast.train.sample import enlargements, sample_enlarged
-
     if options.classes not in (["all"], ["none"]):
         raise ValueError(f"classes: expected all or none, because an image brings its own, got {' '.join(options.classes)}")
-    originals = held_out_data(options.data or f"{config.data}:test", options.count, config)
+    originals = held_out_data(options.data, options.count, config)
     if options.classes == ["none"]:
-        originals = replace(originals, labels=originals.labels.fill_(NO_CLASS))
+        originals = replace(originals, labels=originals.labels.fill_(NULL_CLASS))
     drawn = sample_enlarged(model, config, originals, options.seed, options.batch_size, **solver)
     if options.out.suffix == ".npz":
         _write(options.out, drawn, originals.labels, originals.levels, len(drawn))
@@ -121,7 +87,7 @@ def _enlarged(options: argparse.Namespace, model: Any, config: "TrainConfig", so
 def _classes(names: Sequence[str], known: int) -> list[int]:
     """The class numbers that were asked for; [-1] for none."""
     if names == ["none"] or (names == ["all"] and known == 0):
-        return [NO_CLASS]
+        return [NULL_CLASS]
     if names == ["all"]:
         return list(range(known))
     if not all(name.isdecimal() and int(name) < known for name in names):
@@ -129,11 +95,10 @@ def _classes(names: Sequence[str], known: int) -> list[int]:
     return [int(name) for name in names]
 
 
-def _solver(options: argparse.Namespace, config: "TrainConfig") -> dict[str, Any]:
+def _solver(options: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
     """The solve that was asked for, with that of the run's pictures for what was left out."""
     method, without_class = options.method or config.sample_method, options.classes == ["none"]
-    if is_adaptive(method) and options.steps is not None:
-        raise ValueError(f"steps: expected none for the adaptive method {method}, got {options.steps}")
+    require_no_steps(method, options.steps)
     guidance = options.guidance if options.guidance is not None else 1.0 if without_class else config.picture_guidance
     if without_class and guidance != 1.0:
         raise ValueError(f"guidance: expected 1 without a class, got {guidance}")
@@ -145,14 +110,10 @@ def _solver(options: argparse.Namespace, config: "TrainConfig") -> dict[str, Any
     return {"method": method, "steps": steps, "guidance": guidance, "grid": options.grid, "rtol": options.rtol, "atol": options.atol}
 
 
-def _write(out: Path, images: "Tensor", labels: "Tensor", levels: int, count: int) -> None:
+def _write(out: Path, images: Tensor, labels: Tensor, levels: int, count: int) -> None:
     if out.suffix == ".npz":
-        import numpy as np
-
         np.savez_compressed(out, images=images.numpy(), labels=labels.numpy())
     else:
-        from fm_fast.train.picture import write_images
-
         write_images(out, images, levels, columns=_columns(count))
 
 

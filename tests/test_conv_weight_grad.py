@@ -176,8 +176,10 @@ def test_parameters_alone_and_the_input_alone(chosen):
 
 
 @needs_default
-def test_second_derivatives_and_many_gradients_at_once_are_pytorchs(chosen):
-    layer, x, grad_y = conv3x3(16, 16), draw(2, 16, 5, 4, index=3).requires_grad_(), draw(2, 16, 5, 4, index=4).requires_grad_()
+@pytest.mark.parametrize("bias", [True, False])
+def test_second_derivatives_and_many_gradients_at_once_are_pytorchs(bias, chosen):
+    layer = convolution.Convolution(16, 16, 3, padding=1, bias=bias)
+    x, grad_y = (draw(2, 16, 5, 4, index=index).requires_grad_() for index in (3, 4))
 
     def twice(function):
         first = torch.autograd.grad(function(x), [x, layer.weight], grad_y, create_graph=True)

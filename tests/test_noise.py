@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import fm_fast as fm
-from fm_fast import _philox, random
+from fm_fast import _backends, _philox, random
 from fm_fast.random import make_key
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+needs_cpp = pytest.mark.skipif(_backends.why_not("noise", "cpu", "cpp") is not None, reason="the C++ library is not built")
 SHAPES = [
     (3,),
     (5, 1),
@@ -28,6 +29,8 @@ SHAPES = [
     (0, 4),
     (2, 0),
     (2, 3, 0),
+    (2, 0, 3),
+    (1, 0, 5, 3),
 ]
 RANDOM123 = [
     ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -171,6 +174,25 @@ def test_large_ids_steps_and_indices(backend):
     got = draw((1, 8), backend, "word", seed=2**63 - 1, step=top, index=2**24 - 1, ids=top)
     w, _ = oracle.words((1, 8), 2**63 - 1, top, "x0", [top], 2**24 - 1)
     assert got.flatten().tolist() == w.flatten().tolist()
+
+
+WRONG = {
+    "argument kind: unknown code 4": {"kind": 4},
+    "argument stream: expected 0 to 255, got 256": {"stream": 256},
+    "argument stream: expected 0 to 255, got -1": {"stream": -1},
+    "argument index: expected 0 to 16777215, got 16777216": {"index": 2**24},
+    "argument index: expected 0 to 16777215, got -1": {"index": -1},
+    "argument index: expected 0 to 16777215, got 4294967296": {"index": 2**32},
+}
+
+
+@needs_cpp
+@pytest.mark.parametrize("message", WRONG)
+def test_what_does_not_fit_the_counter_is_refused(message):
+    """An index of 25 bits would repeat the numbers of another one."""
+    arguments = {"out": torch.empty(2, 3), "key": torch.zeros(3, dtype=torch.int64), "kind": 0, "stream": 0, "index": 0} | WRONG[message]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fm_fast.noise(**arguments)
 
 
 def test_a_seed_from_torch_obeys_manual_seed_and_differs_between_ranks(monkeypatch):

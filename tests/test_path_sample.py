@@ -9,6 +9,7 @@ import torch
 from thread_counts import on_thread_counts
 
 import fm_fast as fm
+from fm_fast import _backends
 from fm_fast.objectives import OBJECTIVES as BUILT_IN
 from fm_fast.objectives import Objective, Target
 
@@ -17,6 +18,7 @@ OBJECTIVES = ["velocity", "noise", "score", "scoreflow", "data"]
 SHAPES = [(3,), (5, 1), (4, 2), (3, 7), (2, 3, 5), (2, 3, 4, 5), (2, 3, 17, 16), (2, 3, 2, 3, 5), (3, 4099), (1, 2, 9)]
 SEED, STEP = 21, 4
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+needs_cpp = pytest.mark.skipif(_backends.why_not("path_sample", "cpu", "cpp") is not None, reason="the C++ library is not built")
 
 
 def data(shape, dtype=torch.float32, levels=256):
@@ -216,7 +218,7 @@ def test_stratified_times_cover_the_interval(backend):
     assert float(gaps.max()) < 3.5 / 64
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (0, 5), (4, 0), (2, 3, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (0, 5), (4, 0), (2, 3, 0), (2, 0, 3), (1, 0, 5, 3)], ids=str)
 def test_empty_data(shape, backend):
     s = fm.sample_path(data(shape), seed=SEED, step=STEP, backend=backend)
     assert s.x_t.shape == shape
@@ -245,6 +247,43 @@ def test_a_changed_objective_is_not_mistaken_for_the_built_in_one(backend):
     s, plain = (fm.sample_path(data((4, 6)), objective=o, seed=SEED, step=STEP, backend=backend) for o in (heavier, velocity))
     assert torch.equal(s.x_t, plain.x_t)
     torch.testing.assert_close(s.loss(s.x_t), 100 * plain.loss(s.x_t))
+
+
+UNKNOWN = {
+    "argument path: unknown code 9": {"path": 9},
+    "argument path: unknown code -2": {"path": -2},
+    "argument path: unknown code 4294967296": {"path": 2**32},
+    "argument objective: unknown code 5": {"objective": 5},
+    "argument t_sampler: unknown code 5": {"t_sampler": 5},
+    "argument t_sampler: unknown code -2": {"t_sampler": -2},
+}
+
+
+def raw_arguments(**changes):
+    """Of the raw op, which makes times and coefficients of a linear path."""
+    written = {"x_t": torch.empty(2, 3), "t": torch.empty(2), "coef": torch.tensor([[0.25, 0.75, 1, -1, 1, 1]]).repeat(2, 1)}
+    read = {"x1": data((2, 3)), "x0": data((2, 3)).flip(0), "key": torch.zeros(3, dtype=torch.int64)}
+    path = {"path": 0, "path_a": 0.0, "path_b": 0.0, "objective": 0}
+    times = {"t_sampler": 0, "t_mean": 0.0, "t_std": 1.0, "t_min": 0.0, "t_max": 1.0}
+    return written | read | path | times | {"flip": 0.0, "levels": 256.0, "dequantise": False} | changes
+
+
+@needs_cpp
+@pytest.mark.parametrize("message", UNKNOWN)
+def test_codes_that_no_kernel_knows_are_refused(message):
+    torch.ops.fm_fast.path_sample(**raw_arguments())
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fm_fast.path_sample(**raw_arguments(**UNKNOWN[message]))
+
+
+@needs_cpp
+@pytest.mark.parametrize("objective", [-1, 5, 2**40])
+def test_given_coefficients_may_be_those_of_any_objective(objective):
+    arguments = raw_arguments(path=-1, t_sampler=-1, objective=objective)
+    rows = arguments["coef"].clone()
+    torch.ops.fm_fast.path_sample(**arguments)
+    torch.testing.assert_close(arguments["x_t"], 0.25 * arguments["x1"] + 0.75 * arguments["x0"], rtol=1e-6, atol=1e-6)
+    assert torch.equal(arguments["coef"], rows)
 
 
 def test_a_schedule_may_return_numbers():

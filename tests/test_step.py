@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_helpers import CPU, TINY_NET, assert_same_state, flat, tiny
 
+from fm_fast.nn import UNet
 from fm_fast.train.config import from_dict, to_dict
 from fm_fast.train.data import DataOrder, digits
 from fm_fast.train.loop import advance
@@ -136,18 +137,16 @@ def test_a_step_never_waits_for_the_device(changes, backend, monkeypatch):
 
 
 class Dropping(nn.Module):
-    """Notes the key of its dropout noise at every call."""
+    """A U-Net within a network; notes the key of its dropout noise at every call."""
 
     def __init__(self):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-        self.inner = nn.Module()
-        self.inner.register_buffer("dropout_key", torch.zeros(3, dtype=torch.int64), persistent=False)
+        self.inner = UNet(dataclasses.replace(TINY_NET, dropout=0.5))
         self.seen = []
 
     def forward(self, x, t, y):
         self.seen.append(self.inner.dropout_key.tolist())
-        return self.scale * x
+        return self.inner(x, t, y=y)
 
 
 def test_the_key_of_the_dropout_noise_is_filled_in_place(monkeypatch):

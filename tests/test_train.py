@@ -15,10 +15,11 @@ from fm_fast.train import train
 from fm_fast.train.condition import drop_labels
 from fm_fast.train.config import RECIPES, fit_to_data, from_dict, to_dict
 from fm_fast.train.data import digits
+from fm_fast.train.devices import pick_device
 from fm_fast.train.distributed import Team
 from fm_fast.train.evaluate import agreement, evaluate, median_distance, train_classifier
 from fm_fast.train.log import Logger
-from fm_fast.train.loop import advance, pick_device
+from fm_fast.train.loop import advance
 from fm_fast.train.presets import PRESETS
 from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.step import Batch, build_model, new_state, sample_losses

@@ -1,7 +1,6 @@
 // y = mask silu(GroupNorm([x, second] + embedding) (1 + scale) + shift), sample by sample: one pass over a unit's input for its statistics,
 // one for the result, which finds the input in the cache.
-#include "norm_parameters.h"
-#include "norm_piece.h"
+#include "norm_numbers.h"
 #include "silu.h"
 
 namespace fm {
@@ -98,8 +97,8 @@ FM_INLINE void add_piece(const Piece& piece, Block<const S> x, Moments* moments)
   }
 }
 
-// Mean and reciprocal standard deviation of one group from those of its channels, to which the embedding is added here.
-FM_INLINE Moments group_moments(const NormArgs& args, int64_t sample, int64_t channel, int64_t channels, const Moments* moments) {
+// Of one group, from the moments of its channels, to which the embedding is added here.
+FM_INLINE Statistics group_statistics(const NormArgs& args, int64_t sample, int64_t channel, int64_t channels, const Moments* moments) {
   double points = static_cast<double>(args.shape.points), count = static_cast<double>(channels), mean = 0, spread = 0;
   for (int64_t c = 0; c < channels; ++c) mean += moments[c].mean + parameter(args.embedding, sample, channel + c, 0.0);
   mean /= count;
@@ -107,16 +106,10 @@ FM_INLINE Moments group_moments(const NormArgs& args, int64_t sample, int64_t ch
     double distance = moments[c].mean + parameter(args.embedding, sample, channel + c, 0.0) - mean;
     spread += moments[c].spread + points * distance * distance;
   }
-  return Moments{mean, 1.0 / sqrt(spread / (points * count) + args.eps)};
+  return Statistics{mean, 1.0 / sqrt(spread / (points * count) + args.eps)};
 }
 
 // --- the result ----------------------------------------------------------------------------------------------------------------------
-
-// z = (x - shift) factor + term. The difference comes first: with x far from zero, or all alike, it is exact where products are not.
-template <class T>
-struct ForwardNumbers {
-  T *shift, *factor, *term;
-};
 
 template <class S, class Activation>
 struct Apply {
@@ -149,16 +142,10 @@ FM_INLINE void set_numbers(const NormArgs& args, const NormUnit& unit, const Mom
   int64_t width = unit.channels / unit.groups;
   T *means = static_cast<T*>(args.mean), *rstds = static_cast<T*>(args.rstd);
   for (int64_t g = 0; g < unit.groups; ++g) {
-    Moments group = group_moments(args, unit.sample, unit.channel + g * width, width, moments + g * width);
-    double mean = group.mean, rstd = group.spread;
-    means[unit.sample * args.groups + unit.group + g] = static_cast<T>(mean);
-    rstds[unit.sample * args.groups + unit.group + g] = static_cast<T>(rstd);
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      Affine a = affine(args, unit.sample, unit.channel + c);
-      numbers.shift[c] = static_cast<T>(mean - parameter(args.embedding, unit.sample, unit.channel + c, 0.0));
-      numbers.factor[c] = static_cast<T>(rstd * a.gain);
-      numbers.term[c] = static_cast<T>(a.offset);
-    }
+    Statistics group = group_statistics(args, unit.sample, unit.channel + g * width, width, moments + g * width);
+    means[statistics_index(args, unit, g)] = static_cast<T>(group.mean);
+    rstds[statistics_index(args, unit, g)] = static_cast<T>(group.rstd);
+    set_forward_numbers<T>(args, unit, g, group, numbers);
   }
 }
 
@@ -175,13 +162,13 @@ void norm_units(const NormArgs& args, int64_t begin, int64_t end) {
     for_each_piece(args, unit, [&](const Piece& piece, const View& input) {
       add_piece<S>(piece, input_block<S>(input, piece, piece.first, buffer), moments.data() + piece.tile.channel - unit.channel);
     });
-    set_numbers<T>(args, unit, moments.data(), ForwardNumbers<T>{shift.data(), factor.data(), term.data()});
+    ForwardNumbers<T> numbers = {shift.data(), factor.data(), term.data()};
+    set_numbers<T>(args, unit, moments.data(), numbers);
     for_each_piece(args, unit, [&](const Piece& piece, const View& input) {
       int64_t c = piece.tile.channel - unit.channel;
       Block<const S> x = input_block<S>(input, piece, piece.first, buffer);
       Block<S> y = output_block<S>(args.y, piece, 0, result);
-      ForwardNumbers<T> numbers = {shift.data() + c, factor.data() + c, term.data() + c};
-      run<T>(Apply<S, Activation>{x, mask.of(piece), y, numbers}, piece);
+      run<T>(Apply<S, Activation>{x, mask.of(piece), y, numbers.from(c)}, piece);
       finish_block<S>(args.y, piece, 0, result);
     });
   }

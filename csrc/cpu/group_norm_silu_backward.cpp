@@ -1,8 +1,7 @@
 // The gradients of group_norm_silu from x and the saved mean and rstd, with xhat = (x + embedding - mean) rstd and dz = mask silu'(z) dy:
 //   dx = rstd (gain dz - mean(gain dz) - xhat mean(gain dz xhat)), means over the group,
 // one pass for dz and its sums over the points, one for dx. Of these sums the parameters' gradients are made afterwards.
-#include "norm_parameters.h"
-#include "norm_piece.h"
+#include "norm_numbers.h"
 #include "silu.h"
 
 namespace fm {
@@ -14,9 +13,10 @@ constexpr int64_t kKeptElements = 1 << 16;  // of a unit whose dz stay in the ca
 // What both passes know of the channels of a unit: d = x - shift = xhat / rstd, z = d factor + term, dx = dz gain + d slope + level.
 template <class T>
 struct BackwardNumbers {
-  T *shift, *factor, *term, *gain, *slope, *level;
+  ForwardNumbers<T> forward;
+  T *gain, *slope, *level;
 
-  BackwardNumbers from(int64_t c) const { return BackwardNumbers{shift + c, factor + c, term + c, gain + c, slope + c, level + c}; }
+  BackwardNumbers from(int64_t c) const { return BackwardNumbers{forward.from(c), gain + c, slope + c, level + c}; }
 };
 
 // dz, and of each channel sum dz and sum dz d.
@@ -30,7 +30,7 @@ struct Derivative {
   Block<const S> x, dy;
   Block<const T> mask;
   Block<T> dz;
-  BackwardNumbers<T> numbers;
+  ForwardNumbers<T> numbers;
   T *sums, *products;
 
   template <class Place>
@@ -69,7 +69,7 @@ struct InputGradient {
 
   template <class Place>
   FM_METHOD Registers begin(Place place) const {
-    return Registers{per_channel(numbers.shift, place),
+    return Registers{per_channel(numbers.forward.shift, place),
                      per_channel(numbers.gain, place),
                      per_channel(numbers.slope, place),
                      per_channel(numbers.level, place),
@@ -103,27 +103,11 @@ FM_INLINE void add_sums(const Piece& piece, const T* values, double* sums) {
   for (int64_t c = 0; c < piece.tile.channels; ++c) sums[c] = static_cast<double>(values[c]) + (piece.tile.point == 0 ? 0.0 : sums[c]);
 }
 
-// Mean and rstd of group g of the unit.
+// As the forward pass saved them.
 template <class T>
-FM_INLINE void group_numbers(const NormArgs& args, const NormUnit& unit, int64_t g, double* mean, double* rstd) {
-  int64_t i = unit.sample * args.groups + unit.group + g;
-  *mean = static_cast<double>(static_cast<const T*>(args.mean)[i]);
-  *rstd = static_cast<double>(static_cast<const T*>(args.rstd)[i]);
-}
-
-template <class T>
-FM_INLINE void set_forward_numbers(const NormArgs& args, const NormUnit& unit, const BackwardNumbers<T>& numbers) {
-  int64_t width = unit.channels / unit.groups;
-  double mean, rstd;
-  for (int64_t g = 0; g < unit.groups; ++g) {
-    group_numbers<T>(args, unit, g, &mean, &rstd);
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      Affine a = affine(args, unit.sample, unit.channel + c);
-      numbers.shift[c] = static_cast<T>(mean - parameter(args.embedding, unit.sample, unit.channel + c, 0.0));
-      numbers.factor[c] = static_cast<T>(rstd * a.gain);
-      numbers.term[c] = static_cast<T>(a.offset);
-    }
-  }
+FM_INLINE Statistics group_statistics(const NormArgs& args, const NormUnit& unit, int64_t g) {
+  int64_t i = statistics_index(args, unit, g);
+  return Statistics{static_cast<double>(static_cast<const T*>(args.mean)[i]), static_cast<double>(static_cast<const T*>(args.rstd)[i])};
 }
 
 // Turns the sums of dz d into those of dz xhat, and sets what the second pass needs.
@@ -131,9 +115,9 @@ template <class T>
 FM_INLINE void set_backward_numbers(const NormArgs& args, const NormUnit& unit, const ChannelSums& sums,
                                     const BackwardNumbers<T>& numbers) {
   int64_t width = unit.channels / unit.groups;
-  double count = static_cast<double>(width * args.shape.points), mean, rstd;
+  double count = static_cast<double>(width * args.shape.points);
   for (int64_t g = 0; g < unit.groups; ++g) {
-    group_numbers<T>(args, unit, g, &mean, &rstd);
+    double rstd = group_statistics<T>(args, unit, g).rstd;
     double level = 0, slope = 0;
     for (int64_t c = g * width; c < (g + 1) * width; ++c) {
       double gain = affine(args, unit.sample, unit.channel + c).gain;
@@ -142,7 +126,7 @@ FM_INLINE void set_backward_numbers(const NormArgs& args, const NormUnit& unit, 
       slope += gain * sums.product[c];
     }
     for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-      numbers.gain[c] = numbers.factor[c];
+      numbers.gain[c] = numbers.forward.factor[c];
       numbers.slope[c] = static_cast<T>(-rstd * rstd * slope / count);
       numbers.level[c] = static_cast<T>(-rstd * level / count);
     }
@@ -174,10 +158,11 @@ class Backward {
 
   void run_unit(const NormUnit& unit) {
     T* n = numbers_.data();
-    BackwardNumbers<T> numbers = {n, n + most_, n + 2 * most_, n + 3 * most_, n + 4 * most_, n + 5 * most_};
+    BackwardNumbers<T> numbers = {{n, n + most_, n + 2 * most_}, n + 3 * most_, n + 4 * most_, n + 5 * most_};
     ChannelSums sums = sums_of(args_, unit);
-    set_forward_numbers<T>(args_.norm, unit, numbers);
-    first_pass(unit, numbers, sums);
+    for (int64_t g = 0; g < unit.groups; ++g)
+      set_forward_numbers<T>(args_.norm, unit, g, group_statistics<T>(args_.norm, unit, g), numbers.forward);
+    first_pass(unit, numbers.forward, sums);
     set_backward_numbers<T>(args_.norm, unit, sums, numbers);
     second_pass(unit, numbers, sums);
   }
@@ -185,12 +170,12 @@ class Backward {
  private:
   bool keeps() const { return most_ * args_.norm.shape.points <= kKeptElements; }
 
-  void derivative(const Piece& piece, const Block<const S>& x, const BackwardNumbers<T>& numbers, const Block<T>& dz) {
+  void derivative(const Piece& piece, const Block<const S>& x, const ForwardNumbers<T>& numbers, const Block<T>& dz) {
     Block<const S> dy = input_block<S>(args_.grad_y, piece, 0, space_.dy);
     run<T>(Derivative<S, Activation>{x, dy, mask_.of(piece), dz, numbers, space_.sums, space_.products}, piece);
   }
 
-  void first_pass(const NormUnit& unit, const BackwardNumbers<T>& numbers, const ChannelSums& sums) {
+  void first_pass(const NormUnit& unit, const ForwardNumbers<T>& numbers, const ChannelSums& sums) {
     T* next = kept_.data();
     for_each_piece(args_.norm, unit, [&](const Piece& piece, const View& input) {
       int64_t c = piece.tile.channel - unit.channel;
@@ -207,13 +192,13 @@ class Backward {
     for_each_piece(args_.norm, unit, [&](const Piece& piece, const View& input) {
       int64_t c = piece.tile.channel - unit.channel;
       BackwardNumbers<T> numbers = all_numbers.from(c);
-      const View& output = piece.first == 0 ? args_.grad_x : args_.grad_second;
+      const View& output = piece.tile.channel < args_.norm.first_channels ? args_.grad_x : args_.grad_second;
       Block<const S> x = input_block<S>(input, piece, piece.first, space_.x);
       Block<T> dz = {keeps() ? next : space_.dz, piece.width()};
       if (keeps())
         next += piece.elements();
       else
-        derivative(piece, x, numbers, dz);
+        derivative(piece, x, numbers.forward, dz);
       Block<S> dx = output_block<S>(output, piece, piece.first, space_.dx);
       run<T>(InputGradient<S>{x, Block<const T>{dz.data, dz.pitch}, dx, numbers, space_.sums}, piece);
       finish_block<S>(output, piece, piece.first, space_.dx);

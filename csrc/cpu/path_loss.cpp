@@ -1,5 +1,5 @@
-// The loss w (k o - (c1 x1 + c0 x0))^2 and its gradient in one pass over o, x1 and x0 (paper eqs 9 and 23), which is read, recovered from
-// x_t or drawn again.
+// The loss w (k o - (c1 x1 + c0 x0))^2 (paper eq. 14; OT: eq. 23) and its gradient in one pass over o, x1 and x0, which is read, recovered
+// from x_t or drawn again.
 #include "../loss.h"
 #include "abreast.h"
 
@@ -58,28 +58,29 @@ FM_INLINE double loss_of_row(const LossTerm<T>& term, const LossRow<T, X0>& row)
   return static_cast<double>(sum) * static_cast<double>(term.loss_scale);
 }
 
-FM_INLINE double coefficient(const LossArgs& args, int64_t sample, int i) {
-  return number_at(args.coefficients, args.coefficient_dtype, sample * 6 + i);
+FM_INLINE double coefficient(const LossArgs& args, int64_t sample, int column) {
+  return coefficient_at(args.coefficients, args.coefficient_dtype, sample, column);
 }
 
 FM_INLINE bool recovers(const LossArgs& args, int64_t sample) {
-  return args.x_t.data && recoverable(coefficient(args, sample, 0), coefficient(args, sample, 1), coefficient(args, sample, 2),
-                                      coefficient(args, sample, 3));
+  return args.x_t.data && recoverable(coefficient(args, sample, kA), coefficient(args, sample, kS), coefficient(args, sample, kC1),
+                                      coefficient(args, sample, kC0));
 }
 
 template <class T>
 FM_INLINE LossTerm<T> loss_term(const LossArgs& args, int64_t sample) {
-  double c[6], incoming = 1.0;
-  for (int i = 0; i < 6; ++i) c[i] = coefficient(args, sample, i);
-  double scale = c[5] * (args.sample_weight ? number_at(args.sample_weight, args.sample_weight_dtype, sample) : 1.0);
+  double c[kColumns], incoming = 1.0;
+  for (int i = 0; i < kColumns; ++i) c[i] = coefficient(args, sample, i);
+  double scale = c[kW] * (args.sample_weight ? number_at(args.sample_weight, args.sample_weight_dtype, sample) : 1.0);
   if (args.grad_output.data) incoming = number_at(args.grad_output.data, args.grad_output.dtype, sample * args.grad_output.batch_stride);
-  double grad_scale = args.grad_factor * incoming * scale * c[4];
-  return LossTerm<T>{static_cast<T>(c[2]), static_cast<T>(c[3]), static_cast<T>(c[4]), static_cast<T>(scale), static_cast<T>(grad_scale)};
+  double grad_scale = args.grad_factor * incoming * scale * c[kK];
+  return LossTerm<T>{static_cast<T>(c[kC1]), static_cast<T>(c[kC0]), static_cast<T>(c[kK]), static_cast<T>(scale),
+                     static_cast<T>(grad_scale)};
 }
 
 template <class T>
 FM_INLINE RecoveredRow<T> recovered_row(const LossArgs& args, int64_t sample, const T* x_t, const T* x1) {
-  return RecoveredRow<T>{x_t, x1, static_cast<T>(coefficient(args, sample, 0)), static_cast<T>(1.0 / coefficient(args, sample, 1))};
+  return RecoveredRow<T>{x_t, x1, static_cast<T>(coefficient(args, sample, kA)), static_cast<T>(1.0 / coefficient(args, sample, kS))};
 }
 
 // A tile's operands but for x0; rows without data are absent.
@@ -152,24 +153,25 @@ FM_INLINE void loss_of_sample(const LossArgs& args, int64_t sample, const float*
 // Samples without weights, next to each other. x0: kStride numbers a sample.
 template <int kPoints, int kStride, class T, class X0>
 FM_INLINE void loss_of_samples(const LossArgs& args, int64_t first, int64_t count, const X0* x0) {
-  const T* rows = static_cast<const T*>(args.coefficients) + 6 * first;
+  const T* rows = static_cast<const T*>(args.coefficients) + kColumns * first;
   const T *o = row_of<const T>(args.o, first), *x1 = row_of<const T>(args.x1, first);
   T *grad = args.grad.data ? row_of<T>(args.grad, first) : nullptr, difference[kPoints * kAbreast];
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i)
     for (int64_t p = 0; p < kPoints; ++p) {
-      LossTerm<T> term = {rows[6 * i + 2], rows[6 * i + 3], rows[6 * i + 4], 0, 0};
+      LossTerm<T> term = {rows[kColumns * i + kC1], rows[kColumns * i + kC0], rows[kColumns * i + kK], 0, 0};
       difference[i * kPoints + p] = residual<T>(term, o[i * kPoints + p], x1[i * kPoints + p], static_cast<T>(x0[i * kStride + p]));
     }
   for (int64_t i = 0; i < count; ++i) {
     T sum = 0;
     for (int64_t p = 0; p < kPoints; ++p) sum += difference[i * kPoints + p] * difference[i * kPoints + p];
-    args.partial[first + i] = static_cast<double>(sum) * static_cast<double>(rows[6 * i + 5]);
+    args.partial[first + i] = static_cast<double>(sum) * static_cast<double>(rows[kColumns * i + kW]);
   }
   if (!grad) return;
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
-    T scale = static_cast<T>(args.grad_factor * static_cast<double>(rows[6 * i + 5]) * static_cast<double>(rows[6 * i + 4]));
+    T scale =
+        static_cast<T>(args.grad_factor * static_cast<double>(rows[kColumns * i + kW]) * static_cast<double>(rows[kColumns * i + kK]));
     for (int64_t p = 0; p < kPoints; ++p) grad[i * kPoints + p] = difference[i * kPoints + p] * scale;
   }
 }

@@ -1,4 +1,4 @@
-// x_t = a x1 + s x0, with x0 read or drawn (paper eq. 20 for OT, 11 in general), tile by tile.
+// x_t = a x1 + s x0 (paper eq. 11; OT: eq. 22), with x0 read or drawn, tile by tile.
 #include "../loss.h"
 #include "abreast.h"
 
@@ -14,8 +14,8 @@ struct Mix {
 
 template <class T>
 FM_INLINE Mix<T> mix_of(const SampleArgs& args, int64_t sample) {
-  return Mix<T>{static_cast<T>(number_at(args.coefficients, args.coefficient_dtype, sample * 6)),
-                static_cast<T>(number_at(args.coefficients, args.coefficient_dtype, sample * 6 + 1))};
+  return Mix<T>{static_cast<T>(coefficient_at(args.coefficients, args.coefficient_dtype, sample, kA)),
+                static_cast<T>(coefficient_at(args.coefficients, args.coefficient_dtype, sample, kS))};
 }
 
 template <class T, class X0>
@@ -55,7 +55,8 @@ template <int kPoints, int kStride, class T, class X0>
 FM_INLINE void mix_samples(const T* __restrict rows, const T* __restrict x1, const X0* __restrict x0, T* __restrict x_t, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
     for (int64_t p = 0; p < kPoints; ++p)
-      x_t[i * kPoints + p] = interpolate<T>(rows[6 * i], x1[i * kPoints + p], rows[6 * i + 1], static_cast<T>(x0[i * kStride + p]));
+      x_t[i * kPoints + p] =
+          interpolate<T>(rows[kColumns * i + kA], x1[i * kPoints + p], rows[kColumns * i + kS], static_cast<T>(x0[i * kStride + p]));
 }
 
 template <class T>
@@ -63,7 +64,7 @@ void sample_units_abreast(const SampleArgs& args, int64_t begin, int64_t end) {
   alignas(64) float noise[kBlockPoints * kAbreast];
   Generator generator = make_generator(stream_of(args.key, kStreamX0));
   for_each_run(args.shape, args.tiling, begin, end, [&](auto points, int64_t first, int64_t count) {
-    const T *rows = static_cast<const T*>(args.coefficients) + 6 * first, *x1 = row_of<const T>(args.x1, first);
+    const T *rows = static_cast<const T*>(args.coefficients) + kColumns * first, *x1 = row_of<const T>(args.x1, first);
     T* x_t = row_of<T>(args.x_t, first);
     if (args.x0.data) return mix_samples<points, points>(rows, x1, row_of<const T>(args.x0, first), x_t, count);
     draw_blocks<ToNormals>(generator, args.key, first, count, noise);

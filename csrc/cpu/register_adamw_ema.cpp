@@ -3,8 +3,8 @@
 
 #include "dispatch.h"
 #include "ops.h"
+#include "run.h"
 #include "scratch.h"
-#include "unbox.h"
 
 namespace fm {
 namespace {

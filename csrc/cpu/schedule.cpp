@@ -1,4 +1,4 @@
-// t and the six coefficients (a, s, c1, c0, k, w) of every sample (paper eqs 10 and 22 for OT; path.h for the others).
+// t and the six coefficients (a, s, c1, c0, k, w) of every sample, by the formulas of path.h (paths: paper eqs 16, 18 and 20).
 #include "abreast.h"
 
 namespace fm {
@@ -26,25 +26,16 @@ FM_INLINE void draw_numbers(const ScheduleArgs& args, const Generator& generator
 }
 
 template <class T>
-FM_INLINE void put_coefficients(const ScheduleArgs& args, double t, T* row) {
-  Coefficients c = coefficients(args.path, args.objective, t);
-  const double values[6] = {c.a, c.s, c.c1, c.c0, c.k, c.w};
-  for (int i = 0; i < 6; ++i) row[i] = static_cast<T>(values[i]);
-}
-
-template <class T>
 void fill_schedule(const ScheduleArgs& args, int64_t begin, int64_t end) {
-  T *t = static_cast<T*>(args.t), *rows = static_cast<T*>(args.coefficients);
+  const T* given = args.law.sampler == kTimeGiven ? static_cast<const T*>(args.t) : nullptr;
   Generator generator = make_generator(stream_of(args.key, kStreamTime));
   float numbers[kAbreast];
   for (int64_t first = begin; first < end; first += kAbreast) {
     int64_t count = lesser(kAbreast, end - first);
-    bool given = args.law.sampler == kTimeGiven;
     if (!given) draw_numbers(args, generator, first, count, numbers);
     for (int64_t i = 0, b = first; i < count; ++i, ++b) {
-      double time = given ? clamp_time(args.law, static_cast<double>(t[b])) : time_from(args.law, numbers[i]);
-      t[b] = static_cast<T>(time);
-      put_coefficients(args, static_cast<double>(t[b]), rows + 6 * b);
+      T time = static_cast<T>(given ? clamp_time(args.law, static_cast<double>(given[b])) : time_from(args.law, numbers[i]));
+      put_coefficients<T>(args, b, time, coefficients(args.path, args.objective, static_cast<double>(time)));
     }
   }
 }

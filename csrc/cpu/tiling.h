@@ -70,7 +70,7 @@ static inline Tiling plan(Shape* shape, const View* const (&views)[N], const Dra
   bool whole_blocks = shape->points % drawn.block_points == 0, channels_last = false;
   bool merge = whole_blocks || (drawn.closes_gaps && shape->channels * padded(shape->points) <= kTileElements);
   for (const View* view : views) merge = merge && channels_merge(*shape, *view);
-  int64_t noise_rows = merge && !whole_blocks ? shape->channels : 1;
+  int64_t noise_rows = merge && !whole_blocks ? greater(shape->channels, 1) : 1;  // of no channels: an empty sample
   if (merge) {
     shape->points *= shape->channels;
     shape->channels = 1;

@@ -1,4 +1,4 @@
-// z . (J^T z) of each probe and sample (Hutchinson's estimate of the divergence), with the probes z drawn again instead of read.
+// z . (J^T z) of each probe and sample (Hutchinson's estimate of the divergence, paper eq. 34), with the probes z drawn again, not read.
 #include "kernels.h"
 #include "reduce.h"
 #include "signs.h"

@@ -91,8 +91,8 @@ void draw_signs(const NoiseCall& call, void* stream) {
   signs.view = call.out;
   signs.probes = signs.share = 1;
   signs.key_words = call.key_words;
-  signs.index = call.tag >> 8;
-  probe(signs, call.tag & 0xffu, nullptr, stream);
+  signs.index = call.tag >> kStreamBits;
+  probe(signs, static_cast<uint32_t>(call.tag % kStreamLimit), nullptr, stream);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// The loss w (k o - (c1 x1 + c0 x0))^2 and its gradient in one pass over o, x1 and x0 (paper eqs 9 and 23), which is read or drawn again.
+// The loss w (k o - (c1 x1 + c0 x0))^2 (paper eq. 14; OT: eq. 23) and its gradient in one pass over o, x1 and x0, which is read or drawn
+// again.
 #include "kernels.h"
 #include "reduce.h"
 #include "samples.h"
@@ -25,15 +26,16 @@ struct LossRecord {
 
 template <class T, bool kWide>
 __device__ LossRecord<T> prepare_sample(const LossCall& call, const Key& key, int64_t sample) {
-  double c[6], incoming = 1.0, scale = 1.0;
-  for (int i = 0; i < 6; ++i) c[i] = number_at(call.coefficients, kWide ? call.coefficient_dtype : Dtype::float32, 6 * sample + i);
+  double c[kColumns], incoming = 1.0, scale = 1.0;
+  Dtype dtype = kWide ? call.coefficient_dtype : Dtype::float32;
+  for (int i = 0; i < kColumns; ++i) c[i] = coefficient_at(call.coefficients, dtype, sample, i);
   if (call.sample_weight) scale = number_at(call.sample_weight, call.sample_weight_dtype, sample);
   if (call.grad_output.data) incoming = number_at(call.grad_output.data, call.grad_output.dtype, sample * call.grad_output.batch_stride);
-  scale *= c[5];
-  double grad_scale = call.grad_factor * incoming * scale * c[4];
+  scale *= c[kW];
+  double grad_scale = call.grad_factor * incoming * scale * c[kK];
   uint32_t id = sample_id(key, sample);
   return LossRecord<T>{
-      {static_cast<T>(c[2]), static_cast<T>(c[3]), static_cast<T>(c[4]), static_cast<T>(scale), static_cast<T>(grad_scale)},
+      {static_cast<T>(c[kC1]), static_cast<T>(c[kC0]), static_cast<T>(c[kK]), static_cast<T>(scale), static_cast<T>(grad_scale)},
       id,
       is_mirrored(call.transform, key, id)};
 }

@@ -1,4 +1,4 @@
-// x_t = a x1 + s x0, with x0 read or drawn (paper eq. 20 for OT, 11 in general), and the time and coefficients of each sample.
+// x_t = a x1 + s x0 (paper eq. 11; OT: eq. 22), with x0 read or drawn, and the time and coefficients of each sample.
 #include "kernels.h"
 #include "samples.h"
 
@@ -58,8 +58,9 @@ template <class T, bool kWide>
 __device__ __forceinline__ SampleRecord<T> prepare_sample(const SampleCall& call, const Key& key, int64_t sample, bool owns) {
   Coefficients c = {};
   if (call.schedule.path.kind == kPathGiven) {
-    c.a = number_at(call.coefficients, kWide ? call.coefficient_dtype : Dtype::float32, 6 * sample);
-    c.s = number_at(call.coefficients, kWide ? call.coefficient_dtype : Dtype::float32, 6 * sample + 1);
+    Dtype dtype = kWide ? call.coefficient_dtype : Dtype::float32;
+    c.a = coefficient_at(call.coefficients, dtype, sample, kA);
+    c.s = coefficient_at(call.coefficients, dtype, sample, kS);
   } else if (kWide && call.schedule.wide) {
     c = fill<double>(simple(call.schedule), key, sample, owns);
   } else {

@@ -43,7 +43,8 @@ FM_HD SignRecord sign_record(const SignLaunch& launch, const Key& key, int64_t e
   const ProbeCall& call = launch.call;
   int64_t probe = entry / call.shape.batch, sample = entry - probe * call.shape.batch;
   uint32_t index = static_cast<uint32_t>(call.index + (call.first + probe) / call.share);
-  return SignRecord{probe * call.probe_stride + sample * call.view.batch_stride, probe, sample_id(key, sample), launch.stream | index << 8};
+  int64_t offset = probe * call.probe_stride + sample * call.view.batch_stride;
+  return SignRecord{offset, probe, sample_id(key, sample), tag_of(launch.stream, index)};
 }
 
 FM_HD Signs draw_signs(const SignLaunch& launch, const Key& key, const SignRecord& record, int64_t unit) {

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from fm_fast._settings import check_types
+from fm_fast._settings import check_types, require
 
 RESAMPLING = ("convolution", "pool", "block")
 
@@ -70,14 +70,14 @@ class UNetConfig:
 def _check(config: UNetConfig) -> None:
     check_types(config)
     for name in ("image_size", "image_channels", "channels", "blocks", "groups"):
-        _require(name, getattr(config, name) >= 1, "at least 1", getattr(config, name))
+        require(name, getattr(config, name) >= 1, "at least 1", getattr(config, name))
     for name in ("classes", "heads", "head_channels", "low_resolution_channels"):
-        _require(name, getattr(config, name) >= 0, "0 or more", getattr(config, name))
-    _require("dropout", 0.0 <= config.dropout < 1.0, "a probability in [0, 1)", config.dropout)
-    _require("multipliers", bool(config.multipliers) and min(config.multipliers) >= 1, "one positive number a level", config.multipliers)
-    _require("channels", config.channels % 2 == 0, "an even number (sines and cosines of the time)", config.channels)
-    _require("resampling", config.resampling in RESAMPLING, f"one of {', '.join(RESAMPLING)}", config.resampling)
-    _require("time_scale", config.time_scale > 0.0, "a positive number", config.time_scale)
+        require(name, getattr(config, name) >= 0, "0 or more", getattr(config, name))
+    require("dropout", 0.0 <= config.dropout < 1.0, "a probability in [0, 1)", config.dropout)
+    require("multipliers", bool(config.multipliers) and min(config.multipliers) >= 1, "one positive number a level", config.multipliers)
+    require("channels", config.channels % 2 == 0, "an even number (sines and cosines of the time)", config.channels)
+    require("resampling", config.resampling in RESAMPLING, f"one of {', '.join(RESAMPLING)}", config.resampling)
+    require("time_scale", config.time_scale > 0.0, "a positive number", config.time_scale)
     if (config.heads == 0) == (config.head_channels == 0):
         raise ValueError(f"heads, head_channels: expected one of them and 0 for the other, got {config.heads} and {config.head_channels}")
     _check_widths(config)
@@ -85,13 +85,8 @@ def _check(config: UNetConfig) -> None:
 
 def _check_widths(config: UNetConfig) -> None:
     for width in config.widths:
-        _require("groups", width % config.groups == 0, f"a divisor of every level's width {config.widths}", config.groups)
+        require("groups", width % config.groups == 0, f"a divisor of every level's width {config.widths}", config.groups)
     name = "heads" if config.heads else "head_channels"
     attended = {width for level, width in enumerate(config.widths) if config.has_attention(level)} | {config.widths[-1]}
     for width in sorted(attended):
-        _require(name, width % getattr(config, name) == 0, f"a divisor of the attended width {width}", getattr(config, name))
-
-
-def _require(name: str, holds: bool, expected: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+        require(name, width % getattr(config, name) == 0, f"a divisor of the attended width {width}", getattr(config, name))

@@ -8,15 +8,15 @@ from torch.nn import functional as F
 
 from fm_fast import _modes, _ops
 
-HALF_TYPES = (torch.bfloat16, torch.float16)
-
 
 def _emulated_on_cpu() -> frozenset[torch.dtype]:
     """The 16-bit types in which oneDNN has no convolution here: PyTorch's substitute is tens of times slower than float32."""
-    if not torch.backends.mkldnn.is_available():
-        return frozenset(HALF_TYPES)
-    supported = (torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return frozenset(dtype for dtype, is_supported in zip(HALF_TYPES, supported, strict=True) if not is_supported)
+    available = torch.backends.mkldnn.is_available()
+    supported = {
+        torch.bfloat16: available and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: available and torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return frozenset(dtype for dtype, is_supported in supported.items() if not is_supported)
 
 
 EMULATED_ON_CPU = _emulated_on_cpu()
@@ -50,9 +50,10 @@ class Convolution(nn.Conv2d):
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if _is_only_differentiated_in(x, weight, bias):
             return _FrozenConvolution.apply(x, weight, bias, self.stride, self.padding)
-        if self.fused and self.keeps_size and _has_faster_kernel(x, weight):
-            return _TrainedConvolution.apply(x, weight.view_as(weight), None if bias is None else bias.view_as(bias))
-        return F.conv2d(x, weight, bias, self.stride, self.padding)
+        backend = _kernel_of_gradients(x, weight) if self.fused and self.keeps_size else None
+        if backend is None:
+            return F.conv2d(x, weight, bias, self.stride, self.padding)
+        return _TrainedConvolution.apply(x, weight.view_as(weight), None if bias is None else bias.view_as(bias), backend)
 
 
 def _is_only_differentiated_in(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -62,11 +63,12 @@ def _is_only_differentiated_in(x: Tensor, weight: Tensor, bias: Tensor | None) -
     return not torch.is_autocast_enabled(x.device.type) and _modes.plainly_eager() and not _modes.transforms_active()
 
 
-def _has_faster_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether autograd will want the gradient of the weight, and can have it from a kernel of ours."""
+def _kernel_of_gradients(x: Tensor, weight: Tensor) -> str | None:
+    """The backend of ``conv_weight_grad`` where autograd will want the gradient of the weight and a kernel is faster than PyTorch's."""
     if not (torch.is_grad_enabled() and weight.requires_grad and _modes.plainly_eager()) or _modes.transforms_active() or x.is_inference():
-        return False
-    return _ops.conv_weight_grad_backend(x, weight) != "reference" and not torch.is_autocast_enabled("cpu")
+        return None
+    backend = _ops.conv_weight_grad_backend(x, weight)
+    return None if backend == "reference" or torch.is_autocast_enabled("cpu") else backend
 
 
 class _TrainedConvolution(torch.autograd.Function):
@@ -76,9 +78,9 @@ class _TrainedConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.bias_sizes = None if bias is None else [weight.shape[0]]
+        ctx.bias_sizes, ctx.backend = None if bias is None else [weight.shape[0]], backend
         return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
 
     @staticmethod
@@ -89,14 +91,15 @@ class _TrainedConvolution(torch.autograd.Function):
         ours = any(wants_parameters) and not (torch.is_grad_enabled() or _ops.is_batched(grad_y))
         grad_x, grad_weight, grad_bias = None, None, None
         if wants_x or not ours:
-            wanted = (wants_x, False, False) if ours else (wants_x, *wants_parameters)
+            # Without a bias there is no third input of which autograd could tell.
+            wanted = (wants_x, False, False) if ours else (wants_x, *wants_parameters, False)[:3]
             padding = (weight.shape[2] // 2,) * 2
             grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
                 grad_y, x, weight, ctx.bias_sizes, (1, 1), padding, (1, 1), False, (0, 0), 1, wanted
             )
         if ours:
-            grad_weight, grad_bias = _ops.conv_weight_grad(grad_y, x, weight, ctx.bias_sizes is not None, "cpp")
-        return grad_x, grad_weight, grad_bias
+            grad_weight, grad_bias = _ops.conv_weight_grad(grad_y, x, weight, ctx.bias_sizes is not None, ctx.backend)
+        return grad_x, grad_weight, grad_bias, None
 
 
 class _FrozenConvolution(torch.autograd.Function):

@@ -121,8 +121,7 @@ def _check_second(x: Tensor, second: Tensor) -> None:
 
 def _check_modulation(name: str, value: Tensor, x: Tensor, channels: int) -> None:
     _checks.tensor(name, value)
-    if value.dtype not in _checks.FLOATING:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+    _checks.floating(name, value)
     if value.shape != (x.shape[0], channels):
         raise ValueError(f"{name} must have shape {(x.shape[0], channels)}, got {tuple(value.shape)}")
     _checks.same_device(name, value, x, "x")

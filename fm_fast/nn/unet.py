@@ -81,7 +81,7 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def set_dropout_key(self, seed: int | Tensor, step: int | Tensor, first_id: int | Tensor = 0) -> None:
-        """Choose the masks of the next call in training mode, in place and without a wait for the device.
+        """Choose the masks of the next call in training mode, in place, without a wait for the device: a captured graph may do it.
 
         seed in [0, 2^63), step and first_id (of the batch's samples, which are numbered from it on) in [0, 2^32), or int64 tensors.
         """

@@ -1,4 +1,4 @@
-"""The checkerboard of Figures 4, 8 and 9: five objectives on a two-dimensional density, one small network and one budget for all.
+"""The checkerboard of Figures 4 and 9, and Figure 10 for it: five objectives in two dimensions, one small network and one budget for all.
 
 The paper gives the network's shape only (section 7 of its appendix E), so numbers are not comparable with it; the setting here is
 4 layers of 128 SiLU units, batch 512, Adam at 1e-3, uniform times, and outputs as in the paper: no preconditioning.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fm_fast import sampling
+from fm_fast.bits import standard_error
 from fm_fast.likelihood import log_likelihood
 from fm_fast.loss import flow_matching_loss
 from fm_fast.random import noise
@@ -149,7 +150,7 @@ def _measure(
     many = _midpoint(model, recipe, _start(MANY_SAMPLES, seed), MANY_STEPS, save=DENSITY_TIMES)
     late = losses[-LATE_LOSSES:]
     return ObjectiveResult(
-        objective, snapshots, nfe, float(nll.mean()), float(nll.std() / math.sqrt(len(nll))),
+        objective, snapshots, nfe, float(nll.mean()), standard_error(nll),
         float(is_inside(many.x).double().mean()), COUNTS, errors, float(late.std() / late.mean()), _densities(many),
     )  # fmt: skip
 

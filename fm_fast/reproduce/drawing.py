@@ -120,7 +120,7 @@ def draw_trajectories(results: Sequence["ObjectiveResult"], file: Path) -> Path:
 
 
 def draw_costs(results: Sequence["ObjectiveResult"], file: Path) -> Path:
-    """Figures 4 (right) and 10 as curves: the midpoint rule's error against NFE, and dopri5's NFE during training."""
+    """Figure 4 (right) as curves, the midpoint rule's error against NFE, and as in Figure 10, of CIFAR-10, dopri5's NFE in training."""
     figure = _figure(9.0, 3.8)
     errors, training = figure.subplots(1, 2)
     for result in results:

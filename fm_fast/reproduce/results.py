@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from fm_fast._version import __version__
+from fm_fast.train.files import replaced_whole
 
 Result = TypeVar("Result")
 
@@ -88,11 +89,10 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write beside the file and rename: an interrupted command leaves the old file or the new one."""
+    """An interrupted command leaves the old file or the new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    with replaced_whole(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def summary(command: str, seconds: float, **content: Any) -> dict[str, Any]:

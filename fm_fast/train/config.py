@@ -4,12 +4,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from fm_fast._checks import MAX_SEED
-from fm_fast._settings import check_types
+from fm_fast._settings import check_types, require
 from fm_fast.nn import UNetConfig
 from fm_fast.paths import OT, VE, VP, Cosine, Path
 from fm_fast.solvers import METHODS
 from fm_fast.train.averaging import WIDEST
 from fm_fast.train.prepare import Preparation
+from fm_fast.train.schedule import SCHEDULES, LearningRate
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ RECIPES = {
 }
 
 
-SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")  # functions of train/schedule.py
 PRECISIONS = ("float32", "bfloat16")
 PARALLEL = ("ddp", "fsdp")
 CUDA_GRAPH = ("auto", "on", "off")
@@ -126,6 +126,11 @@ class TrainConfig:
         return self.guidance if self.knows_the_null_class else 1.0
 
     @property
+    def rate(self) -> LearningRate:
+        """Of every step."""
+        return LearningRate(self.schedule, self.learning_rate, self.warmup, self.steps)
+
+    @property
     def preparation(self) -> Preparation:
         """What happens to the images before training."""
         return Preparation(self.resize, self.pool, self.pad, self.test_share, self.memory_limit, self.cache)
@@ -143,33 +148,28 @@ def _check(config: TrainConfig) -> None:
     if config.objective not in RECIPES:
         raise ValueError(f"objective: expected one of {', '.join(RECIPES)}, got {config.objective!r}")
     for name in ("steps", "batch_size", "sample_steps", "samples_per_class", "log_every", "pool", "super_resolution"):
-        _require(name, getattr(config, name) >= 1, "at least 1", getattr(config, name))
+        require(name, getattr(config, name) >= 1, "at least 1", getattr(config, name))
     for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("parallel", PARALLEL), ("cuda_graph", CUDA_GRAPH)):
-        _require(name, getattr(config, name) in choices, f"one of {', '.join(choices)}", getattr(config, name))
+        require(name, getattr(config, name) in choices, f"one of {', '.join(choices)}", getattr(config, name))
     for name in NOT_NEGATIVE:
-        _require(name, getattr(config, name) >= 0, "0 or more", getattr(config, name))
+        require(name, getattr(config, name) >= 0, "0 or more", getattr(config, name))
     for name in ("label_drop", "flip"):
-        _require(name, 0.0 <= getattr(config, name) <= 1.0, "a share in [0, 1]", getattr(config, name))
+        require(name, 0.0 <= getattr(config, name) <= 1.0, "a share in [0, 1]", getattr(config, name))
     for name in ("beta1", "beta2", "ema_decay", "test_share"):
-        _require(name, 0.0 <= getattr(config, name) < 1.0, "a number in [0, 1)", getattr(config, name))
+        require(name, 0.0 <= getattr(config, name) < 1.0, "a number in [0, 1)", getattr(config, name))
     for width in config.ema_widths:
-        _require("ema_widths", 0.0 < width <= WIDEST, f"shares of the run, at most {WIDEST:.4f}", width)
-    _require("seed", config.seed < MAX_SEED, "less than 2^63", config.seed)
-    _require("learning_rate", config.learning_rate > 0.0, "a positive number", config.learning_rate)
-    _require("sample_method", config.sample_method in METHODS, f"one of {', '.join(METHODS)}", config.sample_method)
-
-
-def _require(name: str, holds: bool, expected: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+        require("ema_widths", 0.0 < width <= WIDEST, f"shares of the run, at most {WIDEST:.4f}", width)
+    require("seed", config.seed < MAX_SEED, "less than 2^63", config.seed)
+    require("learning_rate", config.learning_rate > 0.0, "a positive number", config.learning_rate)
+    require("sample_method", config.sample_method in METHODS, f"one of {', '.join(METHODS)}", config.sample_method)
 
 
 def fit_to_data(config: TrainConfig, image_shape: tuple[int, ...], classes: int) -> TrainConfig:
     """The same run with the network's channels, size and classes taken from the data (image_shape is C, H, W)."""
     channels, height, width = image_shape
-    _require("data", height == width, "square images (resize cuts out the middle square of a folder's)", f"{height}x{width}")
+    require("data", height == width, "square images (resize cuts out the middle square of a folder's)", f"{height}x{width}")
     known, factor = classes if config.conditional else 0, config.super_resolution
-    _require("super_resolution", height % factor == width % factor == 0, f"a divisor of the images' size, {height}x{width}", factor)
+    require("super_resolution", height % factor == width % factor == 0, f"a divisor of the images' size, {height}x{width}", factor)
     _check_levels(config.model, height)
     low = channels if factor > 1 else 0
     shape = replace(config.model, image_channels=channels, image_size=height, classes=known, low_resolution_channels=low)
@@ -179,7 +179,7 @@ def fit_to_data(config: TrainConfig, image_shape: tuple[int, ...], classes: int)
 def _check_levels(model: UNetConfig, size: int) -> None:
     halvings = (size & -size).bit_length() - 1
     expected = f"at most {halvings + 1} levels, because images of {size}x{size} can be halved {halvings} times"
-    _require("model.multipliers", size % model.downsampling == 0, expected, model.multipliers)
+    require("model.multipliers", size % model.downsampling == 0, expected, model.multipliers)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Bits per dimension of a data set under a trained network, in batches."""
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fm_fast.bits import BitsPerDim, bits_per_dim
+from fm_fast.bits import BitsPerDim, bits_per_dim, standard_error
 from fm_fast.train.condition import condition_of, reduced_if_wanted
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import Dataset
@@ -31,7 +30,7 @@ class DatasetBits:
     @property
     def mean_std_err(self) -> float:
         """Standard error of the mean, from the spread over the images: data, dequantisation and probes together; nan for one image."""
-        return float(self.bpd.std() / math.sqrt(len(self.bpd))) if len(self.bpd) > 1 else math.nan
+        return standard_error(self.bpd)
 
     @property
     def probe_std_err(self) -> float | None:

@@ -17,9 +17,8 @@ from fm_fast.train.config import TrainConfig
 from fm_fast.train.devices import peak_memory, peak_tflops
 from fm_fast.train.distributed import Team
 from fm_fast.train.files import replaced_whole
+from fm_fast.train.prepare import GIB
 from fm_fast.train.run_folder import RunFolder
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

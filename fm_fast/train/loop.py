@@ -13,7 +13,7 @@ from fm_fast.train.checkpoint import read_checkpoint, restore
 from fm_fast.train.config import TrainConfig, fit_to_data
 from fm_fast.train.curve import can_draw, draw_curves, draw_quality
 from fm_fast.train.data import DataOrder, Dataset, load_dataset
-from fm_fast.train.devices import flops_per_image, pick_device
+from fm_fast.train.devices import flops_per_image
 from fm_fast.train.distributed import StopVote, Team, joined, state_of, team_network
 from fm_fast.train.evaluate import Enlargement, Quality, evaluate, evaluate_enlargement
 from fm_fast.train.graph import GraphedStep, is_wanted
@@ -23,11 +23,8 @@ from fm_fast.train.log import Logger
 from fm_fast.train.picture import write_images
 from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.sample import enlargements, sample, sample_enlarged, starting_noise, to_integers
-from fm_fast.train.schedule import learning_rate
 from fm_fast.train.step import Model, StepLoss, TrainState, training_step
 from fm_fast.train.weights import can_write_weights, save_weights
-
-__all__ = ["Result", "advance", "pick_device", "train"]
 
 PICTURE_CLASSES = 10
 SHOWN = 100  # images that a super-resolution run is judged by; the first ten are in its pictures
@@ -139,7 +136,7 @@ def _steps(run: Run, logger: Logger) -> float:
     with deferred_interrupt() as asked, team_network(state, config, team) as network:
         take_step = _stepper(run, network, logger)
         while state.step < config.steps:
-            rate = learning_rate(config, state.step)
+            rate = config.rate.after(state.step)
             loss = take_step()
             if state.step == 1 and team.first:
                 run.folder.clear()

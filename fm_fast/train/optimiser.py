@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fm_fast import _backends, _ops
+from fm_fast._ops.adamw_ema import APPLIED, SKIPPED
 from fm_fast.train.averaging import Averaging
 
 ALIGNMENT = 16  # elements: every parameter's state begins at a cache line
@@ -210,12 +211,12 @@ class AdamWEMA(torch.optim.Optimizer):
     @property
     def updates(self) -> Tensor:
         """The number of steps that updated the weights, int64 [], on the device."""
-        return self._flat.counts[0]
+        return self._flat.counts[APPLIED]
 
     @property
     def skipped(self) -> Tensor:
         """The number of steps left out because a gradient was not finite, int64 [], on the device."""
-        return self._flat.counts[1]
+        return self._flat.counts[SKIPPED]
 
     def average(self, model: nn.Module, i: int = 0) -> nn.Module:
         """A copy of ``model`` with the averaged weights of ``averages[i]``, in the dtype of the masters and without gradients.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fm_fast.loss import sample_path
+from fm_fast.loss import PathSample, sample_path
 from fm_fast.nn import Preconditioned, UNet
 from fm_fast.random import Whole
 from fm_fast.train.averaging import Averaging, power_function_of_width, warmed_up_decay
@@ -21,7 +21,6 @@ from fm_fast.train.condition import training_condition
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import DataOrder, Dataset
 from fm_fast.train.optimiser import AdamWEMA
-from fm_fast.train.schedule import learning_rate
 from fm_fast.train.times import importance_times
 
 QUARTILES = 4
@@ -37,10 +36,10 @@ class TrainState:
     average: nn.Module
     optimiser: AdamWEMA
     step: int = 0
-    dropout_keys: tuple[Tensor, ...] = field(init=False, repr=False)
+    unets: tuple[UNet, ...] = field(init=False, repr=False)  # within `model`: to look for them takes as long as some kernels
 
     def __post_init__(self) -> None:
-        self.dropout_keys = tuple(buffer for name, buffer in self.model.named_buffers() if name.rpartition(".")[2] == "dropout_key")
+        self.unets = tuple(module for module in self.model.modules() if isinstance(module, UNet))
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         """For copy and pickle, where the average would otherwise lose touch with the optimiser."""
@@ -148,28 +147,27 @@ def network_of(state: TrainState, config: TrainConfig) -> Model:
 
 def sample_losses(state: TrainState, config: TrainConfig, batch: Batch, network: Model | None = None) -> tuple[Tensor, Tensor]:
     """The objective's losses and the times of the batch's samples, float32 [B] each. network: what to call, if not `state.model`."""
-    recipe, seed, step, first_id = config.recipe, config.seed, batch.step, batch.first_id
-    times: dict[str, Any] = {"t_sampler": recipe.t_sampler}
-    weight = None
-    if recipe.t_sampler == "importance":
-        t, weight = importance_times(recipe, len(batch), seed, step, first_id, batch.images.device)
-        times = {"t": t}
-    point = sample_path(
-        batch.images, path=recipe.path, objective=recipe.objective, flip=config.flip, levels=batch.levels, dequantise=config.dequantise,
-        dtype=DTYPES[config.precision], seed=seed, step=step, sample_ids=first_id, **times,
-    )  # fmt: skip
-    _fill_keys(state, seed, step, first_id)
-    condition = training_condition(config, batch.images, batch.labels, batch.levels, step, first_id)
+    point, weight = _sampled(config, batch)
+    for unet in state.unets:
+        unet.set_dropout_key(config.seed, batch.step, batch.first_id)
+    condition = training_condition(config, batch.images, batch.labels, batch.levels, batch.step, batch.first_id)
     model = state.model if network is None else network  # the truth of a compiled network is an error
     output = model(point.x_t, point.t, **condition)
     return point.loss(output, weight=weight, reduction="none"), point.t
 
 
-def _fill_keys(state: TrainState, *numbers: Whole) -> None:
-    """The key (seed, step, first id) of the network's dropout noise, in place: no copy from the host, and a captured graph reads it."""
-    for key in state.dropout_keys:
-        for place, number in enumerate(numbers):
-            key[place].fill_(number)
+def _sampled(config: TrainConfig, batch: Batch) -> tuple[PathSample, Tensor | None]:
+    """Points of the path, and the factors by which the losses there must be multiplied, None for 1."""
+    recipe, weight = config.recipe, None
+    times: dict[str, Any] = {"t_sampler": recipe.t_sampler}
+    if recipe.t_sampler == "importance":
+        t, weight = importance_times(recipe, len(batch), config.seed, batch.step, batch.first_id, batch.images.device)
+        times = {"t": t}
+    point = sample_path(
+        batch.images, path=recipe.path, objective=recipe.objective, flip=config.flip, levels=batch.levels, dequantise=config.dequantise,
+        dtype=DTYPES[config.precision], seed=config.seed, step=batch.step, sample_ids=batch.first_id, **times,
+    )  # fmt: skip
+    return point, weight
 
 
 def by_quartile(losses: Tensor, t: Tensor) -> Tensor:
@@ -204,7 +202,7 @@ def next_batch(state: TrainState, config: TrainConfig, dataset: Dataset, order: 
 def set_learning_rate(state: TrainState, config: TrainConfig) -> None:
     """That of the next step."""
     for group in state.optimiser.param_groups:
-        group["lr"] = learning_rate(config, state.step)
+        group["lr"] = config.rate.after(state.step)
 
 
 def learn(state: TrainState, config: TrainConfig, batch: Batch, network: Model | None = None) -> StepLoss:

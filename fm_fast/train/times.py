@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fm_fast._philox import GOLDEN
-from fm_fast.objectives import as_objective, time_range
+from fm_fast.objectives import OBJECTIVES, as_objective, schedule, time_range
 from fm_fast.paths import Path
 from fm_fast.random import Whole, noise
 from fm_fast.train.config import Recipe
@@ -29,7 +29,7 @@ def importance_times(recipe: Recipe, batch: int, seed: int, step: Whole, first_i
     ends = _on_device(time_range(path, as_objective(recipe.objective)), device)
     low, high = log_snr(path, ends)
     t = _inverse_log_snr(path, low + (high - low) * _stratified(batch, seed, step, first_id, device), ends)
-    weight = 2.0 * (path.d_alpha(t) / path.alpha(t) - path.d_sigma(t) / path.sigma(t))
+    weight = OBJECTIVES["scoreflow"].target(schedule(path, t)).w
     return t.float(), ((high - low) / ((ends[1] - ends[0]) * weight)).float()
 
 

@@ -1,4 +1,4 @@
-// What the ops of the CPU share beyond unboxing: torch's threads, and sums in a fixed order.
+// How the ops of the CPU run their kernels: on torch's threads, with sums in a fixed order.
 #pragma once
 
 #include "../unbox.h"

@@ -1,10 +1,10 @@
 // linear_step, from torch's arguments to its kernel.
-#include "../step_reader.h"
+#include "../read_linear_step.h"
 #include "dispatch.h"
 #include "elementwise.h"
 #include "ops.h"
+#include "run.h"
 #include "scratch.h"
-#include "unbox.h"
 
 namespace fm {
 namespace {

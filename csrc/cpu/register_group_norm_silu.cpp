@@ -1,8 +1,8 @@
-// The op group_norm_silu and its backward, from torch's arguments to kernels.
+// group_norm_silu and its backward, from torch's arguments to their kernels.
 #include "dispatch.h"
 #include "ops.h"
+#include "run.h"
 #include "scratch.h"
-#include "unbox.h"
 
 #define FM_ISA plain  // the parameters' gradients are too small for vectors
 #include "norm_parameters.h"
@@ -57,7 +57,7 @@ Shape joined_shape(const NormInputs& in) {
 void set_dropout(const NormSettings& settings, const Tensor& key, NormArgs* args) {
   if (!(settings.dropout >= 0.0 && settings.dropout < 1.0)) throw std::runtime_error("fm_fast: argument dropout: expected [0, 1)");
   args->dropout = settings.dropout;
-  args->tag = kStreamDropout | static_cast<uint32_t>(whole(settings.index, 0, (1 << 24) - 1, "index")) << 8;
+  args->tag = tag_of(kStreamDropout, static_cast<uint32_t>(whole(settings.index, 0, kIndexLimit - 1, "index")));
   if (settings.dropout > 0) args->key = key_of(key, args->shape.batch);
 }
 

@@ -1,6 +1,5 @@
-// Readers of calls.h for the ops of training: noise, path_sample, path_loss and its backward.
+// The arguments of path_loss and its backward.
 #include "calls.h"
-
 #include "loss.h"
 #include "unbox.h"
 
@@ -9,56 +8,9 @@ namespace fm {
 using abi::Arguments;
 using abi::Tensor;
 
-NoiseCall read_noise(Arguments* in) {
-  Tensor out = in->tensor("out"), key = in->tensor("key");
-  NoiseCall call = {};
-  call.kind = static_cast<DrawKind>(code(in->integer(), 0, 3, "kind"));
-  uint32_t stream = static_cast<uint32_t>(in->integer()), index = static_cast<uint32_t>(in->integer());
-  call.tag = stream | index << 8;
-  call.shape = shape_of(out);
-  call.out = call.kind == DrawKind::word ? view_of(out, out) : float_view(out, out);
-  if (call.kind == DrawKind::word && call.out.dtype != Dtype::int64) out.fail("words are int64");
-  call.key_words = key_words(key, call.shape.batch);
-  return call;
-}
-
 namespace {
 
 constexpr int64_t kWorthRecovering = 64;  // elements of a sample, below which drawing x0 again is faster
-
-DataTransform read_transform(Arguments* in) { return DataTransform{in->number(), in->number(), in->flag()}; }
-
-ScheduleCall read_schedule(const Tensor& t, const Tensor& coef, int64_t batch, const Path& path, int objective, const TimeLaw& law) {
-  if (path.kind == kPathGiven) return ScheduleCall{nullptr, nullptr, false, path, objective, law};
-  void *times = dense_floats(t, batch), *coefficients = dense_floats(coef, 6 * batch);
-  if (is_wide(t) != is_wide(coef)) t.fail("expected the dtype of coef");
-  return ScheduleCall{times, coefficients, is_wide(coef), path, objective, law};
-}
-
-}  // namespace
-
-SampleCall read_path_sample(Arguments* in) {
-  Tensor x_t = in->tensor("x_t"), t = in->tensor("t"), coef = in->tensor("coef");
-  Tensor x1 = in->tensor("x1"), x0 = in->tensor("x0"), key = in->tensor("key");
-  refuse_grad({&t, &coef, &x1, &x0});
-  Path path = {static_cast<int>(in->integer()), in->number(), in->number()};
-  int objective = code(in->integer(), kVelocity, kData, "objective");
-  TimeLaw law = {static_cast<int>(in->integer()), in->number(), in->number(), in->number(), in->number()};
-  SampleCall call = {};
-  call.transform = read_transform(in);
-  call.shape = shape_of(x1);
-  call.x_t = float_view(x_t, x1);
-  call.x1 = view_of(x1, x1);
-  call.x0 = float_view_or_absent(x0, x1);
-  call.key_words = key_words(key, call.shape.batch);
-  call.coefficients = dense_floats(coef, 6 * call.shape.batch);
-  call.coefficient_dtype = dtype_of(coef);
-  call.wide = is_wide(coef) || is_wide(x_t) || is_wide(x1) || (call.x0.data && is_wide(x0));
-  call.schedule = read_schedule(t, coef, call.shape.batch, path, objective, law);
-  return call;
-}
-
-namespace {
 
 struct LossInputs {
   Tensor o, x1, x0, key, coef, weight;
@@ -95,7 +47,7 @@ LossCall loss_call(const LossInputs& in, int reduction, const DataTransform& tra
   call.x1 = view_of(in.x1, in.o);
   call.x0 = float_view_or_absent(in.x0, in.o);
   call.key_words = key_words(in.key, call.shape.batch);
-  call.coefficients = dense_floats(in.coef, 6 * call.shape.batch);
+  call.coefficients = dense_floats(in.coef, kColumns * call.shape.batch);
   call.coefficient_dtype = dtype_of(in.coef);
   set_weight(in.weight, in.o, &call);
   call.wide = is_wide(in.coef) || is_wide(in.o) || is_wide(in.x1) || (call.x0.data && is_wide(in.x0));

@@ -1,8 +1,8 @@
-// The op conv_weight_grad, from torch's arguments to kernels.
+// conv_weight_grad, from torch's arguments to its kernels.
 #include "dispatch.h"
 #include "ops.h"
+#include "run.h"
 #include "scratch.h"
-#include "unbox.h"
 
 namespace fm {
 namespace {
