@@ -56,7 +56,7 @@ class ShiftGrid:
 
     def nodes(self, steps: int, path: Path) -> Times:
         level = 1.0 - np.arange(steps + 1) / steps
-        return _pinned(1.0 - self.shift * level / (1.0 + (self.shift - 1.0) * level))
+        return _pinned(1.0 - self.shift * level / (self.shift * level + (1.0 - level)))
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,21 @@ class KarrasGrid:
 
     def nodes(self, steps: int, path: Path) -> Times:
         high, low = self._range(path)
-        ratios = np.linspace(high ** (1.0 / self.rho), low ** (1.0 / self.rho), steps + 1) ** self.rho
-        return _pinned(_time_of_ratio(ratios, path))
+        with np.errstate(over="ignore"):
+            roots = np.array([high, low]) ** (1.0 / self.rho)
+        if not np.isfinite(roots).all():
+            raise ValueError(f"rho must be large enough for finite roots of ratios up to {high:g}, got {self.rho}")
+        return _pinned(_time_of_ratio(np.linspace(roots[0], roots[1], steps + 1) ** self.rho, path))
 
     def _range(self, path: Path) -> tuple[float, float]:
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
         first, last = (path.sigma(ends) / path.alpha(ends)).tolist()
-        return min(self.sigma_max, first), max(self.sigma_min, last)
+        high, low = min(self.sigma_max, first), max(self.sigma_min, last)
+        if high <= low:
+            raise ValueError(
+                f"sigma_min and sigma_max must meet the path's ratios, {last:g} to {first:g}, got {self.sigma_min} and {self.sigma_max}"
+            )
+        return high, low
 
 
 NAMED: dict[str, Grid] = {"uniform": UniformGrid(), "cosine": CosineGrid(), "shift": ShiftGrid(), "karras": KarrasGrid()}
@@ -123,7 +131,9 @@ def grid_nodes(
         low, high = max(t0, limits[0]), min(t1, limits[1])
         if low >= high:
             raise ValueError(f"t0 and t1 must leave room inside [{limits[0]}, {limits[1]}], where the path is solved, got {t0} and {t1}")
-        return _increasing(np.asarray(pattern * (high - low) + low, dtype=np.float64), "grid")
+        nodes = pattern * (high - low) + low
+        nodes[0], nodes[-1] = low, high
+        return _increasing(nodes, "grid")
     return _increasing(np.clip(_explicit(grid, steps, t0, t1), *limits), f"grid, kept inside [{limits[0]}, {limits[1]}],")
 
 
@@ -131,7 +141,8 @@ def _checked_pattern(pattern: object, steps: int) -> Times:
     """What a grid object returned, as an array."""
     times = _times("grid.nodes", pattern)  # type: ignore[arg-type]
     if times.shape != (steps + 1,) or times[0] != 0.0 or times[-1] != 1.0:
-        raise ValueError(f"grid.nodes must return {steps + 1} times from 0 to 1, got {len(times)} from {times[0]} to {times[-1]}")
+        found = f"{len(times)} from {times[0]} to {times[-1]}" if len(times) else "none"
+        raise ValueError(f"grid.nodes must return {steps + 1} times from 0 to 1, got {found}")
     return times
 
 

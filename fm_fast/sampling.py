@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fm_fast import _checks, reference
+from fm_fast import _checks, _modes, reference
 from fm_fast._solver.adaptive import solve_adaptive
 from fm_fast._solver.evaluate import make_evaluate, make_mixed
 from fm_fast._solver.field import Field, Guidance, Model, make_field
@@ -95,8 +95,8 @@ def sample(
         rtol, atol, max_steps: of adaptive methods; the norm is over the whole batch, so a sample depends on its neighbours there.
         dtype: of the model's input; by default the noise's. The state is float32 (float64 for float64 noise) throughout, so a bfloat16
             model loses no accuracy to the solver.
-        grad: "none" (nothing is recorded), "direct" (the whole graph is, with the path's own parameters), "checkpoint" (the model runs
-            again in backward; not under torch.func transforms).
+        grad: "none" (nothing is recorded; refused under ``torch.func.grad``, which would find zero), "direct" (the whole graph is, with
+            the path's own parameters), "checkpoint" (the model runs again in backward; not under torch.func transforms).
         on_nonfinite: "raise" a FloatingPointError if a sample is not finite at the end, or "mark" it in the result. Inside torch.compile,
             torch.func transforms and the capture of a CUDA graph samples are only marked.
         backend: as in :func:`fm_fast.flow_matching_loss`.
@@ -166,6 +166,7 @@ def _solve(
 ) -> Sample:
     _checks.one_of("on_nonfinite", on_nonfinite, NONFINITE)
     _check_callback(settings, callback, progress)
+    _check_gradient(settings.grad)
     with torch.no_grad() if settings.grad == "none" else contextlib.nullcontext():
         if settings.adaptive is not None:
             x, saved, nfe = _adaptive(field, start, settings)
@@ -183,6 +184,15 @@ def _check_callback(settings: Settings, callback: Callback | None, progress: boo
         raise TypeError(f"callback must be callable as callback(step, t, x), got {type(callback).__name__}")
     if settings.adaptive is not None and (callback is not None or progress):
         raise ValueError(f"callback and progress need a fixed-step method, got {settings.adaptive!r}")
+
+
+def _check_gradient(grad: str) -> None:
+    """ValueError where a ``torch.func`` transform asks for the gradient that is not recorded, which would be zero in silence."""
+    if grad == "none" and _modes.gradient_transform_active():
+        raise ValueError(
+            'grad must be "direct" under torch.func.grad, vjp, jacrev and hessian, or the derivative would be zero, got "none"; draw '
+            "samples that are to be constant outside the transform"
+        )
 
 
 # Fixed steps

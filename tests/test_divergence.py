@@ -277,6 +277,7 @@ def test_empty_batches_and_samples_without_elements():
         ({"memory_budget": 0}, "memory_budget must be at least 1"),
         ({"kind": "coloured", "probes": 3}, "probes must be a power of two"),
         ({"seed": -1}, r"seed must lie in \[0"),
+        ({"create_graph": 1}, "create_graph must be True or False, got 1"),
         ({"guidance": 2.0}, "guidance must be a fm_fast.Guidance"),
         ({"path": "vpp"}, "path must be one of"),
         ({"objective": "v"}, "objective must be one of"),

@@ -91,6 +91,29 @@ def test_the_ends_at_which_a_velocity_is_infinite_are_left_out(path, objective, 
     assert nodes_of([0.0, 0.5, 1.0], None, path=path, objective=objective).tolist() == [ends[0], 0.5, ends[1]]
 
 
+@pytest.mark.parametrize("number", [np.float16(0.1), np.float32(0.1), np.float64(0.1)])
+def test_ends_given_by_numpy_are_as_exact_as_their_value(number):
+    nodes = nodes_of("uniform", 3, t0=number)
+    assert (nodes.dtype, nodes[0], nodes[-1]) == (np.float64, float(number), 1.0)
+    assert nodes_of("cosine", 3, t1=number)[-1] == float(number)
+
+
+def test_ratios_that_the_path_does_not_have_are_refused():
+    with pytest.raises(ValueError, match=r"must meet the path's ratios, 0.01 to 50, got 60 and 80"):
+        nodes_of(KarrasGrid(60, 80), 2, path="ve")
+    with pytest.raises(ValueError, match=r"rho must be large enough for finite roots of ratios up to 80, got 0.001"):
+        nodes_of(KarrasGrid(rho=1e-3), 2)
+
+
+def test_a_grid_object_without_times_is_refused():
+    class Empty:
+        def nodes(self, steps, path):
+            return []
+
+    with pytest.raises(ValueError, match=r"grid.nodes must return 3 times from 0 to 1, got none"):
+        nodes_of(Empty(), 2)
+
+
 def test_times_of_ones_own():
     for times in ([0.0, 0.1, 0.7, 1.0], (0.2, 0.3), np.array([0.0, 0.5]), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)):
         assert nodes_of(times, None).tolist() == list(map(float, times))

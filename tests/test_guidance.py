@@ -33,6 +33,40 @@ def test_a_doubled_batch_equals_two_calls(method, scale, backend):
     assert found.nfe == len(model.times) and set(model.batches) == {6}
 
 
+@pytest.mark.parametrize("method", ["euler", "midpoint", "ab2", "rk4"])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_samples_without_elements(method, scale, backend):
+    guidance = fm.Guidance(scale, {"y": -1})
+    empty = torch.empty(3, 0, dtype=torch.float64)
+    found = fm.sample(conditional, empty, cond={"y": LABELS}, guidance=guidance, method=method, steps=2, backend=backend)
+    assert found.x.shape == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "null"),
+    [
+        (LABELS.to(torch.uint8), -1),
+        (LABELS.to(torch.uint8), 300),
+        (LABELS > 1, -1),
+        (LABELS, torch.tensor(0.5)),
+        (LABELS, float("nan")),
+        (LABELS, float("inf")),
+        (LABELS, 0.5),
+    ],
+)
+def test_a_null_value_that_the_condition_cannot_hold_is_refused(labels, null):
+    message = rf"guidance.null\['y'\] must be a value that the condition, {labels.dtype}, can hold, got "
+    with pytest.raises(ValueError, match=message):
+        fm.sample(conditional, X0, cond={"y": labels}, guidance=fm.Guidance(2.0, {"y": null}), method="euler", steps=1)
+
+
+def test_arrays_of_numpy_in_conditions():
+    array = np.arange(3)
+    assert fm.Guidance(1.0, {"y": array}) == fm.Guidance(1.0, {"y": array.copy()}) != fm.Guidance(1.0, {"y": array + 1})
+    with pytest.raises(ValueError, match=r"guidance.null\['y'\]: only conditions that are tensors"):
+        fm.sample(conditional, X0, cond={"y": array}, guidance=fm.Guidance(2.0, {"y": -1}), method="euler", steps=1)
+
+
 def test_a_null_class_may_be_a_number_of_numpy():
     options = {"cond": {"y": LABELS}, "method": "euler", "steps": 2}
     found, expected = (fm.sample(conditional, X0, guidance=fm.Guidance(2.0, {"y": null}), **options) for null in (np.int64(-1), -1))

@@ -184,6 +184,38 @@ def test_one_tensor_that_is_written_again_is_refused(write, method, backend):
         fm.sample(lambda x, t: write(x, kept, t), noise64(3, 4), method=method, steps=2, backend=backend)
 
 
+@pytest.mark.parametrize("method", ["heun2", "rk4"])
+def test_outputs_that_run_into_each_other_are_refused(method, backend):
+    """Windows of one buffer, each two numbers further: a later output overwrites the end of the one before."""
+    buffer, begins = torch.zeros(64, dtype=torch.float64), iter(range(0, 64, 2))
+
+    def model(x, t):
+        begin = next(begins)
+        return buffer[begin : begin + 12].view(3, 4).copy_(torch.sin(x))
+
+    with pytest.raises(RuntimeError, match="model returned the memory of an earlier output"):
+        fm.sample(model, noise64(3, 4), method=method, steps=1, backend=backend)
+
+
+def test_outputs_that_interleave_in_one_tensor_are_taken(backend):
+    buffer, numbers = torch.zeros(3, 9, 4, dtype=torch.float64), iter(range(9))
+    found = fm.sample(lambda x, t: buffer[:, next(numbers)].copy_(torch.sin(x)), noise64(3, 4), method="rk4", steps=2, backend=backend)
+    assert torch.equal(found.x, fm.sample(lambda x, t: torch.sin(x), noise64(3, 4), method="rk4", steps=2, backend=backend).x)
+
+
+@pytest.mark.parametrize("later", [torch.complex64, torch.int64, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "ab2"])
+def test_the_dtype_of_every_output_is_checked(later, method, backend):
+    calls = iter(range(100))
+    with pytest.raises(TypeError, match=f"model must return float64, float32, bfloat16 or float16, got {later}"):
+        fm.sample(lambda x, t: x if next(calls) == 0 else x.to(later), noise64(3, 4), method=method, steps=2, backend=backend)
+
+
+def test_a_sparse_output_is_refused(backend):
+    with pytest.raises(TypeError, match=r"model must return a dense tensor, got torch.sparse_coo"):
+        fm.sample(lambda x, t: x.to_sparse(), noise64(3, 4), method="rk4", steps=2, backend=backend)
+
+
 def test_a_constant_that_is_written_after_it_was_returned_is_refused(backend):
     kept = torch.ones(3, 4, dtype=torch.float64)
 

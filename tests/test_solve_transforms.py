@@ -184,6 +184,12 @@ def test_adaptive_methods_are_refused(solve, transform):
         transform(lambda x: solve(x).sum())
 
 
+@pytest.mark.parametrize("solve", [fm.sample, fm.encode])
+def test_samples_whose_gradient_is_not_recorded_are_refused(solve):
+    with pytest.raises(ValueError, match=r'grad must be "direct" under torch\.func\.grad, .*, or the derivative would be zero, got "none"'):
+        grad(lambda x: solve(network, x, steps=2).x.sum())(torch.ones(2, 3))
+
+
 @TRANSFORMS
 def test_checkpoints_are_refused(transform):
     with pytest.raises(ValueError, match=r'grad must be "none" or "direct" under torch\.func transforms, .*, got "checkpoint"'):

@@ -33,6 +33,7 @@ def test_every_objective_on_every_path(path, objective, method, backend):
 
 @pytest.mark.parametrize("objective", ["velocity", "noise", "score", "data"])
 @pytest.mark.parametrize("path", ["ot", "vp", "ve", "cosine"])
+@pytest.mark.filterwarnings("ignore:objective .* does not determine the velocity well")
 def test_the_whole_range_for_exact_networks(path, objective, backend):
     """Data N(0, 0.25): the flow multiplies noise by 0.5 / prior_scale; no end of the range is infinite."""
     spread = 0.5
@@ -93,6 +94,16 @@ def test_a_table_of_ones_own(backend):
     for n in range(4):
         x = kutta3(network, x, n / 4, 1 / 4)
     torch.testing.assert_close(found.x, x, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("objective", ["velocity", "noise"])
+def test_a_stage_that_repeats_the_first(objective, backend):
+    """Its row of the tableau is zero: Euler's method with its one evaluation twice."""
+    twice = RungeKutta(((), (0.0,)), (0.5, 0.5))
+    options = {"steps": 8, "objective": objective, "path": "vp", "backend": backend}
+    for function in (fm.sample, fm.encode):
+        found, euler = (function(network, X0, method=method, **options).x for method in (twice, "euler"))
+        torch.testing.assert_close(found, euler, rtol=1e-13, atol=1e-13)
 
 
 def test_a_table_with_many_stages(backend):

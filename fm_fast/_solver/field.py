@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fm_fast import _checks, _ops, reference
+from fm_fast import _checks, _modes, _ops, reference
 from fm_fast.objectives import Objective, velocity_factors
 from fm_fast.paths import Path
 
@@ -53,6 +54,8 @@ class Guidance:
 
 def _equal(one: Any, other: Any) -> bool:
     """Whether two null values are the same; tensors by shape, dtype and values."""
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return type(one) is type(other) and np.array_equal(one, other)
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
     return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
@@ -131,19 +134,26 @@ def make_field(
 def _doubled(name: str, value: Any, null: Any, batch: int) -> Any:
     """A condition of the double batch: the given values, then the null values."""
     if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
-        if not (_checks.is_number(null) or isinstance(null, Tensor)):
-            raise TypeError(f"guidance.null[{name!r}] must be a tensor or a number, got {type(null).__name__}")
-        if _checks.is_number(null) and not value.is_floating_point() and not float(null).is_integer():
-            raise ValueError(f"guidance.null[{name!r}] must be a whole number like the condition, {value.dtype}, got {null}")
-        other = null.to(value) if isinstance(null, Tensor) else value.new_full((), null)
+        other = _null_like(name, null, value)
         try:
             return torch.cat([value, other.expand_as(value)])
         except RuntimeError:
             shapes = f"{tuple(value.shape)}, got {tuple(other.shape)}"
             raise ValueError(f"guidance.null[{name!r}] must broadcast to the condition's shape {shapes}") from None
-    if null is value or (not isinstance(null, Tensor) and not isinstance(value, Tensor) and null == value):
+    if null is value or (not isinstance(null, Tensor) and not isinstance(value, Tensor) and _equal(null, value)):
         return value
     raise ValueError(f"guidance.null[{name!r}]: only conditions that are tensors with one entry a sample ([{batch}, ...]) can be replaced")
+
+
+def _null_like(name: str, null: object, value: Tensor) -> Tensor:
+    """The null value as the condition holds it; ValueError where it cannot, as a byte cannot hold -1."""
+    if not (_checks.is_number(null) or isinstance(null, Tensor)):
+        raise TypeError(f"guidance.null[{name!r}] must be a tensor or a number, got {type(null).__name__}")
+    given = null if isinstance(null, Tensor) else torch.tensor(float(null), dtype=torch.float64, device="cpu")
+    held = given.to(value)
+    if not value.is_floating_point() and _modes.values_readable(given, held) and not bool((held == given).all()):
+        raise ValueError(f"guidance.null[{name!r}] must be a value that the condition, {value.dtype}, can hold, got {null}")
+    return held
 
 
 def check_output(o: object, x: Tensor) -> None:
@@ -152,6 +162,8 @@ def check_output(o: object, x: Tensor) -> None:
         raise TypeError(f"model must return a torch.Tensor, got {type(o).__name__}")
     if o.shape != x.shape:
         raise ValueError(f"model must return the shape of its input, {tuple(x.shape)}, got {tuple(o.shape)}")
+    if o.layout != torch.strided:
+        raise TypeError(f"model must return a dense tensor, got {o.layout}")
     if o.dtype not in _checks.FLOATING:
         raise TypeError(f"model must return float64, float32, bfloat16 or float16, got {o.dtype}")
     if o.device != x.device:

@@ -4,6 +4,7 @@ Two kinds of state share the loop. `FusedState` updates private buffers in place
 `PlainState` makes new tensors by plain PyTorch, which gradients and ``torch.func`` transforms follow.
 """
 
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -105,7 +106,7 @@ class FusedState:
         copy = self._node_copy if stage.ends_step else self._stage_copy
         plain = stage.lags == (0,) and stage.velocity is None and bool((stage.coefficients[:, 0] == 1.0).all())
         same_dtype = stage.ends_step or self._stage_x.dtype == self.x.dtype
-        return plain and same_dtype and copy.numel() == 0 and self._scale == 1.0 and self._history.maxlen == 1
+        return plain and same_dtype and copy is self._none and self._scale == 1.0 and self._history.maxlen == 1
 
     def _addition(self, stage: Stage) -> Callable[[int, Tensor], None]:
         x, factors, copies = self.x, stage.coefficients[:, 1].tolist(), self._copies
@@ -161,8 +162,11 @@ class FusedState:
 
 
 def _share_memory(outputs: Sequence[Tensor]) -> bool:
+    """Whether two of them begin at the same address, or run into each other; other views of one tensor may interleave."""
+    addresses = sorted([output.data_ptr() for output in outputs])
+    extent = outputs[0].nbytes if all([output.is_contiguous() for output in outputs]) else 1
     # An address of 0 is that of no memory: of an empty batch, or a device without values.
-    return len({output.data_ptr() for output in outputs}) < len(outputs) and outputs[0].data_ptr() != 0
+    return addresses[0] != 0 and any([after - before < extent for before, after in itertools.pairwise(addresses)])
 
 
 class _Writes:
@@ -181,9 +185,9 @@ class _Writes:
         first = self._first() if self._first is not None else None
         # The writes of a CUDA graph are not counted.
         constant = first is not None and first.device.type == "cpu" and self._count is not None and self._count == first._version
-        allowed = {output.data_ptr() for output in outputs if constant and _origin(output) is first}
-        others = [output.data_ptr() for output in outputs if not (constant and _origin(output) is first)]
-        if len(allowed.union(others)) < len(allowed) + len(others):
+        unchanged = [constant and _origin(output) is first for output in outputs]
+        pairs = itertools.combinations(zip(outputs, unchanged, strict=True), 2)
+        if any(_share_memory((one, other)) for (one, same), (other, also_same) in pairs if not (same and also_same)):
             raise RuntimeError("model returned the memory of an earlier output, which this method still needs; return a new tensor")
 
 

@@ -141,7 +141,7 @@ def _folded_stages(table: RungeKutta, widths: Array, factors: Factors) -> tuple[
         velocity = factors.p[:, i, None] * x
         velocity[:, 1 + i] += factors.r[:, i]
         velocities.append(velocity)
-        x = widths[:, None] * sum(weight * k for weight, k in zip(row, velocities, strict=True) if weight != 0.0)
+        x = widths[:, None] * sum((weight * k for weight, k in zip(row, velocities, strict=True) if weight != 0.0), np.zeros_like(x))
         x[:, 0] += 1.0
         stages.append(_stage(x, i, ends_step=i == len(rows) - 1))
     return tuple(stages)

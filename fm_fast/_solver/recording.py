@@ -97,6 +97,8 @@ def measured_graph() -> Iterator[dict[int, int]]:
 
 def check_gradient(create_graph: bool) -> None:
     """ValueError where a ``torch.func`` transform asks for the gradient that is not recorded, which would be zero in silence."""
+    if not isinstance(create_graph, bool):
+        raise TypeError(f"create_graph must be True or False, got {create_graph!r}")
     if not create_graph and _modes.gradient_transform_active():
         raise ValueError(
             "create_graph must be True under torch.func.grad, vjp, jacrev and hessian, or the derivative would be zero, got False"

@@ -55,8 +55,7 @@ def make_settings(
     _checks.positive_number("rtol", rtol)
     _checks.positive_number("atol", atol)
     _checks.count("max_steps", max_steps)
-    for name, value in (("t0", t0), ("t1", t1)):
-        _checks.finite_number(name, value)
+    t0, t1 = float(_checks.finite_number("t0", t0)), float(_checks.finite_number("t1", t1))
     chosen_path, chosen_objective = as_path(path), as_objective(objective)
     table, adaptive = (None, str(method)) if is_adaptive(method) else (as_table(method), None)
     interval = (t0, t1, chosen_path, velocity_range(chosen_path, chosen_objective))
