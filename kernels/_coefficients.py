@@ -9,11 +9,12 @@ A sample's row is (a, s, c1, c0, k, w): x_t = a x1 + s x0, loss = w ||k o - (c1 
 import triton
 import triton.language as tl
 
+from fm_fast._codes import ObjectiveCode, PathCode, TimeCode
 from fm_fast.kernels._philox import GOLDEN, TIME_STREAM, first_word, normal_pair, uniform, words
 
-OT, VP, VE, COSINE = (tl.constexpr(code) for code in range(4))
-VELOCITY, NOISE, SCORE, SCOREFLOW, DATA = (tl.constexpr(code) for code in range(5))
-GIVEN, UNIFORM, STRATIFIED, LOGIT_NORMAL = (tl.constexpr(code) for code in range(-1, 3))
+GIVEN_PATH, OT, VP, VE, COSINE = (tl.constexpr(code.value) for code in PathCode)
+VELOCITY, NOISE, SCORE, SCOREFLOW, DATA = (tl.constexpr(code.value) for code in ObjectiveCode)
+GIVEN_TIME, UNIFORM, STRATIFIED, LOGIT_NORMAL = (tl.constexpr(code.value) for code in TimeCode)
 HALF_PI = tl.constexpr(1.5707963267948966)
 
 
@@ -35,7 +36,7 @@ def _raw_time(identity, step, seed, mean, std, T_SAMPLER: tl.constexpr):
 def sample_time(t_ptr, sample, identity, step, seed, mean, std, t_min, t_max, T_SAMPLER: tl.constexpr):
     """The sample's time as the t tensor holds it, widened to float64: given and clamped (NaN stays NaN), or drawn."""
     low, high = tl.full((), t_min, tl.float64), tl.full((), t_max, tl.float64)
-    if T_SAMPLER == GIVEN:
+    if T_SAMPLER == GIVEN_TIME:
         t = tl.load(t_ptr + sample).to(tl.float64)
         t = tl.where(t < low, low, tl.where(t > high, high, t))
     else:

@@ -16,8 +16,9 @@ from fm_fast.kernels import _launch
 from fm_fast.kernels._combine import combine
 from fm_fast.kernels._philox import read_key
 from fm_fast.kernels._tile import data_scale, mirror, offset, place, read, sample_and_chunk, source, write
+from fm_fast.reference import REDUCTIONS
 
-MEAN, SUM = 0, 1
+MEAN, SUM = REDUCTIONS.index("mean"), REDUCTIONS.index("sum")
 NO_WEIGHT, SAMPLE_WEIGHT, ELEMENT_WEIGHT = (tl.constexpr(code) for code in range(3))
 
 
@@ -118,6 +119,8 @@ def path_loss_kernel(
 
 def _averaged(o: Tensor, reduction: int) -> int:
     """How many elements one loss value averages."""
+    if not 0 <= reduction < len(REDUCTIONS):
+        raise ValueError(f"reduction must be 0 to {len(REDUCTIONS) - 1}, got {reduction}")
     if reduction == SUM:
         return 1
     return o.numel() if reduction == MEAN else o.numel() // o.shape[0]

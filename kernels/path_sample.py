@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fm_fast._codes import ObjectiveCode, PathCode, TimeCode
 from fm_fast.kernels import _launch
-from fm_fast.kernels._coefficients import loss_target, sample_time, schedule, write_row
+from fm_fast.kernels._coefficients import GIVEN_PATH, loss_target, sample_time, schedule, write_row
 from fm_fast.kernels._philox import read_key
 from fm_fast.kernels._tile import data_scale, mirror, offset, place, read, sample_and_chunk, source, write
-
-VE_PATH = 2
 
 
 @triton.jit
@@ -41,7 +40,7 @@ def _coefficients(
     T_SAMPLER: tl.constexpr,
 ):
     """(a, s) of the sample; its first program also writes t and the row of coefficients."""
-    if PATH == -1:
+    if PATH == GIVEN_PATH:
         a, s = tl.load(coef_ptr + sample * 6), tl.load(coef_ptr + sample * 6 + 1)
     else:
         t = sample_time(t_ptr, sample, identity, step, seed, t_mean, t_std, t_min, t_max, T_SAMPLER)
@@ -119,7 +118,7 @@ def path_sample_kernel(
 
 def _path_numbers(path: int, path_a: float, path_b: float) -> tuple[float, float]:
     """The path's parameters as ``schedule`` wants them: the ratio of a VE path by its logarithm."""
-    return (path_a, math.log(path_b / path_a)) if path == VE_PATH else (path_a, path_b)
+    return (path_a, math.log(path_b / path_a)) if path == PathCode.ve else (path_a, path_b)
 
 
 def launch(
@@ -143,6 +142,8 @@ def launch(
     dequantise: bool,
 ) -> None:
     """Run ``fm_fast::path_sample``: fill x_t, and t and coef unless ``path`` is -1."""
+    for name, code, codes in (("path", path, PathCode), ("objective", objective, ObjectiveCode), ("t_sampler", t_sampler, TimeCode)):
+        _launch.check_code(name, code, codes)
     if x1.shape[0] == 0:
         return
     plan = _launch.plan(x_t, x_t=x_t, x1=x1, x0=x0)

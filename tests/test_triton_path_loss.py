@@ -183,3 +183,15 @@ def check_empty_batches(shape):
     assert launch(o, o, reduction="sum")[0] == 0.0
     assert launch(o, o, reduction="none")[0].isnan().all()
     launch_backward(o, o, torch.ones(()))
+
+
+@pytest.mark.parametrize("reduction", [-1, 3])
+def check_an_unknown_reduction_is_an_error(reduction):
+    from fm_fast.kernels import path_loss
+
+    o, x1, rows, nothing = data((2, 3)), data((2, 3), seed=2), coefficients(2), torch.empty(0)
+    inputs, data_map = (o, x1, nothing, key(SEED, STEP, 0), rows, nothing), (0.0, 256.0, False)
+    with pytest.raises(ValueError, match=f"^reduction must be 0 to 2, got {reduction}$"):
+        path_loss.launch(torch.zeros(2), torch.zeros_like(o), *inputs, reduction, *data_map)
+    with pytest.raises(ValueError, match=f"^reduction must be 0 to 2, got {reduction}$"):
+        path_loss.launch_backward(torch.zeros_like(o), *inputs, torch.ones(2), reduction, *data_map)
