@@ -1,6 +1,7 @@
 """Times and loss coefficients of one sample, in float64 scalars, inside Triton kernels.
 
-A sample's row is (a, s, c1, c0, k, w): x_t = a x1 + s x0, loss = w ||k o - (c1 x1 + c0 x0)||^2 (paper equations 10, 16, 18, 20, Table 1).
+A sample's row is (a, s, c1, c0, k, w): x_t = a x1 + s x0 (paper equation 11), loss = w ||k o - (c1 x1 + c0 x0)||^2 (equation 14; Table 1
+for the objectives). The paths' a and s are those of equations 16 (VE), 18 (VP) and 20 (OT).
 """
 
 # Device functions are written in Triton's own language.

@@ -1,4 +1,4 @@
-"""fm_fast::path_loss and fm_fast::path_loss_backward on CUDA: w ||k o - (c1 x1 + c0 x0)||^2 and its gradient (paper equations 14 and 23).
+"""fm_fast::path_loss and path_loss_backward on CUDA: w ||k o - (c1 x1 + c0 x0)||^2 and its gradient (paper equation 14, 23 for OT).
 
 One read of o and x1, one write of the gradient; the noise x0 is drawn again at its counters unless given. Each program writes one partial
 sum and a second kernel adds them in float64 in a fixed order, so the loss is bitwise repeatable.

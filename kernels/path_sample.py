@@ -1,4 +1,4 @@
-"""fm_fast::path_sample on CUDA: x_t = a x1 + s x0 (paper equation 10), one read of x1 and one write of x_t.
+"""fm_fast::path_sample on CUDA: x_t = a x1 + s x0 (paper equation 11, 22 for OT), one read of x1 and one write of x_t.
 
 The noise x0 is drawn at its counters unless given, and so is the time t; t and the row (a, s, c1, c0, k, w) of each sample are written
 for the loss by the sample's first program.
