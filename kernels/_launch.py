@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fm_fast._philox import INDEX_LIMIT
+from fm_fast._philox import INDEX_LIMIT, logical_shape
 
 TILE = 1024  # elements a program holds at once: 8 a thread, two 128-bit float32 accesses or one of 16 bits
 SMALLEST_TILE = 128
@@ -93,15 +93,6 @@ class Plan:
             "MASKED": self.masked,
             "WIDE": self.wide,
         }
-
-
-def logical_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    """(B, C, P): C is dimension 1 where there are more than two dimensions."""
-    channels = shape[1] if len(shape) > 2 else 1
-    positions = 1
-    for size in shape[2 if len(shape) > 2 else 1 :]:
-        positions *= size
-    return shape[0], channels, positions
 
 
 def _position_stride(name: str, x: Tensor, first: int) -> int:

@@ -157,7 +157,7 @@ class SignPlan:
 
 def sign_plan(name: str, probes: Tensor) -> SignPlan:
     """The geometry for probes [K, B, ...] that hold at least one element; it does not depend on their number or the batch."""
-    batch, channels, positions = _launch.logical_shape(probes.shape[1:])
+    batch, channels, positions = contract.logical_shape(probes.shape[1:])
     strides = _launch.strides(name, probes[0])
     channel_fast = _launch.is_channel_fast(channels, strides)
     blocks = channels * -(-positions // BLOCK_SIGNS)
