@@ -17,6 +17,8 @@ GIVEN_PATH, OT, VP, VE, COSINE = (tl.constexpr(code.value) for code in PathCode)
 VELOCITY, NOISE, SCORE, SCOREFLOW, DATA = (tl.constexpr(code.value) for code in ObjectiveCode)
 GIVEN_TIME, UNIFORM, STRATIFIED, LOGIT_NORMAL = (tl.constexpr(code.value) for code in TimeCode)
 HALF_PI = tl.constexpr(1.5707963267948966)
+A, S, C1, C0, K, W = (tl.constexpr(i) for i in range(6))  # columns of a row
+COLUMNS = tl.constexpr(6)
 
 
 @triton.jit
@@ -110,10 +112,10 @@ def loss_target(a, s, d_a, d_s, OBJECTIVE: tl.constexpr):
 @triton.jit
 def write_row(coef_ptr, sample, a, s, c1, c0, k, w):
     """Store the sample's row of the [B, 6] coefficients."""
-    row = coef_ptr + sample * 6
-    tl.store(row, a)
-    tl.store(row + 1, s)
-    tl.store(row + 2, c1)
-    tl.store(row + 3, c0)
-    tl.store(row + 4, k)
-    tl.store(row + 5, w)
+    row = coef_ptr + sample * COLUMNS
+    tl.store(row + A, a)
+    tl.store(row + S, s)
+    tl.store(row + C1, c1)
+    tl.store(row + C0, c0)
+    tl.store(row + K, k)
+    tl.store(row + W, w)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fm_fast._codes import ObjectiveCode, PathCode, TimeCode
 from fm_fast.kernels import _launch
-from fm_fast.kernels._coefficients import GIVEN_PATH, loss_target, sample_time, schedule, write_row
+from fm_fast.kernels._coefficients import COLUMNS, GIVEN_PATH, A, S, loss_target, sample_time, schedule, write_row
 from fm_fast.kernels._philox import read_key
 from fm_fast.kernels._tile import data_scale, mirror, offset, place, read, sample_and_chunk, source, write
 
@@ -41,7 +41,8 @@ def _coefficients(
 ):
     """(a, s) of the sample; its first program also writes t and the row of coefficients."""
     if PATH == GIVEN_PATH:
-        a, s = tl.load(coef_ptr + sample * 6), tl.load(coef_ptr + sample * 6 + 1)
+        row = coef_ptr + sample * COLUMNS
+        a, s = tl.load(row + A), tl.load(row + S)
     else:
         t = sample_time(t_ptr, sample, identity, step, seed, t_mean, t_std, t_min, t_max, T_SAMPLER)
         a, s, d_a, d_s = schedule(t, path_a, path_b, PATH)
