@@ -3,7 +3,7 @@
 import pytest
 import torch
 from norm_cases import LAYER, NAMES, Case, assert_close, expected, inputs, key, uncancelled
-from triton_interpreter import poisoned, round_bfloat16_as_a_gpu_does, run_checks
+from triton_interpreter import poisoned, run_checks
 
 CASES = [
     Case(2, 6, groups=3, size=(5, 7)),
@@ -23,11 +23,6 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 def test_group_norm_silu_in_the_interpreter():
     run_checks(__file__)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exact_bfloat16():
-    round_bfloat16_as_a_gpu_does()
 
 
 def launch(case, tensors, grad_y, index=LAYER):

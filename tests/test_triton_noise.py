@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from triton_interpreter import array, key, round_bfloat16_as_a_gpu_does, run_checks
+from triton_interpreter import array, key, run_checks
 
 from fm_fast import reference
 from fm_fast._philox import Kind, Stream
@@ -15,11 +15,6 @@ SHAPES = [(3,), (5, 1), (2, 130), (2, 3, 5, 7), (2, 3, 4, 32), (2, 2, 9, 16)]
 
 def test_noise_in_the_interpreter():
     run_checks(__file__)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exact_bfloat16():
-    round_bfloat16_as_a_gpu_does()
 
 
 def launch(out, kind, stream, index=0, ids=0):

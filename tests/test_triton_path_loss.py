@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from triton_interpreter import array, data, key, layouts, poisoned, round_bfloat16_as_a_gpu_does, run_checks, wide_dtype
+from triton_interpreter import array, data, key, layouts, poisoned, run_checks, wide_dtype
 
 SEED, STEP = 0x123456789ABCDEF, 4
 REDUCTIONS = ["mean", "sum", "none"]
@@ -14,19 +14,6 @@ DTYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float
 
 def test_path_loss_in_the_interpreter():
     run_checks(__file__)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exact_bfloat16():
-    round_bfloat16_as_a_gpu_does()
-
-
-@pytest.fixture
-def launch_plan():
-    """The module whose constants shape a launch."""
-    from fm_fast.kernels import _launch
-
-    return _launch
 
 
 def coefficients(batch, dtype=torch.float32):

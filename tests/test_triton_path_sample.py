@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from triton_interpreter import array, data, key, layouts, poisoned, round_bfloat16_as_a_gpu_does, run_checks, wide_dtype
+from triton_interpreter import array, data, key, layouts, poisoned, run_checks, wide_dtype
 
 import fm_fast as fm
 from fm_fast._codes import ObjectiveCode
@@ -20,19 +20,6 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-6, torch.float16: 1e-3, torc
 
 def test_path_sample_in_the_interpreter():
     run_checks(__file__)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exact_bfloat16():
-    round_bfloat16_as_a_gpu_does()
-
-
-@pytest.fixture
-def launch_plan():
-    """The module whose constants shape a launch."""
-    from fm_fast.kernels import _launch
-
-    return _launch
 
 
 def launch(x1, x0=None, out=None, ids=0, path="ot", objective="velocity", sampler="uniform", t=None, rows=None, flip=0.0, levels=256,
