@@ -117,6 +117,13 @@ def path_sample_kernel(
         write(x_t_ptr + x_t_place, a * x1 + s * x0, inside, MASKED)
 
 
+def _check_codes(path: int, objective: int, t_sampler: int) -> None:
+    _launch.check_code("path", path, PathCode)
+    if path != PathCode.given:  # else the coefficients are there, and their objective is known to the caller alone
+        _launch.check_code("objective", objective, ObjectiveCode)
+    _launch.check_code("t_sampler", t_sampler, TimeCode)
+
+
 def _path_numbers(path: int, path_a: float, path_b: float) -> tuple[float, float]:
     """The path's parameters as ``schedule`` wants them: the ratio of a VE path by its logarithm."""
     return (path_a, math.log(path_b / path_a)) if path == PathCode.ve else (path_a, path_b)
@@ -143,8 +150,7 @@ def launch(
     dequantise: bool,
 ) -> None:
     """Run ``fm_fast::path_sample``: fill x_t, and t and coef unless ``path`` is -1."""
-    for name, code, codes in (("path", path, PathCode), ("objective", objective, ObjectiveCode), ("t_sampler", t_sampler, TimeCode)):
-        _launch.check_code(name, code, codes)
+    _check_codes(path, objective, t_sampler)
     if x1.shape[0] == 0:
         return
     plan = _launch.plan(x_t, x_t=x_t, x1=x1, x0=x0)

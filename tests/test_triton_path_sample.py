@@ -163,15 +163,28 @@ def check_strides_that_do_not_collapse_are_an_error():
         launch(data((2, 3, 4, 5)).transpose(2, 3), out=torch.empty(2, 3, 5, 4))
 
 
+def launch_codes(x1, out, rows, **codes):
+    """Run the kernel on given rows, which it overwrites unless the path is -1."""
+    from fm_fast.kernels.path_sample import launch as path_sample
+
+    codes = {"path": 0, "path_a": 0.0, "path_b": 0.0, "objective": 0, "t_sampler": 0} | codes
+    numbers = {"t_mean": 0.0, "t_std": 1.0, "t_min": 0.0, "t_max": 1.0, "flip": 0.0, "levels": 256.0, "dequantise": False}
+    path_sample(out, torch.zeros(len(x1)), rows, x1, torch.empty(0), key(SEED, STEP, 0), **codes, **numbers)
+
+
 @pytest.mark.parametrize("code", [-2, 5])
 @pytest.mark.parametrize("argument", ["path", "objective", "t_sampler"])
 def check_unknown_codes_are_an_error(argument, code):
-    from fm_fast.kernels.path_sample import launch as path_sample
-
-    codes = {"path": 0, "path_a": 0.0, "path_b": 0.0, "objective": 0, "t_sampler": 0}
-    numbers = {"t_mean": 0.0, "t_std": 1.0, "t_min": 0.0, "t_max": 1.0, "flip": 0.0, "levels": 256.0, "dequantise": False}
     x1 = data((2, 3))
-    out, t, rows = poisoned(x1), torch.zeros(2), torch.zeros(2, 6)
+    out, rows = poisoned(x1), torch.zeros(2, 6)
     with pytest.raises(ValueError, match=f"^{argument} must be one of .*, got {code}$"):
-        path_sample(out, t, rows, x1, torch.empty(0), key(SEED, STEP, 0), **codes | numbers | {argument: code})
-    assert out.isnan().all() and not t.any() and not rows.any()
+        launch_codes(x1, out, rows, **{argument: code})
+    assert out.isnan().all() and not rows.any()
+
+
+@pytest.mark.parametrize("objective", [-1, 5])
+def check_given_coefficients_may_be_those_of_any_objective(objective):
+    x1, rows = data((4, 3)), data((4, 6), seed=5)
+    out = poisoned(x1)
+    launch_codes(x1, out, rows, path=-1, objective=objective, t_sampler=-1)
+    assert_point(out, x1, None, rows)
