@@ -211,7 +211,18 @@ def with_ours(setting: Setting, op: str, ours: Callable[[str], Any], others: Map
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """Of all elements together, in float64."""
-    return float((found.double() - wanted).norm() / wanted.norm())
+    return float((found.detach().double() - wanted).norm() / wanted.norm())
+
+
+def off_by(name: str, error: float, tolerance: float) -> str:
+    """The message of a check of a relative error."""
+    return f"{name} is off by {error:.1e} (relative), more than {tolerance:.0e}"
+
+
+def check_close(name: str, found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """AssertionError unless the relative error is within the tolerance."""
+    error = relative_error(found, wanted)
+    assert error <= tolerance, off_by(name, error, tolerance)
 
 
 def check_draws(x0: Tensor, t: Tensor, again: tuple[Tensor, Tensor], given: Data) -> None:

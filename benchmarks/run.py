@@ -173,7 +173,9 @@ def _rows(
 
 def _counted(op: "Op", setting: "Setting", costs: "Costs") -> dict[str, float]:
     """What is known of a step's costs, by metric."""
-    found = {"peak_mib": costs.peak / (1 << 20), "kernels": costs.kernels}
+    from benchmarks.costs import MIB
+
+    found = {"peak_mib": costs.peak / MIB, "kernels": costs.kernels}
     if op.tensor_bytes is not None:
         size = op.tensor_bytes(setting)
         found |= {"peak_tensors": costs.peak / size, "passes": None if costs.traffic is None else costs.traffic / size}

@@ -1,6 +1,7 @@
 """Times and loss coefficients of one sample, in float64 scalars, inside Triton kernels.
 
-A sample's row is (a, s, c1, c0, k, w): x_t = a x1 + s x0, loss = w ||k o - (c1 x1 + c0 x0)||^2 (paper equations 10, 16, 18, 20, Table 1).
+A sample's row is (a, s, c1, c0, k, w): x_t = a x1 + s x0 (paper equation 11), loss = w ||k o - (c1 x1 + c0 x0)||^2 (equation 14; Table 1
+for the objectives). The paths' a and s are those of equations 16 (VE), 18 (VP) and 20 (OT).
 """
 
 # Device functions are written in Triton's own language.
@@ -9,12 +10,15 @@ A sample's row is (a, s, c1, c0, k, w): x_t = a x1 + s x0, loss = w ||k o - (c1 
 import triton
 import triton.language as tl
 
+from fm_fast._codes import ObjectiveCode, PathCode, TimeCode
 from fm_fast.kernels._philox import GOLDEN, TIME_STREAM, first_word, normal_pair, uniform, words
 
-OT, VP, VE, COSINE = (tl.constexpr(code) for code in range(4))
-VELOCITY, NOISE, SCORE, SCOREFLOW, DATA = (tl.constexpr(code) for code in range(5))
-GIVEN, UNIFORM, STRATIFIED, LOGIT_NORMAL = (tl.constexpr(code) for code in range(-1, 3))
+GIVEN_PATH, OT, VP, VE, COSINE = (tl.constexpr(code.value) for code in PathCode)
+VELOCITY, NOISE, SCORE, SCOREFLOW, DATA = (tl.constexpr(code.value) for code in ObjectiveCode)
+GIVEN_TIME, UNIFORM, STRATIFIED, LOGIT_NORMAL = (tl.constexpr(code.value) for code in TimeCode)
 HALF_PI = tl.constexpr(1.5707963267948966)
+A, S, C1, C0, K, W = (tl.constexpr(i) for i in range(6))  # columns of a row
+COLUMNS = tl.constexpr(6)
 
 
 @triton.jit
@@ -35,7 +39,7 @@ def _raw_time(identity, step, seed, mean, std, T_SAMPLER: tl.constexpr):
 def sample_time(t_ptr, sample, identity, step, seed, mean, std, t_min, t_max, T_SAMPLER: tl.constexpr):
     """The sample's time as the t tensor holds it, widened to float64: given and clamped (NaN stays NaN), or drawn."""
     low, high = tl.full((), t_min, tl.float64), tl.full((), t_max, tl.float64)
-    if T_SAMPLER == GIVEN:
+    if T_SAMPLER == GIVEN_TIME:
         t = tl.load(t_ptr + sample).to(tl.float64)
         t = tl.where(t < low, low, tl.where(t > high, high, t))
     else:
@@ -108,10 +112,10 @@ def loss_target(a, s, d_a, d_s, OBJECTIVE: tl.constexpr):
 @triton.jit
 def write_row(coef_ptr, sample, a, s, c1, c0, k, w):
     """Store the sample's row of the [B, 6] coefficients."""
-    row = coef_ptr + sample * 6
-    tl.store(row, a)
-    tl.store(row + 1, s)
-    tl.store(row + 2, c1)
-    tl.store(row + 3, c0)
-    tl.store(row + 4, k)
-    tl.store(row + 5, w)
+    row = coef_ptr + sample * COLUMNS
+    tl.store(row + A, a)
+    tl.store(row + S, s)
+    tl.store(row + C1, c1)
+    tl.store(row + C0, c0)
+    tl.store(row + K, k)
+    tl.store(row + W, w)

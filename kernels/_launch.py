@@ -4,17 +4,21 @@ import contextlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Protocol
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from fm_fast._philox import INDEX_LIMIT, logical_shape
+
 TILE = 1024  # elements a program holds at once: 8 a thread, two 128-bit float32 accesses or one of 16 bits
 SMALLEST_TILE = 128
 ELEMENTS_PER_THREAD = 8
 WORD_LIMIT = 2**31
 GRID_LIMIT = 2**16 - 1  # of a grid's second and third axis
+STREAM_LIMIT = 2**8  # a stream is a byte of the fourth counter word
 
 Strides = tuple[int, int, int]
 UNADDRESSED = (0, 0, 1)
@@ -89,15 +93,6 @@ class Plan:
             "MASKED": self.masked,
             "WIDE": self.wide,
         }
-
-
-def logical_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    """(B, C, P): C is dimension 1 where there are more than two dimensions."""
-    channels = shape[1] if len(shape) > 2 else 1
-    positions = 1
-    for size in shape[2 if len(shape) > 2 else 1 :]:
-        positions *= size
-    return shape[0], channels, positions
 
 
 def _position_stride(name: str, x: Tensor, first: int) -> int:
@@ -222,6 +217,23 @@ def _plan(
 def compute_dtype(*tensors: Tensor) -> Any:
     """Triton's dtype of the arithmetic: float64 if any tensor that holds something is float64."""
     return tl.float64 if any(x.dtype == torch.float64 for x in tensors if x.numel()) else tl.float32
+
+
+def check_code(name: str, value: int, codes: type[IntEnum]) -> None:
+    """Raise ValueError unless a kernel knows this code."""
+    try:
+        codes(value)
+    except ValueError:
+        known = ", ".join(f"{code.value} ({code.name})" for code in codes)
+        raise ValueError(f"{name} must be one of {known}, got {value}") from None
+
+
+def counter_purpose(stream: int, index: int) -> int:
+    """The fourth counter word of a stream's numbers of this index; ValueError where it would be another's."""
+    for name, value, limit in (("stream", stream, STREAM_LIMIT), ("index", index, INDEX_LIMIT)):
+        if not 0 <= value < limit:
+            raise ValueError(f"{name} must be at least 0 and below {limit}, got {value}")
+    return stream | index << 8
 
 
 def explicit_ids(key: Tensor, batch: int) -> bool:

@@ -149,7 +149,7 @@ class NormPlan:
 
 def norm_plan(x: Tensor, strides: list[_launch.Strides], channels: int, groups: int, most: int) -> NormPlan:
     """``strides`` of all full-size tensors, those of x first; one tile holds all positions if they are no more than ``most`` elements."""
-    batch, _, points = _launch.logical_shape(x.shape)
+    batch, _, points = contract.logical_shape(x.shape)
     width = channels // groups
     channels_last = points == 1 or strides[0][1] < strides[0][2]
     wanted = CHANNELS_LAST_CHANNELS if channels_last else min(MOST_JOINED_CHANNELS, -(-1024 // points))
@@ -198,7 +198,7 @@ def start_norm(kernel: Any, plan: NormPlan, positional: tuple[Any, ...], options
 
 def sizes_of(x: Tensor, second: Tensor, groups: int) -> tuple[int, int, int, int, int]:
     """(batch, channels of both, channels of x, positions, groups) of a launch."""
-    batch, first, positions = _launch.logical_shape(x.shape)
+    batch, first, positions = contract.logical_shape(x.shape)
     channels = first + (second.shape[1] if second.dim() > 1 else 0)
     if x.dim() < 3 or groups < 1 or channels % groups:
         raise ValueError(f"x must be [B, C, ...] with a multiple of {groups} channels, got {channels} and {tuple(x.shape)}")

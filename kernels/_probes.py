@@ -22,7 +22,6 @@ from fm_fast.kernels._tile import sample_and_chunk
 
 BLOCK_SIGNS = 128
 MOST_ROWS = 32
-MOST_INDICES = 2**24  # an index has 24 bits of the counter
 # A thread's share of a block: 32 neighbours make wide accesses, 4 leave a warp to eight channels of a channels-last tensor.
 POSITION_LANES, CHANNEL_LANES = 32, 4
 PARITY_WORDS = 128  # words of a program of the parity kernel
@@ -158,7 +157,7 @@ class SignPlan:
 
 def sign_plan(name: str, probes: Tensor) -> SignPlan:
     """The geometry for probes [K, B, ...] that hold at least one element; it does not depend on their number or the batch."""
-    batch, channels, positions = _launch.logical_shape(probes.shape[1:])
+    batch, channels, positions = contract.logical_shape(probes.shape[1:])
     strides = _launch.strides(name, probes[0])
     channel_fast = _launch.is_channel_fast(channels, strides)
     blocks = channels * -(-positions // BLOCK_SIGNS)
@@ -183,9 +182,9 @@ def check_numbers(probes: Tensor, codes: Tensor, rows: Tensor, index: int, first
     """Raise ValueError unless the counters of all probes [K, B, ...] are in range and structured ones have their codes and rows."""
     if share < 1 or first < 0 or index < 0:
         raise ValueError(f"share must be at least 1, first and index at least 0, got {share}, {first} and {index}")
-    last = first + probes.shape[0] - 1
-    if index + max(last, 0) // share >= MOST_INDICES:
-        raise ValueError(f"index + probe / share must be below {MOST_INDICES}, got index {index} for probe {last} and share {share}")
+    last, limit = first + probes.shape[0] - 1, contract.INDEX_LIMIT
+    if index + max(last, 0) // share >= limit:
+        raise ValueError(f"index + probe / share must be below {limit}, got index {index} for probe {last} and share {share}")
     if codes.numel() == 0:
         return
     if codes.numel() != probes[0, 0].numel():

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fm_fast._device import is_captured
+from fm_fast._modes import is_captured
 
 VALUE, GRADIENT, COPY, OFFSET, COUNT, GROUP = (tl.constexpr(i) for i in range(6))  # columns of the table
 COLUMNS = tl.constexpr(6)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fm_fast import reference
 from fm_fast.kernels import _launch
 from fm_fast.kernels._combine import combine
 from fm_fast.kernels._table import (
@@ -43,7 +44,7 @@ ROWS, LANES, TILES = 256, 4, 4  # of a chunk: rows of a tile, elements of a row 
 CHUNK = ROWS * LANES * TILES
 WARPS = 4
 SETTINGS, DECAYS, NUMBERS = tl.constexpr(6), tl.constexpr(4), tl.constexpr(8)
-NORM_EPSILON = tl.constexpr(1e-6)  # as in torch.nn.utils.clip_grad_norm_
+NORM_EPSILON = tl.constexpr(reference.NORM_EPSILON)
 
 
 @triton.jit

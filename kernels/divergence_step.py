@@ -1,4 +1,4 @@
-"""fm_fast::divergence_step on CUDA: z . (J^T z) of each probe and sample (Hutchinson's estimate of the divergence).
+"""fm_fast::divergence_step on CUDA: z . (J^T z) of each probe and sample (Hutchinson's estimate of the divergence, paper equation 34).
 
 The probes z are drawn again, not read. Each program writes one partial sum; a second kernel adds those of a sample in float64 in a fixed
 order, so the estimate is bitwise repeatable. After the last probe a third adds mean and variance to the sums of the solve.

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fm_fast.kernels import _launch
 from fm_fast.kernels._norm import (
     DROPOUT_STREAM,
     HELD_TILE,
@@ -149,7 +150,7 @@ def launch(
     addressed = [full(name, tensor) for name, tensor in (("x", x), ("second", second), ("y", y))]
     plan = norm_plan(x, [strides for _, strides in addressed], sizes[1], groups, HELD_TILE)  # type: ignore[misc]
     tables = [table(tensor) for tensor in (embedding, weight, bias, scale, shift)]
-    numbers = (DROPOUT_STREAM | index << 8, eps, dropout, 1.0 / (1.0 - dropout))
+    numbers = (_launch.counter_purpose(DROPOUT_STREAM, index), eps, dropout, 1.0 / (1.0 - dropout))
     drawn = key if dropout > 0.0 else None
     positional = (addressed[2], mean, rstd, addressed[0], addressed[1], *tables, drawn, *sizes, *numbers)
     start_norm(group_norm_silu_kernel, plan, positional, options_of(x, key, activation, dropout))

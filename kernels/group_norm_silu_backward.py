@@ -255,7 +255,7 @@ def launch(
     plan = norm_plan(x, [strides for _, strides in addressed], channels, groups, TILE)  # type: ignore[misc]
     embedding_, weight_, bias_, scale_, shift_ = (table(tensor) for tensor in (embedding, weight, bias, scale, shift))
     sums = torch.empty(batch, 3, channels, dtype=mean.dtype, device=x.device)
-    numbers = (DROPOUT_STREAM | index << 8, dropout, 1.0 / (1.0 - dropout))
+    numbers = (_launch.counter_purpose(DROPOUT_STREAM, index), dropout, 1.0 / (1.0 - dropout))
     inputs = (addressed[0], addressed[1], embedding_, weight_, bias_, scale_, shift_)
     positional = (*addressed[2:], sums, *inputs, mean, rstd, key if dropout > 0.0 else None, *sizes, *numbers)
     start_norm(group_norm_silu_backward_kernel, plan, positional, options_of(x, key, activation, dropout))

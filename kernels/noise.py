@@ -50,8 +50,9 @@ def noise_kernel(
 
 def launch(out: Tensor, key: Tensor, kind: int, stream: int, index: int) -> None:
     """Run ``fm_fast::noise``: fill out [B, ...] with numbers of the kind; words need int64."""
+    _launch.check_code("kind", kind, Kind)
+    purpose = _launch.counter_purpose(stream, index)
     if out.numel() == 0:
         return
     plan = _launch.plan(out, by_channel=kind == Kind.sign, out=out)
-    purpose = stream | index << 8
     _launch.run(noise_kernel, plan, (out, key), (purpose,), KIND=kind, EXPLICIT_IDS=_launch.explicit_ids(key, out.shape[0]))

@@ -1,4 +1,4 @@
-"""fm_fast::path_loss and fm_fast::path_loss_backward on CUDA: w ||k o - (c1 x1 + c0 x0)||^2 and its gradient (paper equations 14 and 23).
+"""fm_fast::path_loss and path_loss_backward on CUDA: w ||k o - (c1 x1 + c0 x0)||^2 and its gradient (paper equation 14, 23 for OT).
 
 One read of o and x1, one write of the gradient; the noise x0 is drawn again at its counters unless given. Each program writes one partial
 sum and a second kernel adds them in float64 in a fixed order, so the loss is bitwise repeatable.
@@ -13,11 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fm_fast.kernels import _launch
+from fm_fast.kernels._coefficients import C0, C1, COLUMNS, K, W
 from fm_fast.kernels._combine import combine
 from fm_fast.kernels._philox import read_key
 from fm_fast.kernels._tile import data_scale, mirror, offset, place, read, sample_and_chunk, source, write
+from fm_fast.reference import REDUCTIONS
 
-MEAN, SUM = 0, 1
+MEAN, SUM = REDUCTIONS.index("mean"), REDUCTIONS.index("sum")
 NO_WEIGHT, SAMPLE_WEIGHT, ELEMENT_WEIGHT = (tl.constexpr(code) for code in range(3))
 
 
@@ -86,9 +88,9 @@ def path_loss_kernel(
         return
     sample = sample.to(tl.int64)
     seed, step, identity = read_key(key_ptr, sample, EXPLICIT_IDS)
-    row = coef_ptr + sample * 6
-    c1, c0 = tl.load(row + 2).to(COMPUTE), tl.load(row + 3).to(COMPUTE)
-    k, w = tl.load(row + 4).to(COMPUTE), tl.load(row + 5).to(COMPUTE)
+    row = coef_ptr + sample * COLUMNS
+    c1, c0 = tl.load(row + C1).to(COMPUTE), tl.load(row + C0).to(COMPUTE)
+    k, w = tl.load(row + K).to(COMPUTE), tl.load(row + W).to(COMPUTE)
     if WEIGHT == SAMPLE_WEIGHT:
         w *= tl.load(weight_ptr + sample).to(COMPUTE)
     factor = _gradient_factor(w, k, grad_output_ptr, sample, tl.full((), scale, COMPUTE), GRAD_OUTPUT)
@@ -118,18 +120,22 @@ def path_loss_kernel(
 
 def _averaged(o: Tensor, reduction: int) -> int:
     """How many elements one loss value averages."""
+    if not 0 <= reduction < len(REDUCTIONS):
+        raise ValueError(f"reduction must be 0 to {len(REDUCTIONS) - 1}, got {reduction}")
     if reduction == SUM:
         return 1
     return o.numel() if reduction == MEAN else o.numel() // o.shape[0]
 
 
 def _weight_code(weight: Tensor, batch: int) -> int:
-    return 0 if weight.numel() == 0 else 1 if weight.numel() == batch else 2
+    if weight.numel() == 0:
+        return NO_WEIGHT.value
+    return SAMPLE_WEIGHT.value if weight.numel() == batch else ELEMENT_WEIGHT.value
 
 
 def _plan(grad: Tensor, o: Tensor, x1: Tensor, x0: Tensor, weight: Tensor) -> _launch.Plan:
     """The geometry; the weight is addressed only where it has a value an element."""
-    elementwise = _weight_code(weight, o.shape[0]) == 2
+    elementwise = _weight_code(weight, o.shape[0]) == ELEMENT_WEIGHT.value
     return _launch.plan(o, grad=grad, o=o, x1=x1, x0=x0, weight=weight.reshape(o.shape) if elementwise else weight.new_empty(0))
 
 

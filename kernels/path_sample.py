@@ -1,4 +1,4 @@
-"""fm_fast::path_sample on CUDA: x_t = a x1 + s x0 (paper equation 10), one read of x1 and one write of x_t.
+"""fm_fast::path_sample on CUDA: x_t = a x1 + s x0 (paper equation 11, 22 for OT), one read of x1 and one write of x_t.
 
 The noise x0 is drawn at its counters unless given, and so is the time t; t and the row (a, s, c1, c0, k, w) of each sample are written
 for the loss by the sample's first program.
@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fm_fast._codes import ObjectiveCode, PathCode, TimeCode
 from fm_fast.kernels import _launch
-from fm_fast.kernels._coefficients import loss_target, sample_time, schedule, write_row
+from fm_fast.kernels._coefficients import COLUMNS, GIVEN_PATH, A, S, loss_target, sample_time, schedule, write_row
 from fm_fast.kernels._philox import read_key
 from fm_fast.kernels._tile import data_scale, mirror, offset, place, read, sample_and_chunk, source, write
-
-VE_PATH = 2
 
 
 @triton.jit
@@ -41,8 +40,9 @@ def _coefficients(
     T_SAMPLER: tl.constexpr,
 ):
     """(a, s) of the sample; its first program also writes t and the row of coefficients."""
-    if PATH == -1:
-        a, s = tl.load(coef_ptr + sample * 6), tl.load(coef_ptr + sample * 6 + 1)
+    if PATH == GIVEN_PATH:
+        row = coef_ptr + sample * COLUMNS
+        a, s = tl.load(row + A), tl.load(row + S)
     else:
         t = sample_time(t_ptr, sample, identity, step, seed, t_mean, t_std, t_min, t_max, T_SAMPLER)
         a, s, d_a, d_s = schedule(t, path_a, path_b, PATH)
@@ -117,9 +117,16 @@ def path_sample_kernel(
         write(x_t_ptr + x_t_place, a * x1 + s * x0, inside, MASKED)
 
 
+def _check_codes(path: int, objective: int, t_sampler: int) -> None:
+    _launch.check_code("path", path, PathCode)
+    if path != PathCode.given:  # else the coefficients are there, and their objective is known to the caller alone
+        _launch.check_code("objective", objective, ObjectiveCode)
+    _launch.check_code("t_sampler", t_sampler, TimeCode)
+
+
 def _path_numbers(path: int, path_a: float, path_b: float) -> tuple[float, float]:
     """The path's parameters as ``schedule`` wants them: the ratio of a VE path by its logarithm."""
-    return (path_a, math.log(path_b / path_a)) if path == VE_PATH else (path_a, path_b)
+    return (path_a, math.log(path_b / path_a)) if path == PathCode.ve else (path_a, path_b)
 
 
 def launch(
@@ -143,6 +150,7 @@ def launch(
     dequantise: bool,
 ) -> None:
     """Run ``fm_fast::path_sample``: fill x_t, and t and coef unless ``path`` is -1."""
+    _check_codes(path, objective, t_sampler)
     if x1.shape[0] == 0:
         return
     plan = _launch.plan(x_t, x_t=x_t, x1=x1, x0=x0)

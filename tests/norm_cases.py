@@ -1,10 +1,12 @@
-"""Inputs of group_norm_silu and what torch makes of them in float64: the model that the tests of every backend compare with."""
+"""Inputs of group_norm_silu, the op on them, and what torch makes of them in float64: what the tests of every backend compare."""
 
 from dataclasses import dataclass
 
 import oracle
 import torch
 import torch.nn.functional as F
+
+from fm_fast import _ops
 
 SEED, STEP, LAYER = 0x123456789ABCDEF, 4, 3
 NAMES = ("x", "second", "embedding", "weight", "bias", "scale", "shift")
@@ -126,3 +128,25 @@ def assert_close(got, exact, sizes):
         bound = tolerance * float(value.abs().max()) + arithmetic * sizes.get(name, 0.0)
         error = float((got[name].double() - value).abs().max())
         assert error <= bound, f"{name}: {error} > {bound}"
+
+
+def settings(case):
+    return _ops.NormSettings(case.groups, 1e-5, case.activation, case.dropout, LAYER)
+
+
+def ours(case, backend):
+    def run(*tensors):
+        return _ops.group_norm_silu(tensors, key(case) if case.dropout else None, settings(case), backend)
+
+    return run
+
+
+def check(case, backend):
+    tensors, grad_y = inputs(case)
+    got = with_gradients(ours(case, backend), tensors, grad_y)
+    assert_close(got, expected(case, tensors, grad_y), uncancelled(case, tensors, grad_y))
+    return got
+
+
+def replaced(case, **changes):
+    return Case(**{**case.__dict__, **changes})

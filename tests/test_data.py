@@ -1,29 +1,18 @@
-"""Readers against files written here by independent means, a message for every kind of damage, and the order of training."""
+"""The shipped digits, IDX files against ones written here, the order of training, preparation and splits, and what is refused."""
 
 import errno
 import gzip
-import io
 import os
-import pickle
-import struct
-import tarfile
 from dataclasses import replace
 
 import pytest
 import torch
+from image_files import idx_bytes, random_images, write_images
 
 from fm_fast.train.data import DataOrder, digits, epoch_order, load_dataset, make_dataset
 from fm_fast.train.prepare import Preparation
 
 np = pytest.importorskip("numpy")
-
-
-def random_images(*shape):
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-
-def idx_bytes(array):
-    return struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
 @pytest.fixture
@@ -111,151 +100,6 @@ def test_truncated_gzip(idx_folder):
         load_dataset(idx_folder[0], "test")
 
 
-def cifar_parts():
-    images = random_images(10, 3072)
-    labels = [number % 10 for number in range(10)]
-    return [(images[2 * i : 2 * i + 2], labels[2 * i : 2 * i + 2]) for i in range(5)], images, labels
-
-
-def python_batch(pixels, labels):
-    # As in the official files: protocol 2, keys that are byte strings.
-    return pickle.dumps({b"data": pixels, b"labels": labels, b"batch_label": b"x"}, protocol=2)
-
-
-def binary_batch(pixels, labels):
-    return b"".join(bytes([label]) + row.tobytes() for label, row in zip(labels, pixels, strict=True))
-
-
-def write_cifar(folder, form):
-    parts, images, labels = cifar_parts()
-    write, suffix = (python_batch, "") if form == "python" else (binary_batch, ".bin")
-    for number, part in enumerate(parts, start=1):
-        (folder / f"data_batch_{number}{suffix}").write_bytes(write(*part))
-    (folder / f"test_batch{suffix}").write_bytes(write(*parts[3]))
-    return images.reshape(-1, 3, 32, 32), labels
-
-
-@pytest.mark.parametrize("form", ["python", "binary"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_cifar10(tmp_path, form, packed):
-    folder = tmp_path / "cifar-10-batches"
-    folder.mkdir()
-    images, labels = write_cifar(folder, form)
-    source = folder
-    if packed:
-        source = tmp_path / "cifar-10.tar.gz"
-        with tarfile.open(source, "w:gz") as archive:
-            archive.add(folder, arcname=folder.name)
-    train, held_out = load_dataset(source), load_dataset(source, "test")
-    assert np.array_equal(train.images.numpy(), images) and train.labels.tolist() == labels
-    assert np.array_equal(held_out.images.numpy(), images[6:8]) and (train.classes, train.levels) == (10, 256)
-
-
-def test_cifar_pickle_cannot_run_code(tmp_path):
-    write_cifar(tmp_path, "python")
-    (tmp_path / "data_batch_2").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    with pytest.raises(ValueError, match=r"data_batch_2: expected a CIFAR-10 pickle, got: os.system is not allowed"):
-        load_dataset(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "data_batch_3: expected a CIFAR-10 pickle"),
-        (b"not a pickle", "data_batch_3: expected a CIFAR-10 pickle"),
-        (pickle.dumps([1]), "expected a dictionary with b'data' and b'labels', got list"),
-        (python_batch(random_images(2, 3071), [0, 1]), r"expected uint8 images \[N, 3072\], got .*3071"),
-        (python_batch(random_images(2, 3072), [0]), "expected 2 labels, one an image, got 1"),
-        (python_batch(random_images(2, 3072), [0, 11]), r"expected labels in 0..9, got 0..11"),
-    ],
-)
-def test_damaged_cifar_pickle(tmp_path, content, message):
-    write_cifar(tmp_path, "python")
-    (tmp_path / "data_batch_3").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        load_dataset(tmp_path)
-
-
-def test_damaged_cifar_binary(tmp_path):
-    write_cifar(tmp_path, "binary")
-    (tmp_path / "data_batch_1.bin").write_bytes(b"\x00" * 3072)
-    with pytest.raises(ValueError, match=r"data_batch_1.bin: expected a multiple of 3073 bytes, got 3072"):
-        load_dataset(tmp_path)
-    (tmp_path / "data_batch_5.bin").unlink()
-    (tmp_path / "data_batch_1.bin").write_bytes(b"\x00" * 3073)
-    with pytest.raises(FileNotFoundError, match="expected a CIFAR-10 batch data_batch_5"):
-        load_dataset(tmp_path)
-
-
-def test_truncated_archive(tmp_path):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        member = tarfile.TarInfo("cifar/data_batch_1.bin")
-        member.size = 30730
-        archive.addfile(member, io.BytesIO(random_images(30730).tobytes()))
-    (tmp_path / "cifar.tar.gz").write_bytes(buffer.getvalue()[:5000])
-    with pytest.raises(ValueError, match=r"cifar.tar.gz: expected a complete tar archive"):
-        load_dataset(tmp_path / "cifar.tar.gz")
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-@pytest.mark.parametrize("shape", [(4, 6, 5), (4, 3, 6, 5)])
-def test_npz(tmp_path, save, shape):
-    images, labels = random_images(*shape), np.array([0, 3, 1, 2])
-    save(tmp_path / "set.npz", images=images, labels=labels, extra=np.zeros(2))
-    data = load_dataset(tmp_path / "set.npz")
-    assert np.array_equal(data.images.numpy(), images if len(shape) == 4 else images[:, None])
-    assert data.labels.tolist() == [0, 3, 1, 2] and data.classes == 4
-
-
-def test_damaged_npz(tmp_path):
-    file = tmp_path / "set.npz"
-    file.write_bytes(b"PK\x03\x04 but no archive")
-    with pytest.raises(ValueError, match=r"set.npz: expected a readable .npz archive"):
-        load_dataset(file)
-    np.savez(file, pictures=random_images(1, 2, 2))
-    with pytest.raises(ValueError, match=r"expected arrays images, labels, found .*pictures"):
-        load_dataset(file)
-    np.savez(file, images=random_images(2, 2, 2).astype(np.float32), labels=np.zeros(2, dtype=np.int64))
-    with pytest.raises(ValueError, match=r"set.npz\[images\]: expected an array of integers .* got dtype float32"):
-        load_dataset(file)
-    np.savez(file, images=random_images(2, 3, 2), labels=np.array([None, "x"], dtype=object))
-    with pytest.raises(ValueError, match=r"expected a readable .npz archive, got: Object arrays cannot be loaded"):
-        load_dataset(file)
-
-
-def test_npz_in_fortran_order(tmp_path):
-    images = random_images(2, 3, 2)
-    np.savez(tmp_path / "set.npz", images=np.asfortranarray(images), labels=np.zeros(2, dtype=np.int32))
-    assert np.array_equal(load_dataset(tmp_path / "set.npz").images[:, 0].numpy(), images)
-
-
-def test_image_folder(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    pixels = random_images(3, 4, 5, 3)
-    for number, name in enumerate(("cat/1.png", "cat/2.png", "dog/1.png")):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        image.fromarray(pixels[number]).save(tmp_path / name)
-    (tmp_path / "dog" / "notes.txt").write_text("no image")
-    data = load_dataset(tmp_path)
-    assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), pixels)
-    assert data.labels.tolist() == [0, 0, 1] and data.classes == 2
-
-
-def test_damaged_image_folder(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    with pytest.raises(FileNotFoundError, match="expected IDX files, CIFAR-10 batches, or a subfolder"):
-        load_dataset(tmp_path)
-    (tmp_path / "a").mkdir()
-    image.fromarray(random_images(4, 4, 3)).save(tmp_path / "a" / "1.png")
-    image.fromarray(random_images(4, 5, 3)).save(tmp_path / "a" / "2.png")
-    with pytest.raises(ValueError, match=r"2.png: expected 4x4 pixels like 1.png, got 4x5"):
-        load_dataset(tmp_path)
-    (tmp_path / "a" / "2.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"2.png: expected a readable image"):
-        load_dataset(tmp_path)
-
-
 def test_unknown_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder; expected 'digits', 'fashion' or a path"):
         load_dataset(tmp_path / "nowhere")
@@ -331,14 +175,6 @@ def test_a_share_is_held_out(tmp_path):
     assert len(load_dataset(tmp_path / "set.npz", "test")) == 50
     np.savez(tmp_path / "set.npz", images=images, labels=np.zeros(50), test_images=images[:3], test_labels=np.zeros(3, dtype=np.int64))
     assert len(load_dataset(tmp_path / "set.npz", "test", Preparation(test_share=0.2))) == 3
-
-
-def write_images(folder, pixels):
-    image = pytest.importorskip("PIL.Image")
-    for number, values in enumerate(pixels):
-        file = folder / "ab"[number % 2] / f"{number}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        image.fromarray(values).save(file)
 
 
 def test_a_folder_in_parts(tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from probe_cases import DTYPES, SHAPES, tables
 from thread_counts import on_thread_counts
 
 from fm_fast import _backends, _ops
@@ -11,24 +12,6 @@ from fm_fast.random import Kind, Stream, make_key
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 needs_cpp = pytest.mark.skipif(_backends.why_not("divergence_step", "cpu", "cpp") is not None, reason="the C++ library is not built")
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [
-    (3,),
-    (1, 1),
-    (5, 3),
-    (70, 2),
-    (4, 127),
-    (3, 128),
-    (2, 129),
-    (1, 1025),
-    (2, 3072),
-    (2, 3, 5, 7),
-    (2, 3, 9),
-    (2, 3, 16, 16),
-    (1, 5, 33, 31),
-    (2, 70, 3, 3),
-    (2, 3, 2, 3, 5),
-]
 SEED, STEP = 78, 6
 KINDS = ["rademacher", "hadamard", "gaussian"]
 
@@ -37,24 +20,16 @@ def products(shape, count, dtype=torch.float32):
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(2)).to(dtype)
 
 
-def random_words(count, seed):
-    return np.random.default_rng(seed).integers(-(2**63), 2**63 - 1, count, dtype=np.int64).tolist()
-
-
 def probe_set(kind, shape, total, share=1, index=0, ids=None):
-    structured = kind == "hadamard"
-    codes = random_words(int(np.prod(shape[1:])), 3) if structured else []
-    rows = random_words(total, 4) if structured else []
     key = make_key(SEED, STEP, ids, shape[0], torch.device("cpu"))
-    words = (torch.tensor(values, dtype=torch.int64) for values in (codes, rows))
-    return _ops.ProbeSet(key, *words, index, total, share, kind == "gaussian")
+    return _ops.ProbeSet(key, *tables(shape, total, kind == "hadamard"), index, total, share, kind == "gaussian")
 
 
 def expected_probes(probes, shape, first, count, ids=None):
     """z in float64."""
     if not probes.normal:
-        tables = probes.codes.tolist(), probes.rows.tolist()
-        return oracle.probes(shape, SEED, STEP, first, count, probes.index, probes.share, *tables, ids)
+        words = probes.codes.tolist(), probes.rows.tolist()
+        return oracle.probes(shape, SEED, STEP, first, count, probes.index, probes.share, *words, ids)
     return np.stack([oracle.normal(shape, SEED, STEP, "probe", ids, probes.index + q // probes.share) for q in range(first, first + count)])
 
 

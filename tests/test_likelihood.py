@@ -1,23 +1,16 @@
-"""fm.log_likelihood and fm.sample_with_log_prob against loops written out by hand with exact divergences; counts, options, errors."""
+"""fm.log_likelihood and fm.sample_with_log_prob against loops written out by hand with exact divergences; counts, options, modes."""
 
 import math
-import warnings
 
 import pytest
 import torch
+from likelihood_cases import points, velocity
 from sampling_helpers import FIXED, ONE_STEP, solve
 from torch import nn
 
 import fm_fast as fm
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-WEIGHT = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 2
-
-
-def velocity(x, t):
-    """A nonlinear field that mixes six elements; t is a number or [B]."""
-    t = torch.as_tensor(t, dtype=x.dtype).reshape(-1, 1)
-    return (torch.tanh(x.reshape(len(x), 6) @ WEIGHT.to(x.dtype) * (1 + t)) - t * x.reshape(len(x), 6)).reshape(x.shape)
 
 
 def trace(x, t):
@@ -32,10 +25,6 @@ def augmented(state, t):
 
 def log_normal(x):
     return -0.5 * x.square().flatten(1).sum(1) - 0.5 * x[0].numel() * math.log(2 * math.pi)
-
-
-def points(*shape, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
 
 
 @pytest.mark.parametrize("method", FIXED)
@@ -200,55 +189,6 @@ def test_without_create_graph_nothing_is_recorded_and_parameters_get_no_gradient
     assert not found.logp.requires_grad and not found.x0.requires_grad and model.weight.grad is None
 
 
-@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "ab2", "ab3"])
-def test_the_error_estimate_is_the_difference_to_half_the_steps_on_the_same_probes(method):
-    """With exact divergences there is no probe noise at all: the definition, by hand."""
-    x1, order = points(4, 6), {"euler": 1, "midpoint": 2, "rk4": 4, "ab2": 2, "ab3": 3}[method]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fine = fm.log_likelihood(velocity, x1, method=method, steps=8, kind="exact", error_estimate=True)
-    coarse = fm.log_likelihood(velocity, x1, method=method, steps=4, kind="exact")
-    torch.testing.assert_close(fine.disc_err, (fine.logp - coarse.logp).abs() / (2**order - 1), rtol=1e-10, atol=1e-13)
-    plain = fm.log_likelihood(velocity, x1, method=method, steps=8, kind="exact")
-    assert torch.equal(fine.logp, plain.logp)
-    assert fine.nfe == plain.nfe + coarse.nfe and fine.nvjp == plain.nvjp + coarse.nvjp
-
-
-@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "ab2", "ab3"])
-def test_the_error_estimate_compares_both_solves_by_the_same_probes(method):
-    """A velocity that is linear and constant in time: with the same probes both solves see the same z^T A z, so their noise cancels."""
-    matrix, x1 = points(6, 6) / 5, points(3, 6)
-    order = fm.solvers.METHODS[method].order()
-
-    def log_likelihood(steps, **arguments):
-        return fm.log_likelihood(lambda x, t: x @ matrix, x1, method=method, steps=steps, **arguments)
-
-    found = log_likelihood(8, kind="rademacher", seed=1, error_estimate=True)
-    fine, coarse = (log_likelihood(steps, kind="exact") for steps in (8, 4))
-    # What is left is the prior's difference, which is the exact divergence's too: the integral of a constant has no error.
-    torch.testing.assert_close(found.disc_err, (fine.logp - coarse.logp).abs() / (2**order - 1), rtol=1e-8, atol=1e-11)
-
-
-@pytest.mark.parametrize("create_graph", [False, True])
-def test_the_error_estimate_leaves_the_likelihood_as_it_is_and_costs_what_it_says(create_graph):
-    options = {"method": "midpoint", "steps": 8, "kind": "rademacher", "probes": 3, "seed": 1, "create_graph": create_graph}
-    x1 = points(3, 6)
-    plain, estimated = (fm.log_likelihood(velocity, x1, error_estimate=error, **options) for error in (False, True))
-    assert torch.equal(plain.logp, estimated.logp) and torch.equal(plain.std_err, estimated.std_err)
-    assert not estimated.disc_err.requires_grad
-    # eight and four evaluations count: one product more each
-    assert (plain.nfe, plain.nvjp) == (16, 24) and (estimated.nfe, estimated.nvjp) == (24, 24 + 8 + 4)
-
-
-def test_a_large_error_warns_and_a_small_one_does_not():
-    stiff = lambda x, t: -8 * x * t[:, None]  # noqa: E731
-    with pytest.warns(UserWarning, match="bits a dimension; take more steps"):
-        fm.log_likelihood(stiff, points(3, 6), method="euler", steps=4, kind="exact", error_estimate=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fm.log_likelihood(stiff, points(3, 6), method="rk4", steps=100, kind="exact", error_estimate=True)
-
-
 def test_models_trained_on_other_objectives_have_the_same_likelihood():
     """The exact outputs for Gaussian data under VP, typed in from the closed form."""
     path, spread = fm.VP(), 0.6
@@ -279,41 +219,6 @@ def test_models_trained_on_other_objectives_have_the_same_likelihood():
     assert float((logp["velocity"] - exact).abs().max()) < 2e-2  # VP ends before t = 1 and begins near, not at, N(0, I)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, "steps must be given for a fixed-step method"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"steps": 4, "probes": 0}, "probes must be at least 1"),
-        ({"steps": 4, "replicates": 0}, "replicates must be at least 1"),
-        ({"steps": 4, "kind": "exakt"}, "kind must be one of"),
-        ({"steps": 4, "method": "rk5"}, "method must be one of"),
-        ({"steps": 4, "method": "dopri5"}, "steps must be None for the adaptive method"),
-        ({"steps": 3, "error_estimate": True}, "steps must be even for error_estimate"),
-        ({"method": "dopri5", "error_estimate": True}, "error_estimate needs a fixed-step method"),
-        ({"steps": 4, "t0": 0.9, "t1": 0.1}, "t0 and t1 must satisfy"),
-        ({"steps": 4, "t1": 1.5}, "t0 and t1 must satisfy"),
-        ({"steps": 4, "on_nonfinite": "ignore"}, "on_nonfinite must be one of"),
-        ({"steps": 4, "probe": 2}, "unexpected keyword argument 'probe'"),
-        ({"steps": 4, "cond": [1]}, "cond must be a mapping"),
-    ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        fm.log_likelihood(velocity, points(2, 6), **arguments)
-
-
-def test_fields_that_are_not_finite_are_told():
-    for method, steps in (("midpoint", 4), ("rk4", 4), ("ab2", 4)):
-        with pytest.raises(FloatingPointError, match=r"2 of 2 log-densities are not finite"):
-            fm.log_likelihood(lambda x, t: x / 0.0, points(2, 6), method=method, steps=steps, kind="exact")
-    with pytest.raises(RuntimeError, match="the model's velocity is not finite"):
-        fm.log_likelihood(lambda x, t: x * float("nan"), points(2, 6), method="dopri5", kind="exact")
-    marked = fm.log_likelihood(lambda x, t: x / 0.0, points(2, 6), steps=4, kind="exact", on_nonfinite="mark")
-    assert not bool(torch.isfinite(marked.logp).any())
-
-
 def test_every_one_step_method_is_covered():
     assert set(ONE_STEP) | {"ab2", "ab3"} == set(fm.solvers.METHODS)
 
@@ -339,11 +244,6 @@ def test_without_create_graph_the_prior_is_not_differentiated_either():
     assert not fm.sample_with_log_prob(velocity, noise, steps=2, seed=0).logp.requires_grad
     weight = torch.ones(6, dtype=torch.float64, requires_grad=True)
     assert not fm.log_likelihood(velocity, noise, steps=2, seed=0, prior=lambda x: x @ weight).logp.requires_grad
-
-
-def test_samples_that_are_not_finite_are_told_even_if_their_density_is():
-    with pytest.raises(FloatingPointError, match=r"3 of 3 samples are not finite"):
-        fm.sample_with_log_prob(lambda x, t: 1e40 * x, points(3, 6), steps=10, method="euler", kind="exact")
 
 
 @pytest.mark.parametrize("inference_input", [True, False])
@@ -374,8 +274,3 @@ def test_models_that_cannot_be_batched_go_one_by_one_unless_batches_were_asked_f
     torch.testing.assert_close(d.div, torch.full((3,), 12.0, dtype=torch.float64))
     with pytest.raises(RuntimeError):
         fm.divergence(model, points(3, 6), 0.5, probes=4, kind="rademacher", seed=0, mode="batched")
-
-
-def test_progress_of_adaptive_methods_is_refused():
-    with pytest.raises(ValueError, match="progress needs a fixed-step method"):
-        fm.log_likelihood(velocity, points(3, 6), method="dopri5", progress=True)

@@ -1,40 +1,16 @@
-"""AdamWEMA and its averages: against torch's optimiser in a training loop, 16-bit weights, groups, state, and what it refuses."""
+"""AdamWEMA against torch's optimiser in a training loop: 16-bit weights, groups, averages, state, and what it refuses."""
 
 import contextlib
 import copy
 import math
-import pickle
 
 import pytest
 import torch
+from optimiser_cases import AVERAGES, HALF_TYPES, backward, gradients, network
 from torch import nn
 
-from fm_fast.train.averaging import fixed_decay, gamma_of_width, power_function, power_function_of_width, warmed_up_decay
+from fm_fast.train.averaging import fixed_decay
 from fm_fast.train.optimiser import AdamWEMA
-
-HALF_TYPES = [torch.bfloat16, torch.float16]
-AVERAGES = (warmed_up_decay(0.95), power_function(3.0))
-
-
-def network(dtype=torch.float32):
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4 * 36, 2))
-    return layers.to(dtype)
-
-
-def gradients(model, step, scale=1.0):
-    """Fill the gradients with numbers that depend on the step only."""
-    generator = torch.Generator().manual_seed(step)
-    for p in model.parameters():
-        p.grad = torch.empty_like(p).copy_(scale * torch.randn(p.shape, generator=generator))
-
-
-def backward(model, step):
-    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))
-    loss = model(x.to(next(model.parameters()).dtype)).float().square().mean()
-    loss.backward()
-    return loss.detach()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -78,126 +54,6 @@ def test_half_weights_are_rounded_masters(dtype):
     assert not torch.equal(next(master.parameters()), next(network(dtype).parameters()).float())
     for p, q in zip(ours.average(model).parameters(), theirs.average(master).parameters(), strict=True):
         assert p.dtype == torch.float32 and torch.equal(p, q)
-
-
-# 16-bit weights that others write
-
-
-def half_steps(model, optimiser, steps):
-    for step in steps:
-        gradients(model, step)
-        optimiser.step()
-
-
-@pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
-def test_masters_follow_weights_that_are_loaded(dtype, backend):
-    """Before the first step and later; the step then is that of an optimiser that was made with those weights, moments aside."""
-    model = network(dtype)
-    optimiser = AdamWEMA(model.parameters(), 1e-3, averages=AVERAGES, backend=backend)
-    for step in range(3):
-        model.load_state_dict({name: torch.full_like(value, 5.0 + step) for name, value in model.state_dict().items()})
-        half_steps(model, optimiser, [step])
-        for p in model.parameters():
-            torch.testing.assert_close(p.float(), torch.full_like(p, 5.0 + step).float(), rtol=0, atol=0.04)
-            master = optimiser.state[p]["master"]
-            assert float((master - (5.0 + step)).abs().max()) < 2e-3 and torch.equal(p, master.to(dtype))
-
-
-def test_only_what_was_written_is_taken():
-    """A weight that still is its master rounded keeps the master's other digits; clamping in every step loses none."""
-    model = network(torch.bfloat16)
-    optimiser = AdamWEMA(model.parameters(), 1e-5)
-    half_steps(model, optimiser, range(5))
-    weight, master = model[4].weight, optimiser.state[model[4].weight]["master"]
-    before = master.clone()
-    assert not torch.equal(before, weight.float())
-    with torch.no_grad():
-        weight.clamp_(-1.0, 1.0)
-        weight[0, :3] = 0.5
-    optimiser.zero_grad()
-    optimiser.step()
-    assert torch.equal(master[1], before[1]) and torch.equal(master[0, 3:], before[0, 3:])
-    assert master[0, :3].tolist() == weight[0, :3].tolist() == [0.5] * 3
-
-
-def test_loaded_weights_are_in_the_state_that_is_stored():
-    model = network(torch.bfloat16)
-    optimiser = AdamWEMA(model.parameters())
-    model.load_state_dict({name: torch.full_like(value, 5.0) for name, value in model.state_dict().items()})
-    assert all(torch.equal(entry["master"], torch.full_like(entry["master"], 5.0)) for entry in optimiser.state_dict()["state"].values())
-
-
-def test_the_moments_of_a_run_do_not_bring_its_weights_back():
-    """As for float32 weights, the state of an optimiser changes no weight of a model that got others."""
-    model, other = network(torch.bfloat16), network(torch.bfloat16)
-    optimiser, stored = AdamWEMA(model.parameters(), 1e-3), AdamWEMA(other.parameters(), 1e-3)
-    half_steps(other, stored, range(2))
-    model.load_state_dict({name: torch.full_like(value, 5.0) for name, value in model.state_dict().items()})
-    optimiser.load_state_dict(stored.state_dict())
-    half_steps(model, optimiser, [2])
-    torch.testing.assert_close(model[4].weight.float(), torch.full((2, 144), 5.0), rtol=0, atol=0.04)
-
-
-@pytest.mark.parametrize("order", ["model first", "optimiser first"])
-def test_masters_are_restored_exactly_in_either_order(order):
-    model = network(torch.bfloat16)
-    optimiser = AdamWEMA(model.parameters(), 1e-5, averages=AVERAGES)
-    half_steps(model, optimiser, range(5))
-    again = network(torch.bfloat16)
-    restored = AdamWEMA(again.parameters(), 1e-5, averages=AVERAGES)
-    pairs = [(again, copy.deepcopy(model.state_dict())), (restored, copy.deepcopy(optimiser.state_dict()))]
-    for target, stored in pairs if order == "model first" else reversed(pairs):
-        target.load_state_dict(stored)
-    assert_same_future(model, optimiser, again, restored)
-
-
-def assert_same_future(model, optimiser, again, other):
-    for net, steps in ((model, optimiser), (again, other)):
-        half_steps(net, steps, range(5, 8))
-    for p, q in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(p, q)
-        assert all(torch.equal(value, other.state[q][name]) for name, value in optimiser.state[p].items())
-
-
-# Copies
-
-
-def copied(pair):
-    return copy.deepcopy(pair)
-
-
-def pickled(pair):
-    return pickle.loads(pickle.dumps(pair))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("duplicate", [copied, pickled])
-def test_a_copy_goes_on_with_the_copied_model(duplicate, dtype):
-    model = network(dtype).to(memory_format=torch.channels_last)
-    optimiser = AdamWEMA(model.parameters(), 1e-3, averages=AVERAGES, max_norm=0.5)
-    optimiser.param_groups[0]["lr"] = 1e-4
-    half_steps(model, optimiser, range(5))
-    again, other = duplicate((model, optimiser))
-    assert other.averages == AVERAGES and torch.equal(other.gradient_norm, optimiser.gradient_norm)
-    before = [p.detach().clone() for p in model.parameters()]
-    half_steps(again, other, [99])
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)) and int(optimiser.updates) == 5
-    again, other = duplicate((model, optimiser))
-    assert_same_future(model, optimiser, again, other)
-    assert torch.equal(other.average(again)[0].weight, optimiser.average(model)[0].weight)
-
-
-def test_a_copy_of_the_optimiser_alone_and_of_kept_gradients():
-    model = network()
-    optimiser = AdamWEMA(model.parameters(), 0.1, backend="reference")
-    optimiser.keep_gradients()
-    other = copy.deepcopy(optimiser)
-    (weight, *_) = other.param_groups[0]["params"]
-    weight.grad = torch.ones_like(weight)
-    other.step()
-    assert not torch.equal(weight, model[0].weight) and len(other._kept) == len(optimiser._kept)
-    assert len(pickle.dumps(optimiser)) < 4 * sum(p.numel() * p.element_size() for p in model.parameters()) + 20_000
 
 
 def test_mixed_weights():
@@ -377,45 +233,3 @@ def test_the_state_of_others_is_refused():
         optimiser.load_state_dict(AdamWEMA([weight()]).state_dict())
     with pytest.raises(ValueError, match="of parameter 0 in their shapes, got nothing"):
         optimiser.load_state_dict({**optimiser.state_dict(), "state": {}})
-
-
-# Averages
-
-
-def test_decays():
-    assert [fixed_decay(0.9).decay(n) for n in (0, 100)] == [0.9, 0.9]
-    assert [warmed_up_decay(0.9).decay(n) for n in (0, 8, 1000)] == [1 / 10, 9 / 18, 0.9]
-    assert [power_function(1.0).decay(n) for n in (0, 1, 9)] == [0.0, 0.25, pytest.approx(0.81)]
-
-
-@pytest.mark.parametrize("width", [0.01, 0.05, 0.1, 0.25, 12**-0.5])
-def test_the_width_of_the_power_function_is_its_standard_deviation(width):
-    """Of the shares that it gives to 20,000 steps, as a share of the run."""
-    averaging, steps = power_function_of_width(width), 20_000
-    shares, kept = [0.0] * steps, 1.0
-    for n in reversed(range(steps)):
-        shares[n] = kept * (1.0 - averaging.decay(n))
-        kept *= averaging.decay(n)
-    assert sum(shares) == pytest.approx(1.0, abs=1e-9)
-    mean = sum(share * n for n, share in enumerate(shares)) / steps
-    variance = sum(share * (n / steps - mean) ** 2 for n, share in enumerate(shares))
-    assert math.sqrt(variance) == pytest.approx(width, rel=1e-3)
-
-
-def test_the_exponents_of_karras_et_al():
-    assert gamma_of_width(0.05) == pytest.approx(16.97, abs=0.005) and gamma_of_width(0.10) == pytest.approx(6.94, abs=0.005)
-
-
-@pytest.mark.parametrize(
-    ("make", "value", "message"),
-    [
-        (fixed_decay, 1.5, "decay: expected a number in"),
-        (warmed_up_decay, -0.1, "decay: expected a number in"),
-        (power_function, -1.0, "gamma: expected more than -1"),
-        (power_function_of_width, 0.3, "width: expected more than 0 and at most 0.2887"),
-        (power_function_of_width, 0.0, "width: expected more than 0"),
-    ],
-)
-def test_wrong_averages(make, value, message):
-    with pytest.raises(ValueError, match=message):
-        make(value)

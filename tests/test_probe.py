@@ -4,6 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from probe_cases import DTYPES, SHAPES, tables
 from thread_counts import on_thread_counts
 
 from fm_fast import _backends, _ops
@@ -11,36 +12,13 @@ from fm_fast.random import make_key
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 needs_cpp = pytest.mark.skipif(_backends.why_not("probe", "cpu", "cpp") is not None, reason="the C++ library is not built")
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [
-    (3,),
-    (1, 1),
-    (5, 3),
-    (70, 2),
-    (4, 127),
-    (3, 128),
-    (2, 129),
-    (1, 1025),
-    (2, 3072),
-    (2, 3, 5, 7),
-    (2, 3, 9),
-    (2, 3, 16, 16),
-    (1, 5, 33, 31),
-    (2, 70, 3, 3),
-    (1, 20, 15, 17),
-    (2, 3, 2, 3, 5),
-]
 SEED, STEP = 77, 5
 
 
 def probe_set(batch, total, codes=(), rows=(), index=0, share=1, ids=None, normal=False):
     key = make_key(SEED, STEP, ids, batch, torch.device("cpu"))
-    return _ops.ProbeSet(key, torch.tensor(codes, dtype=torch.int64), torch.tensor(rows, dtype=torch.int64), index, total, share, normal)
-
-
-def random_codes(count, seed=3):
-    """Codes and rows of all 64 bits, negative ones among them."""
-    return np.random.default_rng(seed).integers(-(2**63), 2**63 - 1, count, dtype=np.int64).tolist()
+    words = (torch.as_tensor(values, dtype=torch.int64) for values in (codes, rows))
+    return _ops.ProbeSet(key, *words, index, total, share, normal)
 
 
 def draw(shape, count, backend, first=0, dtype=torch.float32, layout=torch.contiguous_format, **probes):
@@ -62,9 +40,9 @@ def test_random_signs(shape, share, backend):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("share", [1, 4])
 def test_structured_signs(shape, share, backend):
-    codes, rows = random_codes(int(np.prod(shape[1:]))), random_codes(8, 4)
+    codes, rows = tables(shape, 8, structured=True)
     got = draw(shape, 6, backend, first=2, share=share, codes=codes, rows=rows)
-    expected = oracle.probes(shape, SEED, STEP, 2, 6, 0, share, codes, rows)
+    expected = oracle.probes(shape, SEED, STEP, 2, 6, 0, share, codes.tolist(), rows.tolist())
     assert np.array_equal(got.numpy(), expected)
 
 
@@ -92,7 +70,7 @@ def test_dtypes_and_layouts_hold_the_same_signs(shape, dtype, backend):
 @pytest.mark.parametrize("structured", [False, True])
 def test_probes_may_lie_anywhere(shape, structured):
     """Probes beside each other in every element, probes far apart, and every second sample of a batch."""
-    codes, rows = (random_codes(int(np.prod(shape[1:]))), random_codes(3, 4)) if structured else ((), ())
+    codes, rows = tables(shape, 3, structured)
     expected = draw(shape, 3, "cpp", codes=codes, rows=rows)
     chosen = probe_set(shape[0], 3, codes, rows)
     for out in [
@@ -105,7 +83,7 @@ def test_probes_may_lie_anywhere(shape, structured):
 
 
 def test_any_division_into_calls_gives_the_same_probes(backend):
-    codes, rows = random_codes(45), random_codes(12, 4)
+    codes, rows = tables((2, 3, 3, 5), 12, structured=True)
     whole = draw((2, 3, 3, 5), 12, backend, codes=codes, rows=rows, share=4)
     parts = [draw((2, 3, 3, 5), count, backend, first, codes=codes, rows=rows, share=4) for first, count in ((0, 1), (1, 4), (5, 7))]
     assert torch.equal(torch.cat(parts), whole)
@@ -135,7 +113,7 @@ def test_empty_batches(shape, backend):
 @needs_cpp
 @pytest.mark.parametrize("structured", [False, True])
 def test_the_number_of_threads_changes_nothing(structured):
-    codes, rows = (random_codes(3 * 33 * 65), random_codes(4, 4)) if structured else ((), ())
+    codes, rows = tables((16, 3, 33, 65), 4, structured)
     first, *others = on_thread_counts(lambda: draw((16, 3, 33, 65), 4, "cpp", codes=codes, rows=rows))
     assert all(torch.equal(first, other) for other in others)
 

@@ -5,16 +5,11 @@ import math
 import pytest
 import torch
 from adamw_cases import DECAYS, SETTINGS, TorchSteps, data, gradients, parameters, state_of, step, table
-from triton_interpreter import round_bfloat16_as_a_gpu_does, run_checks
+from triton_interpreter import run_checks
 
 
 def test_adamw_ema_in_the_interpreter():
     run_checks(__file__)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exact_bfloat16():
-    round_bfloat16_as_a_gpu_does()
 
 
 @pytest.fixture(autouse=True)

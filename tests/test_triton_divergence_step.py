@@ -4,10 +4,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from triton_interpreter import array, data, key, round_bfloat16_as_a_gpu_does, run_checks
+from probe_cases import DTYPES, random_words, tables
+from triton_interpreter import array, data, key, run_checks
 
 SEED, STEP = 0x123456789ABCDEF, 4
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["rademacher", "hadamard", "gaussian"]
 SHAPES = [(3,), (4, 2), (1, 128), (1, 1025), (2, 3, 5, 7), (1, 3, 16, 16), (1, 40, 3, 3), (1, 3, 2, 3, 5)]
 
@@ -16,26 +16,12 @@ def test_divergence_step_in_the_interpreter():
     run_checks(__file__)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def exact_bfloat16():
-    round_bfloat16_as_a_gpu_does()
-
-
-def random_words(count, seed=3):
-    return torch.from_numpy(np.random.default_rng(seed).integers(-(2**63), 2**63 - 1, count, dtype=np.int64))
-
-
-def tables(kind, shape, total):
-    structured = kind == "hadamard"
-    return random_words(int(np.prod(shape[1:])) if structured else 0), random_words(total if structured else 0, 4)
-
-
 def launch(g, kind="rademacher", share=1, index=0, ids=0, parts=None, bias=0.0, factor=1.0, sums=None):
     """(sums, dots) of one evaluation on all probes of g, cut into calls of ``parts``; dots were NaN before."""
     from fm_fast.kernels.divergence_step import launch as divergence_step
 
     total, batch = g.shape[:2]
-    codes, rows = tables(kind, g.shape[1:], total)
+    codes, rows = tables(g.shape[1:], total, kind == "hadamard")
     dots = torch.full((total, batch), float("nan"), dtype=torch.float64)
     sums = torch.zeros(2, batch, dtype=torch.float64) if sums is None else sums
     first = 0
@@ -50,7 +36,7 @@ def probes(kind, g, share=1, index=0, ids=None):
     """z in float64, as the model of g's dtype was given it."""
     total, shape = g.shape[0], tuple(g.shape[1:])
     if kind != "gaussian":
-        codes, rows = tables(kind, shape, total)
+        codes, rows = tables(shape, total, kind == "hadamard")
         return oracle.probes(shape, SEED, STEP, 0, total, index, share, codes.tolist(), rows.tolist(), ids)
     z = np.stack([oracle.normal(shape, SEED, STEP, "probe", ids, index + q // share) for q in range(total)])
     return z if g.dtype == torch.float64 else array(torch.from_numpy(z).float().to(g.dtype))

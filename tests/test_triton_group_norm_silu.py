@@ -3,7 +3,7 @@
 import pytest
 import torch
 from norm_cases import LAYER, NAMES, Case, assert_close, expected, inputs, key, uncancelled
-from triton_interpreter import poisoned, round_bfloat16_as_a_gpu_does, run_checks
+from triton_interpreter import poisoned, run_checks
 
 CASES = [
     Case(2, 6, groups=3, size=(5, 7)),
@@ -25,12 +25,7 @@ def test_group_norm_silu_in_the_interpreter():
     run_checks(__file__)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def exact_bfloat16():
-    round_bfloat16_as_a_gpu_does()
-
-
-def launch(case, tensors, grad_y):
+def launch(case, tensors, grad_y, index=LAYER):
     """The result and all gradients, by name, in outputs that were NaN before."""
     from fm_fast.kernels.group_norm_silu import launch as forward
     from fm_fast.kernels.group_norm_silu_backward import launch as backward
@@ -39,7 +34,7 @@ def launch(case, tensors, grad_y):
     present = [nothing if t is None else t for t in tensors]
     y = poisoned(tensors[0]) if case.second == 0 else poisoned(grad_y)
     mean, rstd = (torch.full((case.batch, case.groups), torch.nan, dtype=wide) for _ in range(2))
-    tail = (case.activation, case.dropout, LAYER)
+    tail = (case.activation, case.dropout, index)
     forward(y, mean, rstd, *present, key(case), case.groups, 1e-5, *tail)
     gradients = [poisoned(t) for t in present]
     backward(*gradients, grad_y, *present, mean, rstd, key(case), case.groups, *tail)
@@ -88,3 +83,10 @@ def check_an_empty_batch():
 def check_channels_that_groups_does_not_divide():
     with pytest.raises(ValueError, match="multiple of 4 channels, got 6"):
         launch(Case(2, 6, groups=4, size=(3, 3)), *inputs(Case(2, 6, groups=2, size=(3, 3))))
+
+
+@pytest.mark.parametrize("index", [-1, 2**24])
+def check_an_index_of_no_counter_is_an_error(index):
+    case = Case(2, 4, groups=2, size=(3, 3), dropout=0.5)
+    with pytest.raises(ValueError, match=f"^index must be at least 0 and below 16777216, got {index}$"):
+        launch(case, *inputs(case), index=index)

@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from triton_interpreter import array, data, layouts, poisoned, round_bfloat16_as_a_gpu_does, run_checks, wide_dtype
+from triton_interpreter import array, data, layouts, poisoned, run_checks, wide_dtype
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Largest relative error of rounding once, and half the distance of the smallest numbers.
@@ -15,19 +15,6 @@ GUIDANCE = 2.5
 
 def test_linear_step_in_the_interpreter():
     run_checks(__file__)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exact_bfloat16():
-    round_bfloat16_as_a_gpu_does()
-
-
-@pytest.fixture
-def launch_plan():
-    """The module whose constants shape a launch."""
-    from fm_fast.kernels import _launch
-
-    return _launch
 
 
 def pair(shape, dtype=torch.float32, seed=1):

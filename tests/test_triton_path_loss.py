@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from triton_interpreter import array, data, key, layouts, poisoned, round_bfloat16_as_a_gpu_does, run_checks, wide_dtype
+from triton_interpreter import array, data, key, layouts, poisoned, run_checks, wide_dtype
 
 SEED, STEP = 0x123456789ABCDEF, 4
 REDUCTIONS = ["mean", "sum", "none"]
@@ -14,19 +14,6 @@ DTYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float
 
 def test_path_loss_in_the_interpreter():
     run_checks(__file__)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exact_bfloat16():
-    round_bfloat16_as_a_gpu_does()
-
-
-@pytest.fixture
-def launch_plan():
-    """The module whose constants shape a launch."""
-    from fm_fast.kernels import _launch
-
-    return _launch
 
 
 def coefficients(batch, dtype=torch.float32):
@@ -183,3 +170,15 @@ def check_empty_batches(shape):
     assert launch(o, o, reduction="sum")[0] == 0.0
     assert launch(o, o, reduction="none")[0].isnan().all()
     launch_backward(o, o, torch.ones(()))
+
+
+@pytest.mark.parametrize("reduction", [-1, 3])
+def check_an_unknown_reduction_is_an_error(reduction):
+    from fm_fast.kernels import path_loss
+
+    o, x1, rows, nothing = data((2, 3)), data((2, 3), seed=2), coefficients(2), torch.empty(0)
+    inputs, data_map = (o, x1, nothing, key(SEED, STEP, 0), rows, nothing), (0.0, 256.0, False)
+    with pytest.raises(ValueError, match=f"^reduction must be 0 to 2, got {reduction}$"):
+        path_loss.launch(torch.zeros(2), torch.zeros_like(o), *inputs, reduction, *data_map)
+    with pytest.raises(ValueError, match=f"^reduction must be 0 to 2, got {reduction}$"):
+        path_loss.launch_backward(torch.zeros_like(o), *inputs, torch.ones(2), reduction, *data_map)

@@ -4,9 +4,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from triton_interpreter import array, data, key, layouts, poisoned, round_bfloat16_as_a_gpu_does, run_checks, wide_dtype
+from triton_interpreter import array, data, key, layouts, poisoned, run_checks, wide_dtype
 
 import fm_fast as fm
+from fm_fast._codes import ObjectiveCode
 from fm_fast.objectives import as_objective, time_range
 from fm_fast.paths import kernel_form
 from fm_fast.time_samplers import as_time_sampler
@@ -21,19 +22,6 @@ def test_path_sample_in_the_interpreter():
     run_checks(__file__)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def exact_bfloat16():
-    round_bfloat16_as_a_gpu_does()
-
-
-@pytest.fixture
-def launch_plan():
-    """The module whose constants shape a launch."""
-    from fm_fast.kernels import _launch
-
-    return _launch
-
-
 def launch(x1, x0=None, out=None, ids=0, path="ot", objective="velocity", sampler="uniform", t=None, rows=None, flip=0.0, levels=256,
            dequantise=False):  # fmt: skip
     """(x_t, t, rows) of the kernel, in outputs that were NaN before."""
@@ -41,14 +29,14 @@ def launch(x1, x0=None, out=None, ids=0, path="ot", objective="velocity", sample
 
     out = poisoned(x1, dtype=x1.dtype if x1.is_floating_point() else torch.float32) if out is None else out
     wide, batch = wide_dtype(x1, x0, out), x1.shape[0]
-    draw, target = as_time_sampler(sampler), as_objective(objective)
+    draw, target = as_time_sampler(sampler), ObjectiveCode[objective].value
     time_code = draw.code if t is None else -1
     t = torch.full((batch,), float("nan"), dtype=wide) if t is None else t
     code, a, b = kernel_form(PATHS[path]) if rows is None else (-1, 0.0, 0.0)
     rows = torch.full((batch, 6), float("nan"), dtype=wide) if rows is None else rows
     noise = torch.empty(0) if x0 is None else x0
-    limits = time_range(PATHS[path], target)
-    path_sample(out, t, rows, x1, noise, key(SEED, STEP, ids), code, a, b, target.code, time_code, draw.mean, draw.std, *limits, flip,
+    limits = time_range(PATHS[path], as_objective(objective))
+    path_sample(out, t, rows, x1, noise, key(SEED, STEP, ids), code, a, b, target, time_code, draw.mean, draw.std, *limits, flip,
                 float(levels), dequantise)  # fmt: skip
     return out, t, rows
 
@@ -173,3 +161,30 @@ def check_nothing_to_do():
 def check_strides_that_do_not_collapse_are_an_error():
     with pytest.raises(ValueError, match=r"x1 must have strides that collapse"):
         launch(data((2, 3, 4, 5)).transpose(2, 3), out=torch.empty(2, 3, 5, 4))
+
+
+def launch_codes(x1, out, rows, **codes):
+    """Run the kernel on given rows, which it overwrites unless the path is -1."""
+    from fm_fast.kernels.path_sample import launch as path_sample
+
+    codes = {"path": 0, "path_a": 0.0, "path_b": 0.0, "objective": 0, "t_sampler": 0} | codes
+    numbers = {"t_mean": 0.0, "t_std": 1.0, "t_min": 0.0, "t_max": 1.0, "flip": 0.0, "levels": 256.0, "dequantise": False}
+    path_sample(out, torch.zeros(len(x1)), rows, x1, torch.empty(0), key(SEED, STEP, 0), **codes, **numbers)
+
+
+@pytest.mark.parametrize("code", [-2, 5])
+@pytest.mark.parametrize("argument", ["path", "objective", "t_sampler"])
+def check_unknown_codes_are_an_error(argument, code):
+    x1 = data((2, 3))
+    out, rows = poisoned(x1), torch.zeros(2, 6)
+    with pytest.raises(ValueError, match=f"^{argument} must be one of .*, got {code}$"):
+        launch_codes(x1, out, rows, **{argument: code})
+    assert out.isnan().all() and not rows.any()
+
+
+@pytest.mark.parametrize("objective", [-1, 5])
+def check_given_coefficients_may_be_those_of_any_objective(objective):
+    x1, rows = data((4, 3)), data((4, 6), seed=5)
+    out = poisoned(x1)
+    launch_codes(x1, out, rows, path=-1, objective=objective, t_sampler=-1)
+    assert_point(out, x1, None, rows)

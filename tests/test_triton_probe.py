@@ -4,7 +4,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from triton_interpreter import key, poisoned, round_bfloat16_as_a_gpu_does, run_checks
+from probe_cases import random_words, tables
+from triton_interpreter import key, poisoned, run_checks
 
 SEED, STEP = 0x123456789ABCDEF, 4
 SHAPES = [
@@ -24,21 +25,6 @@ SHAPES = [
 
 def test_probe_in_the_interpreter():
     run_checks(__file__)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exact_bfloat16():
-    round_bfloat16_as_a_gpu_does()
-
-
-def random_words(count, seed=3):
-    """Codes and rows of all 64 bits, negative ones among them."""
-    return torch.from_numpy(np.random.default_rng(seed).integers(-(2**63), 2**63 - 1, count, dtype=np.int64))
-
-
-def tables(shape, total, structured):
-    """(codes, rows), empty unless the probes are structured."""
-    return (random_words(int(np.prod(shape[1:]))), random_words(total, 4)) if structured else (random_words(0), random_words(0))
 
 
 def launch(out, codes, rows, index=0, first=0, share=1, ids=0):

@@ -1,7 +1,7 @@
 """Triton kernels without a GPU: their checks run in Triton's interpreter, in a process of its own.
 
 The interpreter is chosen when a kernel's module is imported (TRITON_INTERPRET=1), so one process cannot both interpret and compile.
-A test file calls :func:`run_checks` on itself; its functions named ``check_*`` are then collected there.
+A test file calls :func:`run_checks` on itself; its functions named ``check_*`` are then collected there, with the fixtures of this file.
 """
 
 import os
@@ -14,19 +14,21 @@ import pytest
 import torch
 
 POISON = float("nan")
+OPTIONS = ("-q", "-p", "no:cacheprovider", "-p", "triton_interpreter", "-o", "python_functions=check_*")
 
 
 def run_checks(file):
     """Run the ``check_*`` functions of a test file in the interpreter, and show their report if one fails."""
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "python_functions=check_*", file]
+    command = [sys.executable, "-m", "pytest", *OPTIONS, file]
     done = subprocess.run(command, env=environment, cwd=Path(file).parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def round_bfloat16_as_a_gpu_does():
-    """Replace the interpreter's float conversion, which truncates to bfloat16, by rounding to the nearest even."""
+@pytest.fixture(autouse=True, scope="session")
+def exact_bfloat16():
+    """Replace the interpreter's float conversion, which truncates to bfloat16, by a GPU's rounding to the nearest even."""
     from triton.runtime import interpreter
 
     convert = interpreter._convert_float
@@ -39,6 +41,14 @@ def round_bfloat16_as_a_gpu_does():
         return np.where(np.isnan(values.astype(np.float32)), np.uint32(0x7FC0), nearest).astype(np.uint16)
 
     interpreter._convert_float = rounded
+
+
+@pytest.fixture
+def launch_plan():
+    """The module whose constants shape a launch."""
+    from fm_fast.kernels import _launch
+
+    return _launch
 
 
 def key(seed, step, ids):

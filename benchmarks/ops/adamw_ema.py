@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.op import Op, Provider, Setting
+from benchmarks.points import check_close
 from fm_fast.nn import UNet, UNetConfig
 from fm_fast.train.averaging import fixed_decay
 from fm_fast.train.optimiser import AdamWEMA
@@ -146,8 +147,7 @@ def check(given: Inputs, setting: Setting, step: Callable[[], Outcome]) -> None:
         ("weights", found.weights, wanted.weights, TOLERANCE[setting.dtype]),
         *(("average", a, b, TOLERANCE[torch.float32]) for a, b in zip(found.averages, wanted.averages, strict=True)),
     ):
-        error = _norm([a.double() - b for a, b in zip(ours, exact, strict=True)]) / _norm(exact)
-        assert error <= tolerance, f"{name} is off by {error:.1e} (relative), more than {tolerance:.0e}"
+        check_close(name, _joined(ours), _joined(exact), tolerance)
 
 
 def _recomputed(given: Inputs, setting: Setting) -> Outcome:
@@ -164,8 +164,8 @@ def _recomputed(given: Inputs, setting: Setting) -> Outcome:
     return Outcome([p.detach() for p in weights], averages)
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.cat([x.detach().flatten() for x in tensors]).norm())
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.detach().flatten() for x in tensors])
 
 
 def bytes_moved(setting: Setting) -> int:

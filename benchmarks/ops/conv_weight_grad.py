@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.op import Op, Provider, Setting
-from benchmarks.points import our_backends, relative_error
+from benchmarks.points import check_close, our_backends
 from fm_fast import _ops
 
 SIZES = {"32x32": (64, 64, 64, 32), "32x32, decoder": (64, 96, 32, 32), "16x16": (64, 128, 64, 16), "8x8": (64, 128, 128, 8)}
@@ -88,8 +88,7 @@ def check(given: Inputs, setting: Setting, step: Step) -> None:
     """Both gradients against float64."""
     exact = _formula(Inputs(given.grad_y.double(), given.x.double(), given.weight.double()))
     for name, value, wanted in zip(("weight", "bias"), step(), exact, strict=True):
-        error = relative_error(value, wanted)
-        assert error <= TOLERANCE, f"the gradient of the {name} is off by {error:.1e} (relative), more than {TOLERANCE:.0e}"
+        check_close(f"the gradient of the {name}", value, wanted, TOLERANCE)
 
 
 def tensor_bytes(setting: Setting) -> int:

@@ -3,7 +3,6 @@
 fm_fast chooses between products one by one (loop) and all at once (batched) by the memory that its graph takes.
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,12 +11,14 @@ from torch import Tensor, nn
 
 import fm_fast as fm
 from benchmarks.op import Op, Provider, Setting
+from benchmarks.points import check_close
+from benchmarks.workloads import Perceptron, woken
 from fm_fast.nn import UNet, UNetConfig
 
 SIZES = {"mlp 2": (1024, 2), "mlp 64": (256, 64), "unet": (8, 3, 16, 16)}
 MODES = ("1 probe", "4 probes", "16 probes")
 TIME = 0.4
-HIDDEN = 256
+LAYERS = 2  # of the perceptron, hidden
 TOLERANCE = 1e-5
 
 Divergence = Callable[[nn.Module, Tensor, int], Tensor]
@@ -43,17 +44,6 @@ class Evaluation:
         return self.divergence(self.given.model, self.given.x, self.given.probes)
 
 
-class _Perceptron(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        widths = (size + 1, HIDDEN, HIDDEN, size)
-        layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.SiLU())]
-        self.layers = nn.Sequential(*layers[:-1])
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.layers(torch.cat([x, t.unsqueeze(1).to(x.dtype)], dim=1))
-
-
 class _Elementwise(nn.Module):
     """Every element by itself: all sign probes give its divergence exactly."""
 
@@ -63,10 +53,8 @@ class _Elementwise(nn.Module):
 
 def _network(shape: tuple[int, ...]) -> nn.Module:
     if len(shape) == 2:
-        return _Perceptron(shape[1])
-    network = UNet(UNetConfig(shape[2], shape[1], 0, 16, (1, 2), 1, (8,), 16, 8))
-    nn.init.normal_(network.head.weight, std=0.1)
-    return network
+        return Perceptron(shape[1:], LAYERS)
+    return woken(UNet(UNetConfig(shape[2], shape[1], 0, 16, (1, 2), 1, (8,), 16, 8)))
 
 
 def inputs(setting: Setting) -> Inputs:
@@ -115,8 +103,7 @@ def check(given: Inputs, setting: Setting, step: Evaluation) -> None:
     """A network of which all probes know the exact divergence."""
     found = step.divergence(_Elementwise(), given.x, given.probes)
     wanted = (1.1 - torch.tanh(given.x.double()).square()).flatten(1).sum(1)
-    error = float((found.double() - wanted).norm() / wanted.norm())
-    assert error <= TOLERANCE, f"the divergence is off by {error:.1e} (relative), more than {TOLERANCE:.0e}"
+    check_close("the divergence", found, wanted, TOLERANCE)
 
 
 OP = Op("divergence", SIZES, MODES, inputs, providers, check, devices=("cpu",), rounds=30)

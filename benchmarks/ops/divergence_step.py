@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import probe_sets
 from benchmarks.op import Inexact, Op, Provider, Setting, bytes_of_shape
-from benchmarks.points import relative_error, with_ours
+from benchmarks.points import off_by, relative_error, with_ours
 from benchmarks.probe_sets import MODES, SIZES
 from fm_fast import _ops
 
@@ -100,7 +100,7 @@ def check(given: Inputs, setting: Setting, step: Step) -> None:
             assert not value.any(), f"the {name} is not 0"
             continue
         error = relative_error(value, exact)
-        message = f"the {name} is off by {error:.1e} (relative), more than {TOLERANCE:.0e}"
+        message = off_by(f"the {name}", error, TOLERANCE)
         if name == "variance" and TOLERANCE < error <= _rounded_away(given):
             raise Inexact(message, error)
         assert error <= TOLERANCE, message

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.op import Op, Provider, Setting, bytes_of_shape, keeping_graphs
+from benchmarks.points import check_close
 from fm_fast import _backends
 from fm_fast.nn.norm import GroupNormSiLU
 
@@ -132,9 +133,7 @@ def check(given: Inputs, setting: Setting, step: Step) -> None:
     exact, found = _step(_formula, wide.leaves(), wide.grad_y)(), step()
     assert len(found) == (1 if setting.part == "forward" else len(exact)), f"{len(found)} results instead of {len(exact)}"
     for i, (value, wanted) in enumerate(zip(found, exact, strict=False)):
-        error = float((value.detach().double() - wanted).norm() / wanted.norm())
-        name = "the result" if i == 0 else f"gradient {i}"
-        assert error <= TOLERANCE[setting.dtype], f"{name} is off by {error:.1e} (relative), more than {TOLERANCE[setting.dtype]:.0e}"
+        check_close("the result" if i == 0 else f"gradient {i}", value, wanted, TOLERANCE[setting.dtype])
 
 
 def bytes_moved(setting: Setting) -> int:

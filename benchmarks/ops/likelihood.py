@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks import log_prob
 from benchmarks.log_prob import Evaluator, LogProb, Problem
 from benchmarks.op import Op, Provider, Setting
+from benchmarks.workloads import woken
 from fm_fast.nn import UNet, UNetConfig
 
 SIZES = {"grey": (8, 1, 16, 16), "colour": (8, 3, 16, 16)}
@@ -25,11 +26,7 @@ TOLERANCE = 1e-5
 
 def _network(channels: int) -> UNet:
     config = UNetConfig(16, channels, 0, channels=24, multipliers=(1, 2), blocks=1, attention_sizes=(8,), head_channels=24, groups=8)
-    network = UNet(config)
-    # Layers that start at zero would make the divergence zero.
-    for parameter in (parameter for parameter in network.parameters() if parameter.dim() > 1 and not parameter.any()):
-        nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    return network
+    return woken(UNet(config), gain=1.0)
 
 
 def inputs(setting: Setting) -> Problem:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.op import Op, Provider, Setting, bytes_of_shape
-from benchmarks.points import GPU_SIZES, SIZES, relative_error, with_ours
+from benchmarks.points import GPU_SIZES, SIZES, check_close, with_ours
 from fm_fast import _ops
 
 GUIDANCE = 3.0
@@ -110,8 +110,7 @@ def providers(setting: Setting) -> list[Provider]:
 def check(given: Inputs, setting: Setting, step: Step) -> None:
     """The new state against float64."""
     exact = _formula(given.x.double(), *(k.double() for k in given.outputs), row=given.row, guided=given.guided)
-    error, tolerance = relative_error(step(), exact), TOLERANCE[setting.dtype]
-    assert error <= tolerance, f"the state is off by {error:.1e} (relative), more than {tolerance:.0e}"
+    check_close("the state", step(), exact, TOLERANCE[setting.dtype])
 
 
 def bytes_moved(setting: Setting) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import points
 from benchmarks.op import Inexact, Op, Provider, Setting, bytes_of_shape, keeping_graphs
-from benchmarks.points import PEERS, Data, Make, over, relative_error
+from benchmarks.points import PEERS, Data, Make, off_by, over, relative_error
 
 SIZES, MODES = points.SIZES, points.MODES
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -149,19 +149,15 @@ def check(given: Inputs, setting: Setting, step: Step) -> None:
     exact = _recomputed(given, x0, t)
     tolerance = TOLERANCE[setting.dtype]
     explained = tolerance + (_underflow(given.o.numel()) if setting.dtype == torch.float16 else 0.0)
-    errors = {"x_t": relative_error(found.x_t, exact.x_t), "loss": relative_error(found.loss.detach(), exact.loss)}
+    errors = {"x_t": relative_error(found.x_t, exact.x_t), "loss": relative_error(found.loss, exact.loss)}
     if found.grad is not None and exact.grad is not None:
         errors["gradient"] = relative_error(found.grad, exact.grad)
     for name, error in errors.items():
-        assert error <= (explained if name == "gradient" else tolerance), _off_by(name, error, tolerance)
+        assert error <= (explained if name == "gradient" else tolerance), off_by(name, error, tolerance)
     if setting.part != "backward":
         points.check_draws(x0, t, step().draws(), given)
     if errors.get("gradient", 0.0) > tolerance:
-        raise Inexact(_off_by("gradient", errors["gradient"], tolerance), errors["gradient"])
-
-
-def _off_by(name: str, error: float, tolerance: float) -> str:
-    return f"{name} is off by {error:.1e} (relative), more than {tolerance:.0e}"
+        raise Inexact(off_by("gradient", errors["gradient"], tolerance), errors["gradient"])
 
 
 def _underflow(count: int) -> float:

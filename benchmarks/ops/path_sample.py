@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import points
 from benchmarks.op import Op, Provider, Setting, bytes_of_shape
-from benchmarks.points import Data, Make, over, relative_error
+from benchmarks.points import Data, Make, check_close, over
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 REQUIRED_PASSES = {"x0 drawn": 2, "x0 given": 3}
@@ -75,8 +75,7 @@ def check(given: Data, setting: Setting, step: Step) -> None:
     found = step()
     x0, t = (values.double() for values in found.draws())
     column = over(t, given.x1)
-    error = relative_error(found.x_t, (1 - column) * x0 + column * given.x1.double())
-    assert error <= TOLERANCE[setting.dtype], f"x_t is off by {error:.1e} (relative), more than {TOLERANCE[setting.dtype]:.0e}"
+    check_close("x_t", found.x_t, (1 - column) * x0 + column * given.x1.double(), TOLERANCE[setting.dtype])
     points.check_draws(x0, t, step().draws(), given)
 
 

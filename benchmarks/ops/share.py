@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,7 +21,8 @@ import fm_fast as fm
 from benchmarks import log_prob, timing
 from benchmarks.op import Op, Provider, Setting
 from benchmarks.ops import adamw_ema, path_loss, sampler
-from benchmarks.workloads import SIZES, Workload, workload
+from benchmarks.points import check_close
+from benchmarks.workloads import SIZES, Workload, formula_loss, workload
 from fm_fast.nn.convolution import Convolution
 from fm_fast.nn.norm import GroupNormSiLU
 from fm_fast.train.averaging import fixed_decay
@@ -110,13 +110,7 @@ def _our_loss(network: nn.Module, x1: Tensor, step: int) -> Tensor:
 
 def _plain_loss(network: nn.Module, x1: Tensor, step: int) -> Tensor:
     x0, t = torch.randn_like(x1), torch.rand(len(x1))
-    return _formula(network, x1, x0, t)
-
-
-def _formula(network: nn.Module, x1: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """Equation 23 of Lipman et al. (2023) with sigma_min = 0."""
-    column = t.reshape(-1, *[1] * (x1.dim() - 1))
-    return F.mse_loss(network(column * x1 + (1 - column) * x0, t), x1 - x0)
+    return formula_loss(network, x1, x0, t)
 
 
 def _our_update(network: nn.Module) -> Callable[[], None]:
@@ -148,14 +142,9 @@ def _plain_update(network: nn.Module) -> Callable[[], None]:
 def _check_loss(given: Workload, network: nn.Module, ours: bool) -> None:
     """Before the first step, at given noise and times, against float64 and plain layers."""
     t = fm.noise((len(given.x1),), seed=0, step=0, stream="t")
-    loss = fm.flow_matching_loss(network, given.x1, x0=given.x0, t=t) if ours else _formula(network, given.x1, given.x0, t)
+    loss = fm.flow_matching_loss(network, given.x1, x0=given.x0, t=t) if ours else formula_loss(network, given.x1, given.x0, t)
     plain = _with_layers(given.network, False).double()
-    _compare("the loss", loss, _formula(plain, given.x1.double(), given.x0.double(), t.double()))
-
-
-def _compare(name: str, found: Tensor, wanted: Tensor) -> None:
-    error = float((found.double() - wanted).norm() / wanted.norm())
-    assert error <= TOLERANCE, f"{name} is off by {error:.1e} (relative), more than {TOLERANCE:.0e}"
+    check_close("the loss", loss, formula_loss(plain, given.x1.double(), given.x0.double(), t.double()), TOLERANCE)
 
 
 def _other(op: Op, given: Any, setting: Setting, name: str) -> Part:
@@ -224,7 +213,7 @@ def _check_layers(calls: Sequence[Call]) -> None:
         others = {name: None if value is None else _leaf(value.double()) for name, value in call.others.items()}
         exact = Call(_with_layers(nn.Sequential(call.layer), False).double()[0], _leaf(call.x.double()), others, call.grad_y.double())  # type: ignore[index]
         for found, wanted in zip(call(), exact(), strict=True):
-            _compare("a normalisation", found, wanted)
+            check_close("a normalisation", found, wanted, TOLERANCE)
 
 
 # Sampling
@@ -244,7 +233,7 @@ def _solve(given: Workload, setting: Setting, solve: sampler.Solve) -> Part:
     def check() -> None:
         with torch.no_grad():
             exact = sampler.NAIVE[METHOD](lambda x, t: wide(x, t.double()), given.x0.double(), CHECKED_STEPS)
-            _compare("x", solve(network, given.x0, CHECKED_STEPS), exact)
+            check_close("x", solve(network, given.x0, CHECKED_STEPS), exact, TOLERANCE)
 
     return Part(lambda: solve(network, given.x0, SAMPLING_STEPS[setting.size]), check)
 
@@ -309,7 +298,7 @@ def _check_probes(calls: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
         add(*added)
         z, dots, products = drawn[0], added[1], added[2]
         assert bool((z.abs() == 1.0).all()), "a probe is not of signs"
-        _compare("a product", dots, (z.double() * products.double()).flatten(2).sum(2))
+        check_close("a product", dots, (z.double() * products.double()).flatten(2).sum(2), TOLERANCE)
 
 
 # Timing

@@ -1,0 +1,105 @@
+"""The estimate of a log-density's discretisation error, and what fm.log_likelihood and fm.sample_with_log_prob refuse."""
+
+import warnings
+
+import pytest
+import torch
+from likelihood_cases import points, velocity
+
+import fm_fast as fm
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "ab2", "ab3"])
+def test_the_error_estimate_is_the_difference_to_half_the_steps_on_the_same_probes(method):
+    """With exact divergences there is no probe noise at all: the definition, by hand."""
+    x1, order = points(4, 6), {"euler": 1, "midpoint": 2, "rk4": 4, "ab2": 2, "ab3": 3}[method]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fine = fm.log_likelihood(velocity, x1, method=method, steps=8, kind="exact", error_estimate=True)
+    coarse = fm.log_likelihood(velocity, x1, method=method, steps=4, kind="exact")
+    torch.testing.assert_close(fine.disc_err, (fine.logp - coarse.logp).abs() / (2**order - 1), rtol=1e-10, atol=1e-13)
+    plain = fm.log_likelihood(velocity, x1, method=method, steps=8, kind="exact")
+    assert torch.equal(fine.logp, plain.logp)
+    assert fine.nfe == plain.nfe + coarse.nfe and fine.nvjp == plain.nvjp + coarse.nvjp
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "ab2", "ab3"])
+def test_the_error_estimate_compares_both_solves_by_the_same_probes(method):
+    """A velocity that is linear and constant in time: with the same probes both solves see the same z^T A z, so their noise cancels."""
+    matrix, x1 = points(6, 6) / 5, points(3, 6)
+    order = fm.solvers.METHODS[method].order()
+
+    def log_likelihood(steps, **arguments):
+        return fm.log_likelihood(lambda x, t: x @ matrix, x1, method=method, steps=steps, **arguments)
+
+    found = log_likelihood(8, kind="rademacher", seed=1, error_estimate=True)
+    fine, coarse = (log_likelihood(steps, kind="exact") for steps in (8, 4))
+    # What is left is the prior's difference, which is the exact divergence's too: the integral of a constant has no error.
+    torch.testing.assert_close(found.disc_err, (fine.logp - coarse.logp).abs() / (2**order - 1), rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_the_error_estimate_leaves_the_likelihood_as_it_is_and_costs_what_it_says(create_graph):
+    options = {"method": "midpoint", "steps": 8, "kind": "rademacher", "probes": 3, "seed": 1, "create_graph": create_graph}
+    x1 = points(3, 6)
+    plain, estimated = (fm.log_likelihood(velocity, x1, error_estimate=error, **options) for error in (False, True))
+    assert torch.equal(plain.logp, estimated.logp) and torch.equal(plain.std_err, estimated.std_err)
+    assert not estimated.disc_err.requires_grad
+    # eight and four evaluations count: one product more each
+    assert (plain.nfe, plain.nvjp) == (16, 24) and (estimated.nfe, estimated.nvjp) == (24, 24 + 8 + 4)
+
+
+def test_a_large_error_warns_and_a_small_one_does_not():
+    stiff = lambda x, t: -8 * x * t[:, None]  # noqa: E731
+    with pytest.warns(UserWarning, match="bits a dimension; take more steps"):
+        fm.log_likelihood(stiff, points(3, 6), method="euler", steps=4, kind="exact", error_estimate=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fm.log_likelihood(stiff, points(3, 6), method="rk4", steps=100, kind="exact", error_estimate=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "steps must be given for a fixed-step method"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 4, "probes": 0}, "probes must be at least 1"),
+        ({"steps": 4, "replicates": 0}, "replicates must be at least 1"),
+        ({"steps": 4, "kind": "exakt"}, "kind must be one of"),
+        ({"steps": 4, "method": "rk5"}, "method must be one of"),
+        ({"steps": 4, "method": "dopri5"}, "steps must be None for the adaptive method"),
+        ({"steps": 3, "error_estimate": True}, "steps must be even for error_estimate"),
+        ({"method": "dopri5", "error_estimate": True}, "error_estimate needs a fixed-step method"),
+        ({"steps": 4, "t0": 0.9, "t1": 0.1}, "t0 and t1 must satisfy"),
+        ({"steps": 4, "t1": 1.5}, "t0 and t1 must satisfy"),
+        ({"steps": 4, "on_nonfinite": "ignore"}, "on_nonfinite must be one of"),
+        ({"steps": 4, "probe": 2}, "unexpected keyword argument 'probe'"),
+        ({"steps": 4, "cond": [1]}, "cond must be a mapping"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        fm.log_likelihood(velocity, points(2, 6), **arguments)
+
+
+def test_fields_that_are_not_finite_are_told():
+    for method, steps in (("midpoint", 4), ("rk4", 4), ("ab2", 4)):
+        with pytest.raises(FloatingPointError, match=r"2 of 2 log-densities are not finite"):
+            fm.log_likelihood(lambda x, t: x / 0.0, points(2, 6), method=method, steps=steps, kind="exact")
+    with pytest.raises(RuntimeError, match="the model's velocity is not finite"):
+        fm.log_likelihood(lambda x, t: x * float("nan"), points(2, 6), method="dopri5", kind="exact")
+    marked = fm.log_likelihood(lambda x, t: x / 0.0, points(2, 6), steps=4, kind="exact", on_nonfinite="mark")
+    assert not bool(torch.isfinite(marked.logp).any())
+
+
+def test_samples_that_are_not_finite_are_told_even_if_their_density_is():
+    with pytest.raises(FloatingPointError, match=r"3 of 3 samples are not finite"):
+        fm.sample_with_log_prob(lambda x, t: 1e40 * x, points(3, 6), steps=10, method="euler", kind="exact")
+
+
+def test_progress_of_adaptive_methods_is_refused():
+    with pytest.raises(ValueError, match="progress needs a fixed-step method"):
+        fm.log_likelihood(velocity, points(3, 6), method="dopri5", progress=True)
