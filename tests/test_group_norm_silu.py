@@ -18,6 +18,7 @@ SIZES = [
     Case(2, 6, groups=3, size=(5, 7)),
     Case(3, 32, groups=32, size=(8, 8)),
     Case(2, 12, 20, groups=4, size=(5, 3)),  # a group lies in both inputs
+    Case(2, 0, 6, groups=3, size=(5, 7)),  # all channels lie in the second
     Case(1, 130, groups=2, size=(3, 1)),
     Case(2, 8, 8, groups=8, size=(1, 1)),
     Case(3, 5, groups=1, size=(9,)),

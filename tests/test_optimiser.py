@@ -208,7 +208,13 @@ def test_wrong_parameters_and_settings():
         (([weight(), nn.Parameter(torch.ones(1, device="meta"))],), {}, "parameters: expected one device, got cpu, meta"),
         (([nn.Parameter(torch.ones(4, 4)[:, ::2])],), {}, "parameters: expected memory without gaps"),
         (([one], -1.0), {}, "lr: expected 0 or more"),
+        (([one], float("inf")), {}, "lr: expected 0 or more, and finite, got inf"),
+        (([one], "a"), {}, "lr: expected 0 or more, and finite, got 'a'"),
+        (([one],), {"eps": None}, "eps: expected 0 or more, and finite, got None"),
         (([one],), {"betas": (0.9, 1.0)}, "betas: expected two numbers"),
+        (([one],), {"betas": (0.9,)}, "betas: expected two numbers"),
+        (([one],), {"betas": (0.9, 0.99, 0.999)}, "betas: expected two numbers"),
+        (([one],), {"betas": 0.9}, "betas: expected two numbers"),
         (([one],), {"max_norm": 0.0}, "max_norm: expected a positive number"),
         (([],), {}, "empty parameter list"),
     ]
@@ -223,6 +229,16 @@ def test_wrong_parameters_and_settings():
         AdamWEMA([one]).add_param_group({"params": [weight()]})
     with pytest.raises(RuntimeError, match="backend='triton' can't run adamw_ema on cpu"):
         AdamWEMA([one], backend="triton")
+
+
+def test_settings_are_checked_where_they_are_changed():
+    p = weight()
+    optimiser = AdamWEMA([p])
+    p.grad = torch.ones_like(p)
+    optimiser.param_groups[0]["betas"] = (0.9,)
+    with pytest.raises(ValueError, match="betas: expected two numbers"):
+        optimiser.step()
+    assert torch.equal(p, torch.ones_like(p))
 
 
 def test_the_state_of_others_is_refused():

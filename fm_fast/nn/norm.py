@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fm_fast import _backends, _checks, _ops
+from fm_fast._philox import INDEX_LIMIT
 
 
 class GroupNormSiLU(nn.Module):
@@ -22,7 +23,8 @@ class GroupNormSiLU(nn.Module):
     Args:
         groups, channels, eps: as for nn.GroupNorm; channels are those of x and second together.
         activation: False leaves out the SiLU.
-        dropout: probability in [0, 1) that an element of the result is set to zero; the others are divided by 1 - dropout.
+        dropout: probability in [0, 1) that an element of the result is set to zero; the others are multiplied by 1 / (1 - dropout),
+            a float32 number also for float64 x.
         index: number of this layer in the dropout stream of the noise contract, in [0, 2^24). Layers of one network need different ones.
         fused: False runs the plain PyTorch formula, which gives the same numbers up to rounding, and the same dropout mask.
 
@@ -90,7 +92,7 @@ def _check_settings(groups: int, channels: int, eps: float, dropout: float, inde
     _checks.finite_number("dropout", dropout)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-    _checks.whole("index", index, 2**24)
+    _checks.whole("index", index, INDEX_LIMIT)
 
 
 def _check_inputs(channels: int, x: Tensor, second: Tensor | None, modulations: dict[str, Tensor | None], key: Tensor | None) -> None:

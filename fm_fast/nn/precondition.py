@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fm_fast.objectives import OBJECTIVES, Schedule, schedule
-from fm_fast.paths import Path
+from fm_fast.paths import Path, time_limits
 
 
 def _velocity(p: Schedule, x: Tensor, noise: Tensor) -> Tensor:
@@ -59,6 +59,5 @@ class Preconditioned(nn.Module):
         return PREDICTIONS[self.objective](p, x, noise)
 
     def _schedule(self, x: Tensor, t: Tensor) -> Schedule:
-        low, high = getattr(self.path, "t_min", 0.0), getattr(self.path, "t_max", 1.0)
-        time = t.double().clamp(low, high).reshape(-1, *[1] * (x.ndim - 1))
+        time = t.double().clamp(*time_limits(self.path)).reshape(-1, *[1] * (x.ndim - 1))
         return Schedule(*(value.to(t.dtype) for value in schedule(self.path, time)))

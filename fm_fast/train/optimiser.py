@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fm_fast import _backends, _ops
+from fm_fast import _backends, _checks, _ops
 from fm_fast._ops.adamw_ema import APPLIED, SKIPPED
 from fm_fast.train.averaging import Averaging
 
@@ -197,6 +197,7 @@ class AdamWEMA(torch.optim.Optimizer):
         """
         self._follow_weights()
         for i, group in enumerate(self.param_groups):
+            _check_group(group)
             row = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["max_norm"])
             for j, value in enumerate(row):
                 if isinstance(value, Tensor) or value != self._written[i][j]:
@@ -295,12 +296,22 @@ def _is_gapless(p: Tensor) -> bool:
 
 def _check_group(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0.0:
-            raise ValueError(f"{name}: expected 0 or more, got {group[name]!r}")
-    if not all(0.0 <= beta < 1.0 for beta in group["betas"]):
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {group['betas']!r}")
-    if not group["max_norm"] > 0.0:
+        if not _is_number(group[name], lambda value: 0.0 <= value < math.inf):
+            raise ValueError(f"{name}: expected 0 or more, and finite, got {group[name]!r}")
+    betas = group["betas"]
+    if (
+        not isinstance(betas, (tuple, list))
+        or len(betas) != 2
+        or not all(_is_number(beta, lambda beta: 0.0 <= beta < 1.0) for beta in betas)
+    ):
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
+    if not _is_number(group["max_norm"], lambda value: value > 0.0):
         raise ValueError(f"max_norm: expected a positive number, inf for no limit, got {group['max_norm']!r}")
+
+
+def _is_number(value: object, fits: Callable[[float], bool]) -> bool:
+    """Whether this is a number that fits; a tensor is not looked at, which would wait for its device."""
+    return isinstance(value, Tensor) or (_checks.is_number(value) and fits(value))
 
 
 def _alike(gradient: Tensor, p: Tensor) -> Tensor:
