@@ -295,7 +295,7 @@ def test_a_schedule_may_return_numbers():
     torch.testing.assert_close(custom.coef, built_in.coef)
 
 
-@pytest.mark.parametrize("path", [*PATHS.values(), fm.VP(0.2, 15.0), Linear()], ids=str)
+@pytest.mark.parametrize("path", [*PATHS.values(), fm.VP(0.2, 15.0), Linear()], ids=[*PATHS, "vp-others", "custom"])
 def test_a_split_batch_has_the_same_times_to_the_last_bit(path, backend):
     """In float64 too, where a transcendental function may round otherwise at the end of a vector than inside it."""
     x1, options = torch.zeros(37, 2, dtype=torch.float64), {"path": path, "t_sampler": "logit-normal", "seed": SEED, "backend": backend}
