@@ -10,17 +10,18 @@ import warnings
 import numpy as np
 import torch
 
-from fm_fast.objectives import Objective, schedule, velocity_factors, velocity_range
+from fm_fast import _modes
+from fm_fast.objectives import Objective, schedule, velocity_range
 from fm_fast.paths import Path
 from fm_fast.solvers import RungeKutta, Table
 
-LARGEST_FACTOR = 10.0
+LARGEST_FACTOR = 30.0
 ADAPTIVE_STEPS = 100  # what an adaptive method is taken to need
 
 
 def warn_if_ill_conditioned(path: Path, objective: Objective, table: Table | None, nodes: np.ndarray) -> None:
     """UserWarning where a step at an end of the solve multiplies the relative error of an output by more than ``LARGEST_FACTOR``."""
-    if not (objective.velocity_divides_by_alpha or objective.velocity_divides_by_sigma):
+    if _modes.transforms_active() or not (objective.velocity_divides_by_alpha or objective.velocity_divides_by_sigma):
         return
     times, widths = _evaluations_at_the_ends(table, nodes)
     times = np.clip(times, *velocity_range(path, objective))
@@ -54,6 +55,6 @@ def error_factors(path: Path, objective: Objective, times: np.ndarray) -> np.nda
         point = schedule(path, t)
         target = objective.target(point)
         output = torch.hypot(target.c1, target.c0) / target.k.abs()
-        r = velocity_factors(path, objective, t)[1]
+        r = objective.velocity(point)[1]
         # Not a number: a score where sigma is 0, which the velocity does not use there.
         return (r.abs() * output / torch.hypot(point.a, point.s)).nan_to_num(0.0).numpy()

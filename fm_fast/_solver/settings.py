@@ -64,8 +64,7 @@ def make_settings(
     if reverse:
         nodes = nodes[::-1].copy()
         saved = saved if isinstance(save, str) else tuple(len(nodes) - 1 - position for position in saved)
-    with _modes.outside_transforms():
-        warn_if_ill_conditioned(chosen_path, chosen_objective, table, nodes)
+    warn_if_ill_conditioned(chosen_path, chosen_objective, table, nodes)
     resolved = _backends.resolve("linear_step", start.device, backend)
     return Settings(
         chosen_path, chosen_objective, table, adaptive, nodes, saved, rtol, atol, max_steps, dtype or start.dtype, grad, resolved
