@@ -71,6 +71,38 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
             checkpoint.read_checkpoint(path)
 
 
+def test_a_file_cut_off_at_any_length_is_a_damaged_one(tmp_path):
+    """In some such files torch's reader looks for a table of contents at a negative position, which is an OSError."""
+    config, path = tiny(model=replace(tiny().model, channels=32)), tmp_path / "c.pt"
+    checkpoint.save_checkpoint(path, new_state(config, CPU).state_dict(), config)
+    whole = path.read_bytes()
+    assert len(whole) > 300_000
+    for length in (1, 30, 4096, 5000, 8192, 20_000, 33_000, 50_000, 65_536, 66_000, 67_584, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        for mapped in (False, True):
+            with pytest.raises(ValueError, match=r"c.pt: expected a complete checkpoint of fm_fast"):
+                checkpoint.read_checkpoint(path, mapped)
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_bytes_that_changed_within_a_tensor_are_found(checksums, tmp_path):
+    """Also in a process that has told torch to write no checksums."""
+    config, path = tiny(), tmp_path / "c.pt"
+    torch.serialization.set_crc32_options(checksums)
+    try:
+        checkpoint.save_checkpoint(path, new_state(config, CPU).state_dict(), config)
+        assert torch.serialization.get_crc32_options() is checksums
+    finally:
+        torch.serialization.set_crc32_options(True)
+    checkpoint.read_checkpoint(path)
+    content = bytearray(path.read_bytes())
+    middle = content.rindex(b"/data/", 0, len(content) // 2) + 512
+    content[middle] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"c.pt: expected a complete .*its part \w+/data/\d+ has changed since it was written"):
+        checkpoint.read_checkpoint(path)
+
+
 class NotPlainData:
     """A pickle of this names a class, which reading must refuse."""
 
@@ -86,8 +118,15 @@ def test_checkpoints_of_others(tmp_path):
             {"format": "fm_fast.checkpoint", "version": 2, "config": {"colour": "red"}, "state": {}},
             "expected the settings of a run, got others",
         ),
-        (NotPlainData(), "cannot be read"),
+        (NotPlainData(), r"cannot be read \(it holds other things than tensors and plain values\)$"),
     ):
         torch.save(content, path)
         with pytest.raises(ValueError, match=message):
             checkpoint.read_checkpoint(path)
+
+
+def test_a_file_of_another_kind_is_not_recommended_to_be_trusted(tmp_path):
+    for content in (b"\x80\x02}q\x00.", b"some text\n" * 100):
+        (tmp_path / "c.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"c.pt: expected a complete checkpoint .*\(File is not a zip file\)$"):
+            checkpoint.read_checkpoint(tmp_path / "c.pt")

@@ -58,6 +58,17 @@ def cut(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:20_000])
+
+
+def blank(file):
+    """4 KiB of a tensor that no longer hold what was written."""
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes(4096) + content[middle + 4096 :])
+
+
 def foreign(file):
     torch.save({"model": {}}, file)
 
@@ -74,6 +85,8 @@ def newer_version(file):
     ("damage", "message"),
     [
         (cut, "expected a complete checkpoint of fm_fast"),
+        (cut_short, "expected a complete checkpoint of fm_fast"),
+        (blank, "expected a complete checkpoint of fm_fast"),
         (foreign, "expected a checkpoint of fm_fast"),
         (empty, "expected a complete checkpoint of fm_fast"),
         (newer_version, "expected checkpoint version 2, got 99"),
@@ -281,6 +294,23 @@ def test_damaged_and_foreign_weights(tmp_path, state_and_config):
     save_weights(file, {"a": torch.zeros(2)}, config, 2)
     with pytest.raises(ValueError, match=r"w.safetensors: expected the settings and weights of a network, got others"):
         load_model(file)
+
+
+def test_weights_that_changed_are_found(tmp_path, state_and_config):
+    safetensors = pytest.importorskip("safetensors")
+    state, config = state_and_config
+    file = tmp_path / "w.safetensors"
+    save_weights(file, state.average.state_dict(), config, 2)
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"w.safetensors: expected the weights as they were written, but their checksum differs"):
+        load_model(file)
+    with safetensors.safe_open(file, framework="pt") as opened:
+        metadata = {name: value for name, value in opened.metadata().items() if name != "sha256"}
+        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    safetensors.torch.save_file(weights, file, metadata)
+    assert load_model(file)[1] == config, "files from before there was a checksum can be read"
 
 
 def test_load_model_says_which_checkpoint_it_took(tmp_path):

@@ -1,7 +1,11 @@
 """A checkpoint: the whole state of a run and its configuration in one file, which reading never executes."""
 
+import contextlib
 import pickle
+import struct
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +18,63 @@ from fm_fast.train.step import TrainState
 FORMAT = "fm_fast.checkpoint"
 VERSION = 2
 PARTS = {"format", "version", "config", "state"}
+# What readers of a damaged archive raise, torch's among them: it seeks to negative positions in some files that were cut off.
+DAMAGE = (
+    zipfile.BadZipFile, OSError, RuntimeError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 def save_checkpoint(path: Path, stored: dict[str, Any], config: TrainConfig) -> None:
     """Write a state's `state_dict()` and the configuration; `path` is never half a file."""
     content = {"format": FORMAT, "version": VERSION, "config": to_dict(config), "state": stored}
-    with replaced_whole(path) as temporary, temporary.open("wb") as file:
+    with replaced_whole(path) as temporary, temporary.open("wb") as file, _with_checksums():
         torch.save(content, file)
 
 
-def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU; no code in the file is run. mapped: read tensors where they are used, unchecked.
+@contextlib.contextmanager
+def _with_checksums() -> Iterator[None]:
+    """Whatever the process has told torch: reading checks them."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
-    Raises FileNotFoundError if there is none, ValueError for a damaged file, one of another program, or another version.
+
+def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU; no code in the file is run.
+
+    The whole file is compared with the checksums (CRC-32) of its parts, so that a byte that has changed in a tensor is found. mapped: read
+    tensors where they are used and compare nothing; a file that was cut off is found all the same, since its table of contents is at the
+    end. Raises FileNotFoundError if there is none, ValueError for a damaged file, one of another program, or another version.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    with path.open("rb"):  # a file that must not be read is not a damaged one
+        pass
     try:
+        _check_archive(path, mapped)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: expected a complete checkpoint of fm_fast, but it cannot be read ({first_line(error)})") from error
+    except DAMAGE as error:
+        raise ValueError(f"{path}: expected a complete checkpoint of fm_fast, but it cannot be read ({_reason(error)})") from error
     _check_header(path, content)
     _check_config(path, content["config"])
     return content
+
+
+def _check_archive(path: Path, mapped: bool) -> None:
+    """Python's reader compares checksums where torch's does not."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = None if mapped else archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"its part {damaged} has changed since it was written")
+
+
+def _reason(error: Exception) -> str:
+    # torch's own text for such a file advises to read it with the protection against foreign code switched off.
+    return "it holds other things than tensors and plain values" if isinstance(error, pickle.UnpicklingError) else first_line(error)
 
 
 def first_line(error: Exception) -> str:

@@ -1,11 +1,13 @@
 """The averaged network of a run as safetensors, which any program can read, and back: from such a file, a checkpoint or a folder."""
 
+import hashlib
 import json
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fm_fast.train.checkpoint import first_line, read_checkpoint
@@ -26,24 +28,35 @@ def can_write_weights() -> bool:
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], config: TrainConfig, step: int) -> None:
-    """Write the weights with their names, and the configuration and the step in the file's metadata; `path` is never half a file."""
+    """Write the weights with their names, and in the file's metadata the configuration, the step and a checksum of all that is read back,
+    which the format has not by itself; `path` is never half a file.
+    """
     from safetensors.torch import save_file
 
-    metadata = {"format": FORMAT, "version": VERSION, "step": str(step), "config": json.dumps(to_dict(config))}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    described = json.dumps(to_dict(config))
+    metadata = {"format": FORMAT, "version": VERSION, "step": str(step), "config": described, "sha256": _digest(described, tensors)}
     with replaced_whole(path) as temporary:
-        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary, metadata)
+        save_file(tensors, temporary, metadata)
+
+
+def _digest(config: str, weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(config.encode())
+    for name in sorted(weights):
+        value = weights[name].contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, TrainConfig]:
     """The averaged network of a run, ready for sampling (evaluation mode, no gradients), and the run's configuration.
 
     path: a checkpoint, a .safetensors file of this library, or the folder of a run, whose newest valid checkpoint counts.
+    Checkpoints are compared with their checksums, and so are .safetensors files that have one (the first that were written have none).
     Raises FileNotFoundError for what is missing, ValueError for damaged files and those of other programs.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = _of_folder(file)
-    values, weights = _read_weights(file) if file.suffix == SUFFIX else _read_average(file)
+    file, (values, weights) = _read(Path(path))
     try:
         config = from_dict(values)
         model = build_model(config)
@@ -53,19 +66,20 @@ def load_model(path: str | Path) -> tuple[nn.Module, TrainConfig]:
     return model.eval().requires_grad_(False), config
 
 
-def _of_folder(path: Path) -> Path:
-    """The newest valid checkpoint; a folder without any may hold the averaged weights alone."""
+def _read(path: Path) -> tuple[Path, Stored]:
+    """What was read, and its content."""
     folder = RunFolder(path)
-    if not folder.checkpoints() and folder.weights.is_file():
-        return folder.weights
-    found = folder.newest_valid()
-    for text in found.warnings:
-        warnings.warn(text, stacklevel=3)
-    return found.file
+    if path.is_dir() and not folder.checkpoints() and folder.weights.is_file():
+        path = folder.weights  # a folder without checkpoints may hold the averaged weights alone
+    if path.is_dir():
+        found = folder.newest_valid()
+        for text in found.warnings:
+            warnings.warn(text, stacklevel=4)
+        return found.file, _average_of(found.file, found.content)
+    return path, _read_weights(path) if path.suffix == SUFFIX else _average_of(path, read_checkpoint(path))
 
 
-def _read_average(path: Path) -> Stored:
-    content = read_checkpoint(path)
+def _average_of(path: Path, content: dict[str, Any]) -> Stored:
     try:
         return content["config"], content["state"]["average"]
     except (KeyError, TypeError) as error:
@@ -88,4 +102,6 @@ def _read_weights(path: Path) -> Stored:
     found = (metadata.get("format"), metadata.get("version"))
     if found != (FORMAT, VERSION):
         raise ValueError(f"{path}: expected weights of fm_fast (format {FORMAT!r}, version {VERSION!r}), got {found}")
+    if "sha256" in metadata and metadata["sha256"] != _digest(metadata["config"], weights):
+        raise ValueError(f"{path}: expected the weights as they were written, but their checksum differs: the file is damaged")
     return json.loads(metadata["config"]), weights
