@@ -32,24 +32,30 @@ def split_folder(folder: Path, split: str) -> Path | None:
 def list_images(folder: Path, classes_of: Path | None = None) -> tuple[list[Path], Tensor, int]:
     """(files, labels int64 [N], number of classes): one class a subfolder, in alphabetical order, of ``classes_of`` where given.
 
-    Raises FileNotFoundError for no image, ValueError for a class that ``classes_of`` does not have.
+    Names that begin with a dot are left out, as everywhere. Raises FileNotFoundError for no subfolder, ValueError for one without images
+    or a class that ``classes_of`` does not have.
     """
     present, names = _subfolders(folder), _subfolders(classes_of or folder)
     unknown = sorted(set(present) - set(names))
     if unknown:
         raise ValueError(f"{folder}: expected the classes of {classes_of}, {', '.join(names)}; got also {', '.join(unknown)}")
-    found = [(file, names.index(name)) for name in present for file in _image_files(folder / name)]
-    if not found:
+    files = {name: image_files(folder / name) for name in present}
+    empty = [name for name, found in files.items() if not found]
+    if empty:
+        raise ValueError(f"{folder}: expected images ({', '.join(SUFFIXES)}) in every subfolder, found none in {', '.join(empty)}")
+    if not files:
         raise FileNotFoundError(f"{folder}: expected IDX files, CIFAR-10 batches, or a subfolder of images for each class")
-    return [file for file, _ in found], torch.tensor([number for _, number in found]), len(names)
+    labels = [names.index(name) for name, found in files.items() for _ in found]
+    return [file for found in files.values() for file in found], torch.tensor(labels), len(names)
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(child.name for child in folder.iterdir() if child.is_dir())
+    return sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+def image_files(folder: Path) -> list[Path]:
+    """The images in that very folder, in alphabetical order."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
 
 
 def read_images(files: list[Path], preparation: Preparation) -> tuple[Tensor, bool]:
