@@ -14,6 +14,7 @@ from torch import Tensor
 IMAGE_BYTES = 3 * 32 * 32
 TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_BATCHES = ("test_batch",)
+SUBFOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-bin")  # the archives' own
 
 # A pickle may name any function to be called; these are the only ones that the official batches need.
 ALLOWED_GLOBALS = {
@@ -25,9 +26,10 @@ ALLOWED_GLOBALS = {
 }
 
 
-def is_cifar_folder(folder: Path) -> bool:
-    """Whether the folder holds CIFAR-10's first training batch, pickled or binary."""
-    return any((folder / (TRAIN_BATCHES[0] + suffix)).is_file() for suffix in ("", ".bin"))
+def find_cifar_folder(folder: Path) -> Path | None:
+    """The folder itself or its subfolder that the archive makes, whichever holds the first training batch, pickled or binary; else None."""
+    places = (folder / name for name in SUBFOLDERS)
+    return next((place for place in places if any((place / (TRAIN_BATCHES[0] + suffix)).is_file() for suffix in ("", ".bin"))), None)
 
 
 def read_cifar10(path: Path, split: str) -> tuple[Tensor, Tensor]:

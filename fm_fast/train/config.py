@@ -133,7 +133,8 @@ class TrainConfig:
     @property
     def preparation(self) -> Preparation:
         """What happens to the images before training."""
-        return Preparation(self.resize, self.pool, self.pad, self.test_share, self.memory_limit, self.cache)
+        unlabelled = not self.conditional
+        return Preparation(self.resize, self.pool, self.pad, self.test_share, self.memory_limit, self.cache, unlabelled)
 
 
 NOT_NEGATIVE = (

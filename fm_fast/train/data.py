@@ -1,15 +1,17 @@
 """Data sets as one uint8 tensor of images and one int64 tensor of labels, and the order in which training reads them."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fm_fast.random import noise
-from fm_fast.train.cifar import is_cifar_folder, read_cifar10
+from fm_fast.train.cifar import find_cifar_folder, read_cifar10
 from fm_fast.train.idx import read_idx
-from fm_fast.train.image_folder import list_images, read_images, split_folder
+from fm_fast.train.image_folder import list_images, no_labels, read_images, split_folder
 from fm_fast.train.npz import array_names, read_npz
 from fm_fast.train.prepare import Preparation, pooled_and_padded, rows_of_split
 
@@ -18,6 +20,9 @@ DIGITS_TRAIN = 1500
 DIGITS_LEVELS = 17
 LEVELS = 256
 TEST_FILES = ("t10k", "test")  # beginnings of their names
+IDX_IMAGES = re.compile(r"-images[-.]idx3-ubyte(\.gz)?$")
+# How held-out images come about: a test part of the source, a share of it that is put aside, or not at all.
+TEST_PART, SHARE, UNDIVIDED = "test part", "share", "undivided"
 # Where Debian's and Ubuntu's package dataset-fashion-mnist puts it, and a place of one's own.
 FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("data/fashion-mnist"))
 PREPARED = Preparation()
@@ -27,8 +32,8 @@ PREPARED = Preparation()
 class Dataset:
     """images: uint8 [N, C, H, W] with values 0..levels-1; labels: int64 [N] in 0..classes-1.
 
-    mapped: the images lie in a file, hence on the CPU, and go to the labels' device batch by batch. divided: the source has a train and
-    a test part.
+    mapped: the images lie in a file, hence on the CPU, and go to the labels' device batch by batch. division: TEST_PART where the source
+    has one, SHARE where `test_share` is held out; UNDIVIDED data are the same images for training and for tests.
     """
 
     name: str
@@ -37,7 +42,7 @@ class Dataset:
     classes: int
     levels: int = LEVELS
     mapped: bool = False
-    divided: bool = True
+    division: str = TEST_PART
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,20 +69,32 @@ def load_dataset(source: str | Path, split: str = "train", preparation: Preparat
     source: "digits" (shipped); "fashion" (Fashion-MNIST as installed by Debian's package dataset-fashion-mnist); a folder of IDX files
     (MNIST, Fashion-MNIST), of CIFAR-10 batches, or of images with one subfolder a class, perhaps within train and test; a CIFAR-10
     .tar.gz archive; an .npz archive with `images` and `labels`, perhaps `test_images` and `test_labels`; or an IDX image file.
-    Of data without a test part, `preparation.test_share` is held out; if that is 0, both splits are all of them.
+    Of data without a test part, `preparation.test_share` is held out; if that is 0, both splits are all of them (UNDIVIDED).
+    Where `preparation.unlabelled` allows it, an .npz archive may lack labels and a folder of images subfolders: all labels are 0 then.
     Raises FileNotFoundError for what is missing and ValueError, naming the file, for what is damaged.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
     dataset = _read(source, split, preparation)
-    if not dataset.divided and preparation.test_share > 0.0:
+    _check_size(dataset, preparation.resize)
+    if dataset.division == UNDIVIDED and preparation.test_share > 0.0:
         rows = rows_of_split(len(dataset), preparation.test_share, split)
-        dataset = replace(dataset, images=dataset.images[rows], labels=dataset.labels[rows])
+        dataset = replace(dataset, images=dataset.images[rows], labels=dataset.labels[rows], division=SHARE)
     if preparation.pool == 1 and preparation.pad == 0:
         return dataset
     if dataset.mapped:
         raise ValueError(f"{dataset.name}: above memory_limit, expected pool 1 and pad 0 (resize is possible), or a higher limit")
     return replace(dataset, images=pooled_and_padded(dataset.name, dataset.images, preparation))
+
+
+def _check_size(dataset: Dataset, resize: int) -> None:
+    """Only a folder's images are resized, when they are read."""
+    height, width = dataset.images.shape[-2:]
+    if resize and (height, width) != (resize, resize):
+        raise ValueError(
+            f"resize: expected 0 for {dataset.name} of {height}x{width} pixels, because only the images of a folder are resized"
+            f" (pool and pad change others), got {resize}"
+        )
 
 
 def _read(source: str | Path, split: str, preparation: Preparation) -> Dataset:
@@ -88,7 +105,7 @@ def _read(source: str | Path, split: str, preparation: Preparation) -> Dataset:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected 'digits', 'fashion' or a path to data")
-    return _from_folder(path, split, preparation) if path.is_dir() else _from_file(path, split)
+    return _from_folder(path, split, preparation) if path.is_dir() else _from_file(path, split, preparation)
 
 
 def _fashion_folder() -> Path:
@@ -111,8 +128,8 @@ def digits(split: str = "train") -> Dataset:
     return make_dataset("digits", images[rows], labels[rows], levels=DIGITS_LEVELS, classes=10)
 
 
-def make_dataset(name: str, images: Tensor, labels: Tensor, levels: int = LEVELS, classes: int | None = None, **marks: bool) -> Dataset:
-    """Checked data set (`marks` are mapped and divided): images uint8 [N, H, W] or [N, C, H, W], labels of any integer dtype [N]."""
+def make_dataset(name: str, images: Tensor, labels: Tensor, levels: int = LEVELS, classes: int | None = None, **marks: Any) -> Dataset:
+    """Checked data set (`marks` are mapped and division): images uint8 [N, H, W] or [N, C, H, W], labels of any integer dtype [N]."""
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.numel() == 0:
         raise ValueError(f"{name}: expected images uint8 [N, H, W] or [N, C, H, W], not empty, got {images.dtype} {list(images.shape)}")
     if labels.shape != images.shape[:1]:
@@ -130,46 +147,77 @@ def _check_ranges(name: str, images: Tensor, labels: Tensor, levels: int, classe
         raise ValueError(f"{name}: expected labels in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
 
 
-def _from_file(path: Path, split: str) -> Dataset:
+def _from_file(path: Path, split: str, preparation: Preparation) -> Dataset:
     if path.name.endswith((".tar.gz", ".tgz", ".tar")):
         return make_dataset(path.name, *read_cifar10(path, split), classes=10)
     if path.suffix == ".npz":
-        return _from_npz(path, split)
+        return _from_npz(path, split, preparation)
     if "idx3-ubyte" in path.name:
-        return make_dataset(path.name, read_idx(path, 3), read_idx(_label_file(path), 1), divided=False)
+        return _from_idx(path)
     raise ValueError(f"{path}: expected a .npz, an *-images-idx3-ubyte[.gz] or a CIFAR-10 .tar.gz file")
 
 
-def _from_npz(path: Path, split: str) -> Dataset:
-    divided = {"test_images", "test_labels"} <= array_names(path)
-    names = ("test_images", "test_labels") if divided and split == "test" else ("images", "labels")
-    images, labels = read_npz(path, names)
-    return make_dataset(path.name, images, labels, divided=divided)
+def _from_npz(path: Path, split: str, preparation: Preparation) -> Dataset:
+    labelled, divided = _arrays_of(path, preparation)
+    part = "test_" if divided and split == "test" else ""
+    division = TEST_PART if divided else UNDIVIDED
+    if labelled:
+        return make_dataset(path.name, *read_npz(path, (f"{part}images", f"{part}labels")), division=division)
+    (images,) = read_npz(path, (f"{part}images",))
+    return make_dataset(path.name, images, no_labels(len(images)), classes=1, division=division)
+
+
+def _arrays_of(path: Path, preparation: Preparation) -> tuple[bool, bool]:
+    """Whether there are labels, and whether there is a test part. Raises ValueError for a part that lacks what the other has."""
+    names = array_names(path)
+    labelled, divided = "labels" in names or "images" not in names, "test_images" in names
+    expected = {name for name, there in (("test_images", divided), ("test_labels", divided and labelled)) if there}
+    found = names & {"test_images", "test_labels"}
+    if found != expected:
+        raise ValueError(
+            f"{path}: expected test_images and test_labels where there are images and labels, or neither, got {', '.join(sorted(names))}"
+        )
+    if not labelled and not preparation.unlabelled:
+        raise ValueError(
+            f"{path}: expected labels beside images; --no-conditional trains a network without, got {', '.join(sorted(names))}"
+        )
+    return labelled, divided
+
+
+def _from_idx(path: Path) -> Dataset:
+    return make_dataset(path.name, read_idx(path, 3), read_idx(_label_file(path), 1), division=UNDIVIDED)
 
 
 def _label_file(images: Path) -> Path:
-    return images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
+    """The one that is there, of a name spelled with a dash or a dot, compressed or not."""
+    usual = images.with_name(images.name.replace("images", "labels").replace("idx3", "idx1"))
+    endings = (f"{mark}idx1-ubyte{suffix}" for mark in "-." for suffix in ("", ".gz"))
+    spellings = (usual.with_name(re.sub(r"[-.]idx1-ubyte(\.gz)?$", ending, usual.name)) for ending in endings)
+    return next((file for file in (usual, *spellings) if file.is_file()), usual)
 
 
 def _from_folder(folder: Path, split: str, preparation: Preparation) -> Dataset:
-    if is_cifar_folder(folder):
-        return make_dataset(folder.name, *read_cifar10(folder, split), classes=10)
-    idx_files = sorted(folder.glob("*-images-idx3-ubyte*"))
+    cifar = find_cifar_folder(folder)
+    if cifar is not None:
+        return make_dataset(folder.name, *read_cifar10(cifar, split), classes=10)
+    idx_files = sorted(file for file in folder.iterdir() if IDX_IMAGES.search(file.name))
     if idx_files:
-        divided = preparation.test_share == 0.0 or any(file.name.startswith(TEST_FILES) for file in idx_files)
-        return replace(_from_file(_idx_file_of_split(folder, idx_files, split if divided else "train"), split), divided=divided)
+        divided = any(file.name.startswith(TEST_FILES) for file in idx_files)
+        dataset = _from_idx(_idx_file_of_split(folder, idx_files, split if divided else "train"))
+        return replace(dataset, division=TEST_PART if divided else UNDIVIDED)
     return _from_image_folder(folder, split, preparation)
 
 
 def _from_image_folder(folder: Path, split: str, preparation: Preparation) -> Dataset:
     train, test = (split_folder(folder, name) for name in ("train", "test"))
     images_in = test if split == "test" and test else train or folder
-    files, labels, classes = list_images(images_in, train or folder)
-    if test is None and preparation.test_share > 0.0:
+    files, labels, classes = list_images(images_in, train or folder, preparation.unlabelled)
+    division = TEST_PART if test else SHARE if preparation.test_share > 0.0 else UNDIVIDED
+    if division == SHARE:  # before the images are read
         rows = rows_of_split(len(files), preparation.test_share, split)
         files, labels = [files[row] for row in rows], labels[rows]
     images, mapped = read_images(files, preparation)
-    return make_dataset(folder.name, images, labels, classes=classes, mapped=mapped)
+    return make_dataset(folder.name, images, labels, classes=classes, mapped=mapped, division=division)
 
 
 def _idx_file_of_split(folder: Path, files: list[Path], split: str) -> Path:

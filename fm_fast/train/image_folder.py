@@ -29,32 +29,48 @@ def split_folder(folder: Path, split: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_dir()), None)
 
 
-def list_images(folder: Path, classes_of: Path | None = None) -> tuple[list[Path], Tensor, int]:
+def list_images(folder: Path, classes_of: Path | None = None, unlabelled: bool = False) -> tuple[list[Path], Tensor, int]:
     """(files, labels int64 [N], number of classes): one class a subfolder, in alphabetical order, of ``classes_of`` where given.
 
-    Names that begin with a dot are left out, as everywhere. Raises FileNotFoundError for no subfolder, ValueError for one without images
-    or a class that ``classes_of`` does not have.
+    unlabelled: images may also lie in the folder itself, all with label 0. Names that begin with a dot are left out, as everywhere.
+    Raises FileNotFoundError for no image, ValueError for a subfolder without images or a class that ``classes_of`` does not have.
     """
     present, names = _subfolders(folder), _subfolders(classes_of or folder)
+    if not present:
+        files = _without_classes(folder, unlabelled)
+        return files, no_labels(len(files)), 1
     unknown = sorted(set(present) - set(names))
     if unknown:
         raise ValueError(f"{folder}: expected the classes of {classes_of}, {', '.join(names)}; got also {', '.join(unknown)}")
-    files = {name: image_files(folder / name) for name in present}
-    empty = [name for name, found in files.items() if not found]
+    found = {name: _image_files(folder / name) for name in present}
+    empty = [name for name, files in found.items() if not files]
     if empty:
         raise ValueError(f"{folder}: expected images ({', '.join(SUFFIXES)}) in every subfolder, found none in {', '.join(empty)}")
+    labels = [names.index(name) for name, files in found.items() for _ in files]
+    return [file for files in found.values() for file in files], torch.tensor(labels), len(names)
+
+
+def _without_classes(folder: Path, unlabelled: bool) -> list[Path]:
+    files = _image_files(folder)
     if not files:
         raise FileNotFoundError(f"{folder}: expected IDX files, CIFAR-10 batches, or a subfolder of images for each class")
-    labels = [names.index(name) for name, found in files.items() for _ in found]
-    return [file for found in files.values() for file in found], torch.tensor(labels), len(names)
+    if not unlabelled:
+        raise ValueError(
+            f"{folder}: expected a subfolder of images for each class; --no-conditional trains a network without, got {len(files)} images"
+        )
+    return files
+
+
+def no_labels(count: int) -> Tensor:
+    """What stands for the labels of data that have none: int64 [count]."""
+    return torch.zeros(count, dtype=torch.int64)
 
 
 def _subfolders(folder: Path) -> list[str]:
     return sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images in that very folder, in alphabetical order."""
+def _image_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
 
 

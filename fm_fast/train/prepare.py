@@ -18,7 +18,7 @@ class Preparation:
     resize: cut out the middle square and bring it to this height and width, 0 to leave the images as they are. pool: replace blocks of
     this many pixels a side by their mean. pad: add a frame of this many pixels of value 0. test_share: share of the images, always the
     same ones, that is held out of data that come without a test set. memory_limit: GiB of pixels above which a folder's images lie in a
-    file that is mapped into memory, in `cache`.
+    file that is mapped into memory, in `cache`. unlabelled: data may come without labels.
     """
 
     resize: int = 0
@@ -27,6 +27,7 @@ class Preparation:
     test_share: float = 0.0
     memory_limit: float = 4.0
     cache: str = "~/.cache/fm_fast"
+    unlabelled: bool = False
 
     @property
     def limit_in_bytes(self) -> int:
