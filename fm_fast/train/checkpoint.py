@@ -13,11 +13,13 @@ import torch
 
 from fm_fast.train.config import TrainConfig, from_dict, resume_conflicts, to_dict
 from fm_fast.train.files import replaced_whole
+from fm_fast.train.identity import data_conflicts
 from fm_fast.train.step import TrainState
 
 FORMAT = "fm_fast.checkpoint"
 VERSION = 2
 PARTS = {"format", "version", "config", "state"}
+LATER_PARTS = {"data"}  # which the first checkpoints of this version have not
 # What readers of a damaged archive raise, torch's among them: it seeks to negative positions in some files that were cut off.
 DAMAGE = (
     zipfile.BadZipFile, OSError, RuntimeError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error,
@@ -25,9 +27,11 @@ DAMAGE = (
 )  # fmt: skip
 
 
-def save_checkpoint(path: Path, stored: dict[str, Any], config: TrainConfig) -> None:
-    """Write a state's `state_dict()` and the configuration; `path` is never half a file."""
+def save_checkpoint(path: Path, stored: dict[str, Any], config: TrainConfig, data: dict[str, Any] | None = None) -> None:
+    """Write a state's `state_dict()`, the configuration and the identity of the data; `path` is never half a file."""
     content = {"format": FORMAT, "version": VERSION, "config": to_dict(config), "state": stored}
+    if data is not None:
+        content["data"] = data
     with replaced_whole(path) as temporary, temporary.open("wb") as file, _with_checksums():
         torch.save(content, file)
 
@@ -88,7 +92,7 @@ def _check_header(path: Path, content: Any) -> None:
         raise ValueError(f"{path}: expected a checkpoint of fm_fast (format {FORMAT!r}), got {found!r}")
     if content.get("version") != VERSION:
         raise ValueError(f"{path}: expected checkpoint version {VERSION}, got {content.get('version')}")
-    if set(content) != PARTS:
+    if set(content) - LATER_PARTS != PARTS:
         raise ValueError(f"{path}: expected a checkpoint with {', '.join(sorted(PARTS))}, got {', '.join(sorted(map(str, content)))}")
 
 
@@ -99,9 +103,13 @@ def _check_config(path: Path, values: Any) -> None:
         raise ValueError(f"{path}: expected the settings of a run, got others ({first_line(error)})") from error
 
 
-def restore(path: Path, content: dict[str, Any], state: TrainState, config: TrainConfig) -> None:
-    """Put what :func:`read_checkpoint` found into a fresh state. Raises ValueError if the run asked for is not the one stored."""
-    conflicts = resume_conflicts(from_dict(content["config"]), config)
+def restore(path: Path, content: dict[str, Any], state: TrainState, config: TrainConfig, data: dict[str, Any] | None = None) -> None:
+    """Put what :func:`read_checkpoint` found into a fresh state.
+
+    data: the identity of the data that the run is to go on with. Raises ValueError if the run asked for is not the one stored.
+    """
+    stored = from_dict(content["config"])
+    conflicts = [*data_conflicts(stored, content.get("data"), config, data), *resume_conflicts(stored, config)]
     if conflicts:
         raise ValueError(f"{path}: cannot resume with other settings: {'; '.join(conflicts)}")
     taken = content["state"]["step"]

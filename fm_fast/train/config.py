@@ -1,6 +1,6 @@
 """What a training run is: frozen values, and recipes for the paper's Table 1 and other objectives. Presets are in train/presets.py."""
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from fm_fast._checks import MAX_SEED
@@ -199,7 +199,17 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def resume_conflicts(stored: TrainConfig, asked: TrainConfig) -> list[str]:
-    """The settings in which a resumed run may not differ from the stored one, but does, as "name: stored -> asked"."""
-    fixed = [entry.name for entry in fields(TrainConfig) if not entry.metadata.get("resumable", False)]
-    pairs = [(name, getattr(stored, name), getattr(asked, name)) for name in fixed]
+    """The settings in which a resumed run may not differ from the stored one, but does, as "name: stored -> asked".
+
+    The data are another matter (train/identity.py): they may have moved.
+    """
+    fixed = [entry.name for entry in fields(TrainConfig) if entry.name != "data" and not entry.metadata.get("resumable", False)]
+    pairs = [pair for name in fixed for pair in _pairs(name, getattr(stored, name), getattr(asked, name))]
     return [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]
+
+
+def _pairs(name: str, stored: Any, asked: Any) -> list[tuple[str, Any, Any]]:
+    """(name, stored, asked) of a setting, or of each of those that it consists of."""
+    if not is_dataclass(stored):
+        return [(name, stored, asked)]
+    return [(f"{name}.{entry.name}", getattr(stored, entry.name), getattr(asked, entry.name)) for entry in fields(stored)]

@@ -26,6 +26,7 @@ TEST_PART, SHARE, UNDIVIDED = "test part", "share", "undivided"
 # Where Debian's and Ubuntu's package dataset-fashion-mnist puts it, and a place of one's own.
 FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("data/fashion-mnist"))
 PREPARED = Preparation()
+SHIPPED = frozenset({"digits", "fashion"})  # sources by name instead of a path
 
 
 @dataclass(frozen=True)

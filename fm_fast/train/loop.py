@@ -3,8 +3,9 @@
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from fm_fast.train.devices import flops_per_image
 from fm_fast.train.distributed import StopVote, Team, joined, state_of, team_network
 from fm_fast.train.evaluate import Enlargement, Quality, evaluate, evaluate_enlargement
 from fm_fast.train.graph import GraphedStep, is_wanted
+from fm_fast.train.identity import identity_of
 from fm_fast.train.interrupt import deferred_interrupt, stop
 from fm_fast.train.judge import Judge, judge_of
 from fm_fast.train.log import Logger
@@ -51,6 +53,10 @@ class Run:
     team: Team
     shown: Dataset | None = None  # held-out images that the pictures of a super-resolution run enlarge
     judge: Judge | None = None  # of the samples' quality in the course of the run
+    data: dict[str, Any] = field(init=False)  # the identity of the data
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", identity_of(self.dataset))
 
 
 def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False) -> Result:
@@ -110,7 +116,7 @@ def _resume(run: Run) -> None:
     file = run.team.agreed(found and found.file)
     assert file is not None
     content = found.content if found else read_checkpoint(file)
-    restore(file, content, run.state, run.config)
+    restore(file, content, run.state, run.config, run.data)
     planned = content["config"]["steps"]
     if planned != run.config.steps:
         _say(run, f"warning: the run was to take {planned} steps and now takes {run.config.steps}, which also changes its learning rates")
@@ -179,7 +185,7 @@ def _save(run: Run) -> None:
     """Every process helps to gather what is in shards; the first writes."""
     stored = run.state.state_dict()
     if run.team.first:
-        run.folder.save(stored, run.config)
+        run.folder.save(stored, run.config, run.data)
         if can_write_weights():
             save_weights(run.folder.weights, stored["average"], run.config, run.state.step)
 

@@ -87,10 +87,10 @@ class RunFolder:
             raise FileNotFoundError(f"{self.path}: no checkpoint-NUMBER.pt in this folder")
         raise ValueError("; ".join(damaged.values()))
 
-    def save(self, stored: dict[str, Any], config: TrainConfig) -> Path:
+    def save(self, stored: dict[str, Any], config: TrainConfig, data: dict[str, Any] | None = None) -> Path:
         """Write a checkpoint of a state's `state_dict()`, then delete all but the newest `config.keep_checkpoints`."""
         file = self.checkpoint(stored["step"])
-        save_checkpoint(file, stored, config)
+        save_checkpoint(file, stored, config, data)
         if config.keep_checkpoints > 0:
             for old in self.checkpoints()[config.keep_checkpoints :]:
                 old.unlink()
