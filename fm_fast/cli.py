@@ -26,7 +26,7 @@ FROM_DATA = ("image_size", "image_channels", "classes", "low_resolution_channels
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `fm-fast`: 0 on success, 1 for an error in the data or the run, 2 for a wrong command line, 130 for Ctrl-C.
 
-    Training ends with 143 after SIGTERM.
+    Training ends with 143 after SIGTERM and 129 after SIGHUP.
     """
     options = parser().parse_args(arguments)
     try:
@@ -108,10 +108,15 @@ def _numbers(kind: type, text: str) -> tuple[Any, ...]:
 
 def config_from(options: argparse.Namespace) -> TrainConfig:
     """The given options, for the rest the preset's, or with --resume the stored run's. Raises ValueError if no data or folder is named."""
-    given = {name: value for name, value in vars(options).items() if name not in ("run", "preset", "resume", "overwrite")}
+    given = _given(options)
     base = _resumed(options.preset, given) if options.resume else _preset(options.preset, given)
     model = replace(base.model, **{name.removeprefix("model."): value for name, value in given.items() if "." in name})
     return replace(base, model=model, **{name: value for name, value in given.items() if "." not in name})
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line names."""
+    return {name: value for name, value in vars(options).items() if name not in ("run", "preset", "resume", "overwrite")}
 
 
 def _preset(name: str | None, given: dict[str, Any]) -> TrainConfig:
@@ -133,7 +138,8 @@ def _train(options: argparse.Namespace) -> None:
     config = config_from(options)
     if not config.data:
         raise ValueError(f"data: expected --data PATH with preset {options.preset}")
-    train(config, options.resume, options.overwrite)
+    # A run that was begun before such settings were refused may still name them again.
+    train(config, options.resume, options.overwrite, () if options.resume else _given(options))
 
 
 def _info(options: argparse.Namespace) -> None:

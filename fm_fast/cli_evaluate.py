@@ -3,14 +3,22 @@
 import argparse
 import json
 import math
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fm_fast.cli_options import add_run, held_out_data, positive, require_folder, warn_without_dequantisation
+from fm_fast.cli_options import (
+    add_ends,
+    add_run,
+    are_undivided,
+    held_out_data,
+    positive,
+    require_target,
+    warn_of_training_images,
+    warn_without_dequantisation,
+)
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import Dataset, load_dataset
 from fm_fast.train.devices import pick_device
@@ -35,6 +43,7 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--draws", type=positive, default=1, metavar="INT", help="dequantisation draws an image; the paper: 10 to 50 [1]")
     parser.add_argument("--probes", type=positive, default=1, metavar="INT", help="probe vectors of the divergence, fixed for a solve [1]")
     parser.add_argument("--tolerance", type=float, default=1e-5, metavar="FLOAT", help="absolute and relative, of dopri5 [1e-5]")
+    add_ends(parser)
     parser.add_argument("--fid", action="store_true", help="also the Inception distance (needs torch-fidelity, downloads its network)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
     parser.set_defaults(run=_evaluate)
@@ -42,15 +51,16 @@ def add_evaluate(commands: Any) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     device = pick_device(options.device)
+    _check(options)
     model, config = load_model(options.checkpoint)
     held_out = held_out_data(options.data, options.limit, config)
     train = load_dataset(config.data, "train", config.preparation)
-    _check(options)
-    _warn(config, train, held_out)
-    print(f"{held_out.name}: {len(held_out)} held-out images; {config.objective}; dopri5, tolerance {options.tolerance:g}", flush=True)
+    kind = _kind_of(config, train, held_out)
+    print(f"{held_out.name}: {len(held_out)} {kind} images; {config.objective}; dopri5, tolerance {options.tolerance:g}", flush=True)
     result = evaluate_network(
         model.to(device), config, train.to(device), held_out.to(device), seed=options.seed, batch_size=options.batch_size,
-        tolerance=options.tolerance, unconditional=options.unconditional, with_fid=options.fid, draws=options.draws, probes=options.probes,
+        tolerance=options.tolerance, unconditional=options.unconditional, with_fid=options.fid, ends=(options.t0, options.t1),
+        draws=options.draws, probes=options.probes,
     )  # fmt: skip
     print(report(result))
     if options.json is not None:
@@ -61,15 +71,18 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     """What the end of the work needs."""
     if options.json is not None:
-        require_folder(options.json)
+        require_target("json", options.json)
     if options.fid:
         require_torch_fidelity()
 
 
-def _warn(config: TrainConfig, train: Dataset, held_out: Dataset) -> None:
+def _kind_of(config: TrainConfig, train: Dataset, held_out: Dataset) -> str:
+    """What the images are; with warnings."""
     warn_without_dequantisation(config)
-    if torch.equal(held_out.images, train.images[: len(held_out)]):
-        print("fm-fast: warning: the held-out images are training images; name others with --data", file=sys.stderr)
+    if not are_undivided(held_out, config) and not torch.equal(held_out.images, train.images[: len(held_out)]):
+        return "held-out"
+    warn_of_training_images()
+    return "training"
 
 
 def report(result: Evaluation) -> str:
@@ -92,7 +105,7 @@ def report(result: Evaluation) -> str:
 
 
 def _settings(options: argparse.Namespace, config: TrainConfig, held_out: Dataset) -> dict[str, Any]:
-    names = ("seed", "batch_size", "unconditional", "draws", "probes", "tolerance")
+    names = ("seed", "batch_size", "unconditional", "draws", "probes", "tolerance", "t0", "t1")
     given = {name: getattr(options, name) for name in names}
     return {"checkpoint": str(options.checkpoint), "data": held_out.name, "objective": config.objective, **given}
 

@@ -6,8 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from fm_fast._solver.probes import KINDS
-from fm_fast.cli_options import add_run, add_solver, held_out_data, positive, require_folder, require_no_steps, warn_without_dequantisation
-from fm_fast.solvers import ADAPTIVE, METHODS, is_adaptive
+from fm_fast.cli_options import (
+    add_run,
+    add_solver,
+    are_undivided,
+    held_out_data,
+    positive,
+    require_target,
+    solver_of,
+    warn_of_training_images,
+    warn_without_dequantisation,
+)
+from fm_fast.solvers import ADAPTIVE, METHODS
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import Dataset
 from fm_fast.train.devices import pick_device
@@ -44,11 +54,13 @@ def add_likelihood(commands: Any) -> None:
 
 def _likelihood(options: argparse.Namespace) -> None:
     device, solver = pick_device(options.device), _solver(options)
+    if options.json is not None:
+        require_target("json", options.json)
     model, config = load_model(options.checkpoint)
     dataset = held_out_data(options.data, options.limit, config)
     warn_without_dequantisation(config)
-    if options.json is not None:
-        require_folder(options.json)
+    if are_undivided(dataset, config):
+        warn_of_training_images()
     print(_headline(options, config, dataset, solver), flush=True)
     result = dataset_bits(model.to(device), config, dataset.to(device), options.batch_size, options.seed, options.unconditional, **solver)
     print(_report(result))
@@ -58,10 +70,8 @@ def _likelihood(options: argparse.Namespace) -> None:
 
 def _solver(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of bits_per_dim."""
-    require_no_steps(options.method, options.steps)
-    steps = None if is_adaptive(options.method) else options.steps or STEPS
-    names = ("method", "grid", "rtol", "atol", "probes", "kind", "replicates", "draws", "progress")
-    return {"steps": steps, **{name: getattr(options, name) for name in names}}
+    names = ("probes", "kind", "replicates", "draws", "progress")
+    return {**solver_of(options, options.method, STEPS), **{name: getattr(options, name) for name in names}}
 
 
 def _headline(options: argparse.Namespace, config: TrainConfig, dataset: Dataset, solver: dict[str, Any]) -> str:

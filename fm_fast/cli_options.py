@@ -1,16 +1,20 @@
 """What several commands share: options of a run and of a solver, held-out data, and warnings before the work."""
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fm_fast.grids import NAMED as GRIDS
 from fm_fast.solvers import is_adaptive
 from fm_fast.train.config import TrainConfig
-from fm_fast.train.data import Dataset, load_dataset
+from fm_fast.train.data import UNDIVIDED, Dataset, load_dataset
+from fm_fast.train.identity import same_source
 
 SPLITS = ("train", "test")
+TOLERANCE = 1e-5
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -25,37 +29,76 @@ def add_solver(parser: argparse.ArgumentParser, steps_help: str, steps: int | No
     """The solver's options but for its name."""
     parser.add_argument("--steps", type=positive, default=steps, metavar="INT", help=steps_help)
     parser.add_argument("--grid", choices=list(GRIDS), metavar="NAME", default="uniform", help=f"time grid: {', '.join(GRIDS)} [uniform]")
-    parser.add_argument("--rtol", type=float, default=1e-5, metavar="FLOAT", help="relative tolerance of an adaptive method [1e-5]")
-    parser.add_argument("--atol", type=float, default=1e-5, metavar="FLOAT", help="absolute tolerance of an adaptive method [1e-5]")
+    tolerance = f"tolerance of an adaptive method [{TOLERANCE:g}]"
+    parser.add_argument("--rtol", type=float, metavar="FLOAT", help=f"relative {tolerance}")
+    parser.add_argument("--atol", type=float, metavar="FLOAT", help=f"absolute {tolerance}")
+    add_ends(parser)
+
+
+def add_ends(parser: argparse.ArgumentParser) -> None:
+    """The interval of a solve."""
+    parser.add_argument("--t0", type=float, default=0.0, metavar="FLOAT", help="time of the noise, where the solve has one end [0]")
+    parser.add_argument("--t1", type=float, default=1.0, metavar="FLOAT", help="time of the data, the other end; 0.99 for likelihoods of a"
+                        " network that predicts data (data-ot), which are ill-conditioned at 1 [1]")  # fmt: skip
 
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return value
 
 
-def require_folder(file: Path) -> None:
-    """Told before the work that would be lost, not after it."""
+def require_target(name: str, file: Path) -> None:
+    """Told before the work that would be lost, not after it: OSError if the file of that option cannot be written."""
     if not file.parent.is_dir():
-        raise FileNotFoundError(f"{file}: there is no folder {file.parent}")
+        raise FileNotFoundError(f"{name}: expected a file in a folder, got {file}: there is no folder {file.parent}")
+    if file.is_dir():
+        raise IsADirectoryError(f"{name}: expected a file, {file} is a folder")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise PermissionError(f"{name}: expected a file that can be written, got {file}")
 
 
-def require_no_steps(method: str, steps: int | None) -> None:
-    """An adaptive method chooses its own."""
-    if is_adaptive(method) and steps is not None:
-        raise ValueError(f"steps: expected none for the adaptive method {method}, got {steps}")
+def solver_of(options: argparse.Namespace, method: str, steps: int) -> dict[str, Any]:
+    """The solve that was asked for, where no steps were given with so many. Raises ValueError for options that the method has not."""
+    adaptive = is_adaptive(method)
+    refused = {"steps": None, "grid": "uniform"} if adaptive else {"rtol": None, "atol": None}
+    for name, left_out in refused.items():
+        value = getattr(options, name)
+        if value != left_out:
+            kind, reason = ("adaptive", "places its own steps") if adaptive else ("fixed-step", "has no tolerance")
+            raise ValueError(f"{name}: expected none for the {kind} method {method}, which {reason}, got {value}")
+    tolerances = {name: TOLERANCE if getattr(options, name) is None else getattr(options, name) for name in ("rtol", "atol")}
+    ends = {"t0": options.t0, "t1": options.t1}
+    return {"method": method, "steps": None if adaptive else options.steps or steps, "grid": options.grid, **tolerances, **ends}
 
 
 def held_out_data(source: str | None, limit: int | None, config: TrainConfig) -> Dataset:
     """The first `limit` images, or all, of digits:train, PATH:test, PATH (its test split) or the run's data, prepared as the run does."""
     source = source or f"{config.data}:test"
-    path, _, split = source.rpartition(":")
-    path, split = (path, split) if path and split in SPLITS else (source, "test")
+    path, split = _parts(source)
     dataset = load_dataset(path, split, config.preparation)
     return replace(dataset, name=source, images=dataset.images[:limit], labels=dataset.labels[:limit])
+
+
+def _parts(source: str) -> tuple[str, str]:
+    path, _, split = source.rpartition(":")
+    return (path, split) if path and split in SPLITS else (source, "test")
+
+
+def are_undivided(held_out: Dataset, config: TrainConfig) -> bool:
+    """Whether the test part that was asked for (of :func:`held_out_data`) is the images that the run was trained on."""
+    path, split = _parts(held_out.name)
+    return held_out.division == UNDIVIDED and split == "test" and same_source(path, config.data)
+
+
+def warn_of_training_images() -> None:
+    """Where images pass for held-out ones."""
+    print("fm-fast: warning: the held-out images are training images; name others with --data, or train with --test-share", file=sys.stderr)
 
 
 def warn_without_dequantisation(config: TrainConfig) -> None:

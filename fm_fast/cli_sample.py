@@ -10,12 +10,22 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from fm_fast.cli_options import add_run, add_solver, held_out_data, positive, require_folder, require_no_steps
+from fm_fast.cli_options import (
+    add_run,
+    add_solver,
+    are_undivided,
+    held_out_data,
+    positive,
+    require_target,
+    solver_of,
+    warn_of_training_images,
+)
 from fm_fast.solvers import ADAPTIVE, METHODS
 from fm_fast.train.condition import NULL_CLASS
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import levels_of
 from fm_fast.train.devices import pick_device
+from fm_fast.train.likelihood import require_fitting
 from fm_fast.train.picture import write_images
 from fm_fast.train.sample import enlargements, sample_classes, sample_enlarged
 from fm_fast.train.weights import load_model
@@ -53,9 +63,9 @@ def _output_file(text: str) -> Path:
 
 def _sample(options: argparse.Namespace) -> None:
     device = pick_device(options.device)
+    require_target("out", options.out)
     model, config = load_model(options.checkpoint)
     classes, solver, levels = _classes(options.classes, config.model.classes), _solver(options, config), levels_of(config.data)
-    require_folder(options.out)
     started = time.perf_counter()
     if config.super_resolution > 1:
         images = _enlarged(options, model.to(device), config, solver)
@@ -74,6 +84,9 @@ def _enlarged(options: argparse.Namespace, model: nn.Module, config: TrainConfig
     if options.classes not in (["all"], ["none"]):
         raise ValueError(f"classes: expected all or none, because an image brings its own, got {' '.join(options.classes)}")
     originals = held_out_data(options.data, options.count, config)
+    require_fitting(config, originals)
+    if are_undivided(originals, config):
+        warn_of_training_images()
     if options.classes == ["none"]:
         originals = replace(originals, labels=originals.labels.fill_(NULL_CLASS))
     drawn = sample_enlarged(model, config, originals, options.seed, options.batch_size, **solver)
@@ -90,6 +103,8 @@ def _classes(names: Sequence[str], known: int) -> list[int]:
         return [NULL_CLASS]
     if names == ["all"]:
         return list(range(known))
+    if known == 0:
+        raise ValueError(f"classes: expected none; the run has no classes, got {' '.join(names)}")
     if not all(name.isdecimal() and int(name) < known for name in names):
         raise ValueError(f"classes: expected numbers in 0..{known - 1}, all, or none, got {' '.join(names)}")
     return [int(name) for name in names]
@@ -98,7 +113,7 @@ def _classes(names: Sequence[str], known: int) -> list[int]:
 def _solver(options: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
     """The solve that was asked for, with that of the run's pictures for what was left out."""
     method, without_class = options.method or config.sample_method, options.classes == ["none"]
-    require_no_steps(method, options.steps)
+    solver = solver_of(options, method, config.sample_steps)
     guidance = options.guidance if options.guidance is not None else 1.0 if without_class else config.picture_guidance
     if without_class and guidance != 1.0:
         raise ValueError(f"guidance: expected 1 without a class, got {guidance}")
@@ -106,8 +121,7 @@ def _solver(options: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
         raise ValueError(f"guidance: expected 1 for a run with label_drop 0 or without classes, got {guidance}")
     if without_class and config.conditional and not config.knows_the_null_class:
         raise ValueError("classes: expected numbers or all for a run with label_drop 0, which has not learnt to go without, got none")
-    steps = options.steps or config.sample_steps
-    return {"method": method, "steps": steps, "guidance": guidance, "grid": options.grid, "rtol": options.rtol, "atol": options.atol}
+    return {**solver, "guidance": guidance}
 
 
 def _write(out: Path, images: Tensor, labels: Tensor, levels: int, count: int) -> None:

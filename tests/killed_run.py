@@ -1,7 +1,8 @@
 """A training run as a program of its own, for tests that kill it: `python killed_run.py FOLDER [--kill-at-save N] [--keep FILE]`.
 
 Trains the tiny network with everything random switched on, or goes on where it was; --kill-at-save N ends the process without any
-farewell in the middle of writing its N-th checkpoint; --keep writes what the run ended with.
+farewell in the middle of writing its N-th checkpoint; --keep writes what the run ended with. --hang-up-after N: in the middle of the N-th
+step it waits for a line on stdin, then gets SIGHUP.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from trainer_helpers import tiny
 
-from fm_fast.train import train
+from fm_fast.train import loop, train
 from fm_fast.train.data import DataOrder, digits
 from fm_fast.train.run_folder import RunFolder
 
@@ -46,6 +47,18 @@ def kill_in_save(number):
     torch.save = save
 
 
+def hang_up_after(steps):
+    original = loop.training_step
+
+    def training_step(state, *arguments, **options):
+        if state.step == steps - 1:
+            input()
+            os.kill(os.getpid(), signal.SIGHUP)
+        return original(state, *arguments, **options)
+
+    loop.training_step = training_step
+
+
 class HalfFile:
     """Takes some thousand bytes, then the process is gone."""
 
@@ -68,11 +81,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kill-at-save", type=int)
+    parser.add_argument("--hang-up-after", type=int)
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.kill_at_save:
         kill_in_save(options.kill_at_save)
+    if options.hang_up_after:
+        hang_up_after(options.hang_up_after)
     ending = run(options.folder)
     if options.keep:
         torch.save(ending, options.keep)

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import pty
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -116,7 +118,7 @@ def signal_after(monkeypatch, steps, number):
     monkeypatch.setattr(loop, "training_step", training_step)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_lets_the_step_finish_and_saves(number, code, tmp_path, monkeypatch, capsys):
     settings = {**killed_run.SETTINGS, "steps": 6, "checkpoint_every": 0}
     straight = train(tiny(out=str(tmp_path / "a"), **settings))
@@ -133,3 +135,34 @@ def test_a_signal_lets_the_step_finish_and_saves(number, code, tmp_path, monkeyp
     assert [file.name for file in (tmp_path / "b").glob("checkpoint*")] == ["checkpoint-00000004.pt"]
     resumed = train(tiny(out=str(tmp_path / "b"), **settings), resuming=True)
     assert_same_values(killed_run.ended_with(straight.state, straight.config), killed_run.ended_with(resumed.state, resumed.config))
+
+
+def test_a_run_whose_terminal_closes_saves(tmp_path):
+    """What it prints from then on has nowhere to go."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(Path(killed_run.__file__)), str(tmp_path), "--hang-up-after", "4"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    try:
+        until = time.monotonic() + DEADLINE
+        while last_logged(tmp_path) < 3 and process.poll() is None and time.monotonic() < until:
+            if select.select([ours], [], [], 0.05)[0]:
+                os.read(ours, 10_000)
+        os.close(ours)
+        process.communicate(b"\n", timeout=DEADLINE)  # which the run waits for in the middle of the fourth step
+    finally:
+        process.kill()
+    assert process.returncode == 129
+    assert RunFolder(tmp_path).checkpoint(4).is_file()
+
+
+def test_under_nohup_a_run_goes_on(tmp_path, monkeypatch):
+    settings = {**killed_run.SETTINGS, "steps": 3, "checkpoint_every": 0}
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signal_after(monkeypatch, 2, signal.SIGHUP)
+        assert train(tiny(out=str(tmp_path), **settings)).state.step == 3
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

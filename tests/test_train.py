@@ -184,12 +184,22 @@ def test_a_network_halves_its_images(size, levels):
 
 def test_devices():
     assert pick_device("cpu") == CPU
-    with pytest.raises(ValueError, match="device: expected auto, cpu"):
-        pick_device("abacus")
+    for name in ("abacus", "meta", "mps", "cpu:0", "CPU", "cuda:-1", "cuda:x", ""):
+        with pytest.raises(ValueError, match=f"device: expected auto, cpu, cuda or cuda:N, got '{name}'"):
+            pick_device(name)
     if not torch.cuda.is_available():
         assert pick_device("auto") == CPU
-        with pytest.raises(ValueError, match="torch finds no CUDA device"):
-            pick_device("cuda")
+        for name in ("cuda", "cuda:1"):
+            with pytest.raises(ValueError, match=f"device: '{name}' was asked for, but torch finds no CUDA device"):
+                pick_device(name)
+
+
+def test_devices_by_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [pick_device(name) for name in ("auto", "cuda", "cuda:1")] == [torch.device(name) for name in ("cuda", "cuda", "cuda:1")]
+    with pytest.raises(ValueError, match="device: expected cuda:N with N at most 1, got 'cuda:2'"):
+        pick_device("cuda:2")
 
 
 # Log and report
@@ -204,7 +214,7 @@ def test_log_reports_means_and_stops_at_a_loss_that_is_not_finite(tmp_path, caps
     assert [(record["step"], record["loss"]) for record in records] == [(2, 2.0), (4, 6.0), (5, 9.0)]
     assert "step 4/5  loss 6.0000" in capsys.readouterr().out
     logger.step(2, torch.tensor(1.0), rate=0.1)
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 4"):
+    with pytest.raises(FloatingPointError, match="the loss is nan at or before step 4"):
         logger.step(4, torch.tensor(float("nan")), rate=0.1)
 
 

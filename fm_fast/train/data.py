@@ -163,7 +163,8 @@ def _from_npz(path: Path, split: str, preparation: Preparation) -> Dataset:
     part = "test_" if divided and split == "test" else ""
     division = TEST_PART if divided else UNDIVIDED
     if labelled:
-        return make_dataset(path.name, *read_npz(path, (f"{part}images", f"{part}labels")), division=division)
+        images, labels = read_npz(path, (f"{part}images", f"{part}labels"))
+        return make_dataset(path.name, images, labels, division=division)
     (images,) = read_npz(path, (f"{part}images",))
     return make_dataset(path.name, images, no_labels(len(images)), classes=1, division=division)
 

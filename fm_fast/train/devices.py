@@ -1,5 +1,6 @@
 """The device of a run: which one, what it could do at best, and how much of its memory was used."""
 
+import re
 import resource
 import sys
 
@@ -21,16 +22,18 @@ PEAKS = {
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one, else the CPU. Raises ValueError for an unknown name."""
+    """The device of that name; "auto" is CUDA where there is one, else the CPU. Raises ValueError for another, or one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name.startswith("cuda") and count == 0:
         raise ValueError(f"device: {name!r} was asked for, but torch finds no CUDA device")
-    return device
+    number = int(name.partition(":")[2] or 0)
+    if number >= max(count, 1):
+        raise ValueError(f"device: expected cuda:N with N at most {count - 1}, got {name!r}")
+    return torch.device(name)
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:

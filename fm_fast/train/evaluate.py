@@ -14,7 +14,7 @@ from fm_fast import sampling
 from fm_fast.train.classifier import Classifier, agreement, features, train_classifier
 from fm_fast.train.condition import NULL_CLASS, condition_of, reduced_if_wanted
 from fm_fast.train.config import Recipe, TrainConfig
-from fm_fast.train.data import Dataset
+from fm_fast.train.data import UNDIVIDED, Dataset
 from fm_fast.train.likelihood import DatasetBits, dataset_bits
 from fm_fast.train.quality import feature_distance, fid, median_distance, nearest_neighbour_accuracy
 from fm_fast.train.sample import sample, starting_noise, to_integers
@@ -65,16 +65,20 @@ def evaluate(model: nn.Module, recipe: Recipe, train: Dataset, held_out: Dataset
 
 @dataclass(frozen=True)
 class Enlargement:
-    """Mean peak signal-to-noise ratios in dB, of unguided samples and of bicubic interpolation, against held-out originals.
+    """Mean peak signal-to-noise ratios in dB, of unguided samples and of bicubic interpolation, against the originals.
+
+    held_out: whether these are no training images.
 
     Not what a flow is good at: the mean of all images that fit, which is blurred, has the best ratio (Table 2 of the paper).
     """
 
     samples: float
     bicubic: float
+    held_out: bool = True
 
     def __str__(self) -> str:
-        return f"enlarged held-out images: {self.samples:.1f} dB from the originals; by bicubic interpolation: {self.bicubic:.1f} dB"
+        images = "held-out" if self.held_out else "training"
+        return f"enlarged {images} images: {self.samples:.1f} dB from the originals; by bicubic interpolation: {self.bicubic:.1f} dB"
 
 
 def evaluate_enlargement(model: nn.Module, config: TrainConfig, originals: Dataset, seed: int, steps: int) -> Enlargement:
@@ -85,7 +89,7 @@ def evaluate_enlargement(model: nn.Module, config: TrainConfig, originals: Datas
     drawn = sample(model, x0, originals.labels if config.model.classes else None, config.recipe, steps, low_resolution=low)
     bicubic = functional.interpolate(low, size=originals.images.shape[2:], mode="bicubic")
     found = (signal_to_noise(to_integers(images, originals.levels), originals.images, originals.levels) for images in (drawn, bicubic))
-    return Enlargement(*found)
+    return Enlargement(*found, held_out=originals.division != UNDIVIDED)
 
 
 def signal_to_noise(images: Tensor, originals: Tensor, levels: int) -> float:
@@ -159,19 +163,20 @@ def evaluate_network(
     tolerance: float = 1e-5,
     unconditional: bool = False,
     with_fid: bool = False,
+    ends: tuple[float, float] = (0.0, 1.0),
     **likelihood: Any,
 ) -> Evaluation:
     """Bits/dim of the held-out images, NFE of dopri5 and the quality of as many samples (sections 6.1 and E.2 of the paper).
 
-    tolerance: of dopri5, absolute and relative, for samples and likelihoods. likelihood: other arguments of
-    :func:`fm_fast.bits_per_dim`, such as ``draws`` and ``probes``; a fixed-step ``method`` with its ``steps`` takes dopri5's place there.
-    Raises ValueError for data that the network was not made for, or fewer than two images.
+    tolerance: of dopri5, absolute and relative, for samples and likelihoods; ends: t0 and t1 of their solves. likelihood: other arguments
+    of :func:`fm_fast.bits_per_dim`, such as ``draws`` and ``probes``; a fixed-step ``method`` with its ``steps`` takes dopri5's place
+    there. Raises ValueError for data that the network was not made for, or fewer than two images.
     """
     if min(len(train), len(held_out)) < 2:
         raise ValueError(f"data, limit: expected at least 2 training and 2 held-out images, got {len(train)} and {len(held_out)}")
-    started, solver = time.perf_counter(), {"method": "dopri5", "rtol": tolerance, "atol": tolerance}
+    started, solver = time.perf_counter(), {"method": "dopri5", "rtol": tolerance, "atol": tolerance, "t0": ends[0], "t1": ends[1]}
     bits = dataset_bits(model, config, held_out, batch_size, seed, unconditional, **{**solver, **likelihood})
-    samples = draw_samples(model, config, held_out, seed, batch_size, tolerance, unconditional)
+    samples = draw_by(model, config, held_out, seed, batch_size, unconditional, **solver)
     quality = sample_quality(samples, train_classifier(train), train, held_out, with_fid)
     return Evaluation(bits, samples, quality, time.perf_counter() - started)
 

@@ -30,6 +30,17 @@ def replaced_whole(path: Path) -> Iterator[Path]:
         raise
 
 
+def as_folder(name: str, text: str) -> Path:
+    """The folder that the setting of that name asks for, there or not. Raises ValueError where there can be none."""
+    if not text:
+        raise ValueError(f"{name}: expected a folder, got {text!r}")
+    folder = Path(text)
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{name}: expected a folder, {place} is a file")
+    return folder
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -24,7 +24,7 @@ def identity_of(dataset: Dataset) -> dict[str, Any]:
 
 
 def _digest(values: Tensor) -> str:
-    return hashlib.sha256(memoryview(values.cpu().contiguous().numpy()).cast("B")).hexdigest()
+    return hashlib.sha256(values.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def same_source(one: str, other: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fm_fast.train.files import replaced_whole
+from fm_fast.train.files import as_folder, replaced_whole
 from fm_fast.train.prepare import GIB, Preparation
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -84,7 +84,7 @@ def read_images(files: list[Path], preparation: Preparation) -> tuple[Tensor, bo
     size = math.prod(shape)
     if size <= preparation.limit_in_bytes:
         return _fill(torch.empty(shape, dtype=torch.uint8), files, preparation.resize), False
-    cache = Path(preparation.cache).expanduser() / f"images-{_fingerprint(files, preparation.resize)}.u8"
+    cache = as_folder("cache", os.path.expanduser(preparation.cache)) / f"images-{_fingerprint(files, preparation.resize)}.u8"
     if not (cache.is_file() and cache.stat().st_size == size):
         print(f"{size / GIB:.2f} GiB of pixels, above memory_limit {preparation.memory_limit:g}: writing {cache}", flush=True)
         cache.parent.mkdir(parents=True, exist_ok=True)

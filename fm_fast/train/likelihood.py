@@ -46,7 +46,7 @@ def dataset_bits(
     ``arguments`` are those of :func:`fm_fast.bits_per_dim`. An image's result depends on its position in the data set and the seed, not on
     the size of a batch (fixed-step methods). Raises ValueError for images or labels that the network was not made for.
     """
-    _check(config, dataset)
+    require_fitting(config, dataset)
     results, started = [], time.perf_counter()
     for first in range(0, len(dataset), batch_size):
         rows = slice(first, first + batch_size)
@@ -61,7 +61,8 @@ def dataset_bits(
     return _merged(results, time.perf_counter() - started)
 
 
-def _check(config: TrainConfig, dataset: Dataset) -> None:
+def require_fitting(config: TrainConfig, dataset: Dataset) -> None:
+    """Raises ValueError for images or labels that the network was not made for."""
     channels, height, width = dataset.images.shape[1:]
     expected = (config.model.image_channels, config.model.image_size, config.model.image_size)
     if (channels, height, width) != expected:

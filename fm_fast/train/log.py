@@ -115,7 +115,7 @@ class Logger:
             self._write(record, self.folder.log)
             self._show(step, loss, rate, speed)
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step}; a lower learning_rate or a smaller clip may help")
+            raise FloatingPointError(f"the loss is {loss} at or before step {step}; a lower learning_rate or a smaller clip may help")
 
     def _mean_losses(self) -> list[float]:
         """The steps' losses, averaged over the processes."""

@@ -1,10 +1,10 @@
 """A whole run: data, steps, log, pictures, checkpoints, report."""
 
 import contextlib
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from fm_fast.train.data import DataOrder, Dataset, load_dataset
 from fm_fast.train.devices import flops_per_image
 from fm_fast.train.distributed import StopVote, Team, joined, state_of, team_network
 from fm_fast.train.evaluate import Enlargement, Quality, evaluate, evaluate_enlargement
+from fm_fast.train.files import as_folder
 from fm_fast.train.graph import GraphedStep, is_wanted
 from fm_fast.train.identity import identity_of
 from fm_fast.train.interrupt import deferred_interrupt, stop
 from fm_fast.train.judge import Judge, judge_of
 from fm_fast.train.log import Logger
 from fm_fast.train.picture import write_images
+from fm_fast.train.remarks import refuse_without_effect, remarks
 from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.sample import enlargements, sample, sample_enlarged, starting_noise, to_integers
 from fm_fast.train.step import Model, StepLoss, TrainState, training_step
@@ -59,33 +61,38 @@ class Run:
         object.__setattr__(self, "data", identity_of(self.dataset))
 
 
-def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False) -> Result:
+def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False, asked: Collection[str] = ()) -> Result:
     """Train as configured; writes checkpoints, weights.safetensors, samples.png, loss.png and log.jsonl into `config.out`, and where
     `config.quality_every` asks for it quality.jsonl and quality.png.
 
     resuming: continue from the newest valid checkpoint in `config.out`, bit by bit as if the run had not been interrupted (same
     machine, same number of threads and processes; with other numbers, up to the order of summation). overwriting: delete another run's
-    files there after the first step, so that a run that fails before deletes nothing. Ctrl-C and SIGTERM let the step finish and write a
-    checkpoint, then raise KeyboardInterrupt and SystemExit(143). Under torchrun every process calls this, and the first writes.
+    files there after the first step, so that a run that fails before deletes nothing. asked: names of settings that are refused, not only
+    remarked on, if these data leave them without effect (model.attention_sizes). Ctrl-C, SIGTERM and SIGHUP let the step finish and write
+    a checkpoint, then raise KeyboardInterrupt, SystemExit(143) and SystemExit(129). Under torchrun every process calls this, and the first
+    writes.
     Raises FileNotFoundError or ValueError for missing or damaged data and checkpoints, FileExistsError where a new run would
     overwrite another's, FloatingPointError if the loss is not finite.
     """
     if resuming and overwriting:
         raise ValueError("resume, overwrite: expected one of them, got both")
+    out = as_folder("out", config.out)
+    as_folder("cache", os.path.expanduser(config.cache))
     with joined(config.device) as team:
         is_wanted(config, team.device, team.share.world)  # raises before the work where it cannot be
         with team.first_alone():
             dataset = load_dataset(config.data, "train", config.preparation).to(team.device)
         config = fit_to_data(config, dataset.images.shape[1:], dataset.classes)
+        refuse_without_effect(config, asked)
         team.share.samples(config.batch_size)
-        folder = RunFolder(Path(config.out))
+        folder = RunFolder(out)
         with folder.held(resuming, overwriting) if team.first else contextlib.nullcontext():
             run = Run(state_of(config, team), config, dataset, folder, team, _shown(config, team), _judge(config, dataset, team))
             if resuming:
                 _resume(run)
             if team.first:
                 folder.tidy()
-            _say(run, _headline(run))
+            _say(run, "\n".join([_headline(run), *remarks(config, dataset)]))
             return _report(run, _run(run))
 
 

@@ -45,7 +45,7 @@ def _digest(config: str, weights: dict[str, Tensor]) -> str:
     for name in sorted(weights):
         value = weights[name].contiguous()
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

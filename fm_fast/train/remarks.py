@@ -1,0 +1,32 @@
+"""Settings that the data leave without effect: refused where somebody asked for them, else told at the start of a run."""
+
+from collections.abc import Collection
+
+from fm_fast.train.config import TrainConfig
+from fm_fast.train.data import TEST_PART, UNDIVIDED, Dataset
+
+ATTENTION = "model.attention_sizes"
+
+
+def refuse_without_effect(config: TrainConfig, asked: Collection[str]) -> None:
+    """ValueError if attention was asked for at heights that the network has not. asked: names of the settings that were."""
+    sizes, heights = config.model.attention_sizes, _heights(config)
+    if ATTENTION in asked and not set(sizes) <= set(heights):
+        raise ValueError(f"{ATTENTION}: expected heights of the network's levels, {', '.join(map(str, heights))}, got {sizes}")
+
+
+def remarks(config: TrainConfig, dataset: Dataset) -> list[str]:
+    """Lines for the start of a run on these data."""
+    found, heights = [], _heights(config)
+    if config.test_share > 0.0 and dataset.division == TEST_PART:
+        found.append(f"note: test_share {config.test_share:g} has no effect, because {dataset.name} has a test part")
+    if dataset.division == UNDIVIDED and (config.super_resolution > 1 or config.quality_every > 0):
+        found.append(f"warning: {dataset.name} has no test part: held-out images are training images; test_share holds some out")
+    if config.model.attention_sizes and not set(config.model.attention_sizes) & set(heights):
+        levels = ", ".join(map(str, heights))
+        found.append(f"note: attention in the middle only: no level is as high as {ATTENTION} {config.model.attention_sizes} ({levels})")
+    return found
+
+
+def _heights(config: TrainConfig) -> list[int]:
+    return [config.model.image_size // 2**level for level in range(len(config.model.multipliers))]
