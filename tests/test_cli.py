@@ -80,6 +80,49 @@ def test_errors_are_one_line_and_exit_code_1(arguments, message, capsys, tmp_pat
     assert error.startswith("fm-fast: error: ") and message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", ""], "out: expected a folder, got ''"),
+        (["--out", "FILE"], "out: expected a folder, FILE is a file"),
+        (["--out", "FILE/run"], "out: expected a folder, FILE is a file"),
+        (["--cache", "FILE"], "cache: expected a folder, FILE is a file"),
+        (["--cache", ""], "cache: expected a folder, got ''"),
+        (["--device", "meta"], "device: expected auto, cpu, cuda or cuda:N, got 'meta'"),
+        (["--resize", "16"], "resize: expected 0 for digits of 8x8 pixels, because only the images of a folder are resized"),
+        (["--model.attention-sizes", "16,4"], "model.attention_sizes: expected heights of the network's levels, 8, 4, got (16, 4)"),
+    ],
+)
+def test_a_run_that_would_not_be_what_was_asked_for_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    assert main(["train", "digits", "--steps", "1", *SMALL, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["FILE"]
+
+
+def test_what_has_no_effect_is_said(tmp_path, capsys):
+    words = ["--steps", "1", "--batch-size", "4", "--no-evaluate", *SMALL]
+    assert main(["train", "digits", "--test-share", "0.2", "--out", str(tmp_path / "a"), *words]) == 0
+    assert "note: test_share 0.2 has no effect, because digits has a test part\n" in capsys.readouterr().out
+    assert main(["train", "--data", own_data(tmp_path), "--out", str(tmp_path / "b"), *words]) == 0
+    assert "note: attention in the middle only: no level is as high as model.attention_sizes (16,) (8, 4, 2)" in capsys.readouterr().out
+
+
+def test_data_without_labels(tmp_path, capsys):
+    numpy = pytest.importorskip("numpy")
+    with numpy.load(own_data(tmp_path)) as archive:
+        numpy.savez(tmp_path / "plain.npz", images=archive["images"])
+    run = ["train", "--data", str(tmp_path / "plain.npz"), "--out", str(tmp_path / "run"), "--steps", "1", "--batch-size", "4", *SMALL]
+    assert main(run) == 1
+    assert "plain.npz: expected labels beside images; --no-conditional trains a network without" in capsys.readouterr().err
+    assert main([*run, "--no-conditional", "--test-share", "0.4", "--quality-every", "1"]) == 0
+    assert main(["sample", str(tmp_path / "run"), "--count", "2", "--out", str(tmp_path / "x.npz")]) == 0
+    assert numpy.load(tmp_path / "x.npz")["labels"].tolist() == [-1, -1]
+    assert main(["likelihood", str(tmp_path / "run"), "--steps", "1"]) == 0
+
+
 def test_short_run_and_resume(tmp_path, capsys):
     arguments = ["train", "digits", "--batch-size", "8", "--log-every", "1", "--no-evaluate", "--out", str(tmp_path), *SMALL]
     assert main([*arguments, "--steps", "3"]) == 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 from trainer_helpers import decode_png
 
+import fm_fast as fm
 from fm_fast import cli_sample
 from fm_fast.cli import main
 from fm_fast.train.checkpoint import read_checkpoint
@@ -22,8 +23,9 @@ SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels"
 RUN = ["train", "digits", "--steps", "8", "--batch-size", "32", "--learning-rate", "0.02", "--warmup", "1", "--ema-decay", "0"]
 RUN += ["--no-evaluate", *SMALL]
 OPTIONS = {
-    "sample": "seed batch-size device classes data count out guidance method steps grid rtol atol",
-    "likelihood": "seed batch-size device data limit unconditional method steps grid rtol atol probes kind replicates draws json progress",
+    "sample": "seed batch-size device classes data count out guidance method steps grid rtol atol t0 t1",
+    "likelihood": "seed batch-size device data limit unconditional method steps grid rtol atol t0 t1 probes kind replicates draws json"
+    " progress",
 }
 
 
@@ -40,7 +42,7 @@ def test_help_lists_every_option(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert set(re.findall(r" --([a-z-]+)", text)) - {"help", "dequantise"} == set(OPTIONS[command].split())
+    assert set(re.findall(r" --([a-z][a-z0-9-]+)", text)) - {"help", "dequantise"} == set(OPTIONS[command].split())
 
 
 # Samples
@@ -174,6 +176,47 @@ def test_options_of_the_estimate_reach_it(run, tmp_path, capsys):
     assert record_of(run, tmp_path, *fast, "--data", "digits:train")["bits_per_dim"] != plain["bits_per_dim"]
 
 
+def test_the_ends_of_the_solve_reach_it(run, tmp_path):
+    assert not np.array_equal(archive(run, tmp_path, "--t1", "0.5"), archive(run, tmp_path))
+    assert not np.array_equal(archive(run, tmp_path, "--t0", "0.5"), archive(run, tmp_path))
+    model, images, labels = load_model(run)[0], digits("test").images[:6], digits("test").labels[:6]
+    for ends in ({"t1": 0.75}, {"t0": 0.25}):
+        words = [word for name, value in ends.items() for word in (f"--{name}", str(value))]
+        record = record_of(run, tmp_path, "--steps", "2", *words)
+        expected = fm.bits_per_dim(model, images, levels=17, cond={"y": labels}, steps=2, seed=0, sample_ids=0, **ends)
+        assert record["bits_per_dim_of_images"] == pytest.approx(expected.bpd.tolist(), abs=1e-4)
+        assert {name: record[name] for name in ends} == ends
+
+
+def test_a_run_of_undivided_data_is_told_so(tmp_path, capsys):
+    for name in ("set", "other"):
+        np.savez(tmp_path / f"{name}.npz", images=np.zeros((20, 1, 8, 8), np.uint8), labels=np.arange(20) % 10)
+    data, warning = str(tmp_path / "set.npz"), "warning: the held-out images are training images; name others with --data, or train with"
+    for share, warned in ((0.0, True), (0.2, False)):
+        run = str(tmp_path / f"run{share}")
+        assert main([*RUN, "--data", data, "--steps", "1", "--test-share", str(share), "--out", run]) == 0
+        for source in ([], ["--data", f"{tmp_path}/./set.npz"]):
+            assert main(["likelihood", run, "--steps", "1", *source]) == 0
+            assert (warning in capsys.readouterr().err) == warned
+        for source in (f"{data}:train", str(tmp_path / "other.npz")):
+            assert main(["likelihood", run, "--steps", "1", "--data", source]) == 0
+            assert warning not in capsys.readouterr().err, "asked for, and never trained on"
+
+
+def test_classes_of_a_run_without(tmp_path, capsys):
+    assert main([*RUN, "--steps", "1", "--no-conditional", "--out", str(tmp_path)]) == 0
+    assert main(["sample", str(tmp_path), "--classes", "3"]) == 1
+    assert "classes: expected none; the run has no classes, got 3" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_work(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fm_fast.cli_options.os.access", lambda place, mode: False)
+    for file in (tmp_path / "new.json", tmp_path / "old.json"):
+        (tmp_path / "old.json").touch()
+        assert main(["likelihood", str(run), "--json", str(file)]) == 1
+        assert capsys.readouterr() == ("", f"fm-fast: error: json: expected a file that can be written, got {file}\n")
+
+
 def test_adaptive_and_fixed_steps_agree(run, tmp_path):
     exact = ["--kind", "exact", "--limit", "1"]
     adaptive = record_of(run, tmp_path, "--method", "bosh3", "--rtol", "0.03", "--atol", "0.03", *exact)
@@ -203,12 +246,13 @@ def test_a_network_that_was_not_trained_dequantised(tmp_path, capsys):
         (["likelihood"], "the following arguments are required: RUN"),
         (["sample", "r", "--step", "3"], "unrecognized arguments: --step 3"),
         (["likelihood", "r", "--probe", "3"], "unrecognized arguments: --probe 3"),
-        (["sample", "r", "--steps", "0"], "argument --steps: expected at least 1, got 0"),
-        (["sample", "r", "--steps", "2.5"], "argument --steps: invalid positive value: '2.5'"),
+        (["sample", "r", "--steps", "0"], "argument --steps: expected a whole number of at least 1, got '0'"),
+        (["sample", "r", "--steps", "2.5"], "argument --steps: expected a whole number of at least 1, got '2.5'"),
+        (["sample", "r", "--count", "x"], "argument --count: expected a whole number of at least 1, got 'x'"),
         (["sample", "r", "--method", "rk5"], "argument --method: invalid choice: 'rk5'"),
         (["sample", "r", "--grid", "linear"], "argument --grid: invalid choice: 'linear'"),
         (["sample", "r", "--out", "x.jpg"], "argument --out: expected a name that ends in .png or .npz, got 'x.jpg'"),
-        (["likelihood", "r", "--probes", "0"], "argument --probes: expected at least 1, got 0"),
+        (["likelihood", "r", "--probes", "0"], "argument --probes: expected a whole number of at least 1, got '0'"),
         (["likelihood", "r", "--kind", "signs"], "argument --kind: invalid choice: 'signs'"),
     ],
 )
@@ -225,11 +269,27 @@ def test_wrong_command_lines(arguments, message, capsys):
         (["sample", "RUN", "--classes", "all", "3"], "classes: expected numbers in 0..9, all, or none, got all 3"),
         (["sample", "RUN", "--classes", "-1"], "classes: expected numbers in 0..9"),
         (["sample", "RUN", "--classes", "none", "--guidance", "2"], "guidance: expected 1 without a class, got 2.0"),
-        (["sample", "RUN", "--method", "dopri5", "--steps", "3"], "steps: expected none for the adaptive method dopri5, got 3"),
+        (
+            ["sample", "RUN", "--method", "dopri5", "--steps", "3"],
+            "steps: expected none for the adaptive method dopri5, which places its own steps, got 3",
+        ),
+        (["sample", "RUN", "--method", "dopri5", "--grid", "karras"], "grid: expected none for the adaptive method dopri5, which places"),
+        (["sample", "RUN", "--rtol", "1e-3"], "rtol: expected none for the fixed-step method midpoint, which has no tolerance, got 0.001"),
+        (["sample", "RUN", "--method", "rk4", "--atol", "1e-5"], "atol: expected none for the fixed-step method rk4"),
+        (["likelihood", "RUN", "--atol", "1e-5"], "atol: expected none for the fixed-step method midpoint"),
+        (["likelihood", "RUN", "--method", "dopri5", "--grid", "shift"], "grid: expected none for the adaptive method dopri5"),
+        (["sample", "RUN", "--t1", "1.5"], "t1"),
+        (["likelihood", "RUN", "--t0", "0.5", "--t1", "0.25"], "t0"),
         (["sample", "RUN", "--out", "no/such.png"], "no/such.png: there is no folder no"),
+        (["sample", "RUN", "--out", "FOLDER.png"], "out: expected a file, FOLDER.png is a folder"),
+        (["likelihood", "RUN", "--json", "FOLDER.png"], "json: expected a file, FOLDER.png is a folder"),
+        (["likelihood", "RUN", "--device", "meta"], "device: expected auto, cpu, cuda or cuda:N, got 'meta'"),
         (["sample", "RUN", "--device", "abacus"], "device: expected auto, cpu"),
         (["sample", "RUN", "--seed", "-1"], "seed must lie in [0, "),
-        (["likelihood", "RUN", "--method", "dopri5", "--steps", "3"], "steps: expected none for the adaptive method dopri5, got 3"),
+        (
+            ["likelihood", "RUN", "--method", "dopri5", "--steps", "3"],
+            "steps: expected none for the adaptive method dopri5, which places its own steps, got 3",
+        ),
         (["likelihood", "RUN", "--data", "no/such"], "no/such: no such file or folder"),
         (["likelihood", "RUN", "--data", "digits:valid"], "digits:valid: no such file or folder"),
         (["likelihood", "RUN", "--kind", "coloured", "--probes", "3"], 'kind="coloured"'),
@@ -242,6 +302,7 @@ def test_wrong_command_lines(arguments, message, capsys):
 )
 def test_errors_are_one_line_and_exit_code_1(arguments, message, run, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER.png").mkdir()
     assert main([str(run) if argument == "RUN" else argument for argument in arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("fm-fast: error: ") and message in error and error.count("\n") == 1

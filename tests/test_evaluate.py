@@ -18,7 +18,7 @@ from fm_fast.train.likelihood import dataset_bits
 
 SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "2", "--samples-per-class", "2"]
 TRAIN = ["train", "--steps", "2", "--batch-size", "16", "--no-evaluate", *SMALL]
-OPTIONS = "seed batch-size device data limit unconditional draws probes tolerance fid json"
+OPTIONS = "seed batch-size device data limit unconditional draws probes tolerance t0 t1 fid json"
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,12 @@ def test_bits_are_those_of_the_likelihood_by_dopri5(trained_classifier):
     result = evaluate_network(model, tiny(), digits(), held_out, seed=2, batch_size=3, tolerance=1e-4, draws=2)
     expected = dataset_bits(model, tiny(), held_out, 3, 2, method="dopri5", rtol=1e-4, atol=1e-4, draws=2)
     torch.testing.assert_close(result.bits.bpd, expected.bpd)
+    ended = evaluate_network(model, tiny(), digits(), held_out, seed=2, batch_size=3, tolerance=1e-4, ends=(0.25, 0.75))
+    part = {"method": "dopri5", "rtol": 1e-4, "atol": 1e-4, "t0": 0.25, "t1": 0.75}
+    torch.testing.assert_close(ended.bits.bpd, dataset_bits(model, tiny(), held_out, 3, 2, **part).bpd)
+    x0 = fm.noise((3, 1, 8, 8), seed=2, step=0, index=3)
+    drawn = fm.sample(model, x0, cond={"y": held_out.labels[:3]}, **part).x
+    assert torch.equal(ended.samples.images[:3], ((drawn + 1) * 8.5).floor().clamp(0, 16).to(torch.uint8))
     fixed = evaluate_network(model, tiny(), digits(), held_out, seed=2, batch_size=3, method="midpoint", steps=4)
     assert fixed.bits.nfe == 8, "a fixed-step method takes dopri5's place"
 
@@ -143,7 +149,7 @@ def test_help_lists_every_option_and_says_what_is_not_fid(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["evaluate", "--help"])
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert set(re.findall(r" --([a-z-]+)", text)) - {"help"} == set(OPTIONS.split())
+    assert set(re.findall(r" --([a-z][a-z0-9-]+)", text)) - {"help"} == set(OPTIONS.split())
     assert "(not FID)" in text
 
 
@@ -163,6 +169,7 @@ def test_training_images_as_held_out_ones_are_noticed(run, capsys, trained_class
     assert main(["evaluate", str(run), "--data", "digits:train", "--limit", "4", "--tolerance", "1e-2", "--unconditional"]) == 0
     answer = capsys.readouterr()
     assert "the held-out images are training images; name others with --data" in answer.err
+    assert "digits:train: 4 training images" in answer.out
     assert "unknown without classes" in answer.out and "unknown, they are training images" in answer.out
 
 
@@ -172,6 +179,8 @@ def test_errors_are_told_before_the_work(run, tmp_path, capsys, monkeypatch):
     assert "FID needs torch-fidelity: pip install 'fm_fast[fid]'" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--json", str(tmp_path / "no" / "r.json")]) == 1
     assert "there is no folder" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--json", str(tmp_path)]) == 1
+    assert f"json: expected a file, {tmp_path} is a folder" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path)]) == 1
     assert "no checkpoint-NUMBER.pt in this folder" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--limit", "1"]) == 1

@@ -134,6 +134,33 @@ def test_the_run_can_be_judged(run, tmp_path):
     assert json.loads((tmp_path / "quality.json").read_text())["samples"] == 20
 
 
+def test_images_that_do_not_fit_the_network(run, tmp_path, capsys):
+    for shape, labels, message in [
+        ((4, 1, 4, 4), 0, "data: expected images of (1, 8, 8) for this network, got (1, 4, 4)"),
+        ((4, 3, 8, 8), 0, "data: expected images of (1, 8, 8) for this network, got (3, 8, 8)"),
+        ((4, 1, 8, 8), 12, "data: expected at most 10 classes for this network, got 13"),
+    ]:
+        np.savez(tmp_path / "set.npz", images=np.zeros(shape, np.uint8), labels=np.full(4, labels))
+        assert main(["sample", str(run), "--data", str(tmp_path / "set.npz"), "--out", str(tmp_path / "x.png")]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_training_images_are_not_called_held_out(tmp_path, capsys):
+    np.savez(tmp_path / "set.npz", images=np.zeros((12, 1, 8, 8), np.uint8), labels=np.arange(12) % 10)
+    words = ["train", "digits", "--data", str(tmp_path / "set.npz"), "--super-resolution", "2", "--steps", "1", "--batch-size", "4", *SMALL]
+    assert main([*words, "--out", str(tmp_path / "a")]) == 0
+    shown = capsys.readouterr().out
+    assert "warning: set.npz has no test part: held-out images are training images; test_share holds some out" in shown
+    assert "enlarged training images: " in shown and "enlarged held-out" not in shown
+    assert main(["sample", str(tmp_path / "a"), "--count", "2", "--out", str(tmp_path / "x.png")]) == 0
+    assert "warning: the held-out images are training images" in capsys.readouterr().err
+    assert main([*words, "--test-share", "0.4", "--out", str(tmp_path / "b")]) == 0
+    shown = capsys.readouterr().out
+    assert "enlarged held-out images: " in shown and "warning" not in shown
+    assert main(["sample", str(tmp_path / "b"), "--count", "2", "--out", str(tmp_path / "x.png")]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_run_of_another_task_takes_no_images(tmp_path, capsys):
     words = ["--steps", "1", "--batch-size", "8", "--no-evaluate", *SMALL]
     assert main(["train", "digits", *words, "--out", str(tmp_path / "run")]) == 0
