@@ -1,5 +1,6 @@
 """Images, and the files that hold them, written by independent means: what the tests of datasets share."""
 
+import gzip
 import pickle
 import struct
 
@@ -14,6 +15,15 @@ def random_images(*shape):
 
 def idx_bytes(array):
     return struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def write_idx(folder):
+    """(images, labels) of the train part; the first two are the test part, compressed."""
+    images, labels = random_images(5, 4, 3), np.array([0, 1, 2, 1, 0], dtype=np.uint8)
+    for prefix, suffix, pack, count in (("train", "", bytes, 5), ("t10k", ".gz", gzip.compress, 2)):
+        (folder / f"{prefix}-images-idx3-ubyte{suffix}").write_bytes(pack(idx_bytes(images[:count])))
+        (folder / f"{prefix}-labels-idx1-ubyte{suffix}").write_bytes(pack(idx_bytes(labels[:count])))
+    return images, labels
 
 
 def cifar_parts():

@@ -1,13 +1,12 @@
 """The shipped digits, IDX files against ones written here, the order of training, preparation and splits, and what is refused."""
 
 import errno
-import gzip
 import os
 from dataclasses import replace
 
 import pytest
 import torch
-from image_files import idx_bytes, random_images, write_images
+from image_files import idx_bytes, random_images, write_idx, write_images
 
 from fm_fast.train.data import DataOrder, digits, epoch_order, load_dataset, make_dataset
 from fm_fast.train.prepare import Preparation
@@ -17,12 +16,7 @@ np = pytest.importorskip("numpy")
 
 @pytest.fixture
 def idx_folder(tmp_path):
-    images, labels = random_images(5, 4, 3), np.array([0, 1, 2, 1, 0], dtype=np.uint8)
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx_bytes(images))
-    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
-    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_bytes(images[:2])))
-    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx_bytes(labels[:2])))
-    return tmp_path, images, labels
+    return tmp_path, *write_idx(tmp_path)
 
 
 def test_digits_are_split_into_1500_and_297_with_17_levels():
