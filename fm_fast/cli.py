@@ -3,6 +3,7 @@
 import argparse
 import functools
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import Field, fields, is_dataclass, replace
 from pathlib import Path
@@ -30,13 +31,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            options.run(options)
     except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
         print(f"fm-fast: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _show_warning(message: Warning | str, *place: Any) -> None:
+    """In a line of its own, without the place in the code, which tells the user of a command nothing."""
+    print(f"fm-fast: warning: {message}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -328,6 +328,18 @@ def test_damaged_checkpoints(damage, command, run, tmp_path, capsys):
     assert error.startswith(f"fm-fast: error: {file}: expected ") and error.count("\n") == 1
 
 
+def test_the_checkpoint_before_a_damaged_one_is_told_in_a_line(run, tmp_path, capsys):
+    whole = (run / "checkpoint-00000008.pt").read_bytes()
+    (tmp_path / "checkpoint-00000007.pt").write_bytes(whole)
+    (tmp_path / "checkpoint-00000008.pt").write_bytes(whole[:20_000])
+    assert main(["sample", str(tmp_path), "--count", "1", "--out", str(tmp_path / "x.png")]) == 0
+    error = capsys.readouterr().err
+    assert (
+        error.startswith(f"fm-fast: warning: {tmp_path}/checkpoint-00000008.pt: expected a complete checkpoint") and error.count("\n") == 1
+    )
+    assert error.endswith("; checkpoint-00000007.pt is used instead\n")
+
+
 def test_data_that_the_network_was_not_made_for(run, tmp_path, capsys):
     for images, labels, message in [
         (np.zeros((4, 1, 4, 4), np.uint8), np.zeros(4, np.int64), "data: expected images of (1, 8, 8) for this network, got (1, 4, 4)"),

@@ -65,7 +65,7 @@ class TrainConfig:
     pad: int = _option(0, "frame of this many pixels of value 0")
     super_resolution: int = _option(1, "learn to enlarge images so many times: the network sees means over blocks; 1: not")
     test_share: float = _option(0.0, "share of the images held out of data that come without a test set")
-    conditional: bool = _option(True, "tell the network the labels")
+    conditional: bool = _option(True, "tell the network the labels; data without any need --no-conditional")
     memory_limit: float = _option(4.0, "GiB of pixels above which a folder's images lie in a mapped file", resumable=True)
     cache: str = _option("~/.cache/fm_fast", "folder for such files", resumable=True)
     out: str = _option("out/digits", "folder for checkpoints, weights.safetensors, samples.png, log.jsonl", resumable=True)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,14 +51,11 @@ class Run:
     state: TrainState
     config: TrainConfig
     dataset: Dataset
+    data: dict[str, Any]  # the identity of the dataset
     folder: RunFolder
     team: Team
     shown: Dataset | None = None  # held-out images that the pictures of a super-resolution run enlarge
     judge: Judge | None = None  # of the samples' quality in the course of the run
-    data: dict[str, Any] = field(init=False)  # the identity of the data
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "data", identity_of(self.dataset))
 
 
 def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False, asked: Collection[str] = ()) -> Result:
@@ -80,20 +77,32 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
     as_folder("cache", os.path.expanduser(config.cache))
     with joined(config.device) as team:
         is_wanted(config, team.device, team.share.world)  # raises before the work where it cannot be
-        with team.first_alone():
-            dataset = load_dataset(config.data, "train", config.preparation).to(team.device)
-        config = fit_to_data(config, dataset.images.shape[1:], dataset.classes)
+        config, dataset = _loaded(config, team)
         refuse_without_effect(config, asked)
         team.share.samples(config.batch_size)
         folder = RunFolder(out)
         with folder.held(resuming, overwriting) if team.first else contextlib.nullcontext():
-            run = Run(state_of(config, team), config, dataset, folder, team, _shown(config, team), _judge(config, dataset, team))
+            run = _prepared(config, dataset, folder, team)
             if resuming:
                 _resume(run)
             if team.first:
                 folder.tidy()
             _say(run, "\n".join([_headline(run), *remarks(config, dataset)]))
             return _report(run, _run(run))
+
+
+def _loaded(config: TrainConfig, team: Team) -> tuple[TrainConfig, Dataset]:
+    """The training data, and the configuration with what they decide."""
+    with team.first_alone():
+        dataset = load_dataset(config.data, "train", config.preparation).to(team.device)
+    return fit_to_data(config, dataset.images.shape[1:], dataset.classes), dataset
+
+
+def _prepared(config: TrainConfig, dataset: Dataset, folder: RunFolder, team: Team) -> Run:
+    """Before the first step."""
+    state = state_of(config, team)  # with the other processes, before the first does what it does alone
+    shown, judge = _shown(config, team), _judge(config, dataset, team)
+    return Run(state, config, dataset, identity_of(dataset), folder, team, shown, judge)
 
 
 def _shown(config: TrainConfig, team: Team) -> Dataset | None:

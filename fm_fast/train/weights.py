@@ -74,7 +74,7 @@ def _read(path: Path) -> tuple[Path, Stored]:
     if path.is_dir():
         found = folder.newest_valid()
         for text in found.warnings:
-            warnings.warn(text, stacklevel=4)
+            warnings.warn(text, stacklevel=3)
         return found.file, _average_of(found.file, found.content)
     return path, _read_weights(path) if path.suffix == SUFFIX else _average_of(path, read_checkpoint(path))
 
