@@ -49,6 +49,7 @@ def kill_in_save(number):
 
 def hang_up_after(steps):
     original = loop.training_step
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 
     def training_step(state, *arguments, **options):
         if state.step == steps - 1:

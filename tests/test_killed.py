@@ -118,8 +118,16 @@ def signal_after(monkeypatch, steps, number):
     monkeypatch.setattr(loop, "training_step", training_step)
 
 
+@pytest.fixture
+def hang_ups_are_heard():
+    """As in a process that was not started by nohup, whatever started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_lets_the_step_finish_and_saves(number, code, tmp_path, monkeypatch, capsys):
+def test_a_signal_lets_the_step_finish_and_saves(number, code, tmp_path, monkeypatch, capsys, hang_ups_are_heard):
     settings = {**killed_run.SETTINGS, "steps": 6, "checkpoint_every": 0}
     straight = train(tiny(out=str(tmp_path / "a"), **settings))
     with monkeypatch.context() as patch:

@@ -163,10 +163,10 @@ class FusedState:
 
 def _share_memory(outputs: Sequence[Tensor]) -> bool:
     """Whether two of them begin at the same address, or run into each other; other views of one tensor may interleave."""
-    addresses = sorted([output.data_ptr() for output in outputs])
-    extent = outputs[0].nbytes if all([output.is_contiguous() for output in outputs]) else 1
+    whole = all([output.is_contiguous() for output in outputs])
+    places = sorted([(output.data_ptr(), output.nbytes if whole else 1) for output in outputs])  # guided outputs are twice as long
     # An address of 0 is that of no memory: of an empty batch, or a device without values.
-    return addresses[0] != 0 and any([after - before < extent for before, after in itertools.pairwise(addresses)])
+    return places[0][0] != 0 and any([after[0] - before[0] < before[1] for before, after in itertools.pairwise(places)])
 
 
 class _Writes:
