@@ -142,19 +142,19 @@ def bits_by_hand(model, images, labels, seed, steps):
 @pytest.mark.parametrize("unconditional", [False, True])
 def test_bits_per_dim_are_those_of_a_loop_by_hand(unconditional, run, tmp_path, capsys):
     out = tmp_path / "bits.json"
-    arguments = ["--limit", "4", "--steps", "2", "--kind", "exact", "--seed", "5", "--batch-size", "3", "--json", str(out)]
+    arguments = ["--limit", "2", "--steps", "2", "--kind", "exact", "--seed", "5", "--batch-size", "1", "--json", str(out)]
     assert main(["likelihood", str(run), *arguments, *(["--unconditional"] if unconditional else [])]) == 0
     (model, _), data = load_model(run), digits("test")
-    labels = torch.full((4,), -1) if unconditional else data.labels[:4]
-    expected = bits_by_hand(model, data.images[:4], labels, 5, 2)
+    labels = torch.full((2,), -1) if unconditional else data.labels[:2]
+    expected = bits_by_hand(model, data.images[:2], labels, 5, 2)
     record = json.loads(out.read_text())
     assert record["bits_per_dim_of_images"] == pytest.approx(expected.tolist(), abs=1e-4)
     assert record["bits_per_dim"] == pytest.approx(float(expected.mean()), abs=1e-4)
-    assert record["std_err"] == pytest.approx(float(expected.std() / 2), rel=1e-3)
-    assert (record["levels"], record["images"], record["nfe"], record["nvjp"]) == (17, 4, 4, 2 * 64)
+    assert record["std_err"] == pytest.approx(float(expected.std() / 2**0.5), rel=1e-3)
+    assert (record["levels"], record["images"], record["nfe"], record["nvjp"]) == (17, 2, 4, 2 * 64)
     text = capsys.readouterr().out
     assert f"bits/dim: {record['bits_per_dim']:.4f} +- {record['std_err']:.4f} (standard error of the mean" in text
-    assert "digits:test: 4 images 1x8x8 with 17 levels" in text and "4 evaluations and 128 vector-Jacobian products an image" in text
+    assert "digits:test: 2 images 1x8x8 with 17 levels" in text and "4 evaluations and 128 vector-Jacobian products an image" in text
 
 
 def record_of(run, tmp_path, *arguments):
@@ -219,7 +219,7 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(run, tmp_path, ca
 
 def test_adaptive_and_fixed_steps_agree(run, tmp_path):
     exact = ["--kind", "exact", "--limit", "1"]
-    adaptive = record_of(run, tmp_path, "--method", "bosh3", "--rtol", "0.03", "--atol", "0.03", *exact)
+    adaptive = record_of(run, tmp_path, "--method", "bosh3", "--rtol", "0.1", "--atol", "0.1", *exact)
     fixed = record_of(run, tmp_path, "--method", "rk4", "--steps", "3", *exact)
     assert adaptive["bits_per_dim"] == pytest.approx(fixed["bits_per_dim"], abs=0.02)
     assert adaptive["steps"] is None and 3 < adaptive["nfe"] < 100

@@ -73,7 +73,15 @@ def discretisation(oracle, x1, method, steps):
 
 
 # From steps whose error everybody sees to steps whose error is a hundredth of the probes' noise.
-STEPS = [("euler", 16), ("midpoint", 16), ("midpoint", 64), ("ab2", 32), ("ab3", 32), ("rk4", 16), ("rk4", 32)]
+STEPS = [
+    ("euler", 16),
+    ("midpoint", 16),
+    pytest.param("midpoint", 64, marks=pytest.mark.slow),
+    ("ab2", 32),
+    ("ab3", 32),
+    ("rk4", 16),
+    ("rk4", 32),
+]
 
 
 @pytest.mark.filterwarnings("ignore:the finite number of steps")

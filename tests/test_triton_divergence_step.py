@@ -156,7 +156,7 @@ def check_several_programs_a_sample_and_launches_beyond_the_limits(kind, monkeyp
     monkeypatch.setattr(_launch, "WORD_LIMIT", 0)
     monkeypatch.setattr(_launch, "GRID_LIMIT", 2)
     monkeypatch.setattr(_probes, "MOST_ROWS", 2)
-    for shape in ((3, 3, 33, 9), (1, 2048)):
+    for shape in ((3, 3, 17, 9), (1, 1100)):
         g = data((2, *shape))
         assert_dots(launch(g, kind)[1], g, kind)
 
