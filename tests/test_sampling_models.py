@@ -184,19 +184,6 @@ def test_one_tensor_that_is_written_again_is_refused(write, method, backend):
         fm.sample(lambda x, t: write(x, kept, t), noise64(3, 4), method=method, steps=2, backend=backend)
 
 
-@pytest.mark.parametrize("method", ["heun2", "rk4"])
-def test_outputs_that_run_into_each_other_are_refused(method, backend):
-    """Windows of one buffer, each two numbers further: a later output overwrites the end of the one before."""
-    buffer, begins = torch.zeros(64, dtype=torch.float64), iter(range(0, 64, 2))
-
-    def model(x, t):
-        begin = next(begins)
-        return buffer[begin : begin + 12].view(3, 4).copy_(torch.sin(x))
-
-    with pytest.raises(RuntimeError, match="model returned the memory of an earlier output"):
-        fm.sample(model, noise64(3, 4), method=method, steps=1, backend=backend)
-
-
 @pytest.mark.parametrize("guided_first", [True, False])
 def test_neighbours_of_different_length_are_taken(guided_first, backend):
     """Where guidance applies an output holds two batches, and its neighbour in memory one."""

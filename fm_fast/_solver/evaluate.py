@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fm_fast import _checks, _ops, reference
+from fm_fast import _ops, reference
+from fm_fast._checks import FLOATING
 from fm_fast._solver.constants import own_constant
 from fm_fast._solver.field import Field, check_output
 from fm_fast._solver.loop import Evaluate
@@ -35,7 +36,7 @@ def make_mixed(field: Field, plan: Plan, start: Tensor, rerun: bool = False) -> 
 
 def check_each(output: object, x: Tensor, shape: torch.Size, number: int) -> None:
     """An output for the input x, whose shape is given since asking costs time: the first whole, the others by type, shape and dtype."""
-    if number == 0 or type(output) is not Tensor or output.shape != shape or output.dtype not in _checks.FLOATING:
+    if number == 0 or type(output) is not Tensor or output.shape != shape or output.dtype not in FLOATING:
         check_output(output, x)
 
 
