@@ -13,7 +13,7 @@ ILL = "does not determine the velocity well at t = "
 
 
 def told(**options):
-    """The message of a solve of a network that predicts zeros, or None."""
+    """The message of a solve of a network that predicts half its input, or None."""
     solve = options.pop("solve", fm.sample)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from fm_fast import _modes
+from fm_fast._codes import PathCode
 from fm_fast.objectives import Objective, schedule, velocity_range
-from fm_fast.paths import Path
+from fm_fast.paths import Path, kernel_form
 from fm_fast.solvers import RungeKutta, Table
 
 LARGEST_FACTOR = 30.0
@@ -20,8 +21,12 @@ ADAPTIVE_STEPS = 100  # what an adaptive method is taken to need
 
 
 def warn_if_ill_conditioned(path: Path, objective: Objective, table: Table | None, nodes: np.ndarray) -> None:
-    """UserWarning where a step at an end of the solve multiplies the relative error of an output by more than ``LARGEST_FACTOR``."""
-    if _modes.transforms_active() or not (objective.velocity_divides_by_alpha or objective.velocity_divides_by_sigma):
+    """UserWarning where a step at an end of the solve multiplies the relative error of an output by more than ``LARGEST_FACTOR``.
+
+    Paths of the user's own are not looked at: their parameters may lie on a device that the host would have to wait for.
+    """
+    singular = objective.velocity_divides_by_alpha or objective.velocity_divides_by_sigma
+    if not singular or kernel_form(path)[0] == PathCode.given or _modes.transforms_active():
         return
     times, widths = _evaluations_at_the_ends(table, nodes)
     times = np.clip(times, *velocity_range(path, objective))
