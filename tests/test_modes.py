@@ -42,3 +42,10 @@ def test_where_values_may_be_read():
 
     look(X1), vmap(look)(X1), look(X1.to("meta"))
     assert seen == [(True, True), (False, False), (False, False)]
+
+
+def test_solves_of_tensors_without_values_have_their_shapes():
+    x = torch.empty(2, 3, device="meta")
+    field = lambda x, t: x * t[:, None]  # noqa: E731
+    assert fm.sample(field, x, method="rk4", steps=2).x.shape == (2, 3)
+    assert fm.log_likelihood(field, x, steps=2).logp.shape == (2,)
