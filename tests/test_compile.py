@@ -71,6 +71,20 @@ def test_noise_compiles_with_and_without_a_device():
         assert drawn(2, None).device.type == "meta"
 
 
+def test_the_key_is_no_constant_that_inductor_copies_into_every_word():
+    """torch.tensor of three numbers is a chain of selections to inductor: ten rounds of Philox of it took ten minutes to compile."""
+    called = set()
+
+    def looking(graph, inputs):
+        called.update(node.target for node in graph.graph.nodes if node.op in ("call_function", "get_attr"))
+        return graph
+
+    x1 = tensor(4, 6)
+    compiled = torch.compile(lambda x1: fm.sample_path(x1, seed=SEED, step=1, backend="reference").x_t, fullgraph=True, backend=looking)
+    assert torch.equal(compiled(x1), fm.sample_path(x1, seed=SEED, step=1, backend="reference").x_t)
+    assert torch.cat in called and torch.tensor not in called and not any(isinstance(target, str) for target in called), called
+
+
 def test_ten_steps_compile_at_most_twice(backend):
     counting = Counting()
     compiled = torch.compile(
