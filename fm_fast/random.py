@@ -113,10 +113,17 @@ def make_key(seed: Whole | None, step: Whole | None, sample_ids: Whole | None, b
     _checks.sample_ids(sample_ids, batch, device)
     parts = (fresh_seed(device) if seed is None else seed, 0 if step is None else step, 0 if sample_ids is None else sample_ids)
     numbers = [part for part in parts if not isinstance(part, Tensor)]
-    if device.type == "cpu" and len(numbers) == len(parts) and _modes.plainly_eager():
-        # a quarter of torch.tensor's time; that one would also be a chain of selections to inductor, copied into every use of a word
-        return torch.frombuffer(array.array("q", numbers), dtype=torch.int64)
+    if device.type == "cpu" and len(numbers) == len(parts) and not torch.compiler.is_compiling():
+        return _host_words(numbers)
+    # Also for compilers: torch.tensor is a chain of selections to inductor, which copies it into every use of a word.
     return torch.cat([_as_vector(part, device) for part in parts])
+
+
+def _host_words(words: Sequence[int]) -> Tensor:
+    """An int64 tensor on the CPU; from a buffer where nothing watches, which takes a quarter of torch.tensor's time."""
+    if not _modes.plainly_eager():
+        return torch.tensor(words, dtype=torch.int64, device="cpu")
+    return torch.frombuffer(array.array("q", words), dtype=torch.int64)
 
 
 def _as_vector(part: Whole, device: torch.device) -> Tensor:
