@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,6 +42,22 @@ def exact_bfloat16():
         return np.where(np.isnan(values.astype(np.float32)), np.uint32(0x7FC0), nearest).astype(np.uint16)
 
     interpreter._convert_float = rounded
+
+
+@pytest.fixture(autouse=True, scope="session")
+def language_replaced_once():
+    """Replace Triton's functions by the interpreter's for good, not at every call of a device function, which takes a fifth of the time."""
+    from triton.runtime import interpreter
+
+    replace, replaced = interpreter._patch_lang, set()
+
+    def replace_once(function):
+        if function.__module__ not in replaced:  # modules see Triton's functions by different names
+            replace(function)
+            replaced.add(function.__module__)
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = replace_once
 
 
 @pytest.fixture
