@@ -1,5 +1,6 @@
 """The device of a run: which one, what it could do at best, and how much of its memory was used."""
 
+import functools
 import re
 import resource
 import sys
@@ -7,8 +8,8 @@ import sys
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fm_fast.train.config import TrainConfig
-from fm_fast.train.step import build_model
+from fm_fast.nn.config import UNetConfig
+from fm_fast.nn.unet import UNet
 
 # Dense matrix products a second by the makers' data sheets: TFLOP/s in bfloat16, and in float32 by way of TF32. Longer names first.
 PEAKS = {
@@ -52,14 +53,15 @@ def peak_memory(device: torch.device) -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def flops_per_image(config: TrainConfig) -> int:
+@functools.cache
+def flops_per_image(shape: UNetConfig) -> int:
     """Floating-point operations of the network's matrix products and convolutions, forward and backward, for one training image.
 
     Two a multiply-add; counted by torch on the meta device, so that nothing is computed or stored.
     """
-    shape, side = config.model, config.model.image_size
+    side = shape.image_size
     with torch.device("meta"):
-        model = build_model(config).eval()
+        model = UNet(shape).eval()
         x, t = torch.empty(1, shape.image_channels, side, side), torch.empty(1)
         condition = {"y": torch.zeros(1, dtype=torch.int64)} if shape.classes else {}
         if shape.low_resolution_channels:

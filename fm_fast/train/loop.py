@@ -144,7 +144,7 @@ def _resume(run: Run) -> None:
 
 def _run(run: Run) -> float:
     """All remaining steps; returns the seconds they took, without pictures and checkpoints."""
-    logger = Logger(run.folder, run.config, run.state.step, run.team, flops_per_image(run.config))
+    logger = Logger(run.folder, run.config, run.state.step, run.team, flops_per_image(run.config.model))
     started = time.perf_counter()
     try:
         return _steps(run, logger) - started
