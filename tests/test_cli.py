@@ -201,6 +201,29 @@ def test_own_data(tmp_path):
     assert (tmp_path / "run" / "samples.png").stat().st_size > 100
 
 
+WITHOUT_UNIX = """
+import os, signal, sys
+sys.modules.update(fcntl=None, resource=None)
+del signal.SIGHUP, os.posix_fallocate
+opened = os.open
+def open_file(path, *rest, **options):
+    if os.path.isdir(path):
+        raise PermissionError(path)
+    return opened(path, *rest, **options)
+os.open = open_file
+from fm_fast.cli import main
+main(sys.argv[1:])
+main(["sample", "out"])
+"""
+
+
+def test_training_asks_for_nothing_that_windows_lacks(tmp_path):
+    command = ["train", "digits", "--steps", "2", "--out", "out", "--no-evaluate", "--device", "cpu", *SMALL]
+    subprocess.run([sys.executable, "-c", WITHOUT_UNIX, *command], cwd=tmp_path, check=True)
+    assert {"checkpoint-00000002.pt", "log.jsonl", "samples.png"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    assert (tmp_path / "samples.png").is_file()
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])

@@ -2,7 +2,6 @@
 
 import functools
 import re
-import resource
 import sys
 
 import torch
@@ -10,6 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fm_fast.nn.config import UNetConfig
 from fm_fast.nn.unet import UNet
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # Dense matrix products a second by the makers' data sheets: TFLOP/s in bfloat16, and in float32 by way of TF32. Longer names first.
 PEAKS = {
@@ -46,9 +50,11 @@ def peak_tflops(device: torch.device, precision: str) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch held on a GPU, or that the process had in memory, since it began."""
+    """Bytes: the most that torch held on a GPU, or that the process had in memory, since it began; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

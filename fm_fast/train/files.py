@@ -1,11 +1,15 @@
 """Files that are never half written, and folders that one run at a time writes into."""
 
 import contextlib
-import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, which also opens no folders
+    fcntl = None
 
 TEMPORARY = ".tmp"
 
@@ -48,7 +52,9 @@ def _umask() -> int:
 
 
 def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if path.is_dir() and fcntl is None:
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -59,9 +65,12 @@ def _to_disk(path: Path) -> None:
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold the folder, which is made if need be, against other runs. The system lets go of it however the process ends.
 
-    Raises FileExistsError if another run holds it. File systems that have no locks do without.
+    Raises FileExistsError if another run holds it. Windows, and file systems that have no locks, do without.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _lock(descriptor, folder)
@@ -71,6 +80,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int, folder: Path) -> None:
+    assert fcntl is not None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
