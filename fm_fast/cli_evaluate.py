@@ -52,7 +52,7 @@ def add_evaluate(commands: Any) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     device = pick_device(options.device)
     _check(options)
-    model, config = load_model(options.checkpoint)
+    model, config = load_model(options.checkpoint, options.weights)
     held_out = held_out_data(options.data, options.limit, config)
     train = load_dataset(config.data, "train", config.preparation)
     kind = _kind_of(config, train, held_out)
@@ -105,7 +105,7 @@ def report(result: Evaluation) -> str:
 
 
 def _settings(options: argparse.Namespace, config: TrainConfig, held_out: Dataset) -> dict[str, Any]:
-    names = ("seed", "batch_size", "unconditional", "draws", "probes", "tolerance", "t0", "t1")
+    names = ("weights", "seed", "batch_size", "unconditional", "draws", "probes", "tolerance", "t0", "t1")
     given = {name: getattr(options, name) for name in names}
     return {"checkpoint": str(options.checkpoint), "data": held_out.name, "objective": config.objective, **given}
 

@@ -31,7 +31,7 @@ def add_likelihood(commands: Any) -> None:
     """The command's options."""
     parser = commands.add_parser(
         "likelihood", allow_abbrev=False, help="bits per dimension of data under a checkpoint",
-        description="Bits per dimension of data under the averaged weights of a checkpoint, by the paper's protocol: dequantisation, the"
+        description="Bits per dimension of data under the weights of a checkpoint, by the paper's protocol: dequantisation, the"
         " flow's ODE back to noise, the divergence by random probes. The network should have been trained with --dequantise.",
     )  # fmt: skip
     add_run(parser)
@@ -56,7 +56,7 @@ def _likelihood(options: argparse.Namespace) -> None:
     device, solver = pick_device(options.device), _solver(options)
     if options.json is not None:
         require_target("json", options.json)
-    model, config = load_model(options.checkpoint)
+    model, config = load_model(options.checkpoint, options.weights)
     dataset = held_out_data(options.data, options.limit, config)
     warn_without_dequantisation(config)
     if are_undivided(dataset, config):
@@ -94,7 +94,8 @@ def _report(result: DatasetBits) -> str:
 
 def _record(options: argparse.Namespace, dataset: Dataset, solver: dict[str, Any], result: DatasetBits) -> dict[str, Any]:
     return {
-        "checkpoint": str(options.checkpoint), "data": dataset.name, "images": len(dataset), "levels": dataset.levels,
+        "checkpoint": str(options.checkpoint), "weights": options.weights, "data": dataset.name, "images": len(dataset),
+        "levels": dataset.levels,
         "unconditional": options.unconditional, "seed": options.seed, **solver, "bits_per_dim": result.mean,
         "std_err": result.mean_std_err if len(dataset) > 1 else None, "probe_std_err": result.probe_std_err,
         "nfe": result.nfe, "nvjp": result.nvjp, "seconds": result.seconds, "bits_per_dim_of_images": result.bpd.tolist(),

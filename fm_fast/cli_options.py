@@ -12,6 +12,7 @@ from fm_fast.solvers import is_adaptive
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import UNDIVIDED, Dataset, load_dataset
 from fm_fast.train.identity import same_source
+from fm_fast.train.weights import AVERAGE
 
 SPLITS = ("train", "test")
 TOLERANCE = 1e-5
@@ -20,6 +21,8 @@ TOLERANCE = 1e-5
 def add_run(parser: argparse.ArgumentParser) -> None:
     """What every command that reads a checkpoint takes."""
     parser.add_argument("checkpoint", metavar="RUN", help="the folder of a run, a checkpoint of it, or a .safetensors file of its weights")
+    parser.add_argument("--weights", type=_width_or_name, default=AVERAGE, metavar="NAME", help="of the checkpoint: average, last (as they were after the last"
+                        " step), or one of the ema_widths that the run was trained with, e.g. 0.1 [average]")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="the result is a function of this number and the settings [0]")
     parser.add_argument("--batch-size", type=positive, default=256, metavar="INT", help="images at a time; fixed steps give the same [256]")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... [auto]")
@@ -40,6 +43,13 @@ def add_ends(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--t0", type=float, default=0.0, metavar="FLOAT", help="time of the noise, where the solve has one end [0]")
     parser.add_argument("--t1", type=float, default=1.0, metavar="FLOAT", help="time of the data, the other end; 0.99 for likelihoods of a"
                         " network that predicts data (data-ot), which are ill-conditioned at 1 [1]")  # fmt: skip
+
+
+def _width_or_name(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def positive(text: str) -> int:

@@ -38,7 +38,7 @@ def add_sample(commands: Any) -> None:
     """The command's options."""
     parser = commands.add_parser(
         "sample", allow_abbrev=False, help="draw samples from a checkpoint",
-        description="Draw samples with the averaged weights of a checkpoint, as a picture or as an array.",
+        description="Draw samples with the weights of a checkpoint, as a picture or as an array.",
     )  # fmt: skip
     add_run(parser)
     parser.add_argument("--classes", nargs="+", default=["all"], metavar="CLASS", help="class numbers, all, or none (no condition) [all]")
@@ -64,7 +64,7 @@ def _output_file(text: str) -> Path:
 def _sample(options: argparse.Namespace) -> None:
     device = pick_device(options.device)
     require_target("out", options.out)
-    model, config = load_model(options.checkpoint)
+    model, config = load_model(options.checkpoint, options.weights)
     classes, solver, levels = _classes(options.classes, config.model.classes), _solver(options, config), levels_of(config.data)
     started = time.perf_counter()
     if config.super_resolution > 1:

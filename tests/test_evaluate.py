@@ -18,7 +18,7 @@ from fm_fast.train.likelihood import dataset_bits
 
 SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "2", "--samples-per-class", "2"]
 TRAIN = ["train", "--steps", "2", "--batch-size", "16", "--no-evaluate", *SMALL]
-OPTIONS = "seed batch-size device data limit unconditional draws probes tolerance t0 t1 fid json"
+OPTIONS = "weights seed batch-size device data limit unconditional draws probes tolerance t0 t1 fid json"
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainer_helpers import CPU, assert_same_state, flat, tiny
+from trainer_helpers import assert_same_state, cut, flat, tiny
 
 from fm_fast.train import train
 from fm_fast.train.checkpoint import read_checkpoint
-from fm_fast.train.data import digits
 from fm_fast.train.files import only_writer, replaced_whole
-from fm_fast.train.loop import advance
 from fm_fast.train.run_folder import RunFolder
-from fm_fast.train.step import new_state
-from fm_fast.train.weights import load_model, save_weights
+from fm_fast.train.weights import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {"sample_every": 0, "sample_steps": 1, "samples_per_class": 1, "evaluate": False, "batch_size": 4, "steps": 8}
@@ -52,10 +49,6 @@ def test_the_order_is_that_of_the_numbers(tmp_path):
     found = [file.name for file in RunFolder(tmp_path).checkpoints()]
     assert found == ["checkpoint-100000000.pt", "checkpoint-99999999.pt", "checkpoint-00000001.pt"]
     assert RunFolder(tmp_path / "nowhere").checkpoints() == []
-
-
-def cut(file):
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def cut_short(file):
@@ -236,81 +229,6 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
 def umask(tmp_path):
     (tmp_path / "plain").touch()
     return 0o666 & ~((tmp_path / "plain").stat().st_mode & 0o777)
-
-
-# Averaged weights
-
-
-@pytest.fixture
-def state_and_config():
-    config = tiny(objective="score", label_drop=0.25)
-    state = new_state(config, CPU)
-    advance(state, config, digits(), 2)
-    return state, config
-
-
-def test_load_model_gives_the_averaged_network(tmp_path, state_and_config):
-    pytest.importorskip("safetensors")
-    state, config = state_and_config
-    folder = RunFolder(tmp_path)
-    save_weights(folder.weights, state.average.state_dict(), config, 2)
-    alone = load_model(tmp_path)
-    folder.save(state.state_dict(), config)
-    for model, stored in (alone, load_model(folder.weights), load_model(folder.checkpoint(2)), load_model(str(tmp_path))):
-        assert stored == config and not model.training
-        assert torch.equal(flat(model), flat(state.average)) and not any(p.requires_grad for p in model.parameters())
-
-
-def test_any_program_can_read_the_weights(tmp_path, state_and_config):
-    """The format read by hand: an 8-byte length, a JSON header, the numbers."""
-    pytest.importorskip("safetensors")
-    state, config = state_and_config
-    save_weights(tmp_path / "w.safetensors", state.average.state_dict(), config, 2)
-    content = (tmp_path / "w.safetensors").read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    assert header.pop("__metadata__")["step"] == "2"
-    expected = state.average.state_dict()
-    assert set(header) == set(expected)
-    for name, entry in header.items():
-        first, last = (8 + length + offset for offset in entry["data_offsets"])
-        values = torch.frombuffer(bytearray(content[first:last]), dtype=torch.float32).reshape(entry["shape"])
-        assert entry["dtype"] == "F32" and torch.equal(values, expected[name])
-
-
-def test_damaged_and_foreign_weights(tmp_path, state_and_config):
-    safetensors = pytest.importorskip("safetensors.torch")
-    state, config = state_and_config
-    file = tmp_path / "w.safetensors"
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        load_model(file)
-    save_weights(file, state.average.state_dict(), config, 2)
-    cut(file)
-    with pytest.raises(ValueError, match=r"w.safetensors: expected a complete safetensors file"):
-        load_model(file)
-    safetensors.save_file({"a": torch.zeros(2)}, file)
-    with pytest.raises(ValueError, match=r"w.safetensors: expected weights of fm_fast .*got \(None, None\)"):
-        load_model(file)
-    save_weights(file, {"a": torch.zeros(2)}, config, 2)
-    with pytest.raises(ValueError, match=r"w.safetensors: expected the settings and weights of a network, got others"):
-        load_model(file)
-
-
-def test_weights_that_changed_are_found(tmp_path, state_and_config):
-    safetensors = pytest.importorskip("safetensors")
-    state, config = state_and_config
-    file = tmp_path / "w.safetensors"
-    save_weights(file, state.average.state_dict(), config, 2)
-    content = bytearray(file.read_bytes())
-    content[-1000] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"w.safetensors: expected the weights as they were written, but their checksum differs"):
-        load_model(file)
-    with safetensors.safe_open(file, framework="pt") as opened:
-        metadata = {name: value for name, value in opened.metadata().items() if name != "sha256"}
-        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    safetensors.torch.save_file(weights, file, metadata)
-    assert load_model(file)[1] == config, "files from before there was a checksum can be read"
 
 
 def test_load_model_says_which_checkpoint_it_took(tmp_path):

@@ -1,4 +1,7 @@
-"""The averaged network of a run as safetensors, which any program can read, and back: from such a file, a checkpoint or a folder."""
+"""The averaged network of a run as safetensors, which any program can read, and back: from such a file, a checkpoint or a folder.
+
+A checkpoint also has the weights themselves and the averages of other widths.
+"""
 
 import hashlib
 import json
@@ -19,7 +22,8 @@ from fm_fast.train.step import build_model
 FORMAT = "fm_fast.weights"
 VERSION = "1"
 SUFFIX = ".safetensors"
-Stored = tuple[dict[str, Any], dict[str, Tensor]]  # a configuration as plain values, and the weights by name
+AVERAGE, LAST = "average", "last"
+Stored = dict[str, Any]  # as in a checkpoint: "config", plain values, and "state", of which at least "average"
 
 
 def can_write_weights() -> bool:
@@ -49,21 +53,37 @@ def _digest(config: str, weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_model(path: str | Path) -> tuple[nn.Module, TrainConfig]:
-    """The averaged network of a run, ready for sampling (evaluation mode, no gradients), and the run's configuration.
+def load_model(path: str | Path, weights: str | float = AVERAGE) -> tuple[nn.Module, TrainConfig]:
+    """A network of a run, ready for sampling (evaluation mode, no gradients), and the run's configuration.
 
     path: a checkpoint, a .safetensors file of this library, or the folder of a run, whose newest valid checkpoint counts.
+    weights: "average", those of `ema_decay`; "last", the weights themselves, as they were after the last step; or one of the run's
+    `ema_widths`, whose average it is. A .safetensors file has only the first.
     Checkpoints are compared with their checksums, and so are .safetensors files that have one (the first that were written have none).
-    Raises FileNotFoundError for what is missing, ValueError for damaged files and those of other programs.
+    Raises FileNotFoundError for what is missing, ValueError for damaged files, those of other programs, and weights that they have not.
     """
-    file, (values, weights) = _read(Path(path))
+    file, stored = _read(Path(path))
     try:
-        config = from_dict(values)
+        config = from_dict(stored["config"])
         model = build_model(config)
-        model.load_state_dict(weights)
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        known = _kinds(stored["state"], config.ema_widths, [name for name, _ in model.named_parameters()])
+        if weights in known:
+            model.load_state_dict(known[weights])
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{file}: expected the settings and weights of a network, got others ({first_line(error)})") from error
+    if weights not in known:
+        raise ValueError(f"weights: expected {' or '.join(map(str, known))}, which {file} holds, got {weights}")
     return model.eval().requires_grad_(False), config
+
+
+def _kinds(state: dict[str, Any], widths: tuple[float, ...], names: list[str]) -> dict[str | float, dict[str, Tensor]]:
+    """All weights of a state; the optimiser has the averages of widths after that of `ema_decay`, of parameters by their place."""
+    found: dict[str | float, dict[str, Tensor]] = {AVERAGE: state["average"]}
+    if "model" in state:
+        entries, found[LAST] = state["optimiser"]["state"], state["model"]
+        for number, width in enumerate(widths, start=1):
+            found[width] = found[AVERAGE] | {name: entries[i]["averages"][number] for i, name in enumerate(names)}
+    return found
 
 
 def _read(path: Path) -> tuple[Path, Stored]:
@@ -75,15 +95,8 @@ def _read(path: Path) -> tuple[Path, Stored]:
         found = folder.newest_valid()
         for text in found.warnings:
             warnings.warn(text, stacklevel=3)
-        return found.file, _average_of(found.file, found.content)
-    return path, _read_weights(path) if path.suffix == SUFFIX else _average_of(path, read_checkpoint(path))
-
-
-def _average_of(path: Path, content: dict[str, Any]) -> Stored:
-    try:
-        return content["config"], content["state"]["average"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected the settings and weights of a network, got others") from error
+        return found.file, found.content
+    return path, _read_weights(path) if path.suffix == SUFFIX else read_checkpoint(path)
 
 
 def _read_weights(path: Path) -> Stored:
@@ -104,4 +117,4 @@ def _read_weights(path: Path) -> Stored:
         raise ValueError(f"{path}: expected weights of fm_fast (format {FORMAT!r}, version {VERSION!r}), got {found}")
     if "sha256" in metadata and metadata["sha256"] != _digest(metadata["config"], weights):
         raise ValueError(f"{path}: expected the weights as they were written, but their checksum differs: the file is damaged")
-    return json.loads(metadata["config"]), weights
+    return {"config": json.loads(metadata["config"]), "state": {"average": weights}}
