@@ -21,8 +21,8 @@ TOLERANCE = 1e-5
 def add_run(parser: argparse.ArgumentParser) -> None:
     """What every command that reads a checkpoint takes."""
     parser.add_argument("checkpoint", metavar="RUN", help="the folder of a run, a checkpoint of it, or a .safetensors file of its weights")
-    parser.add_argument("--weights", type=_width_or_name, default=AVERAGE, metavar="NAME", help="of the checkpoint: average, last (as they were after the last"
-                        " step), or one of the ema_widths that the run was trained with, e.g. 0.1 [average]")  # fmt: skip
+    which = "of the checkpoint: average, last (as they were after the last step), or one of the ema_widths of the run, e.g. 0.1 [average]"
+    parser.add_argument("--weights", type=_width_or_name, default=AVERAGE, metavar="NAME", help=which)
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="the result is a function of this number and the settings [0]")
     parser.add_argument("--batch-size", type=positive, default=256, metavar="INT", help="images at a time; fixed steps give the same [256]")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... [auto]")
