@@ -50,11 +50,11 @@ NORM_EPSILON = tl.constexpr(reference.NORM_EPSILON)
 @triton.jit
 def _squares(g_ptr, first, count, ROWS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr):
     """The sum of squares of a chunk, in float64, in which the square of a float32 is exact."""
-    total = tl.zeros((ROWS, LANES), tl.float64)
+    total = tl.zeros((ROWS,), tl.float64)
     for i in range(TILES):
         place = first + (i * ROWS + tl.arange(0, ROWS)[:, None]) * LANES + tl.arange(0, LANES)[None, :]
         g = read(g_ptr + place, place < count, MASKED).to(tl.float64)
-        total += g * g
+        total += tl.sum(g * g, 1)  # within a thread, which then holds 2 sums and not 8
     return tl.sum(total)
 
 
