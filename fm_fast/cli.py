@@ -19,6 +19,7 @@ from fm_fast.train.config import TrainConfig
 from fm_fast.train.loop import train
 from fm_fast.train.presets import PRESETS, SUMMARIES
 from fm_fast.train.run_folder import RunFolder
+from fm_fast.train.weights import load_model
 
 # Fields of the network that the data decides.
 FROM_DATA = ("image_size", "image_channels", "classes", "low_resolution_channels")
@@ -117,7 +118,7 @@ def _numbers(kind: type, text: str) -> tuple[Any, ...]:
 def config_from(options: argparse.Namespace) -> TrainConfig:
     """The given options, for the rest the preset's, or with --resume the stored run's. Raises ValueError if no data or folder is named."""
     given = _given(options)
-    base = _resumed(options.preset, given) if options.resume else _preset(options.preset, given)
+    base = _resumed(options.preset, given) if options.resume else _begun(_preset(options.preset, given), given.get("init_from"))
     model = replace(base.model, **{name.removeprefix("model."): value for name, value in given.items() if "." in name})
     return replace(base, model=model, **{name: value for name, value in given.items() if "." not in name})
 
@@ -133,9 +134,19 @@ def _preset(name: str | None, given: dict[str, Any]) -> TrainConfig:
     return PRESETS[name or ("images" if given["data"] != "digits" else "digits")]
 
 
+def _begun(preset: TrainConfig, source: str | None) -> TrainConfig:
+    """The preset with the network and the task of the run to begin with."""
+    if not source:
+        return preset
+    stored = load_model(source)[1]
+    return replace(preset, model=stored.model, objective=stored.objective, super_resolution=stored.super_resolution)
+
+
 def _resumed(name: str | None, given: dict[str, Any]) -> TrainConfig:
     """The settings of the run in the folder --out, or the preset's; of a preset's own settings its data count as asked for."""
     preset = PRESETS.get(name or "")
+    if "init_from" in given:
+        raise ValueError("resume, init_from: expected one of them, got both")
     if preset is None and "out" not in given:
         raise ValueError(f"train: expected --out FOLDER, or a preset ({', '.join(PRESETS)}), with --resume")
     out = given.get("out", preset and preset.out)

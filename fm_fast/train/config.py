@@ -69,6 +69,7 @@ class TrainConfig:
     memory_limit: float = _option(4.0, "GiB of pixels above which a folder's images lie in a mapped file", resumable=True)
     cache: str = _option("~/.cache/fm_fast", "folder for such files", resumable=True)
     out: str = _option("out/digits", "folder for checkpoints, weights.safetensors, samples.png, log.jsonl", resumable=True)
+    init_from: str = _option("", "begin with the average of this run, as for fine-tuning: a folder or file", resumable=True)
     objective: str = _option("fm-ot", f"path and prediction, first those of the paper's Table 1: {', '.join(RECIPES)}")
     steps: int = _option(500, "training steps in all", resumable=True)
     batch_size: int = _option(128, "images a step")

@@ -115,13 +115,13 @@ class StopVote:
         self._count()
 
 
-def state_of(config: TrainConfig, team: Team) -> TrainState:
+def state_of(config: TrainConfig, team: Team, weights: dict[str, Tensor] | None = None) -> TrainState:
     """The state before the first step, in shards where the configuration asks for them."""
     if team.share.world > 1 and config.parallel == "fsdp":
         from fm_fast.train.sharded import sharded_state  # which takes torch longer to import than everything else
 
-        return sharded_state(config, team.device)
-    return new_state(config, team.device)
+        return sharded_state(config, team.device, weights)
+    return new_state(config, team.device, weights)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from fm_fast.train.evaluate import Enlargement, Quality, evaluate, evaluate_enla
 from fm_fast.train.files import as_folder
 from fm_fast.train.graph import GraphedStep, is_wanted
 from fm_fast.train.identity import identity_of
+from fm_fast.train.initial import initial_weights
 from fm_fast.train.interrupt import deferred_interrupt, stop
 from fm_fast.train.judge import Judge, judge_of
 from fm_fast.train.log import Logger
@@ -82,7 +83,7 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
         team.share.samples(config.batch_size)
         folder = RunFolder(out)
         with folder.held(resuming, overwriting) if team.first else contextlib.nullcontext():
-            run = _prepared(config, dataset, folder, team)
+            run = _prepared(config, dataset, folder, team, begun=resuming)
             if resuming:
                 _resume(run)
             if team.first:
@@ -98,10 +99,13 @@ def _loaded(config: TrainConfig, team: Team) -> tuple[TrainConfig, Dataset]:
     return fit_to_data(config, dataset.images.shape[1:], dataset.classes), dataset
 
 
-def _prepared(config: TrainConfig, dataset: Dataset, folder: RunFolder, team: Team) -> Run:
-    """Before the first step."""
-    state = state_of(config, team)  # with the other processes, before the first does what it does alone
+def _prepared(config: TrainConfig, dataset: Dataset, folder: RunFolder, team: Team, begun: bool) -> Run:
+    """Before the first step, or before a checkpoint is loaded if the run has begun."""
+    weights, source = initial_weights(config) if config.init_from and not begun else (None, "")
+    state = state_of(config, team, weights)  # with the other processes, before the first does what it does alone
     shown, judge = _shown(config, team), _judge(config, dataset, team)
+    if source and team.first:
+        print(source, flush=True)
     return Run(state, config, dataset, identity_of(dataset), folder, team, shown, judge)
 
 

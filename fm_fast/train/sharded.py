@@ -134,9 +134,9 @@ def shard_modules(model: nn.Module) -> None:
     fully_shard(model)
 
 
-def sharded_state(config: TrainConfig, device: torch.device) -> ShardedState:
+def sharded_state(config: TrainConfig, device: torch.device, weights: dict[str, Tensor] | None = None) -> ShardedState:
     """The state before the first step, the same as without shards."""
-    model = build_model(config).to(device, DTYPES[config.precision])
+    model = build_model(config, weights).to(device, DTYPES[config.precision])
     plain = copy.deepcopy(model).float().requires_grad_(False).eval()
     shard_modules(model)
     assert all(isinstance(p, DTensor) and p.placements == (Shard(0),) for p in model.parameters())

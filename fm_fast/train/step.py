@@ -115,13 +115,16 @@ class StepLoss:
     by_quartile: Tensor
 
 
-def build_model(config: TrainConfig) -> nn.Module:
-    """The network of a run, preconditioned if the recipe says so. Initial weights depend on the seed only."""
+def build_model(config: TrainConfig, weights: dict[str, Tensor] | None = None) -> nn.Module:
+    """The network of a run, preconditioned if the recipe says so. Initial weights are those given, the others depend on the seed only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = UNet(config.model)
     recipe = config.recipe
-    return Preconditioned(network, recipe.path, recipe.objective) if recipe.preconditioned else network
+    model = Preconditioned(network, recipe.path, recipe.objective) if recipe.preconditioned else network
+    if weights is not None:
+        model.load_state_dict(weights, strict=False)
+    return model
 
 
 def averages_of(config: TrainConfig) -> tuple[Averaging, ...]:
@@ -129,9 +132,9 @@ def averages_of(config: TrainConfig) -> tuple[Averaging, ...]:
     return (warmed_up_decay(config.ema_decay), *(power_function_of_width(width) for width in config.ema_widths))
 
 
-def new_state(config: TrainConfig, device: torch.device) -> TrainState:
-    """The state before the first step."""
-    model = build_model(config).to(device, DTYPES[config.precision])
+def new_state(config: TrainConfig, device: torch.device, weights: dict[str, Tensor] | None = None) -> TrainState:
+    """The state before the first step, with weights of another run where they are given."""
+    model = build_model(config, weights).to(device, DTYPES[config.precision])
     betas, largest_norm = (config.beta1, config.beta2), config.clip if config.clip > 0.0 else math.inf
     optimiser = AdamWEMA(
         model.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, max_norm=largest_norm,

@@ -1,0 +1,48 @@
+"""Weights of another run to begin with, as for fine-tuning on other data."""
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from fm_fast.nn.config import UNetConfig
+from fm_fast.train.config import TrainConfig
+from fm_fast.train.step import build_model
+from fm_fast.train.weights import load_model
+
+Weights = dict[str, Tensor]
+OF_THE_DATA = ("image_size", "classes")  # in which the networks may differ, as long as the same weights follow
+
+
+def initial_weights(config: TrainConfig) -> tuple[Weights, str]:
+    """(those of the run `config.init_from` that fit, a line about it). The class embedding begins anew where the classes are others.
+
+    Raises ValueError for a run with another objective or network, and as :func:`load_model` does.
+    """
+    source, stored = load_model(config.init_from)
+    if stored.objective != config.objective:
+        raise ValueError(f"objective: expected {stored.objective}, as of init_from {config.init_from}, got {config.objective}")
+    with torch.device("meta"):
+        wanted = {name: value.shape for name, value in build_model(config).state_dict().items()}
+    found = source.state_dict()
+    shapes = {name: value.shape for name, value in found.items()}
+    differing = {name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)}
+    if not all(_is_of_classes(name) for name in differing):
+        raise ValueError(
+            f"init_from: expected a run with the same network, {config.init_from} has {_differences(stored.model, config.model)}"
+        )
+    text = f"begins with the average of {config.init_from}"
+    if any(name in wanted for name in differing):
+        text += f", but for the embedding of the classes: {stored.model.classes} there, {config.model.classes} here"
+    return {name: value for name, value in found.items() if name not in differing}, text
+
+
+def _is_of_classes(name: str) -> bool:
+    return ".label." in f".{name}"
+
+
+def _differences(found: UNetConfig, wanted: UNetConfig) -> str:
+    names = [entry.name for entry in fields(UNetConfig) if entry.name not in OF_THE_DATA]
+    pairs = [(name, getattr(found, name), getattr(wanted, name)) for name in names]
+    differences = [f"model.{name} {old}, not {new}" for name, old, new in pairs if old != new]
+    return ", ".join(differences) or f"images of {found.image_size} pixels, not {wanted.image_size}"
