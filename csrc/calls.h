@@ -16,7 +16,7 @@ struct NoiseCall {
   View out;
   KeyWords key_words;
   DrawKind kind;
-  uint32_t tag;
+  uint32_t purpose;
 };
 
 // How t [B] and the coefficients [B, 6] are filled; both are float64 where `wide`, else float32.

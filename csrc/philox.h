@@ -27,11 +27,11 @@ struct Words {
 };
 
 // The last word of a counter: what is drawn, and which draw of its kind.
-FM_HD uint32_t tag_of(uint32_t stream, uint32_t index) { return stream | index << kStreamBits; }
+FM_HD uint32_t purpose_of(uint32_t stream, uint32_t index) { return stream | index << kStreamBits; }
 
-// The part of a counter and key that all draws of one stream and index share. `tag` holds both.
+// The part of a counter and key that all draws of one stream and index share; these two are the `purpose`.
 struct Stream {
-  uint32_t key0, key1, step, tag;
+  uint32_t key0, key1, step, purpose;
 };
 
 FM_HD uint64_t multiply_wide(uint32_t a, uint32_t b) {
@@ -62,7 +62,7 @@ FM_HD Words philox(Words counter, uint32_t key0, uint32_t key1) {
 }
 
 FM_HD Words stream_words(const Stream& stream, uint32_t sample_id, uint32_t block) {
-  return philox(Words{{block, sample_id, stream.step, stream.tag}}, stream.key0, stream.key1);
+  return philox(Words{{block, sample_id, stream.step, stream.purpose}}, stream.key0, stream.key1);
 }
 
 }  // namespace fm

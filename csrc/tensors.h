@@ -61,7 +61,7 @@ FM_HD uint32_t sample_id(const Key& key, int64_t sample) {
   return static_cast<uint32_t>(key.ids ? key.ids[sample] : key.first_id + sample);
 }
 
-FM_HD Stream stream_of(const Key& key, uint32_t tag) { return Stream{key.seed_low, key.seed_high, key.step, tag}; }
+FM_HD Stream stream_of(const Key& key, uint32_t purpose) { return Stream{key.seed_low, key.seed_high, key.step, purpose}; }
 
 // A float32 or float64 number.
 FM_HD double number_at(const void* data, Dtype dtype, int64_t index) {

@@ -35,7 +35,7 @@ struct Generator {
   Ints key0[kPhiloxRounds], key1[kPhiloxRounds];
   Ints multiplier0, multiplier1;
   Ints after_first;  // c0 after round one, but for the sample id
-  Ints first_mask;   // tag ^ key1
+  Ints first_mask;   // purpose ^ key1
   Ints second_mask;  // c1 after round one ^ key0 of round two
   Ints order;        // block of each lane, such that transposed groups of four come out in order
   Ints three_quarters, exponent_bits, word_exponent, half_quadrant, quadrant;
@@ -51,7 +51,7 @@ static Generator make_generator(const Stream& stream) {
   g.multiplier0 = all_ints(kPhiloxMultiplier0);
   g.multiplier1 = all_ints(kPhiloxMultiplier1);
   g.after_first = all_ints(multiply_high(kPhiloxMultiplier1, stream.step) ^ stream.key0);
-  g.first_mask = all_ints(stream.tag ^ stream.key1);
+  g.first_mask = all_ints(stream.purpose ^ stream.key1);
   g.second_mask = all_ints((kPhiloxMultiplier1 * stream.step) ^ (stream.key0 + kPhiloxKeyBump0));
   alignas(64) uint32_t order[kLanes];
   for (uint32_t lane = 0; lane < kLanes; ++lane) order[lane] = (kLanes / 4) * (lane % 4) + lane / 4;

@@ -1,7 +1,7 @@
 // How elementwise work is cut into tiles.
 #pragma once
 
-#include "../elementwise.h"
+#include "../merge.h"
 #include "tiling.h"
 
 namespace fm {

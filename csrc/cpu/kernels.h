@@ -115,7 +115,7 @@ struct NormArgs {
   void *mean, *rstd;             // [B, groups] in the compute type
   Key key;
   double eps, dropout;  // dropout 0: no mask
-  uint32_t tag;
+  uint32_t purpose;
   bool activation;
 };
 

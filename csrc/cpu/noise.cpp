@@ -7,17 +7,17 @@ namespace {
 
 template <class Finish>
 void float_units(const NoiseArgs& args, int64_t begin, int64_t end) {
-  for_each_tile<Finish>(args.shape, args.tiling, args.key, args.tag, always, begin, end, nothing_ahead,
+  for_each_tile<Finish>(args.shape, args.tiling, args.key, args.purpose, always, begin, end, nothing_ahead,
                         [&](const Tile& tile, const float* noise) { scatter_any<float>(noise, tile, args.out); });
 }
 
 void sign_units(const NoiseArgs& args, int64_t begin, int64_t end) {
-  for_each_tile<ToSigns>(args.shape, args.tiling, args.key, args.tag, always, begin, end, nothing_ahead,
+  for_each_tile<ToSigns>(args.shape, args.tiling, args.key, args.purpose, always, begin, end, nothing_ahead,
                          [&](const Tile& tile, const float* drawn) { store_signs(drawn_words(drawn), tile, args.out); });
 }
 
 void word_units(const NoiseArgs& args, int64_t begin, int64_t end) {
-  Stream stream = stream_of(args.key, args.tag);
+  Stream stream = stream_of(args.key, args.purpose);
   int64_t blocks = divide_up(args.shape.points, 4);
   const View& out = args.out;
   walk_tiles(args.shape, args.tiling, begin, end, [&](const Tile& tile) {

@@ -140,7 +140,7 @@ class Mask {
  public:
   explicit Mask(const NormArgs& args)
       : args_(args), probability_(static_cast<float>(args.dropout)), factor_(static_cast<float>(1.0 / (1.0 - args.dropout))) {
-    if (args.dropout > 0) generator_ = make_generator(stream_of(args.key, args.tag));
+    if (args.dropout > 0) generator_ = make_generator(stream_of(args.key, args.purpose));
   }
 
   // Not inlined: the generator's code once a compute type is enough.

@@ -7,7 +7,7 @@ namespace fm {
 namespace FM_ISA {
 
 FM_INLINE uint32_t probe_tag(const ProbeArgs& args, int64_t probe) {
-  return tag_of(kStreamProbe, static_cast<uint32_t>(args.index + (args.first + probe) / args.share));
+  return purpose_of(kStreamProbe, static_cast<uint32_t>(args.index + (args.first + probe) / args.share));
 }
 
 FM_INLINE View view_of_probe(const ProbeArgs& args, int64_t probe) {

@@ -57,7 +57,7 @@ Shape joined_shape(const NormInputs& in) {
 void set_dropout(const NormSettings& settings, const Tensor& key, NormArgs* args) {
   if (!(settings.dropout >= 0.0 && settings.dropout < 1.0)) throw std::runtime_error("fm_fast: argument dropout: expected [0, 1)");
   args->dropout = settings.dropout;
-  args->tag = tag_of(kStreamDropout, static_cast<uint32_t>(whole(settings.index, 0, kIndexLimit - 1, "index")));
+  args->purpose = purpose_of(kStreamDropout, static_cast<uint32_t>(whole(settings.index, 0, kIndexLimit - 1, "index")));
   if (settings.dropout > 0) args->key = key_of(key, args->shape.batch);
 }
 

@@ -302,10 +302,10 @@ FM_INLINE void walk_samples(const Generator& generator, const Shape& shape, cons
 // Calls body(tile, noise) for every tile of the units; noise is nullptr for samples without draws(sample).
 // ahead(tile) names what the body will touch.
 template <class Finish, class Draws, class NextRuns, class Body>
-FM_INLINE void for_each_tile(const Shape& shape, const Tiling& tiling, const Key& key, uint32_t tag, const Draws& draws, int64_t begin,
+FM_INLINE void for_each_tile(const Shape& shape, const Tiling& tiling, const Key& key, uint32_t purpose, const Draws& draws, int64_t begin,
                              int64_t end, const NextRuns& ahead, const Body& body) {
   alignas(64) float noise[kTileBuffer];
-  Generator generator = make_generator(stream_of(key, tag));
+  Generator generator = make_generator(stream_of(key, purpose));
   int64_t tiles = tiles_per_sample(tiling);
   for (int64_t unit = begin; unit < end; ++unit) {
     if (tiles > 1 || tiling.samples_per_unit == 1) {
@@ -322,10 +322,10 @@ FM_INLINE void for_each_tile(const Shape& shape, const Tiling& tiling, const Key
 
 // The same for small samples of one row each that need no tile: body(sample, noise).
 template <class Finish, class Draws, class Body>
-FM_INLINE void for_each_row(const Shape& shape, const Tiling& tiling, const Key& key, uint32_t tag, const Draws& draws, int64_t begin,
+FM_INLINE void for_each_row(const Shape& shape, const Tiling& tiling, const Key& key, uint32_t purpose, const Draws& draws, int64_t begin,
                             int64_t end, const Body& body) {
   alignas(64) float noise[kTileBuffer];
-  Generator generator = make_generator(stream_of(key, tag));
+  Generator generator = make_generator(stream_of(key, purpose));
   for (int64_t unit = begin; unit < end; ++unit) walk_samples<Finish>(generator, shape, tiling, key, draws, unit, noise, body);
 }
 

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) normals_kernel(const SignLa
         if (index * kBlock >= run.elements) continue;
         BlockPlace at = place_of_block(launch.blocks, index);
         float z[kBlock];
-        draw_normals(stream_of(key, record.tag), record.id, at.counter, z);
+        draw_normals(stream_of(key, record.purpose), record.id, at.counter, z);
         for (int j = 0; j < kBlock; ++j) {
           if (j >= at.count) continue;
           T g = load_any<T>(view, record.base + at.channel * view.channel_stride + (at.point + j) * view.point_stride);

@@ -1,5 +1,5 @@
 // y = a x + sum_j c_j m(k_j): every explicit update of a Runge-Kutta or multistep method, with the mixing of guided velocities.
-#include "../elementwise.h"
+#include "../merge.h"
 #include "geometry.h"
 #include "kernels.h"
 #include "pack.h"

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const NoiseLa
   using P = Packs<S>;
   const Geometry& geometry = launch.geometry;
   const Key key = key_of(launch.call.key_words);
-  const Stream stream = stream_of(key, launch.call.tag);
+  const Stream stream = stream_of(key, launch.call.purpose);
   auto prepare = [&](int64_t sample, bool) { return NoiseRecord{sample_id(key, sample)}; };
   walk<NoiseRecord>(geometry, prepare, [&](const NoiseRecord& record, const Run& run) {
     const uint32_t elements = static_cast<uint32_t>(run.elements);
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const NoiseLa
 __global__ void __launch_bounds__(kThreads, kBlocks) strided_kernel(const NoiseLaunch launch) {
   const NoiseCall& call = launch.call;
   const Key key = key_of(call.key_words);
-  const Stream stream = stream_of(key, call.tag);
+  const Stream stream = stream_of(key, call.purpose);
   auto prepare = [&](int64_t sample, bool) { return NoiseRecord{sample_id(key, sample)}; };
   walk<NoiseRecord>(launch.geometry, prepare, [&](const NoiseRecord& record, const Run& run) {
     for (uint32_t chunk = run.first_chunk; chunk < run.stop_chunk; ++chunk)
@@ -91,8 +91,8 @@ void draw_signs(const NoiseCall& call, void* stream) {
   signs.view = call.out;
   signs.probes = signs.share = 1;
   signs.key_words = call.key_words;
-  signs.index = call.tag >> kStreamBits;
-  probe(signs, static_cast<uint32_t>(call.tag % kStreamLimit), nullptr, stream);
+  signs.index = call.purpose >> kStreamBits;
+  probe(signs, static_cast<uint32_t>(call.purpose % kStreamLimit), nullptr, stream);
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ struct SignLaunch {
 struct SignRecord {
   int64_t base;  // offset of the sample in the tensor
   int64_t probe;
-  uint32_t id, tag;
+  uint32_t id, purpose;
 };
 
 // The signs of one thread: words of its block, and where the block lies.
@@ -44,13 +44,13 @@ FM_HD SignRecord sign_record(const SignLaunch& launch, const Key& key, int64_t e
   int64_t probe = entry / call.shape.batch, sample = entry - probe * call.shape.batch;
   uint32_t index = static_cast<uint32_t>(call.index + (call.first + probe) / call.share);
   int64_t offset = probe * call.probe_stride + sample * call.view.batch_stride;
-  return SignRecord{offset, probe, sample_id(key, sample), tag_of(launch.stream, index)};
+  return SignRecord{offset, probe, sample_id(key, sample), purpose_of(launch.stream, index)};
 }
 
 FM_HD Signs draw_signs(const SignLaunch& launch, const Key& key, const SignRecord& record, int64_t unit) {
   int64_t index = unit / kSignLanes;
   BlockPlace at = place_of_block(launch.blocks, index);
-  Words words = stream_words(stream_of(key, record.tag), record.id, at.counter);
+  Words words = stream_words(stream_of(key, record.purpose), record.id, at.counter);
   if (launch.parities) {
     int64_t block =
         record.probe * launch.blocks.channels * launch.blocks.row_blocks + at.channel * launch.blocks.row_blocks + at.point / kSignBlock;

@@ -128,9 +128,9 @@ class Tensor {
 inline uint32_t id_of(const Key& key, int64_t sample) { return static_cast<uint32_t>(key.ids ? key.ids[sample] : key.first_id + sample); }
 
 // The normal of element (c, p) of a sample by the scalar headers.
-inline float scalar_normal(const Shape& shape, const Key& key, uint32_t tag, int64_t sample, int64_t c, int64_t p) {
+inline float scalar_normal(const Shape& shape, const Key& key, uint32_t purpose, int64_t sample, int64_t c, int64_t p) {
   uint32_t block = static_cast<uint32_t>(c * ((shape.points + 3) / 4) + p / 4);
-  fm::Words w = fm::stream_words(fm::Stream{key.seed_low, key.seed_high, key.step, tag}, id_of(key, sample), block);
+  fm::Words w = fm::stream_words(fm::Stream{key.seed_low, key.seed_high, key.step, purpose}, id_of(key, sample), block);
   float z[4];
   fm::normal_pair(w.w[0], w.w[1], z, z + 1);
   fm::normal_pair(w.w[2], w.w[3], z + 2, z + 3);

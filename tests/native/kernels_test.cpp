@@ -55,11 +55,11 @@ void check_noise(const Isa& isa, const Shape& shape, int layout, const Key& key)
   args.shape = shape;
   args.out = out.view();
   args.key = key;
-  args.tag = 0u | 9u << 8;
+  args.purpose = 0u | 9u << 8;
   args.tiling = fm::plan(&args.shape, {&args.out}, fm::kDrawnNumbers);
   isa.noise(args, 0, args.tiling.units);
   out.for_each([&](int64_t b, int64_t c, int64_t p, float& x) {
-    expect(close(x, scalar_normal(shape, key, args.tag, b, c, p), 2e-6), "normal " + describe(isa, shape, layout));
+    expect(close(x, scalar_normal(shape, key, args.purpose, b, c, p), 2e-6), "normal " + describe(isa, shape, layout));
   });
 }
 

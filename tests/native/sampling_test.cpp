@@ -151,10 +151,10 @@ struct SignProblem {
     return a;
   }
 
-  uint32_t tag(int64_t probe) const { return 2u | static_cast<uint32_t>(5 + (first + probe) / share) << 8; }
+  uint32_t purpose(int64_t probe) const { return 2u | static_cast<uint32_t>(5 + (first + probe) / share) << 8; }
 
   double sign(int64_t probe, int64_t b, int64_t c, int64_t p) const {
-    fm::Stream stream = {kKey.seed_low, kKey.seed_high, kKey.step, tag(probe)};
+    fm::Stream stream = {kKey.seed_low, kKey.seed_high, kKey.step, purpose(probe)};
     fm::Words w = fm::stream_words(stream, id_of(kKey, b), static_cast<uint32_t>(c * ((shape.points + 127) / 128) + p / 128));
     uint32_t bit = w.w[p % 128 / 32] >> (p % 32) & 1u;
     if (!codes.empty()) {
@@ -198,7 +198,8 @@ void check_divergence(const Isa& isa, const Shape& shape, int layout, bool struc
     for (int64_t c = 0; c < shape.channels; ++c)
       for (int64_t p = 0; p < shape.points; ++p) {
         int64_t probe = i / shape.batch, b = i % shape.batch;
-        double z = normals ? static_cast<double>(scalar_normal(shape, kKey, problem.tag(probe), b, c, p)) : problem.sign(probe, b, c, p);
+        double z =
+            normals ? static_cast<double>(scalar_normal(shape, kKey, problem.purpose(probe), b, c, p)) : problem.sign(probe, b, c, p);
         expected += z * static_cast<double>(g.at(b, c, p));
         size += std::fabs(z * static_cast<double>(g.at(b, c, p)));
       }
