@@ -66,6 +66,11 @@ def bits_per_dim(
     -log p(y) / (D log 2) + log2(levels / 2): + 7 for 256 levels. All draws share their probes: with probes of their own, the average
     would favour the draws whose estimate errs upwards.
 
+    Equivalent with one draw, for samples of D numbers::
+
+        y = 2 * (x_int + torch.rand(x_int.shape)) / levels - 1
+        bpd = -log_likelihood(model, y, **arguments).logp / (D * math.log(2)) + math.log2(levels / 2)
+
     Args:
         model: as in :func:`fm_fast.log_likelihood`.
         x_int: [B, ...], whole numbers 0 .. levels - 1, of an integer dtype.
