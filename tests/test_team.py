@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import warnings
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,9 @@ def config(folder, **changes):
 
 
 def straight(folder, parallel):
-    train(config(folder / parallel, parallel=parallel))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*deprecated")
+        train(config(folder / parallel, parallel=parallel))
 
 
 def resumed(folder, parallel):

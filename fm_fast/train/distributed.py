@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,8 @@ from fm_fast.train.step import WHOLE, Model, Share, TrainState, network_of, new_
 Value = TypeVar("Value")
 # The others wait while the first process reads a million images for the first time; torchrun notices when a process dies.
 PATIENCE = timedelta(hours=12)
+# The option by which buffers are not sent around before each step, whose name torch has changed.
+BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,8 @@ def team_network(state: TrainState, config: TrainConfig, team: Team) -> Iterator
     if team.share.world == 1 or config.parallel == "fsdp":
         yield network_of(state, config)
         return
-    # Each process's dropout key is its own.
-    parallel: nn.Module = DistributedDataParallel(state.model, broadcast_buffers=False)
+    options: dict[str, Any] = {BUFFERS: False}  # each process's dropout key is its own
+    parallel: nn.Module = DistributedDataParallel(state.model, **options)
     try:
         yield torch.compile(parallel) if config.compile else parallel  # type: ignore[misc]
     finally:
