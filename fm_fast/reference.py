@@ -248,7 +248,7 @@ def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, settings: Tensor, total: T
     rate, beta1, beta2, epsilon, weight_decay, largest_norm = settings.unbind()
     n = updates + 1
     g = g.to(m.dtype) * (largest_norm / (total.sqrt() + NORM_EPSILON)).clamp(max=1.0)
-    m = m + (1.0 - beta1) * (g - m)
+    m = torch.lerp(m, g.to(m.dtype), (1.0 - beta1).to(m.dtype))
     v = beta2 * v + (1.0 - beta2) * g * g
     denominator = v.sqrt() / (1.0 - beta2**n).sqrt() + epsilon
     return (1.0 - rate * weight_decay) * p - rate / (1.0 - beta1**n) * m / denominator, m, v

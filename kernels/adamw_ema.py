@@ -142,7 +142,8 @@ def _read_all(pointer, COUNT: tl.constexpr):
 def _updated(p, g, m, v, numbers):
     """(p, m, v) of a tile after AdamW; the numbers are those of numbers_kernel."""
     g *= numbers[0]
-    m += numbers[2] * (g - m)
+    near = numbers[2] < 0.5  # from the nearer end, as torch.lerp does: beta1 = 0 gives g itself, not what is left of it beside a large m
+    m = tl.where(near, m, g) + tl.where(near, numbers[2], numbers[2] - 1.0) * (g - m)
     v = numbers[3] * v + numbers[4] * g * g
     direction = m / (tl.sqrt(v) * numbers[5] + numbers[6])
     return numbers[1] * p - numbers[7] * direction, m, v

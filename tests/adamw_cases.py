@@ -6,6 +6,7 @@ from fm_fast import _ops
 
 NORM = 3.0
 SETTINGS = (1e-2, 0.9, 0.99, 1e-8, 0.1, NORM)  # learning rate, beta1, beta2, epsilon, weight decay, largest norm
+WITHOUT_MEMORY = (1e-3, 0.0, 0.0, 1e-8, 0.0, float("inf"))
 DECAYS = ((0.9, 1.0, 10.0, 1.0), (1.0, 0.0, 1.0, 7.94))  # min(0.9, (1 + n) / (10 + n)); the power function with gamma = 6.94
 PADDING = 16
 
@@ -90,3 +91,15 @@ class TorchSteps:
 
     def moments(self, name):
         return [self.optimiser.state[p][name] for p in self.parameters]
+
+
+def assert_a_mean_without_memory_is_the_gradient(take_step):
+    """beta1 = 0 after a gradient a million times as large, beside which a small one would lose its digits. take_step: as :func:`step`."""
+    tensors = parameters()
+    state, large = state_of(tensors), [torch.full_like(p, 1e4) for p in tensors]
+    small = [torch.empty_like(p).copy_(1e-2 * data(p.shape, i)) for i, p in enumerate(tensors)]
+    for grads in (large, small):
+        take_step(tensors, grads, state, (WITHOUT_MEMORY,))
+    for i, (p, g) in enumerate(zip(tensors, small, strict=True)):
+        assert torch.equal(state.part(state.m, i, p), g)
+        torch.testing.assert_close(state.part(state.v, i, p), g * g, rtol=1e-6, atol=0.0)

@@ -4,7 +4,18 @@ import math
 
 import pytest
 import torch
-from adamw_cases import DECAYS, SETTINGS, TorchSteps, data, gradients, parameters, state_of, step, table
+from adamw_cases import (
+    DECAYS,
+    SETTINGS,
+    TorchSteps,
+    assert_a_mean_without_memory_is_the_gradient,
+    data,
+    gradients,
+    parameters,
+    state_of,
+    step,
+    table,
+)
 from thread_counts import on_thread_counts
 
 from fm_fast import _backends
@@ -47,6 +58,10 @@ def test_many_steps_equal_torch_in_float64(settings, backend):
     model = run_torch(torch.float64, torch.float64, settings)
     for ours, theirs in pairs(tensors, state, model):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_a_mean_without_memory_is_the_gradient(backend):
+    assert_a_mean_without_memory_is_the_gradient(lambda tensors, grads, state, rows: step(tensors, grads, state, backend, rows))
 
 
 def test_float32_is_as_close_to_float64_as_torch_is(backend):

@@ -4,7 +4,18 @@ import math
 
 import pytest
 import torch
-from adamw_cases import DECAYS, SETTINGS, TorchSteps, data, gradients, parameters, state_of, step, table
+from adamw_cases import (
+    DECAYS,
+    SETTINGS,
+    TorchSteps,
+    assert_a_mean_without_memory_is_the_gradient,
+    data,
+    gradients,
+    parameters,
+    state_of,
+    step,
+    table,
+)
 from triton_interpreter import run_checks
 
 
@@ -182,3 +193,7 @@ def check_tables_while_a_graph_is_captured(monkeypatch):
         _table.tables(new, 4, there)
     _table._read_by_graphs.clear()
     _table._made_tables.cache_clear()
+
+
+def check_a_mean_without_memory_is_the_gradient():
+    assert_a_mean_without_memory_is_the_gradient(triton_step)

@@ -88,10 +88,13 @@ FM_INLINE double root(double x) { return __builtin_sqrt(x); }
 template <class T>
 FM_INLINE void update_row(const UpdateRow<T>& operands) {
   const UpdateRow<T> row = operands;
+  // From the nearer end, as torch.lerp does: beta1 = 0 gives g itself, not what is left of it beside a large m.
+  const bool near = row.mean_rate < T(0.5);
+  const T share = near ? row.mean_rate : row.mean_rate - T(1);
 #pragma GCC ivdep
   for (int64_t i = 0; i < row.count; ++i) {
     T g = row.clip * row.g[i];
-    T m = multiply_add(row.mean_rate, g - row.m[i], row.m[i]);
+    T m = multiply_add(share, g - row.m[i], near ? row.m[i] : g);
     T v = multiply_add(row.square_rate * g, g, row.square_keep * row.v[i]);
     T direction = m / multiply_add(row.root_scale, root(v), row.epsilon);
     row.p[i] = multiply_add(-row.step_size, direction, row.keep * row.p[i]);
