@@ -1,6 +1,7 @@
 """Runs that begin with the weights of another: fine-tuning."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,9 +75,10 @@ def test_a_network_without_classes_has_no_use_for_their_embedding(source):
             {"model": UNetConfig(channels=16, multipliers=(1,), groups=4, head_channels=8)},
             r"init_from: expected a run with the same .* has model.channels 8, not",
         ),
+        ({"model": replace(tiny().model, time_scale=1.0)}, r"init_from: .* has model.time_scale 1000.0, not 1.0"),
         ({"pad": 4}, r"init_from: .*images of 8 pixels, not 16"),
     ],
-    ids=["objective", "network", "size"],
+    ids=["objective", "network", "time", "size"],
 )
 def test_another_network_or_objective_is_refused(changes, message, source, tmp_path):
     with pytest.raises(ValueError, match=message):

@@ -11,7 +11,7 @@ from fm_fast.train.step import build_model
 from fm_fast.train.weights import load_model
 
 Weights = dict[str, Tensor]
-OF_THE_DATA = ("image_size", "classes")  # in which the networks may differ, as long as the same weights follow
+FREE = ("image_size", "classes", "dropout")  # in which the networks may differ, as long as the same weights follow
 
 
 def initial_weights(config: TrainConfig) -> tuple[Weights, str]:
@@ -27,10 +27,10 @@ def initial_weights(config: TrainConfig) -> tuple[Weights, str]:
     found = source.state_dict()
     shapes = {name: value.shape for name, value in found.items()}
     differing = {name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)}
-    if not all(_is_of_classes(name) for name in differing):
-        raise ValueError(
-            f"init_from: expected a run with the same network, {config.init_from} has {_differences(stored.model, config.model)}"
-        )
+    differences = _differences(stored.model, config.model)
+    if differences or not all(_is_of_classes(name) for name in differing):
+        reason = differences or f"images of {stored.model.image_size} pixels, not {config.model.image_size}"
+        raise ValueError(f"init_from: expected a run with the same network, {config.init_from} has {reason}")
     text = f"begins with the average of {config.init_from}"
     if any(name in wanted for name in differing):
         text += f", but for the embedding of the classes: {stored.model.classes} there, {config.model.classes} here"
@@ -42,7 +42,6 @@ def _is_of_classes(name: str) -> bool:
 
 
 def _differences(found: UNetConfig, wanted: UNetConfig) -> str:
-    names = [entry.name for entry in fields(UNetConfig) if entry.name not in OF_THE_DATA]
+    names = [entry.name for entry in fields(UNetConfig) if entry.name not in FREE]
     pairs = [(name, getattr(found, name), getattr(wanted, name)) for name in names]
-    differences = [f"model.{name} {old}, not {new}" for name, old, new in pairs if old != new]
-    return ", ".join(differences) or f"images of {found.image_size} pixels, not {wanted.image_size}"
+    return ", ".join(f"model.{name} {old}, not {new}" for name, old, new in pairs if old != new)
