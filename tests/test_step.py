@@ -150,7 +150,7 @@ class Dropping(nn.Module):
 
 
 def test_the_key_of_the_dropout_noise_is_filled_in_place(monkeypatch):
-    monkeypatch.setattr("fm_fast.train.step.build_model", lambda config: Dropping())
+    monkeypatch.setattr("fm_fast.train.step.build_model", lambda config, weights=None: Dropping())
     config, data = tiny(micro_batch=6, seed=7), digits()
     state, order = new_state(config, CPU), DataOrder(len(data), 7)
     place = state.model.inner.dropout_key.data_ptr()
