@@ -53,11 +53,15 @@ def test_the_command_takes_the_network_too_and_other_classes_begin_anew(source, 
     quick = ["--steps", "1", "--warmup", "0", "--batch-size", "4", "--sample-steps", "1", "--learning-rate", str(STILL)]
     assert main([*command, *quick]) == 0
     assert "but for the embedding of the classes: 10 there, 3 here" in capsys.readouterr().out
-    found, expected, fresh = weights_of(out), weights_of(source, "average"), load_model(source)[1]
+    found, expected, source_config = weights_of(out), weights_of(source, "average"), load_model(source)[1]
     assert {name for name, value in found.items() if name not in expected or value.shape != expected[name].shape} == {"label.table.weight"}
     assert all(torch.equal(value, expected[name]) for name, value in found.items() if name != "label.table.weight")
     stored = load_model(out)[1]
-    assert (stored.model.channels, stored.model.multipliers, stored.model.classes) == (fresh.model.channels, fresh.model.multipliers, 3)
+    assert (stored.model.channels, stored.model.multipliers, stored.model.classes) == (
+        source_config.model.channels,
+        source_config.model.multipliers,
+        3,
+    )
 
 
 def test_a_network_without_classes_has_no_use_for_their_embedding(source):
