@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import socket
 import warnings
@@ -48,6 +49,12 @@ def resumed(folder, parallel):
     train(config(folder / f"resumed-{parallel}", parallel=parallel), resuming=True)
 
 
+def begun(folder, parallel):
+    """Begin with the weights of the run of one process, which both processes read."""
+    source = next(place / "source" for place in (folder, folder.parent) if (place / "source").is_dir())
+    train(config(folder / f"begun-{parallel}", parallel=parallel, init_from=str(source)))
+
+
 def stopped(folder, parallel):
     """The second process alone is asked to stop; both do, after the same step, and let go of what could block their end."""
     original, networks = loop.training_step, []
@@ -68,7 +75,7 @@ def stopped(folder, parallel):
 
 
 FAST = [(straight, "ddp"), (resumed, "ddp"), (stopped, "ddp")]
-SLOW = [(straight, "fsdp"), (resumed, "fsdp")]
+SLOW = [(straight, "fsdp"), (resumed, "fsdp"), (begun, "fsdp")]
 
 
 def work(rank, scenarios, ports, folder):
@@ -103,6 +110,8 @@ def of_two(place, alone, scenarios):
     for scenario, parallel in scenarios:
         if scenario is resumed:
             copy_middle(alone, place / f"resumed-{parallel}")
+        if scenario is begun:
+            shutil.copytree(alone, place / "source")
     torch.multiprocessing.spawn(work, (scenarios, free_ports(len(scenarios)), place), nprocs=2)
     return place
 
@@ -170,6 +179,13 @@ def test_one_process_goes_on_where_two_were(name, alone, request, tmp_path, one_
     copy_middle(request.getfixturevalue(name) / name, tmp_path)
     train(config(tmp_path), resuming=True)
     assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_shards_begin_with_the_weights_of_another_run(fsdp, alone, tmp_path, one_thread):
+    train(config(tmp_path, init_from=str(alone)))
+    assert_same_run(fsdp / "begun-fsdp", tmp_path)
+    assert losses(tmp_path)[1] != losses(alone)[1], "other initial weights"
 
 
 def test_processes_stop_after_the_same_step(ddp):
