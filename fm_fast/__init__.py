@@ -9,7 +9,7 @@ if not (pathlib.Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(pathlib.Path(__file__).parent.parent))
 __path__ = pkgutil.extend_path(__path__, __name__)
 
-from fm_fast import grids, objectives, paths, random, solvers, testing, time_samplers
+from fm_fast import couplings, grids, objectives, paths, random, solvers, testing, time_samplers
 from fm_fast._backends import info
 from fm_fast._version import __version__
 from fm_fast.bits import BitsPerDim, bits_per_dim
@@ -38,6 +38,7 @@ __all__ = [
     "Uniform",
     "__version__",
     "bits_per_dim",
+    "couplings",
     "divergence",
     "encode",
     "flow_matching_loss",

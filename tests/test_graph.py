@@ -38,8 +38,8 @@ def graphed(config, data, state, steps, recorder, **options):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"objective": "scoreflow", "micro_batch": 5}, {"precision": "bfloat16"}, {"model": DROPPING}],
-    ids=["plain", "importance times, micro-batches", "bfloat16", "dropout"],
+    [{}, {"objective": "scoreflow", "micro_batch": 5}, {"precision": "bfloat16"}, {"model": DROPPING}, {"coupling": "optimal"}],
+    ids=["plain", "importance times, micro-batches", "bfloat16", "dropout", "paired noise"],
 )
 def test_replays_are_the_steps(changes):
     """New images (across the end of an epoch), noise, labels, masks and learning rates at every replay: the bits of single steps."""

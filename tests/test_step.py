@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer_helpers import CPU, TINY_NET, assert_same_state, flat, tiny
 
+import fm_fast as fm
+from fm_fast import sample_path
 from fm_fast.nn import UNet
 from fm_fast.train.config import from_dict, to_dict
 from fm_fast.train.data import DataOrder, digits
@@ -44,6 +46,25 @@ def test_micro_batches_add_up_to_the_batch(size, objective):
     torch.testing.assert_close(sum_of_parts.by_quartile, loss.by_quartile, rtol=1e-5, atol=1e-6)
     scale = float(first_moments(whole).abs().max())
     torch.testing.assert_close(first_moments(parts), first_moments(whole), rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("model", [TINY_NET, dataclasses.replace(TINY_NET, classes=0)], ids=["classes", "no classes"])
+def test_noise_is_paired_within_the_classes_of_a_share(model, monkeypatch):
+    points, draw = [], sample_path
+    monkeypatch.setattr("fm_fast.train.step.sample_path", lambda *inputs, **named: (points.append(draw(*inputs, **named)), points[-1])[1])
+    config = tiny(coupling="optimal", batch_size=64, micro_batch=11, model=model, conditional=model.classes > 0, **SETTINGS)
+    state, data = new_state(config, CPU), digits()
+    order = DataOrder(len(data), 0)
+    training_step(state, config, data, order, share=Share(1, 2))
+    images, labels = data.batch(order.indices(32, 32))
+    noise = torch.cat([point.x0 for point in points])
+    drawn = fm.noise((32, 1, 8, 8), seed=0, step=0, sample_ids=32)
+    ids = [int((drawn == row).flatten(1).all(1).nonzero()) for row in noise]
+    assert sorted(ids) == list(range(32)) != ids
+    if model.classes:
+        assert torch.equal(labels[ids], labels)
+    expected = fm.couplings.optimal_ids(images, seed=0, step=0, sample_ids=32, labels=labels if model.classes else None, flip=0.5)
+    assert torch.equal(torch.tensor(ids) + 32, expected)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -175,7 +196,7 @@ def test_losses_by_quartile_of_t():
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_run_resumes_bit_by_bit(precision, tmp_path):
-    config, data = tiny(precision=precision, ema_widths=(0.05, 0.1), micro_batch=7, **SETTINGS), digits()
+    config, data = tiny(precision=precision, ema_widths=(0.05, 0.1), micro_batch=7, coupling="optimal", **SETTINGS), digits()
     straight, broken = new_state(config, CPU), new_state(config, CPU)
     advance(straight, config, data, 8)
     advance(broken, config, data, 5)
@@ -225,6 +246,8 @@ def test_settings_of_the_step():
     config = tiny(schedule="cosine", precision="bfloat16", micro_batch=4, ema_widths=(0.1,), compile=True)
     assert from_dict(to_dict(config)) == config
     for change, message in (
+        ({"coupling": "sinkhorn"}, "coupling: expected one of independent, optimal, got 'sinkhorn'"),
+        ({"coupling": "optimal", "super_resolution": 2}, "coupling: expected independent, for super-resolution, got 'optimal'"),
         ({"precision": "float16"}, "precision: expected one of float32, bfloat16, got 'float16'"),
         ({"micro_batch": -1}, "micro_batch: expected 0 or more, got -1"),
         ({"ema_widths": (0.1, 0.3)}, "ema_widths: expected shares of the run, at most 0.2887, got 0.3"),

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torchdiffeq
 from torch import Tensor
 
 # (t as a float64 scalar tensor, parts of the state) -> their derivatives
@@ -20,6 +19,8 @@ def solve_adaptive(
 
     Raises RuntimeError if the field is not finite, the step underflows, or ``max_steps`` steps do not reach the next of ``times``.
     """
+    import torchdiffeq  # it imports SciPy, which takes longer than all of fm_fast
+
     if parts[0].numel() == 0:
         return tuple(part.expand(len(times), *part.shape) for part in parts), 0
     low, high = min(times), max(times)

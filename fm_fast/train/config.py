@@ -45,6 +45,7 @@ RECIPES = {
 PRECISIONS = ("float32", "bfloat16")
 PARALLEL = ("ddp", "fsdp")
 CUDA_GRAPH = ("auto", "on", "off")
+COUPLINGS = ("independent", "optimal")
 PARALLEL_TEXT = "the batch only (ddp), or weights, moments and averages too (fsdp)"
 
 
@@ -71,6 +72,7 @@ class TrainConfig:
     out: str = _option("out/digits", "folder for checkpoints, weights.safetensors, samples.png, log.jsonl", resumable=True)
     init_from: str = _option("", "begin with the average of this run, as for fine-tuning: a folder or file", resumable=True)
     objective: str = _option("fm-ot", f"path and prediction, first those of the paper's Table 1: {', '.join(RECIPES)}")
+    coupling: str = _option("independent", "how noise and images are paired: independent, or optimal within each process's part of a class")
     steps: int = _option(500, "training steps in all", resumable=True)
     batch_size: int = _option(128, "images a step")
     micro_batch: int = _option(0, "images that pass through the network at once, 0 for all of a step", resumable=True)
@@ -143,6 +145,9 @@ NOT_NEGATIVE = (
     "checkpoint_every", "keep_checkpoints",
 )  # fmt: skip
 UNLIMITED = ("memory_limit", "clip")
+CHOICES = {
+    "schedule": SCHEDULES, "precision": PRECISIONS, "parallel": PARALLEL, "cuda_graph": CUDA_GRAPH, "coupling": COUPLINGS,
+}  # fmt: skip
 
 
 def _check(config: TrainConfig) -> None:
@@ -151,7 +156,7 @@ def _check(config: TrainConfig) -> None:
         raise ValueError(f"objective: expected one of {', '.join(RECIPES)}, got {config.objective!r}")
     for name in ("steps", "batch_size", "sample_steps", "samples_per_class", "log_every", "pool", "super_resolution"):
         require(name, getattr(config, name) >= 1, "at least 1", getattr(config, name))
-    for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("parallel", PARALLEL), ("cuda_graph", CUDA_GRAPH)):
+    for name, choices in CHOICES.items():
         require(name, getattr(config, name) in choices, f"one of {', '.join(choices)}", getattr(config, name))
     for name in NOT_NEGATIVE:
         require(name, getattr(config, name) >= 0, "0 or more", getattr(config, name))
@@ -163,6 +168,8 @@ def _check(config: TrainConfig) -> None:
         require("ema_widths", 0.0 < width <= WIDEST, f"shares of the run, at most {WIDEST:.4f}", width)
     require("seed", config.seed < MAX_SEED, "less than 2^63", config.seed)
     require("learning_rate", config.learning_rate > 0.0, "a positive number", config.learning_rate)
+    paired = config.coupling != "independent"
+    require("coupling", not (paired and config.super_resolution > 1), "independent, for super-resolution", config.coupling)
     require("sample_method", config.sample_method in METHODS, f"one of {', '.join(METHODS)}", config.sample_method)
 
 

@@ -5,7 +5,6 @@ import re
 import sys
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from fm_fast.nn.config import UNetConfig
 from fm_fast.nn.unet import UNet
@@ -65,6 +64,8 @@ def flops_per_image(shape: UNetConfig) -> int:
 
     Two a multiply-add; counted by torch on the meta device, so that nothing is computed or stored.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton, where that is installed
+
     side = shape.image_size
     with torch.device("meta"):
         model = UNet(shape).eval()

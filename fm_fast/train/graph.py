@@ -1,7 +1,7 @@
 """A training step recorded once as a CUDA graph and replayed: one launch by the host instead of hundreds. Not yet run on a GPU.
 
 A graph repeats the same kernels on the same memory. So what differs from step to step is written there before each replay: the images
-and labels, the number of the step, of which all noise is a function, and the learning rate.
+and labels, the ids of paired noise, the number of the step, of which all noise is a function, and the learning rate.
 """
 
 from collections.abc import Callable
@@ -85,7 +85,8 @@ class GraphedStep:
         self._recorder, self._say = recorder or CudaRecorder(device), say
         images = torch.zeros(size, *dataset.images.shape[1:], dtype=torch.uint8, device=device)
         labels, step = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((size,), ()))
-        self._batch = Batch(images, labels, dataset.levels, step)
+        paired = torch.zeros_like(labels) if config.coupling == "optimal" else None
+        self._batch = Batch(images, labels, dataset.levels, step, paired_ids=paired)
         self._loss = StepLoss(torch.zeros((), device=device), torch.zeros(2, QUARTILES, device=device))
         self._warm_ups, self._replay = WARM_UP_STEPS, None
         state.optimiser.keep_gradients()
@@ -106,6 +107,8 @@ class GraphedStep:
         batch = next_batch(self._state, self._config, self._dataset, self._order)
         self._batch.images.copy_(batch.images)
         self._batch.labels.copy_(batch.labels)
+        if self._batch.paired_ids is not None:
+            self._batch.paired_ids.copy_(batch.paired_ids)  # type: ignore[arg-type]
         self._batch.step.fill_(batch.step)  # type: ignore[union-attr]
         set_learning_rate(self._state, self._config)
         self._state.optimiser.write_settings()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fm_fast.couplings import optimal_ids
 from fm_fast.loss import PathSample, sample_path
 from fm_fast.nn import Preconditioned, UNet
 from fm_fast.random import Whole
@@ -88,6 +89,7 @@ class Batch:
     """The samples first_id, first_id + 1, ... of a step's batch: images uint8 [B, C, H, W] of `levels` values, labels int64 [B].
 
     step: number of steps before this one; a tensor int64 [] on the device where a recorded step is to be replayed with other numbers.
+    paired_ids: int64 [B], the ids of the noise that goes with each image, where it is not that of the image's own id.
     """
 
     images: Tensor
@@ -95,6 +97,12 @@ class Batch:
     levels: int
     step: Whole
     first_id: int = 0
+    paired_ids: Tensor | None = None
+
+    @property
+    def noise_ids(self) -> Whole:
+        """Of the loss."""
+        return self.first_id if self.paired_ids is None else self.paired_ids
 
     def __len__(self) -> int:
         return len(self.images)
@@ -103,8 +111,10 @@ class Batch:
         """(piece, whether it is the last) of pieces of `size` samples, 0 for one piece."""
         size = size or len(self)
         for first in range(0, len(self), size):
-            images, labels = self.images[first : first + size], self.labels[first : first + size]
-            yield replace(self, images=images, labels=labels, first_id=self.first_id + first), first + size >= len(self)
+            part = slice(first, first + size)
+            ids = None if self.paired_ids is None else self.paired_ids[part]
+            piece = replace(self, images=self.images[part], labels=self.labels[part], first_id=self.first_id + first, paired_ids=ids)
+            yield piece, first + size >= len(self)
 
 
 @dataclass(frozen=True)
@@ -168,7 +178,7 @@ def _sampled(config: TrainConfig, batch: Batch) -> tuple[PathSample, Tensor | No
         times = {"t": t}
     point = sample_path(
         batch.images, path=recipe.path, objective=recipe.objective, flip=config.flip, levels=batch.levels, dequantise=config.dequantise,
-        dtype=DTYPES[config.precision], seed=config.seed, step=batch.step, sample_ids=batch.first_id, **times,
+        dtype=DTYPES[config.precision], seed=config.seed, step=batch.step, sample_ids=batch.noise_ids, **times,
     )  # fmt: skip
     return point, weight
 
@@ -199,7 +209,16 @@ def next_batch(state: TrainState, config: TrainConfig, dataset: Dataset, order: 
     """What the next step reads."""
     samples = share.samples(config.batch_size)
     images, labels = dataset.batch(order.indices(state.step * config.batch_size + samples.start, len(samples)))
-    return Batch(images, labels, dataset.levels, state.step, samples.start)
+    batch = Batch(images, labels, dataset.levels, state.step, samples.start)
+    return replace(batch, paired_ids=_paired(config, batch)) if config.coupling == "optimal" else batch
+
+
+def _paired(config: TrainConfig, batch: Batch) -> Tensor:
+    """The noise of a class stays Gaussian: pairs are made within it."""
+    return optimal_ids(
+        batch.images, seed=config.seed, step=batch.step, sample_ids=batch.first_id, flip=config.flip,
+        labels=batch.labels if config.model.classes else None,
+    )  # fmt: skip
 
 
 def set_learning_rate(state: TrainState, config: TrainConfig) -> None:

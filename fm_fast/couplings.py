@@ -1,0 +1,150 @@
+"""Minibatch optimal transport: which noise of a batch goes with which data (Pooladian et al. 2023, Tong et al. 2023).
+
+Optimal pairs cross less than random ones, so the velocity varies less around its mean and its flow is straighter. The optimal pairing has
+the least sum of squared distances
+
+    sum_i |x1_i - x0_order(i)|^2 = sum_i |x1_i|^2 + sum_i |x0_i|^2 - 2 sum_i <x1_i, x0_order(i)>,
+
+of which only the last sum depends on the order: one matrix of products, whatever the data map's scale and the width of the path's noise.
+
+Noise is a function of (seed, step, sample id), so a pairing is an order of the sample ids. A training step that is given these ids draws
+its noise in the kernels as ever, and the pairing can be found anywhere: on another device, in a worker of the DataLoader, steps ahead.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fm_fast import _checks, _modes, random
+from fm_fast.random import Whole
+
+__all__ = ["optimal_ids", "optimal_order"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def optimal_ids(
+    x1: Tensor,
+    *,
+    seed: Whole,
+    step: Whole,
+    sample_ids: Whole | None = None,
+    labels: Tensor | None = None,
+    flip: float = 0.0,
+) -> Tensor:
+    """The sample ids with whose noise a batch of data is paired optimally: ``sample_ids`` for the loss of the same seed and step.
+
+    ::
+
+        ids = fm.couplings.optimal_ids(x1, seed=0, step=step)
+        loss = fm.flow_matching_loss(model, x1, seed=0, step=step, sample_ids=ids)
+
+    Pairs of a larger batch can be trained in parts: give each part of x1 the same part of the ids. The numbers of another device differ in
+    their last digits: where two pairings cost the same up to those, it may choose the other one.
+
+    Args:
+        x1: data [B, ...], floating, or uint8 of any number of levels.
+        seed, step: those of the loss.
+        sample_ids: those of the batch: None (0..B-1), the first id, or int64 [B].
+        labels: whole numbers [B]; pairs are made within a class alone. Without them the noise of a class is no longer Gaussian, and
+            sampling the class from Gaussian noise does not give its distribution (Cheng and Schwing 2025).
+        flip: that of the loss; the noise that goes with a mirrored sample is paired as such.
+
+    Returns:
+        int64 [B] on the device of x1, an order of the ids. The assignment is solved on the host, by SciPy: a GPU is waited for.
+
+    Raises:
+        ValueError, TypeError: for any argument out of range or of wrong shape, dtype or device, and for data that are not finite.
+        RuntimeError: in compiled functions, under ``torch.func`` transforms, and while a CUDA graph is recorded.
+
+    Naive equivalent, for sample ids from 0::
+
+        x0 = fm.noise(x1.shape, seed=seed, step=step)
+        rows, ids = scipy.optimize.linear_sum_assignment(torch.cdist(x1.flatten(1), x0.flatten(1)) ** 2)
+    """
+    _checks.data(x1)
+    _checks.probability("flip", flip)
+    _checks.data_map(x1, flip, 256, False)
+    ids = _all_ids(sample_ids, x1)
+    dtype = x1.dtype if x1.dtype == torch.float64 else torch.float32
+    drawn: dict[str, Any] = {"seed": seed, "step": step, "sample_ids": ids, "device": x1.device}
+    x0 = random.noise(tuple(x1.shape), **drawn, dtype=dtype)
+    if flip > 0.0:  # mirroring either of a pair gives the same product
+        mirrored = random.noise((x1.shape[0], 1), **drawn, stream="flip")[:, 0] < flip
+        x0[mirrored] = x0[mirrored].flip(-1)
+    return ids[optimal_order(x0, x1, labels=labels)]
+
+
+def optimal_order(x0: Tensor, x1: Tensor, *, labels: Tensor | None = None) -> Tensor:
+    """The order of given noise, or of any other source samples, that is the optimal one for a batch of data: ``x0=x0[order]`` for the loss.
+
+    Args:
+        x0: source samples [B, ...], of the shape of x1.
+        x1, labels: as those of :func:`optimal_ids`.
+
+    Returns:
+        int64 [B] on the device of x1: x0[order[i]] goes with x1[i].
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`optimal_ids`.
+
+    Naive equivalent::
+
+        rows, order = scipy.optimize.linear_sum_assignment(torch.cdist(x1.flatten(1), x0.flatten(1)) ** 2)
+    """
+    _checks.data(x1)
+    _checks.like("x0", x0, x1)
+    if not _modes.worth_a_wait(x1):
+        raise RuntimeError("a coupling looks at values: find it outside torch.compile, torch.func transforms and CUDA graphs")
+    products = _products(x0.detach(), x1.detach())
+    if labels is None:
+        return torch.from_numpy(_assign(products)).to(x1.device)
+    classes = _classes(labels, x1)
+    order = np.arange(len(classes))
+    for label in np.unique(classes):
+        members = np.flatnonzero(classes == label)
+        order[members] = members[_assign(products[np.ix_(members, members)])]
+    return torch.from_numpy(order).to(x1.device)
+
+
+def _all_ids(sample_ids: Whole | None, x1: Tensor) -> Tensor:
+    """int64 [B]."""
+    batch = x1.shape[0]
+    _checks.sample_ids(sample_ids, batch, x1.device)
+    if isinstance(sample_ids, Tensor) and sample_ids.dim() == 1:
+        return sample_ids
+    return torch.arange(batch, device=x1.device) + (0 if sample_ids is None else sample_ids)
+
+
+def _products(x0: Tensor, x1: Tensor) -> Array:
+    """<x1_i, x0_j> [B, B] on the host. The mean of the data is the same in every pairing, and takes digits from the rest."""
+    dtype = torch.promote_types(torch.promote_types(x0.dtype, x1.dtype), torch.float32)
+    data, source = (_rows(x).to(dtype) for x in (x1, x0))
+    products = (data - data.mean(0)) @ source.T
+    if not bool(products.isfinite().all()):
+        raise ValueError("x0 and x1 must be finite, got values that are not, or whose products are not")
+    return products.cpu().numpy()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, elements of a sample]."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+def _assign(products: Array) -> Array:
+    """The column of each row, such that the sum of the products is the greatest."""
+    from scipy.optimize import linear_sum_assignment  # comes with torchdiffeq; slow to import
+
+    return np.asarray(linear_sum_assignment(products, maximize=True)[1])
+
+
+def _classes(labels: Tensor, x1: Tensor) -> Array:
+    _checks.tensor("labels", labels)
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"labels must be whole numbers, got {labels.dtype}")
+    if labels.shape != x1.shape[:1]:
+        raise ValueError(f"labels must have shape [{len(x1)}], got {tuple(labels.shape)}")
+    return labels.cpu().numpy()
