@@ -6,7 +6,7 @@ from benchmarks.op import Op
 
 NAMES = (
     "noise", "path_sample", "path_loss", "linear_step", "sampler", "probe", "divergence_step", "divergence", "likelihood", "adamw_ema",
-    "group_norm_silu", "conv_weight_grad", "train_step", "share",
+    "group_norm_silu", "conv_weight_grad", "coupling", "train_step", "share",
 )  # fmt: skip
 
 

@@ -23,39 +23,39 @@ struct Views {
   }
 };
 
-// Channels and points become points: contiguous or channels_last memory, if it is the same for all.
+// Channels and positions become one run of positions: contiguous or channels_last memory, if it is the same for all.
 static inline void merge_channels(Shape* shape, const Views& views) {
-  int64_t channels = shape->channels, points = shape->points;
-  bool rows = views.all([=](const View& v) { return v.channel_stride == points * v.point_stride; });
-  bool columns = points == 1 || views.all([=](const View& v) { return v.point_stride == channels * v.channel_stride; });
+  int64_t channels = shape->channels, positions = shape->positions;
+  bool rows = views.all([=](const View& v) { return v.channel_stride == positions * v.position_stride; });
+  bool columns = positions == 1 || views.all([=](const View& v) { return v.position_stride == channels * v.channel_stride; });
   if (channels == 1 || (!rows && !columns)) return;
-  if (!rows) views.each([](View& v) { v.point_stride = v.channel_stride; });
-  shape->points *= channels;
+  if (!rows) views.each([](View& v) { v.position_stride = v.channel_stride; });
+  shape->positions *= channels;
   shape->channels = 1;
 }
 
 // Samples that follow each other without a gap become one.
 static inline void merge_batch(Shape* shape, const Views& views) {
-  int64_t points = shape->points;
-  bool runs = points == 1 || views.all([=](const View& v) { return v.batch_stride == points * v.point_stride; });
+  int64_t positions = shape->positions;
+  bool runs = positions == 1 || views.all([=](const View& v) { return v.batch_stride == positions * v.position_stride; });
   if (shape->channels != 1 || shape->batch == 1 || !runs) return;
-  if (points == 1) views.each([](View& v) { v.point_stride = v.batch_stride; });
-  shape->points *= shape->batch;
+  if (positions == 1) views.each([](View& v) { v.position_stride = v.batch_stride; });
+  shape->positions *= shape->batch;
   shape->batch = 1;
 }
 
 constexpr int64_t kShortRow = 16;
 
-// Many tiny samples: a point of all of them is a longer run than the points of one.
-static inline void swap_short_points(Shape* shape, const Views& views) {
-  if (shape->channels != 1 || shape->points >= kShortRow || shape->batch <= shape->points) return;
+// Many tiny samples: a position of all of them is a longer run than the positions of one.
+static inline void swap_short_positions(Shape* shape, const Views& views) {
+  if (shape->channels != 1 || shape->positions >= kShortRow || shape->batch <= shape->positions) return;
   int64_t batch = shape->batch;
-  shape->batch = shape->points;
-  shape->points = batch;
+  shape->batch = shape->positions;
+  shape->positions = batch;
   views.each([](View& v) {
     int64_t stride = v.batch_stride;
-    v.batch_stride = v.point_stride;
-    v.point_stride = stride;
+    v.batch_stride = v.position_stride;
+    v.position_stride = stride;
   });
 }
 
@@ -63,7 +63,7 @@ static inline void swap_short_points(Shape* shape, const Views& views) {
 static inline void merge(Shape* shape, const Views& views) {
   merge_channels(shape, views);
   merge_batch(shape, views);
-  swap_short_points(shape, views);
+  swap_short_positions(shape, views);
 }
 
 }  // namespace fm

@@ -36,7 +36,7 @@ void set_weight(const Tensor& weight, const Tensor& o, LossCall* call) {
 // so that a batch gives the same bits in one piece and in several.
 void set_point(const std::optional<Tensor>& x_t, const Tensor& o, LossCall* call) {
   if (!x_t || call->x0.data || dtype_of(*x_t) != (call->wide ? Dtype::float64 : Dtype::float32)) return;
-  if (call->shape.channels * call->shape.points >= kWorthRecovering) call->x_t = float_view(*x_t, o);
+  if (call->shape.channels * call->shape.positions >= kWorthRecovering) call->x_t = float_view(*x_t, o);
 }
 
 LossCall loss_call(const LossInputs& in, int reduction, const DataTransform& transform) {
@@ -52,7 +52,7 @@ LossCall loss_call(const LossInputs& in, int reduction, const DataTransform& tra
   set_weight(in.weight, in.o, &call);
   call.wide = is_wide(in.coef) || is_wide(in.o) || is_wide(in.x1) || (call.x0.data && is_wide(in.x0));
   call.reduction = reduction;
-  call.divisor = reduction_divisor(reduction, call.shape.batch, call.shape.channels * call.shape.points);
+  call.divisor = reduction_divisor(reduction, call.shape.batch, call.shape.channels * call.shape.positions);
   call.grad_factor = 2.0 / call.divisor;
   return call;
 }

@@ -31,7 +31,7 @@ ProbeCall probe_call(const Tensor& probes, const ProbeInputs& in) {
   call.first = whole(in.first, 0, INT64_MAX - call.probes, "first");
   call.index = whole(in.index, 0, kIndexLimit - 1, "index");
   whole(call.index + (call.first + call.probes - 1) / call.share, 0, kIndexLimit - 1, "index + probes / share");
-  set_structure(in, call.shape.channels * call.shape.points, &call);
+  set_structure(in, call.shape.channels * call.shape.positions, &call);
   return call;
 }
 

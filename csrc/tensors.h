@@ -16,12 +16,12 @@ static inline int64_t element_size(Dtype dtype) {
 struct View {
   void* data;
   Dtype dtype;
-  int64_t batch_stride, channel_stride, point_stride;
+  int64_t batch_stride, channel_stride, position_stride;
 };
 
 // C = dimension 1 where there are more than two dimensions, else 1. width = size of the last dimension (what a flip mirrors).
 struct Shape {
-  int64_t batch, channels, points, width;
+  int64_t batch, channels, positions, width;
 };
 
 // Sample b has id ids[b], or first_id + b where ids is nullptr.

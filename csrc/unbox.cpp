@@ -37,7 +37,7 @@ int64_t collapsed_stride(const abi::Tensor& tensor, int64_t first) {
   for (int64_t i = tensor.dim() - 1; i >= first; --i) {
     if (sizes[i] == 1) continue;
     if (expected < 0) stride = expected = strides[i];
-    if (strides[i] != expected) tensor.fail("strides do not collapse to (batch, channel, point): make it contiguous");
+    if (strides[i] != expected) tensor.fail("strides do not collapse to (batch, channel, position): make it contiguous");
     expected *= sizes[i];
   }
   return stride;
@@ -80,11 +80,11 @@ Dtype dtype_of(const abi::Tensor& tensor) {
 bool is_wide(const abi::Tensor& tensor) { return dtype_of(tensor) == Dtype::float64; }
 
 Shape shape_of(const abi::Tensor& tensor) {
-  int64_t dim = tensor.dim(), points = 1;
+  int64_t dim = tensor.dim(), positions = 1;
   const int64_t* sizes = tensor.sizes();
   if (dim < 1) tensor.fail("expected at least one dimension");
-  for (int64_t i = dim > 2 ? 2 : 1; i < dim; ++i) points *= sizes[i];
-  return Shape{sizes[0], dim > 2 ? sizes[1] : 1, points, dim > 1 ? sizes[dim - 1] : 1};
+  for (int64_t i = dim > 2 ? 2 : 1; i < dim; ++i) positions *= sizes[i];
+  return Shape{sizes[0], dim > 2 ? sizes[1] : 1, positions, dim > 1 ? sizes[dim - 1] : 1};
 }
 
 namespace {

@@ -151,3 +151,13 @@ def test_a_variance_that_float32_sums_round_away_is_inexact_and_a_worse_one_wron
     with pytest.raises(AssertionError) as found:
         divergence_step.check(given, setting, off_by(1.1 * bound))
     assert not isinstance(found.value, Inexact)
+
+
+def test_pairs_that_are_not_optimal_stop_the_run(monkeypatch):
+    import fm_fast as fm
+
+    op, setting = registry.find("coupling"), Setting(CPU, "tiny", (32, 3, 2, 2), torch.float32, "exact")
+    assert list(run.gate(op, setting, ["naive", "torchcfm"]).steps)[:2] == ["fm_fast", "naive: cdist, SciPy"]
+    monkeypatch.setattr(fm.couplings, "optimal_ids", lambda x1, seed, step: torch.arange(len(x1)))
+    with pytest.raises(SystemExit, match=r"fm_fast is wrong, so nothing is timed: \d+ of 32 pairs are not optimal"):
+        run.gate(op, setting, [])

@@ -9,8 +9,8 @@
 namespace fm {
 namespace FM_ISA {
 
-constexpr int64_t kAbreast = 64;     // samples in one go
-constexpr int64_t kBlockPoints = 4;  // numbers of a block
+constexpr int64_t kAbreast = 64;        // samples in one go
+constexpr int64_t kBlockPositions = 4;  // numbers of a block
 
 // One block of numbers for each of `count` <= kAbreast consecutive samples; writes kAbreast blocks at most.
 template <class Finish>
@@ -23,19 +23,19 @@ FM_INLINE void draw_blocks(const Generator& generator, const Key& key, int64_t f
 // Whether the samples are such rows, and follow each other without gaps in every tensor.
 template <class T, int N>
 FM_INLINE bool samples_abreast(const Shape& shape, const Tiling& tiling, const DataTransform& transform, const View* const (&views)[N]) {
-  bool result = shape.points >= 1 && shape.points <= kBlockPoints && tiling.noise_rows == 1;
-  for (const View* view : views) result = result && (!view->data || view->batch_stride == shape.points);
+  bool result = shape.positions >= 1 && shape.positions <= kBlockPositions && tiling.noise_rows == 1;
+  for (const View* view : views) result = result && (!view->data || view->batch_stride == shape.positions);
   return result && rows_in_place<T>(shape, tiling, transform, views);
 }
 
-// Calls body(points, first, count) for the samples of the units, points being shape.points as a constant.
-template <int kPoints = 1, class Body>
+// Calls body(positions, first, count) for the samples of the units, positions being shape.positions as a constant.
+template <int kPositions = 1, class Body>
 FM_INLINE void for_each_run(const Shape& shape, const Tiling& tiling, int64_t begin, int64_t end, const Body& body) {
-  if constexpr (kPoints < kBlockPoints)
-    if (shape.points > kPoints) return for_each_run<kPoints + 1>(shape, tiling, begin, end, body);
+  if constexpr (kPositions < kBlockPositions)
+    if (shape.positions > kPositions) return for_each_run<kPositions + 1>(shape, tiling, begin, end, body);
   int64_t last = lesser(end * tiling.samples_per_unit, shape.batch);
   for (int64_t first = begin * tiling.samples_per_unit; first < last; first += kAbreast)
-    body(std::integral_constant<int, kPoints>{}, first, lesser(kAbreast, last - first));
+    body(std::integral_constant<int, kPositions>{}, first, lesser(kAbreast, last - first));
 }
 
 }  // namespace FM_ISA

@@ -61,7 +61,8 @@ void sign_dots(const DivergenceArgs& args, int64_t begin, int64_t end) {
     alignas(64) T buffer[kTileBuffer];
     Rows<const T> rows = read_rows<T>(g, tile, buffer);
     double sum = 0;
-    for (int64_t c = 0; c < tile.channels; ++c) sum += static_cast<double>(signed_sum(rows.row(c), row_words(words, tile, c), tile.points));
+    for (int64_t c = 0; c < tile.channels; ++c)
+      sum += static_cast<double>(signed_sum(rows.row(c), row_words(words, tile, c), tile.positions));
     put_sum(args, probe, tile, sum);
   });
 }
@@ -73,9 +74,9 @@ FM_INLINE double normal_dot(const View& g, const Tile& tile, const float* noise)
   Rows<const T> rows = read_rows<T>(g, tile, buffer);
   double sum = 0;
   for (int64_t c = 0; c < tile.channels; ++c) {
-    __builtin_memcpy(z, noise + c * tile.pitch, static_cast<size_t>(tile.points) * sizeof(float));
-    round_to(g.dtype, z, tile.points);
-    sum += static_cast<double>(product_sum(rows.row(c), z, tile.points));
+    __builtin_memcpy(z, noise + c * tile.pitch, static_cast<size_t>(tile.positions) * sizeof(float));
+    round_to(g.dtype, z, tile.positions);
+    sum += static_cast<double>(product_sum(rows.row(c), z, tile.positions));
   }
   return sum;
 }

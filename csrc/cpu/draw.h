@@ -198,9 +198,9 @@ FM_INLINE void normal_lanes(const Generator& g, const Ints radius_words[N], cons
   }
 }
 
-// What becomes of a block's four words: its numbers, of which it holds kPoints.
+// What becomes of a block's four words: its numbers, of which it holds kPositions.
 struct ToNormals {
-  static constexpr int64_t kPoints = 4;
+  static constexpr int64_t kPositions = 4;
   template <int N>
   FM_INLINE void finish(const Generator& g, const GroupWords<N>& words, Floats even[2 * N], Floats odd[2 * N]) {
     constexpr int kAbreast = kLanes == 16 ? N : 2 * N;  // measured
@@ -209,7 +209,7 @@ struct ToNormals {
 };
 
 struct ToUniforms {
-  static constexpr int64_t kPoints = 4;
+  static constexpr int64_t kPositions = 4;
   template <int N>
   FM_INLINE void finish(const Generator& g, const GroupWords<N>& words, Floats even[2 * N], Floats odd[2 * N]) {
     for (int n = 0; n < 2 * N; ++n) {
@@ -221,7 +221,7 @@ struct ToUniforms {
 
 // The words themselves, one bit a sign. Vectors and memcpy keep all bits, also those that would be a signalling NaN.
 struct ToSigns {
-  static constexpr int64_t kPoints = 128;
+  static constexpr int64_t kPositions = 128;
   template <int N>
   FM_INLINE void finish(const Generator&, const GroupWords<N>& words, Floats even[2 * N], Floats odd[2 * N]) {
     for (int n = 0; n < 2 * N; ++n) {
@@ -279,7 +279,7 @@ static void fill_listed(const Generator& generator, const uint32_t* ids, const u
 #else
 
 struct ToNormals {
-  static constexpr int64_t kPoints = 4;
+  static constexpr int64_t kPositions = 4;
   FM_INLINE void finish(const Words& words, float* out) {
     normal_pair(words.w[0], words.w[1], out, out + 1);
     normal_pair(words.w[2], words.w[3], out + 2, out + 3);
@@ -287,14 +287,14 @@ struct ToNormals {
 };
 
 struct ToUniforms {
-  static constexpr int64_t kPoints = 4;
+  static constexpr int64_t kPositions = 4;
   FM_INLINE void finish(const Words& words, float* out) {
     for (int i = 0; i < 4; ++i) out[i] = uniform_from_word(words.w[i]);
   }
 };
 
 struct ToSigns {
-  static constexpr int64_t kPoints = 128;
+  static constexpr int64_t kPositions = 128;
   FM_INLINE void finish(const Words& words, float* out) { __builtin_memcpy(out, words.w, sizeof(words.w)); }
 };
 

@@ -68,7 +68,7 @@ struct Deviations {
   }
 };
 
-// Mean and sum of squared deviations of the points so far.
+// Mean and sum of squared deviations of the positions so far.
 struct Moments {
   double mean, spread;
 };
@@ -79,34 +79,34 @@ FM_INLINE Moments merged(const Moments& m, double before, double count, double s
   return Moments{m.mean + distance * (count / all), m.spread + spread + distance * distance * (before * count / all)};
 }
 
-// The numbers of a piece are shifted by the mean of those before it. Were that far off, the points so far and the piece would differ in
+// The numbers of a piece are shifted by the mean of those before it. Were that far off, the positions so far and the piece would differ in
 // mean, and that difference is part of the variance: so what float32 loses by the shift stays within a few roundings of the result.
 template <class S>
 FM_INLINE void add_piece(const Piece& piece, Block<const S> x, Moments* moments) {
   using T = Compute<S>;
   T shift[kMostChannels], sums[kMostChannels], squares[kMostChannels];
   int64_t channels = piece.tile.channels;
-  double before = static_cast<double>(piece.tile.point), count = static_cast<double>(piece.tile.points);
-  if (piece.tile.point == 0) run<T>(Sums<S>{x, sums}, piece);
+  double before = static_cast<double>(piece.tile.position), count = static_cast<double>(piece.tile.positions);
+  if (piece.tile.position == 0) run<T>(Sums<S>{x, sums}, piece);
   for (int64_t c = 0; c < channels; ++c)
-    shift[c] = static_cast<T>(piece.tile.point == 0 ? static_cast<double>(sums[c]) / count : moments[c].mean);
+    shift[c] = static_cast<T>(piece.tile.position == 0 ? static_cast<double>(sums[c]) / count : moments[c].mean);
   run<T>(Deviations<S>{x, shift, sums, squares}, piece);
   for (int64_t c = 0; c < channels; ++c) {
-    const Moments& start = piece.tile.point == 0 ? Moments{0, 0} : moments[c];
+    const Moments& start = piece.tile.position == 0 ? Moments{0, 0} : moments[c];
     moments[c] = merged(start, before, count, static_cast<double>(shift[c]), static_cast<double>(sums[c]), static_cast<double>(squares[c]));
   }
 }
 
 // Of one group, from the moments of its channels, to which the embedding is added here.
 FM_INLINE Statistics group_statistics(const NormArgs& args, int64_t sample, int64_t channel, int64_t channels, const Moments* moments) {
-  double points = static_cast<double>(args.shape.points), count = static_cast<double>(channels), mean = 0, spread = 0;
+  double positions = static_cast<double>(args.shape.positions), count = static_cast<double>(channels), mean = 0, spread = 0;
   for (int64_t c = 0; c < channels; ++c) mean += moments[c].mean + parameter(args.embedding, sample, channel + c, 0.0);
   mean /= count;
   for (int64_t c = 0; c < channels; ++c) {
     double distance = moments[c].mean + parameter(args.embedding, sample, channel + c, 0.0) - mean;
-    spread += moments[c].spread + points * distance * distance;
+    spread += moments[c].spread + positions * distance * distance;
   }
-  return Statistics{mean, 1.0 / sqrt(spread / (points * count) + args.eps)};
+  return Statistics{mean, 1.0 / sqrt(spread / (positions * count) + args.eps)};
 }
 
 // --- the result ----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 // The gradients of group_norm_silu from x and the saved mean and rstd, with xhat = (x + embedding - mean) rstd and dz = mask silu'(z) dy:
 //   dx = rstd (gain dz - mean(gain dz) - xhat mean(gain dz xhat)), means over the group,
-// one pass for dz and its sums over the points, one for dx. Of these sums the parameters' gradients are made afterwards.
+// one pass for dz and its sums over the positions, one for dx. Of these sums the parameters' gradients are made afterwards.
 #include "norm_numbers.h"
 #include "silu.h"
 
@@ -100,7 +100,7 @@ FM_INLINE ChannelSums sums_of(const NormGradArgs& args, const NormUnit& unit) {
 
 template <class T>
 FM_INLINE void add_sums(const Piece& piece, const T* values, double* sums) {
-  for (int64_t c = 0; c < piece.tile.channels; ++c) sums[c] = static_cast<double>(values[c]) + (piece.tile.point == 0 ? 0.0 : sums[c]);
+  for (int64_t c = 0; c < piece.tile.channels; ++c) sums[c] = static_cast<double>(values[c]) + (piece.tile.position == 0 ? 0.0 : sums[c]);
 }
 
 // As the forward pass saved them.
@@ -115,7 +115,7 @@ template <class T>
 FM_INLINE void set_backward_numbers(const NormArgs& args, const NormUnit& unit, const ChannelSums& sums,
                                     const BackwardNumbers<T>& numbers) {
   int64_t width = unit.channels / unit.groups;
-  double count = static_cast<double>(width * args.shape.points);
+  double count = static_cast<double>(width * args.shape.positions);
   for (int64_t g = 0; g < unit.groups; ++g) {
     double rstd = group_statistics<T>(args, unit, g).rstd;
     double level = 0, slope = 0;
@@ -154,7 +154,7 @@ class Backward {
         mask_(args.norm),
         most_(args.norm.shape.channels / args.norm.groups * args.norm.unit_groups),
         numbers_(6 * most_),
-        kept_(most_ * args.norm.shape.points <= kKeptElements ? most_ * args.norm.shape.points : 0) {}
+        kept_(most_ * args.norm.shape.positions <= kKeptElements ? most_ * args.norm.shape.positions : 0) {}
 
   void run_unit(const NormUnit& unit) {
     T* n = numbers_.data();
@@ -168,7 +168,7 @@ class Backward {
   }
 
  private:
-  bool keeps() const { return most_ * args_.norm.shape.points <= kKeptElements; }
+  bool keeps() const { return most_ * args_.norm.shape.positions <= kKeptElements; }
 
   void derivative(const Piece& piece, const Block<const S>& x, const ForwardNumbers<T>& numbers, const Block<T>& dz) {
     Block<const S> dy = input_block<S>(args_.grad_y, piece, 0, space_.dy);

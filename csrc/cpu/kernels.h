@@ -9,7 +9,7 @@ namespace fm {
 // A unit is the smallest piece of work given to a thread: some whole samples, or one tile of one sample.
 // The cut depends on shapes and layouts only, never on the number of threads, and so do all sums.
 struct Tiling {
-  int64_t tile_channels, tile_points, channel_tiles, point_tiles, samples_per_unit, units;
+  int64_t tile_channels, tile_positions, channel_tiles, position_tiles, samples_per_unit, units;
   int64_t noise_rows;  // channels merged into one row although gaps lie between their numbers as drawn, else 1
 };
 
@@ -31,7 +31,7 @@ struct SampleArgs : SampleCall {
 struct LossArgs : LossCall {
   Tiling tiling;
   Key key;
-  double* partial;  // [B, channel_tiles * point_tiles] sums of the loss, or nullptr
+  double* partial;  // [B, channel_tiles * position_tiles] sums of the loss, or nullptr
 };
 
 struct StepArgs : StepCall {
@@ -43,7 +43,7 @@ struct StepArgs : StepCall {
 // Bit p % 128 of block c * ceil(P / 128) + p / 128 of a probe: the parity of codes[c * P + p] & its row.
 struct ParityArgs {
   const int64_t *codes, *rows;
-  int64_t channels, points;
+  int64_t channels, positions;
   uint32_t* parities;  // four words a block
 };
 
@@ -122,7 +122,7 @@ struct NormArgs {
 struct NormGradArgs {
   NormArgs norm;
   View grad_y, grad_x, grad_second;
-  double* sums;  // [B, 3, C]: sums over the points of dz, dz xhat and dx
+  double* sums;  // [B, 3, C]: sums over the positions of dz, dz xhat and dx
 };
 
 // A convolution of size 1 or 3 that keeps height and width; x [B, H, W, C], grad_y [B, H, W, O], O a multiple of kConvOutputs.

@@ -73,7 +73,7 @@ FM_INLINE void add_terms(const StepArgs& args, int64_t first, int64_t terms, con
   }
   row.a = a;
   row.guidance = static_cast<T>(args.guidance);
-  row.count = tile.points;
+  row.count = tile.positions;
   for (int64_t c = 0; c < tile.channels; ++c) {
     row.x = x.row(c);
     row.y = y.row(c);
@@ -122,8 +122,8 @@ bool needs_no_buffer(const StepArgs& args) {
 template <class T>
 void step_units(const StepArgs& args, int64_t begin, int64_t end) {
   if (needs_no_buffer<T>(args)) {
-    int64_t point = begin * args.tiling.tile_points, last = lesser(end * args.tiling.tile_points, args.shape.points);
-    return step_tile<T>(args, Tile{0, 0, 0, 1, point, last - point, 0});
+    int64_t position = begin * args.tiling.tile_positions, last = lesser(end * args.tiling.tile_positions, args.shape.positions);
+    return step_tile<T>(args, Tile{0, 0, 0, 1, position, last - position, 0});
   }
   walk_tiles(args.shape, args.tiling, begin, end, [&](const Tile& tile) { step_tile<T>(args, tile); });
 }

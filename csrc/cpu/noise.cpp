@@ -18,15 +18,15 @@ void sign_units(const NoiseArgs& args, int64_t begin, int64_t end) {
 
 void word_units(const NoiseArgs& args, int64_t begin, int64_t end) {
   Stream stream = stream_of(args.key, args.purpose);
-  int64_t blocks = divide_up(args.shape.points, 4);
+  int64_t blocks = divide_up(args.shape.positions, 4);
   const View& out = args.out;
   walk_tiles(args.shape, args.tiling, begin, end, [&](const Tile& tile) {
     int64_t* to = static_cast<int64_t*>(out.data) + offset_of(out, tile);
     for (int64_t c = 0; c < tile.channels; ++c)
-      for (int64_t p = 0; p < tile.points; p += 4) {
-        uint32_t block = static_cast<uint32_t>((tile.channel + c) * blocks + (tile.point + p) / 4);
+      for (int64_t p = 0; p < tile.positions; p += 4) {
+        uint32_t block = static_cast<uint32_t>((tile.channel + c) * blocks + (tile.position + p) / 4);
         Words words = stream_words(stream, sample_id(args.key, tile.sample), block);
-        for (int64_t i = p; i < lesser(p + 4, tile.points); ++i) to[c * out.channel_stride + i * out.point_stride] = words.w[i - p];
+        for (int64_t i = p; i < lesser(p + 4, tile.positions); ++i) to[c * out.channel_stride + i * out.position_stride] = words.w[i - p];
       }
   });
 }

@@ -1,5 +1,5 @@
-// Pieces of a group_norm_silu unit: some channels of one input and some points, as lines of lanes, in place wherever memory allows.
-// Lines are what the tensor's layout makes runs of: the points of a channel, or the channels of a point (channels_last).
+// Pieces of a group_norm_silu unit: some channels of one input and some positions, as lines of lanes, in place wherever memory allows.
+// Lines are what the tensor's layout makes runs of: the positions of a channel, or the channels of a position (channels_last).
 #pragma once
 
 #include "scratch.h"
@@ -31,37 +31,37 @@ struct Input {
   int64_t first, last;
 };
 
-// channels, points: the piece's; `tile` has what the generators need.
+// channels, positions: the piece's; `tile` has what the generators need.
 struct Piece {
   Tile tile;
   int64_t first;  // channel of the input that the piece lies in
-  bool columns;   // a line is a point
+  bool columns;   // a line is a position
 
-  int64_t lines() const { return columns ? tile.points : tile.channels; }
-  int64_t width() const { return columns ? tile.channels : tile.points; }
-  int64_t elements() const { return tile.channels * tile.points; }
+  int64_t lines() const { return columns ? tile.positions : tile.channels; }
+  int64_t width() const { return columns ? tile.channels : tile.positions; }
+  int64_t elements() const { return tile.channels * tile.positions; }
 };
 
-FM_INLINE bool in_columns(const View& view, int64_t channels, int64_t points) {
-  return points == 1 || (channels > 1 && view.channel_stride < view.point_stride);
+FM_INLINE bool in_columns(const View& view, int64_t channels, int64_t positions) {
+  return positions == 1 || (channels > 1 && view.channel_stride < view.position_stride);
 }
 
 template <class Body>
 FM_INLINE void for_each_piece_of(const Shape& shape, const NormUnit& unit, const Input& input, const Body& body) {
   int64_t begin = greater(unit.channel, input.first), end = lesser(unit.channel + unit.channels, input.last);
-  bool columns = in_columns(input.view, input.last - input.first, shape.points);
-  int64_t row = padded(lesser(shape.points, kPieceElements));
+  bool columns = in_columns(input.view, input.last - input.first, shape.positions);
+  int64_t row = padded(lesser(shape.positions, kPieceElements));
   int64_t most = columns ? kPieceChannels : kPieceElements / row;
   for (int64_t c = begin; c < end; c += most) {
-    int64_t channels = lesser(most, end - c), points = kPieceElements / channels / 4 * 4;
-    for (int64_t p = 0; p < shape.points; p += points) {
-      int64_t count = lesser(points, shape.points - p);
+    int64_t channels = lesser(most, end - c), positions = kPieceElements / channels / 4 * 4;
+    for (int64_t p = 0; p < shape.positions; p += positions) {
+      int64_t count = lesser(positions, shape.positions - p);
       body(Piece{Tile{unit.sample, 0, c, channels, p, count, padded(count)}, input.first, columns});
     }
   }
 }
 
-// Calls body(piece, view) for all pieces of the unit in both inputs: of one run of channels all points, then of the next.
+// Calls body(piece, view) for all pieces of the unit in both inputs: of one run of channels all positions, then of the next.
 template <class Body>
 FM_INLINE void for_each_piece(const NormArgs& args, const NormUnit& unit, const Body& body) {
   const Input inputs[2] = {{args.x, 0, args.first_channels}, {args.second, args.first_channels, args.shape.channels}};
@@ -86,8 +86,10 @@ struct Steps {
 
 FM_INLINE Steps steps_of(const View& view, const Piece& piece, int64_t first_channel) {
   const Tile& tile = piece.tile;
-  int64_t offset = tile.sample * view.batch_stride + (tile.channel - first_channel) * view.channel_stride + tile.point * view.point_stride;
-  return piece.columns ? Steps{offset, view.point_stride, view.channel_stride} : Steps{offset, view.channel_stride, view.point_stride};
+  int64_t offset =
+      tile.sample * view.batch_stride + (tile.channel - first_channel) * view.channel_stride + tile.position * view.position_stride;
+  return piece.columns ? Steps{offset, view.position_stride, view.channel_stride}
+                       : Steps{offset, view.channel_stride, view.position_stride};
 }
 
 FM_INLINE bool in_place(const Steps& steps, const Piece& piece) { return steps.lane == 1 || piece.width() == 1; }
@@ -183,7 +185,7 @@ FM_INLINE Vector<T> per_channel(const T* values, Line place) {
   return all(values[place.line]);
 }
 
-// Sums over a block's points.
+// Sums over a block's positions.
 template <class T, class How>
 FM_INLINE void store_sum(T* sums, Lanes<How> place, Vector<T> sum) {
   store(sums + place.lane, sum, place.how);
@@ -193,7 +195,7 @@ FM_INLINE void store_sum(T* sums, Line place, Vector<T> sum) {
   sums[place.line] = sum_of_lanes<T>(sum);
 }
 
-// A kernel is begun at some channels, stepped over their points, with accumulators k < kAbreast in turn, and ended.
+// A kernel is begun at some channels, stepped over their positions, with accumulators k < kAbreast in turn, and ended.
 template <class Kernel, class How>
 FM_INLINE void run_column(const Kernel& kernel, int64_t lines, int64_t lane, How how) {
   auto registers = kernel.begin(Lanes<How>{lane, how});

@@ -102,7 +102,7 @@ FM_INLINE double loss_of_rows(const Tile& tile, const LossTerm<T>& term, const L
   for (int64_t c = 0; c < tile.channels; ++c) {
     const T* weight = rows.weight.data ? rows.weight.row(c) : nullptr;
     T* grad = rows.grad.data ? rows.grad.row(c) : nullptr;
-    sum += loss_of_row(term, LossRow<T, decltype(x0(c))>{rows.o.row(c), rows.x1.row(c), x0(c), weight, grad, tile.points});
+    sum += loss_of_row(term, LossRow<T, decltype(x0(c))>{rows.o.row(c), rows.x1.row(c), x0(c), weight, grad, tile.positions});
   }
   return sum;
 }
@@ -140,31 +140,32 @@ FM_INLINE void loss_of_sample(const LossArgs& args, int64_t sample, const float*
   T* grad = args.grad.data ? row_of<T>(args.grad, sample) : nullptr;
   double sum;
   if (noise) {
-    sum = loss_of_row(term, LossRow<T, const float*>{o, x1, noise, weight, grad, args.shape.points});
+    sum = loss_of_row(term, LossRow<T, const float*>{o, x1, noise, weight, grad, args.shape.positions});
   } else if (args.x0.data) {
-    sum = loss_of_row(term, LossRow<T, const T*>{o, x1, row_of<const T>(args.x0, sample), weight, grad, args.shape.points});
+    sum = loss_of_row(term, LossRow<T, const T*>{o, x1, row_of<const T>(args.x0, sample), weight, grad, args.shape.positions});
   } else {
     sum = loss_of_row(term, LossRow<T, RecoveredRow<T>>{o, x1, recovered_row(args, sample, row_of<const T>(args.x_t, sample), x1), weight,
-                                                        grad, args.shape.points});
+                                                        grad, args.shape.positions});
   }
   if (args.partial) args.partial[sample] = sum;
 }
 
 // Samples without weights, next to each other. x0: kStride numbers a sample.
-template <int kPoints, int kStride, class T, class X0>
+template <int kPositions, int kStride, class T, class X0>
 FM_INLINE void loss_of_samples(const LossArgs& args, int64_t first, int64_t count, const X0* x0) {
   const T* rows = static_cast<const T*>(args.coefficients) + kColumns * first;
   const T *o = row_of<const T>(args.o, first), *x1 = row_of<const T>(args.x1, first);
-  T *grad = args.grad.data ? row_of<T>(args.grad, first) : nullptr, difference[kPoints * kAbreast];
+  T *grad = args.grad.data ? row_of<T>(args.grad, first) : nullptr, difference[kPositions * kAbreast];
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i)
-    for (int64_t p = 0; p < kPoints; ++p) {
+    for (int64_t p = 0; p < kPositions; ++p) {
       LossTerm<T> term = {rows[kColumns * i + kC1], rows[kColumns * i + kC0], rows[kColumns * i + kK], 0, 0};
-      difference[i * kPoints + p] = residual<T>(term, o[i * kPoints + p], x1[i * kPoints + p], static_cast<T>(x0[i * kStride + p]));
+      difference[i * kPositions + p] =
+          residual<T>(term, o[i * kPositions + p], x1[i * kPositions + p], static_cast<T>(x0[i * kStride + p]));
     }
   for (int64_t i = 0; i < count; ++i) {
     T sum = 0;
-    for (int64_t p = 0; p < kPoints; ++p) sum += difference[i * kPoints + p] * difference[i * kPoints + p];
+    for (int64_t p = 0; p < kPositions; ++p) sum += difference[i * kPositions + p] * difference[i * kPositions + p];
     args.partial[first + i] = static_cast<double>(sum) * static_cast<double>(rows[kColumns * i + kW]);
   }
   if (!grad) return;
@@ -172,18 +173,18 @@ FM_INLINE void loss_of_samples(const LossArgs& args, int64_t first, int64_t coun
   for (int64_t i = 0; i < count; ++i) {
     T scale =
         static_cast<T>(args.grad_factor * static_cast<double>(rows[kColumns * i + kW]) * static_cast<double>(rows[kColumns * i + kK]));
-    for (int64_t p = 0; p < kPoints; ++p) grad[i * kPoints + p] = difference[i * kPoints + p] * scale;
+    for (int64_t p = 0; p < kPositions; ++p) grad[i * kPositions + p] = difference[i * kPositions + p] * scale;
   }
 }
 
 template <class T>
 void loss_units_abreast(const LossArgs& args, int64_t begin, int64_t end) {
-  alignas(64) float noise[kBlockPoints * kAbreast];
+  alignas(64) float noise[kBlockPositions * kAbreast];
   Generator generator = make_generator(stream_of(args.key, kStreamX0));
-  for_each_run(args.shape, args.tiling, begin, end, [&](auto points, int64_t first, int64_t count) {
-    if (args.x0.data) return loss_of_samples<points, points, T>(args, first, count, row_of<const T>(args.x0, first));
+  for_each_run(args.shape, args.tiling, begin, end, [&](auto positions, int64_t first, int64_t count) {
+    if (args.x0.data) return loss_of_samples<positions, positions, T>(args, first, count, row_of<const T>(args.x0, first));
     draw_blocks<ToNormals>(generator, args.key, first, count, noise);
-    loss_of_samples<points, kBlockPoints, T>(args, first, count, noise);
+    loss_of_samples<positions, kBlockPositions, T>(args, first, count, noise);
   });
 }
 

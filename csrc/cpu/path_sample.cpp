@@ -32,9 +32,9 @@ FM_INLINE void sample_tile(const SampleArgs& args, const Tile& tile, const float
   Rows<const T> x0 = args.x0.data ? read_rows<T>(args.x0, tile, x0_buffer) : Rows<const T>{nullptr, 0};
   for (int64_t c = 0; c < tile.channels; ++c) {
     if (args.x0.data)
-      mix_row(mix, x1.row(c), x0.row(c), x_t.row(c), tile.points);
+      mix_row(mix, x1.row(c), x0.row(c), x_t.row(c), tile.positions);
     else
-      mix_row(mix, x1.row(c), noise + c * tile.pitch, x_t.row(c), tile.points);
+      mix_row(mix, x1.row(c), noise + c * tile.pitch, x_t.row(c), tile.positions);
   }
   finish_rows<T>(args.x_t, tile, x_t_buffer);
 }
@@ -45,30 +45,30 @@ FM_INLINE void sample_row(const SampleArgs& args, int64_t sample, const float* n
   const T* x1 = row_of<const T>(args.x1, sample);
   T* x_t = row_of<T>(args.x_t, sample);
   if (noise)
-    mix_row(mix, x1, noise, x_t, args.shape.points);
+    mix_row(mix, x1, noise, x_t, args.shape.positions);
   else
-    mix_row(mix, x1, row_of<const T>(args.x0, sample), x_t, args.shape.points);
+    mix_row(mix, x1, row_of<const T>(args.x0, sample), x_t, args.shape.positions);
 }
 
 // x0: kStride numbers a sample.
-template <int kPoints, int kStride, class T, class X0>
+template <int kPositions, int kStride, class T, class X0>
 FM_INLINE void mix_samples(const T* __restrict rows, const T* __restrict x1, const X0* __restrict x0, T* __restrict x_t, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
-    for (int64_t p = 0; p < kPoints; ++p)
-      x_t[i * kPoints + p] =
-          interpolate<T>(rows[kColumns * i + kA], x1[i * kPoints + p], rows[kColumns * i + kS], static_cast<T>(x0[i * kStride + p]));
+    for (int64_t p = 0; p < kPositions; ++p)
+      x_t[i * kPositions + p] =
+          interpolate<T>(rows[kColumns * i + kA], x1[i * kPositions + p], rows[kColumns * i + kS], static_cast<T>(x0[i * kStride + p]));
 }
 
 template <class T>
 void sample_units_abreast(const SampleArgs& args, int64_t begin, int64_t end) {
-  alignas(64) float noise[kBlockPoints * kAbreast];
+  alignas(64) float noise[kBlockPositions * kAbreast];
   Generator generator = make_generator(stream_of(args.key, kStreamX0));
-  for_each_run(args.shape, args.tiling, begin, end, [&](auto points, int64_t first, int64_t count) {
+  for_each_run(args.shape, args.tiling, begin, end, [&](auto positions, int64_t first, int64_t count) {
     const T *rows = static_cast<const T*>(args.coefficients) + kColumns * first, *x1 = row_of<const T>(args.x1, first);
     T* x_t = row_of<T>(args.x_t, first);
-    if (args.x0.data) return mix_samples<points, points>(rows, x1, row_of<const T>(args.x0, first), x_t, count);
+    if (args.x0.data) return mix_samples<positions, positions>(rows, x1, row_of<const T>(args.x0, first), x_t, count);
     draw_blocks<ToNormals>(generator, args.key, first, count, noise);
-    mix_samples<points, kBlockPoints>(rows, x1, noise, x_t, count);
+    mix_samples<positions, kBlockPositions>(rows, x1, noise, x_t, count);
   });
 }
 

@@ -32,12 +32,12 @@ void probe_units(const ProbeArgs& args, int64_t begin, int64_t end) {
 
 // A unit is one block of one probe.
 void parity_units(const ParityArgs& args, int64_t begin, int64_t end) {
-  int64_t row_blocks = divide_up(args.points, kBlockSigns), blocks = args.channels * row_blocks;
+  int64_t row_blocks = divide_up(args.positions, kBlockSigns), blocks = args.channels * row_blocks;
   for (int64_t unit = begin; unit < end; ++unit) {
-    int64_t block = unit % blocks, point = block % row_blocks * kBlockSigns;
-    int64_t count = lesser(kBlockSigns, args.points - point);
+    int64_t block = unit % blocks, position = block % row_blocks * kBlockSigns;
+    int64_t count = lesser(kBlockSigns, args.positions - position);
     uint64_t codes[kBlockSigns] = {}, row = static_cast<uint64_t>(args.rows[unit / blocks]);
-    __builtin_memcpy(codes, args.codes + block / row_blocks * args.points + point, static_cast<size_t>(count) * sizeof(int64_t));
+    __builtin_memcpy(codes, args.codes + block / row_blocks * args.positions + position, static_cast<size_t>(count) * sizeof(int64_t));
     for (int64_t i = 0; i < kBlockSigns / kWordSigns; ++i) args.parities[4 * unit + i] = parity_word(codes + i * kWordSigns, row);
   }
 }

@@ -18,9 +18,9 @@ FM_INLINE View view_of_probe(const ProbeArgs& args, int64_t probe) {
 
 // The sign words of a tile of a structured probe: the drawn ones, turned by its parities.
 FM_INLINE void turn_words(const ProbeArgs& args, int64_t probe, const Tile& tile, const SignWord* drawn, SignWord* words) {
-  int64_t blocks = divide_up(args.shape.points, kBlockSigns), run = 4 * row_blocks<ToSigns>(tile);
+  int64_t blocks = divide_up(args.shape.positions, kBlockSigns), run = 4 * row_blocks<ToSigns>(tile);
   for (int64_t c = 0; c < tile.channels; ++c) {
-    int64_t block = (probe * args.shape.channels + tile.channel + c) * blocks + tile.point / kBlockSigns;
+    int64_t block = (probe * args.shape.channels + tile.channel + c) * blocks + tile.position / kBlockSigns;
     for (int64_t i = 0; i < run; ++i) words[c * run + i] = drawn[c * run + i] ^ args.parities[4 * block + i];
   }
 }

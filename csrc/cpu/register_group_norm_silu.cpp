@@ -13,8 +13,8 @@ namespace {
 using abi::Arguments;
 using abi::Tensor;
 
-constexpr int64_t kUnitElements = 8192;  // of a unit, at least, where channels are runs of points
-constexpr int64_t kUnitChannels = 64;    // of a unit, at least, where points are runs of channels
+constexpr int64_t kUnitElements = 8192;  // of a unit, at least, where channels are runs of positions
+constexpr int64_t kUnitChannels = 64;    // of a unit, at least, where positions are runs of channels
 constexpr int64_t kThreadElements = 16384;
 constexpr int64_t kGradientGrain = 16;  // channels of a thread
 
@@ -35,12 +35,12 @@ struct NormSettings {
   int64_t index;
 };
 
-bool is_channels_last(const View& view, int64_t points) { return points == 1 || view.channel_stride < view.point_stride; }
+bool is_channels_last(const View& view, int64_t positions) { return positions == 1 || view.channel_stride < view.position_stride; }
 
 // Whole groups that are worth a unit of their own. The cut depends on the shape and the layout alone.
 int64_t groups_of_unit(const NormArgs& args) {
-  int64_t points = greater(args.shape.points, 1), width = greater(args.shape.channels / args.groups, 1);
-  int64_t channels = is_channels_last(args.x, points) ? kUnitChannels : divide_up(kUnitElements, points);
+  int64_t positions = greater(args.shape.positions, 1), width = greater(args.shape.channels / args.groups, 1);
+  int64_t channels = is_channels_last(args.x, positions) ? kUnitChannels : divide_up(kUnitElements, positions);
   return lesser(divide_up(channels, width), args.groups);
 }
 
@@ -87,11 +87,11 @@ NormArgs norm_args(const NormInputs& in, const Tensor& mean, const Tensor& rstd,
 }
 
 int64_t units_of(const NormArgs& args) {
-  return args.shape.channels * args.shape.points == 0 ? 0 : args.shape.batch * divide_up(args.groups, args.unit_groups);
+  return args.shape.channels * args.shape.positions == 0 ? 0 : args.shape.batch * divide_up(args.groups, args.unit_groups);
 }
 
 int64_t grain_of(const NormArgs& args) {
-  int64_t elements = args.shape.channels / args.groups * args.unit_groups * args.shape.points;
+  int64_t elements = args.shape.channels / args.groups * args.unit_groups * args.shape.positions;
   return greater(kThreadElements / greater(elements, 1), 1);
 }
 
@@ -162,7 +162,7 @@ void group_norm_silu_backward(StableIValue* stack, uint64_t, uint64_t) {
                             table_view(grad_bias, 1, channels),
                             table_view(grad_scale, batch, channels),
                             table_view(grad_shift, batch, channels)};
-  if (args.norm.shape.points == 0)
+  if (args.norm.shape.positions == 0)
     for (int64_t i = 0; i < 3 * batch * channels; ++i) sums[i] = 0;
   run_units(kernels().group_norm_silu_backward, args, units_of(args.norm), grain_of(args.norm));
   run_units(parameter_gradients, out, channels, kGradientGrain);

@@ -39,7 +39,7 @@ void linear_step(StableIValue* stack, uint64_t, uint64_t) {
   Terms terms(args.count);
   args.terms = terms.data();
   read_terms(reader, &terms);
-  if (args.shape.batch * args.shape.channels * args.shape.points == 0) return;
+  if (args.shape.batch * args.shape.channels * args.shape.positions == 0) return;
   args.tiling = plan_step(&args, &terms);
   run_units(kernels().linear_step, args, args.tiling.units, kGrain);
 }

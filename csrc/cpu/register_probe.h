@@ -20,14 +20,14 @@ inline ProbeArgs probe_args(const ProbeCall& call, const Drawn& drawn) {
 
 // Blocks of all structured probes of a call.
 inline int64_t parity_blocks(const ProbeCall& call) {
-  return call.codes ? call.probes * call.shape.channels * divide_up(call.shape.points, 128) : 0;
+  return call.codes ? call.probes * call.shape.channels * divide_up(call.shape.positions, 128) : 0;
 }
 
 // The parities of structured probes, which are the same for all samples.
 inline const uint32_t* fill_parities(const ProbeCall& call, Parities* parities) {
   int64_t blocks = parity_blocks(call);
   if (blocks == 0) return nullptr;
-  ParityArgs args = {call.codes, call.rows, call.shape.channels, call.shape.points, parities->data()};
+  ParityArgs args = {call.codes, call.rows, call.shape.channels, call.shape.positions, parities->data()};
   run_units(kernels().parity, args, blocks, kParityGrain);
   return args.parities;
 }

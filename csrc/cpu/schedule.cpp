@@ -8,9 +8,9 @@ namespace {
 // Numbers of consecutive samples, one Philox block each, of which the first counts.
 template <class Finish>
 FM_INLINE void draw_first(const Generator& generator, const Key& key, int64_t first, int64_t count, float* numbers) {
-  float drawn[kBlockPoints * kAbreast];
+  float drawn[kBlockPositions * kAbreast];
   draw_blocks<Finish>(generator, key, first, count, drawn);
-  for (int64_t i = 0; i < count; ++i) numbers[i] = drawn[kBlockPoints * i];
+  for (int64_t i = 0; i < count; ++i) numbers[i] = drawn[kBlockPositions * i];
 }
 
 FM_INLINE void draw_lattice(const Stream& stream, const Key& key, int64_t first, int64_t count, float* numbers) {

@@ -28,9 +28,9 @@ using SignWord [[gnu::may_alias]] = uint32_t;
 
 FM_INLINE const SignWord* drawn_words(const float* drawn) { return reinterpret_cast<const SignWord*>(drawn); }
 
-// The words of one row of a tile, from the tile's first point on. A tile starts on a word: at a multiple of 64 points.
+// The words of one row of a tile, from the tile's first position on. A tile starts on a word: at a multiple of 64 positions.
 FM_INLINE const SignWord* row_words(const SignWord* words, const Tile& tile, int64_t channel) {
-  return words + channel * 4 * row_blocks<ToSigns>(tile) + tile.point % kBlockSigns / kWordSigns;
+  return words + channel * 4 * row_blocks<ToSigns>(tile) + tile.position % kBlockSigns / kWordSigns;
 }
 
 FM_INLINE void expand_signs(const SignWord* words, int64_t count, float* __restrict out) {
@@ -44,7 +44,7 @@ FM_INLINE void expand_signs(const SignWord* words, int64_t count, float* __restr
 FM_INLINE void store_signs(const SignWord* words, const Tile& tile, const View& out) {
   alignas(64) float buffer[kTileBuffer];
   Rows<float> rows = result_rows<float>(out, tile, buffer);
-  for (int64_t c = 0; c < tile.channels; ++c) expand_signs(row_words(words, tile, c), tile.points, rows.row(c));
+  for (int64_t c = 0; c < tile.channels; ++c) expand_signs(row_words(words, tile, c), tile.positions, rows.row(c));
   finish_rows<float>(out, tile, buffer);
 }
 

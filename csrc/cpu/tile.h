@@ -7,9 +7,9 @@
 namespace fm {
 namespace FM_ISA {
 
-// Channels [channel, channel + channels) and points [point, point + points) of one sample. Rows of buffers are `pitch` apart.
+// Channels [channel, channel + channels) and positions [position, position + positions) of one sample. Rows of buffers are `pitch` apart.
 struct Tile {
-  int64_t sample, index, channel, channels, point, points, pitch;
+  int64_t sample, index, channel, channels, position, positions, pitch;
   int64_t noise_rows = 1;  // as in Tiling
 };
 
@@ -23,18 +23,19 @@ struct Rows {
 };
 
 FM_INLINE Tile tile_of(const Shape& shape, const Tiling& tiling, int64_t sample, int64_t index) {
-  int64_t channel = index / tiling.point_tiles * tiling.tile_channels, point = index % tiling.point_tiles * tiling.tile_points;
-  int64_t channels = lesser(tiling.tile_channels, shape.channels - channel), points = lesser(tiling.tile_points, shape.points - point);
-  return Tile{sample, index, channel, channels, point, points, padded(points), tiling.noise_rows};
+  int64_t channel = index / tiling.position_tiles * tiling.tile_channels, position = index % tiling.position_tiles * tiling.tile_positions;
+  int64_t channels = lesser(tiling.tile_channels, shape.channels - channel),
+          positions = lesser(tiling.tile_positions, shape.positions - position);
+  return Tile{sample, index, channel, channels, position, positions, padded(positions), tiling.noise_rows};
 }
 
 FM_INLINE int64_t offset_of(const View& view, const Tile& tile) {
-  return tile.sample * view.batch_stride + tile.channel * view.channel_stride + tile.point * view.point_stride;
+  return tile.sample * view.batch_stride + tile.channel * view.channel_stride + tile.position * view.position_stride;
 }
 
 template <class T>
 FM_INLINE bool usable_in_place(const View& view) {
-  return view.dtype == DtypeOf<T>::value && view.point_stride == 1;
+  return view.dtype == DtypeOf<T>::value && view.position_stride == 1;
 }
 
 // --- noise ---------------------------------------------------------------------------------------------------------------------------
@@ -42,37 +43,37 @@ FM_INLINE bool usable_in_place(const View& view) {
 // Blocks that a row of a tile touches.
 template <class Finish>
 FM_INLINE int64_t row_blocks(const Tile& tile) {
-  return divide_up(tile.point + tile.points, Finish::kPoints) - tile.point / Finish::kPoints;
+  return divide_up(tile.position + tile.positions, Finish::kPositions) - tile.position / Finish::kPositions;
 }
 
-// Moves rows of whole blocks together, so that only their points remain. A row's last block moves whole: what it writes too much lies
+// Moves rows of whole blocks together, so that only their positions remain. A row's last block moves whole: what it writes too much lies
 // before the next row as drawn, and that row then covers it.
-FM_INLINE void close_gaps(float* numbers, int64_t rows, int64_t points) {
-  int64_t pitch = padded(points);
+FM_INLINE void close_gaps(float* numbers, int64_t rows, int64_t positions) {
+  int64_t pitch = padded(positions);
   for (int64_t row = 1; row < rows; ++row)
     for (int64_t i = 0; i < pitch; i += 4) {
       float block[4];
       __builtin_memcpy(block, numbers + row * pitch + i, sizeof(block));
-      __builtin_memcpy(numbers + row * points + i, block, sizeof(block));
+      __builtin_memcpy(numbers + row * positions + i, block, sizeof(block));
     }
 }
 
 // Draws of one whole sample whose channels are merged across gaps.
 template <class Finish>
 static void draw_rows(const Generator& generator, const Key& key, const Tile& tile, const Ahead& ahead, float* out) {
-  int64_t points = tile.points / tile.noise_rows;
-  fill_run<Finish>(generator, sample_id(key, tile.sample), 0, tile.noise_rows * divide_up(points, Finish::kPoints), ahead, out);
-  close_gaps(out, tile.noise_rows, points);
+  int64_t positions = tile.positions / tile.noise_rows;
+  fill_run<Finish>(generator, sample_id(key, tile.sample), 0, tile.noise_rows * divide_up(positions, Finish::kPositions), ahead, out);
+  close_gaps(out, tile.noise_rows, positions);
 }
 
 // Draws of one tile: whole rows are one run of counters, parts of rows one run each.
 template <class Finish>
 static void draw_tile(const Generator& generator, const Shape& shape, const Key& key, const Tile& tile, const Ahead& ahead, float* out) {
   if (tile.noise_rows > 1) return draw_rows<Finish>(generator, key, tile, ahead, out);
-  int64_t blocks = divide_up(shape.points, Finish::kPoints), row = row_blocks<Finish>(tile);
-  int64_t runs = tile.points == shape.points ? 1 : tile.channels;
+  int64_t blocks = divide_up(shape.positions, Finish::kPositions), row = row_blocks<Finish>(tile);
+  int64_t runs = tile.positions == shape.positions ? 1 : tile.channels;
   for (int64_t i = 0; i < runs; ++i) {
-    uint32_t block = static_cast<uint32_t>((tile.channel + i) * blocks + tile.point / Finish::kPoints);
+    uint32_t block = static_cast<uint32_t>((tile.channel + i) * blocks + tile.position / Finish::kPositions);
     fill_run<Finish>(generator, sample_id(key, tile.sample), block, row * (tile.channels / runs), ahead, out + i * 4 * row);
   }
 }
@@ -80,7 +81,7 @@ static void draw_tile(const Generator& generator, const Shape& shape, const Key&
 // Blocks of a whole sample.
 template <class Finish>
 FM_INLINE int64_t sample_blocks(const Shape& shape, const Tiling& tiling) {
-  return shape.channels * tiling.noise_rows * divide_up(shape.points / tiling.noise_rows, Finish::kPoints);
+  return shape.channels * tiling.noise_rows * divide_up(shape.positions / tiling.noise_rows, Finish::kPositions);
 }
 
 // Draws of those of `samples` whole small samples from `first` on that want some, one after the other.
@@ -98,18 +99,18 @@ static void draw_samples(const Generator& generator, const Shape& shape, const T
   }
   for (int64_t i = count; i < count + kLineElements; ++i) ids[i] = blocks[i] = 0;
   fill_listed<Finish>(generator, ids, blocks, count, out);
-  if (tiling.noise_rows > 1 && count) close_gaps(out, count / each * tiling.noise_rows, shape.points / tiling.noise_rows);
+  if (tiling.noise_rows > 1 && count) close_gaps(out, count / each * tiling.noise_rows, shape.positions / tiling.noise_rows);
 }
 
 // --- rows ----------------------------------------------------------------------------------------------------------------------------
 
-// Points of all channels side by side, as channels_last keeps images, to and from one row a channel.
+// Positions of all channels side by side, as channels_last keeps images, to and from one row a channel.
 // kChannels = 0: any number of them.
 template <int kChannels, class T>
 static void split_channels(const T* packed, const Tile& tile, T* rows) {
   const int64_t channels = kChannels ? kChannels : tile.channels, pitch = tile.pitch;
 #pragma GCC ivdep
-  for (int64_t p = 0; p < tile.points; ++p)
+  for (int64_t p = 0; p < tile.positions; ++p)
     for (int64_t c = 0; c < channels; ++c) rows[c * pitch + p] = packed[p * channels + c];
 }
 
@@ -117,29 +118,29 @@ template <int kChannels, class T>
 static void join_channels(const T* rows, const Tile& tile, T* packed) {
   const int64_t channels = kChannels ? kChannels : tile.channels, pitch = tile.pitch;
 #pragma GCC ivdep
-  for (int64_t p = 0; p < tile.points; ++p)
+  for (int64_t p = 0; p < tile.positions; ++p)
     for (int64_t c = 0; c < channels; ++c) packed[p * channels + c] = rows[c * pitch + p];
 }
 
-FM_INLINE bool row_by_row(const View& view, const Tile& tile) { return view.channel_stride >= view.point_stride || tile.channels == 1; }
+FM_INLINE bool row_by_row(const View& view, const Tile& tile) { return view.channel_stride >= view.position_stride || tile.channels == 1; }
 
-FM_INLINE bool is_packed(const View& view, const Tile& tile) { return view.channel_stride == 1 && view.point_stride == tile.channels; }
+FM_INLINE bool is_packed(const View& view, const Tile& tile) { return view.channel_stride == 1 && view.position_stride == tile.channels; }
 
-// Where channels are the faster dimension every line of memory is read once: in one run, or point by point.
+// Where channels are the faster dimension every line of memory is read once: in one run, or position by position.
 template <class T, class S>
 static void gather(const View& view, const Tile& tile, T* out) {
   const S* from = static_cast<const S*>(view.data) + offset_of(view, tile);
   if (row_by_row(view, tile)) {
     for (int64_t c = 0; c < tile.channels; ++c)
-      load_run<T, S>(from + c * view.channel_stride, view.point_stride, tile.points, out + c * tile.pitch);
+      load_run<T, S>(from + c * view.channel_stride, view.position_stride, tile.positions, out + c * tile.pitch);
   } else if (is_packed(view, tile)) {
     T packed[kTileElements];
-    load_run<T, S>(from, 1, tile.points * tile.channels, packed);
+    load_run<T, S>(from, 1, tile.positions * tile.channels, packed);
     tile.channels == 3 ? split_channels<3>(packed, tile, out) : split_channels<0>(packed, tile, out);
   } else {
-    for (int64_t p = 0; p < tile.points; ++p)
+    for (int64_t p = 0; p < tile.positions; ++p)
       for (int64_t c = 0; c < tile.channels; ++c)
-        out[c * tile.pitch + p] = load_as<T>(from[c * view.channel_stride + p * view.point_stride]);
+        out[c * tile.pitch + p] = load_as<T>(from[c * view.channel_stride + p * view.position_stride]);
   }
 }
 
@@ -148,14 +149,15 @@ static void scatter(const T* rows, const Tile& tile, const View& view) {
   S* to = static_cast<S*>(view.data) + offset_of(view, tile);
   if (row_by_row(view, tile)) {
     for (int64_t c = 0; c < tile.channels; ++c)
-      store_run<T, S>(rows + c * tile.pitch, view.point_stride, tile.points, to + c * view.channel_stride);
+      store_run<T, S>(rows + c * tile.pitch, view.position_stride, tile.positions, to + c * view.channel_stride);
   } else if (is_packed(view, tile)) {
     T packed[kTileElements];
     tile.channels == 3 ? join_channels<3>(rows, tile, packed) : join_channels<0>(rows, tile, packed);
-    store_run<T, S>(packed, 1, tile.points * tile.channels, to);
+    store_run<T, S>(packed, 1, tile.positions * tile.channels, to);
   } else {
-    for (int64_t p = 0; p < tile.points; ++p)
-      for (int64_t c = 0; c < tile.channels; ++c) store_as(rows[c * tile.pitch + p], to + c * view.channel_stride + p * view.point_stride);
+    for (int64_t p = 0; p < tile.positions; ++p)
+      for (int64_t c = 0; c < tile.channels; ++c)
+        store_as(rows[c * tile.pitch + p], to + c * view.channel_stride + p * view.position_stride);
   }
 }
 
@@ -234,12 +236,12 @@ FM_INLINE Ahead runs_ahead(const Tile& tile, const View* const (&views)[N]) {
 template <class T>
 static void gather_mirrored(const Shape& shape, const View& view, const Tile& tile, T* out) {
   View reversed = view;
-  reversed.point_stride = -view.point_stride;
-  for (int64_t done = 0; done < tile.points;) {
-    int64_t point = tile.point + done, column = point % shape.width, piece = lesser(shape.width - column, tile.points - done);
+  reversed.position_stride = -view.position_stride;
+  for (int64_t done = 0; done < tile.positions;) {
+    int64_t position = tile.position + done, column = position % shape.width, piece = lesser(shape.width - column, tile.positions - done);
     Tile part = tile;
-    part.points = piece;
-    part.point = -(point - column + shape.width - 1 - column);  // times the negated stride: the mirrored position
+    part.positions = piece;
+    part.position = -(position - column + shape.width - 1 - column);  // times the negated stride: the mirrored position
     gather_any<T>(reversed, part, out + done);
     done += piece;
   }
@@ -290,7 +292,7 @@ template <class Finish, class Draws, class Body>
 FM_INLINE void walk_samples(const Generator& generator, const Shape& shape, const Tiling& tiling, const Key& key, const Draws& draws,
                             int64_t unit, float* noise, const Body& body) {
   int64_t first = unit * tiling.samples_per_unit, last = lesser(first + tiling.samples_per_unit, shape.batch);
-  int64_t numbers = tiling.noise_rows > 1 ? shape.points : 4 * sample_blocks<Finish>(shape, tiling);
+  int64_t numbers = tiling.noise_rows > 1 ? shape.positions : 4 * sample_blocks<Finish>(shape, tiling);
   draw_samples<Finish>(generator, shape, tiling, key, first, last - first, draws, noise);
   for (int64_t sample = first; sample < last; ++sample) {
     bool drawn = draws(sample);

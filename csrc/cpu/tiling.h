@@ -15,49 +15,50 @@ static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Points a row takes in a tile's buffer: whole Philox blocks.
-static inline int64_t padded(int64_t points) { return divide_up(points, 4) * 4; }
+// Positions a row takes in a tile's buffer: whole Philox blocks.
+static inline int64_t padded(int64_t positions) { return divide_up(positions, 4) * 4; }
 
-static inline int64_t tiles_per_sample(const Tiling& tiling) { return tiling.channel_tiles * tiling.point_tiles; }
+static inline int64_t tiles_per_sample(const Tiling& tiling) { return tiling.channel_tiles * tiling.position_tiles; }
 
 // Channels lie next to each other in memory (channels_last).
 static inline bool channels_first_in_memory(const Shape& shape, const View& view) {
-  return view.data && shape.channels > 1 && shape.points > 1 && view.channel_stride < view.point_stride;
+  return view.data && shape.channels > 1 && shape.positions > 1 && view.channel_stride < view.position_stride;
 }
 
 // A sample whose channels follow each other without a gap is one long row, if its noise blocks do too.
 static inline bool channels_merge(const Shape& shape, const View& view) {
-  return !view.data || shape.channels == 1 || view.channel_stride == shape.points * view.point_stride;
+  return !view.data || shape.channels == 1 || view.channel_stride == shape.positions * view.position_stride;
 }
 
 static inline void set_tile_size(const Shape& shape, bool channels_last, Tiling* tiling) {
-  int64_t row = padded(shape.points);
+  int64_t row = padded(shape.positions);
   if (shape.channels * row <= kTileElements) {
-    tiling->tile_points = greater(shape.points, 1);
+    tiling->tile_positions = greater(shape.positions, 1);
     tiling->tile_channels = greater(shape.channels, 1);
     return;
   }
   int64_t wanted = channels_last ? kTileElements / lesser(shape.channels, kLineElements) / 64 * 64 : kTileElements;
-  tiling->tile_points = wanted < shape.points ? wanted : shape.points;
-  tiling->tile_channels = lesser(shape.channels, kTileElements / padded(tiling->tile_points));
+  tiling->tile_positions = wanted < shape.positions ? wanted : shape.positions;
+  tiling->tile_channels = lesser(shape.channels, kTileElements / padded(tiling->tile_positions));
 }
 
 static inline Tiling make_tiling(const Shape& shape, bool channels_last, int64_t noise_rows = 1) {
   Tiling tiling = {};
   tiling.noise_rows = noise_rows;
-  int64_t sample = greater(shape.channels * noise_rows * padded(shape.points / noise_rows), 1);
+  int64_t sample = greater(shape.channels * noise_rows * padded(shape.positions / noise_rows), 1);
   set_tile_size(shape, channels_last, &tiling);
   tiling.channel_tiles = divide_up(shape.channels, tiling.tile_channels);
-  tiling.point_tiles = divide_up(shape.points, tiling.tile_points);
+  tiling.position_tiles = divide_up(shape.positions, tiling.tile_positions);
   tiling.samples_per_unit = greater(kTileElements / sample, 1);
   int64_t tiles = tiles_per_sample(tiling);
   tiling.units = tiles > 1 ? shape.batch * tiles : divide_up(shape.batch, tiling.samples_per_unit) * tiles;
   return tiling;
 }
 
-// What is drawn for the elements: how many points a block is for, and whether `close_gaps` takes out what none takes of a row's last block.
+// What is drawn for the elements: how many positions a block is for, and whether `close_gaps` takes out what none takes of a row's last
+// block.
 struct Drawn {
-  int64_t block_points;
+  int64_t block_positions;
   bool closes_gaps;
 };
 
@@ -67,12 +68,12 @@ constexpr Drawn kDrawnNumbers = {4, true}, kDrawnWords = {4, false}, kDrawnSigns
 // Short rows are worth closing the gaps between them: one row of vectors instead of many that fill none.
 template <int N>
 static inline Tiling plan(Shape* shape, const View* const (&views)[N], const Drawn& drawn) {
-  bool whole_blocks = shape->points % drawn.block_points == 0, channels_last = false;
-  bool merge = whole_blocks || (drawn.closes_gaps && shape->channels * padded(shape->points) <= kTileElements);
+  bool whole_blocks = shape->positions % drawn.block_positions == 0, channels_last = false;
+  bool merge = whole_blocks || (drawn.closes_gaps && shape->channels * padded(shape->positions) <= kTileElements);
   for (const View* view : views) merge = merge && channels_merge(*shape, *view);
   int64_t noise_rows = merge && !whole_blocks ? greater(shape->channels, 1) : 1;  // of no channels: an empty sample
   if (merge) {
-    shape->points *= shape->channels;
+    shape->positions *= shape->channels;
     shape->channels = 1;
   }
   for (const View* view : views) channels_last = channels_last || channels_first_in_memory(*shape, *view);

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) normals_kernel(const SignLa
         draw_normals(stream_of(key, record.purpose), record.id, at.counter, z);
         for (int j = 0; j < kBlock; ++j) {
           if (j >= at.count) continue;
-          T g = load_any<T>(view, record.base + at.channel * view.channel_stride + (at.point + j) * view.point_stride);
+          T g = load_any<T>(view, record.base + at.channel * view.channel_stride + (at.position + j) * view.position_stride);
           sum = multiply_add(g, static_cast<T>(rounded_to(view.dtype, z[j])), sum);
         }
       }

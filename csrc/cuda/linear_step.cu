@@ -11,7 +11,7 @@ namespace {
 struct StepLaunch {
   StepCall call;
   StepTerm terms[kMostTerms];
-  Divisor points, channels;  // of the strided walk
+  Divisor positions, channels;  // of the strided walk
 };
 
 template <class T>
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const StepLau
   constexpr int kWidth = sizeof(S) == 2 ? 8 : 4;
   const StepCall& call = launch.call;
   const float guidance = static_cast<float>(call.guidance), a = static_cast<float>(call.coefficients[0]);
-  const int64_t packs = call.shape.points / kWidth, threads = int64_t(gridDim.x) * kThreads;
+  const int64_t packs = call.shape.positions / kWidth, threads = int64_t(gridDim.x) * kThreads;
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t pack = thread; pack < packs; pack += threads) {
     const int64_t offset = pack * kWidth;
@@ -80,11 +80,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const StepLau
     if (call.copy.first.data) store_pack(static_cast<S*>(call.copy.first.data), offset, y);
     if (call.copy.second) store_pack(static_cast<S*>(call.copy.second), offset, y);
   }
-  if (packs * kWidth + thread < call.shape.points) step_element<S>(launch, packs * kWidth + thread);
+  if (packs * kWidth + thread < call.shape.positions) step_element<S>(launch, packs * kWidth + thread);
 }
 
-FM_HD int64_t offset_of(const View& view, int64_t sample, int64_t channel, int64_t point) {
-  return sample * view.batch_stride + channel * view.channel_stride + point * view.point_stride;
+FM_HD int64_t offset_of(const View& view, int64_t sample, int64_t channel, int64_t position) {
+  return sample * view.batch_stride + channel * view.channel_stride + position * view.position_stride;
 }
 
 FM_HD View second_half(const HalvedView& view) {
@@ -98,20 +98,20 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks) strided_kernel(const StepLaunch launch) {
   const StepCall& call = launch.call;
   const T guidance = static_cast<T>(call.guidance), a = static_cast<T>(call.coefficients[0]);
-  const int64_t count = call.shape.batch * call.shape.channels * call.shape.points;
+  const int64_t count = call.shape.batch * call.shape.channels * call.shape.positions;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads) {
-    int64_t row = divide(i, launch.points), point = i - row * launch.points.value;
+    int64_t row = divide(i, launch.positions), position = i - row * launch.positions.value;
     int64_t sample = divide(row, launch.channels), channel = row - sample * launch.channels.value;
-    T y = a * load_any<T>(call.x, offset_of(call.x, sample, channel, point));
+    T y = a * load_any<T>(call.x, offset_of(call.x, sample, channel, position));
     for (int64_t j = 0; j < call.count; ++j) {
       const HalvedView& term = launch.terms[j].k;
-      int64_t offset = offset_of(term.first, sample, channel, point);
+      int64_t offset = offset_of(term.first, sample, channel, position);
       T k = load_any<T>(term.first, offset);
       if (term.second) k = mixed(k, load_any<T>(second_half(term), offset), guidance);
       y = multiply_add(static_cast<T>(call.coefficients[1 + j]), k, y);
     }
-    store_any<T>(call.out, offset_of(call.out, sample, channel, point), y);
-    int64_t offset = offset_of(call.copy.first, sample, channel, point);
+    store_any<T>(call.out, offset_of(call.out, sample, channel, position), y);
+    int64_t offset = offset_of(call.copy.first, sample, channel, position);
     if (call.copy.first.data) store_any<T>(call.copy.first, offset, y);
     if (call.copy.second) store_any<T>(second_half(call.copy), offset, y);
   }
@@ -131,7 +131,7 @@ void merge_step(StepLaunch* args) {
 bool on_boundary(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 bool is_row(const View& view, const void* second, Dtype dtype) {
-  return view.dtype == dtype && view.point_stride == 1 && on_boundary(view.data) && on_boundary(second);
+  return view.dtype == dtype && view.position_stride == 1 && on_boundary(view.data) && on_boundary(second);
 }
 
 // The dtype of all terms and of the copy, if everything is one row of packs with a float32 state; int64 if not.
@@ -165,11 +165,11 @@ Kernel kernel_of(const StepLaunch& args) {
 
 void linear_step(const StepCall& call, const StepTerm* terms, void* stream) {
   StepLaunch args = {call, {}, {}, {}};
-  int64_t count = call.shape.batch * call.shape.channels * call.shape.points;
+  int64_t count = call.shape.batch * call.shape.channels * call.shape.positions;
   if (count == 0) return;
   for (int64_t j = 0; j < call.count; ++j) args.terms[j] = terms[j];
   merge_step(&args);
-  args.points = divisor(args.call.shape.points, count);
+  args.positions = divisor(args.call.shape.positions, count);
   args.channels = divisor(args.call.shape.channels, count);
   int64_t needed = (count + kThreads * kEach - 1) / (kThreads * kEach), most = device_blocks(kBlocks);
   launch(kernel_of(args), needed < most ? needed : most, stream, args);

@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) strided_kernel(const NoiseL
         if (call.kind == DrawKind::word) {
           Words words = stream_words(stream, record.id, at.counter);
           for (int j = 0; j < kBlock; ++j)
-            if (j < at.count) static_cast<int64_t*>(call.out.data)[offset_of(call.out, run.sample, at.channel, at.point + j)] = words.w[j];
+            if (j < at.count)
+              static_cast<int64_t*>(call.out.data)[offset_of(call.out, run.sample, at.channel, at.position + j)] = words.w[j];
           continue;
         }
         draw(call.kind, stream, record.id, at.counter, values);
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) strided_kernel(const NoiseL
 template <class S>
 bool runs_packed(const NoiseCall& call, void* stream) {
   if (!are_packed(call.shape, DataTransform{0, 0, false}, Packs<S>::kWidth, {&call.out})) return false;
-  NoiseLaunch args = {call, geometry(call.shape.batch, call.shape.channels * call.shape.points), {}};
+  NoiseLaunch args = {call, geometry(call.shape.batch, call.shape.channels * call.shape.positions), {}};
   launch(packed_kernel<S>, blocks_of(args.geometry, kBlocks), stream, args);
   return true;
 }
@@ -98,7 +99,7 @@ void draw_signs(const NoiseCall& call, void* stream) {
 }  // namespace
 
 void noise(const NoiseCall& call, void* stream) {
-  if (call.shape.batch * call.shape.channels * call.shape.points == 0) return;
+  if (call.shape.batch * call.shape.channels * call.shape.positions == 0) return;
   if (call.kind == DrawKind::sign) return draw_signs(call, stream);
   if (call.kind != DrawKind::word && runs_packed(call, stream, call.out.dtype)) return;
   NoiseLaunch args = {call, {}, blocks_of_sample(call.shape, call.out)};

@@ -123,9 +123,9 @@ FM_HD void store_any(const View& view, int64_t offset, T value) {
 
 // Whether samples follow each other as one row of packs of `width` elements that begins on their boundary.
 inline bool is_packed(const View& view, const Shape& shape, int64_t width) {
-  int64_t elements = shape.channels * shape.points;
+  int64_t elements = shape.channels * shape.positions;
   uintptr_t boundary = static_cast<uintptr_t>(access_bytes(static_cast<int>(element_size(view.dtype) * width)));
-  bool row = view.point_stride == 1 && (shape.channels == 1 || view.channel_stride == shape.points);
+  bool row = view.position_stride == 1 && (shape.channels == 1 || view.channel_stride == shape.positions);
   return !view.data ||
          (row && (shape.batch == 1 || view.batch_stride == elements) && reinterpret_cast<uintptr_t>(view.data) % boundary == 0);
 }

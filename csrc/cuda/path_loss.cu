@@ -212,7 +212,7 @@ LossPlan plan(const LossCall& call) {
   Kernel packed = packed_kernel_of(call), kernel = packed ? packed : (call.wide ? strided_kernel<double> : strided_kernel<float>);
   LossLaunch args = {call, {}, blocks_of_sample(call.shape, call.o), nullptr, nullptr};
   int64_t padded = padded_elements(args.blocks);
-  args.geometry = geometry(call.shape.batch, packed ? call.shape.channels * call.shape.points : padded);
+  args.geometry = geometry(call.shape.batch, packed ? call.shape.channels * call.shape.positions : padded);
   int each = !packed ? kWideBlocks : call.x1.dtype == Dtype::uint8 ? kPixelBlocks : kBlocks;
   return LossPlan{kernel, blocks_of(args.geometry, each), args};
 }

@@ -131,7 +131,7 @@ template <class XT, class X1, bool kDraw>
 bool run_packed(const SampleCall& call, void* stream) {
   const Shape& shape = call.shape;
   if (!are_packed(shape, call.transform, Packs<XT>::kWidth, {&call.x_t, &call.x1, &call.x0})) return false;
-  SampleLaunch args = {call, geometry(shape.batch, shape.channels * shape.points), blocks_of_sample(shape, call.x_t)};
+  SampleLaunch args = {call, geometry(shape.batch, shape.channels * shape.positions), blocks_of_sample(shape, call.x_t)};
   launch(packed_kernel<XT, X1, kDraw>, blocks_of(args.geometry, kBlocks), stream, args);
   return true;
 }

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) strided_kernel(const SignLa
 
 struct ParityLaunch {
   const int64_t *codes, *rows;
-  int64_t probes, channels, points, row_blocks;
+  int64_t probes, channels, positions, row_blocks;
   uint32_t* parities;
 };
 
@@ -57,10 +57,10 @@ __global__ void __launch_bounds__(kThreads) parity_kernel(const ParityLaunch lau
   int64_t words = launch.channels * launch.row_blocks * 4, count = launch.probes * words;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads) {
     int64_t probe = i / words, word = i % words, channel = word / 4 / launch.row_blocks;
-    int64_t point = word / 4 % launch.row_blocks * kSignBlock + word % 4 * kWordSigns;
+    int64_t position = word / 4 % launch.row_blocks * kSignBlock + word % 4 * kWordSigns;
     uint32_t bits = 0;
-    for (int j = 0; j < kWordSigns && point + j < launch.points; ++j) {
-      int64_t common = launch.codes[channel * launch.points + point + j] & launch.rows[probe];
+    for (int j = 0; j < kWordSigns && position + j < launch.positions; ++j) {
+      int64_t common = launch.codes[channel * launch.positions + position + j] & launch.rows[probe];
       bits |= static_cast<uint32_t>(__popcll(common) & 1) << j;
     }
     launch.parities[i] = bits;
@@ -83,19 +83,19 @@ bool runs_packed(const SignLaunch& args, void* stream, Dtype dtype) {
 }  // namespace
 
 int64_t parity_words(const ProbeCall& call) {
-  return call.codes ? call.probes * call.shape.channels * ((call.shape.points + kSignBlock - 1) / kSignBlock) * 4 : 0;
+  return call.codes ? call.probes * call.shape.channels * ((call.shape.positions + kSignBlock - 1) / kSignBlock) * 4 : 0;
 }
 
 void fill_parities(const ProbeCall& call, uint32_t* parities, void* stream) {
   int64_t words = parity_words(call), blocks = (words + kThreads - 1) / kThreads, most = device_blocks(kBlocks);
   ParityLaunch args = {
-      call.codes, call.rows, call.probes, call.shape.channels, call.shape.points, (call.shape.points + kSignBlock - 1) / kSignBlock,
+      call.codes, call.rows, call.probes, call.shape.channels, call.shape.positions, (call.shape.positions + kSignBlock - 1) / kSignBlock,
       parities};
   if (words > 0) launch(parity_kernel, blocks < most ? blocks : most, stream, args);
 }
 
 void probe(const ProbeCall& call, uint32_t stream_code, const uint32_t* parities, void* stream) {
-  if (call.probes * call.shape.batch * call.shape.channels * call.shape.points == 0) return;
+  if (call.probes * call.shape.batch * call.shape.channels * call.shape.positions == 0) return;
   SignLaunch args = sign_launch(call, stream_code, parities);
   if (!runs_packed(args, stream, call.view.dtype)) launch(strided_kernel, blocks_of(args.geometry, kBlocks), stream, args);
 }

@@ -13,23 +13,23 @@ constexpr int kBlock = 4;  // numbers of a Philox block
 
 // How a sample [C, P] is cut into counter blocks, which lie in its rows (a row a channel) one after the other.
 struct Blocks {
-  int64_t channels, points, row_blocks, size;
+  int64_t channels, positions, row_blocks, size;
   Divisor row, width;  // blocks of a row, or channels where they are neighbours in memory; the last dimension's size
   bool channels_first;
 };
 
 inline Blocks blocks_of_sample(const Shape& shape, const View& fastest, int64_t size = kBlock) {
-  int64_t row_blocks = (shape.points + size - 1) / size, blocks = shape.channels * row_blocks;
-  bool channels_first = shape.channels > 1 && fastest.channel_stride < fastest.point_stride;
-  Divisor row = divisor(channels_first ? shape.channels : row_blocks, blocks), width = divisor(shape.width, shape.points);
-  return Blocks{shape.channels, shape.points, row_blocks, size, row, width, channels_first};
+  int64_t row_blocks = (shape.positions + size - 1) / size, blocks = shape.channels * row_blocks;
+  bool channels_first = shape.channels > 1 && fastest.channel_stride < fastest.position_stride;
+  Divisor row = divisor(channels_first ? shape.channels : row_blocks, blocks), width = divisor(shape.width, shape.positions);
+  return Blocks{shape.channels, shape.positions, row_blocks, size, row, width, channels_first};
 }
 
 inline int64_t padded_elements(const Blocks& blocks) { return blocks.channels * blocks.row_blocks * blocks.size; }
 
-// Elements `point` .. point + count - 1 of a channel, and the counter of their noise.
+// Elements `position` .. position + count - 1 of a channel, and the counter of their noise.
 struct BlockPlace {
-  int64_t channel, point;
+  int64_t channel, position;
   int count;
   uint32_t counter;
 };
@@ -37,9 +37,9 @@ struct BlockPlace {
 FM_HD BlockPlace place_of_block(const Blocks& blocks, int64_t index) {
   int64_t quotient = divide(index, blocks.row), rest = index - quotient * blocks.row.value;
   int64_t channel = blocks.channels_first ? rest : quotient, block = blocks.channels_first ? quotient : rest;
-  int64_t point = block * blocks.size, left = blocks.points - point;
+  int64_t position = block * blocks.size, left = blocks.positions - position;
   int count = static_cast<int>(left < blocks.size ? left : blocks.size);
-  return BlockPlace{channel, point, count, static_cast<uint32_t>(channel * blocks.row_blocks + block)};
+  return BlockPlace{channel, position, count, static_cast<uint32_t>(channel * blocks.row_blocks + block)};
 }
 
 // The i-th counter block of a thread.
@@ -47,15 +47,15 @@ FM_HD int64_t block_index(const Geometry& g, const Run& run, uint32_t chunk, int
   return ((static_cast<int64_t>(chunk) * (kEach / kBlock) + i) << g.team_bits) + run.lane;
 }
 
-FM_HD int64_t offset_of(const View& view, int64_t sample, int64_t channel, int64_t point) {
-  return sample * view.batch_stride + channel * view.channel_stride + point * view.point_stride;
+FM_HD int64_t offset_of(const View& view, int64_t sample, int64_t channel, int64_t position) {
+  return sample * view.batch_stride + channel * view.channel_stride + position * view.position_stride;
 }
 
-// The point that a mirrored sample shows at `point`.
+// The position that a mirrored sample shows at `position`.
 template <class Index>
-FM_HD Index mirrored(Index point, const Divisor& width) {
-  Index size = static_cast<Index>(width.value), column = point - divide(point, width) * size;
-  return point - column + (size - 1 - column);
+FM_HD Index mirrored(Index position, const Divisor& width) {
+  Index size = static_cast<Index>(width.value), column = position - divide(position, width) * size;
+  return position - column + (size - 1 - column);
 }
 
 FM_HD bool is_mirrored(const DataTransform& transform, const Key& key, uint32_t id) {
@@ -114,8 +114,8 @@ FM_HD void load_data_block(const View& x1, int64_t sample, const Blocks& blocks,
   T scale = static_cast<T>(2.0 / transform.levels);
   for (int i = 0; i < kBlock; ++i) {
     if (i >= place.count) continue;
-    int64_t point = mirror ? mirrored(place.point + i, blocks.width) : place.point + i;
-    T value = load_any<T>(x1, offset_of(x1, sample, place.channel, point));
+    int64_t position = mirror ? mirrored(place.position + i, blocks.width) : place.position + i;
+    T value = load_any<T>(x1, offset_of(x1, sample, place.channel, position));
     to[i] = integers ? data_map<T>(value, static_cast<T>(u[i]), scale) : value;
   }
 }
@@ -123,13 +123,13 @@ FM_HD void load_data_block(const View& x1, int64_t sample, const Blocks& blocks,
 template <class T>
 FM_HD void load_block(const View& view, int64_t sample, const BlockPlace& place, T (&to)[kBlock]) {
   for (int i = 0; i < kBlock; ++i)
-    if (i < place.count) to[i] = load_any<T>(view, offset_of(view, sample, place.channel, place.point + i));
+    if (i < place.count) to[i] = load_any<T>(view, offset_of(view, sample, place.channel, place.position + i));
 }
 
 template <class T>
 FM_HD void store_block(const View& view, int64_t sample, const BlockPlace& place, const T (&from)[kBlock]) {
   for (int i = 0; i < kBlock; ++i)
-    if (i < place.count) store_any<T>(view, offset_of(view, sample, place.channel, place.point + i), from[i]);
+    if (i < place.count) store_any<T>(view, offset_of(view, sample, place.channel, place.position + i), from[i]);
 }
 
 // x0 of a counter block: read, or drawn.
@@ -144,8 +144,8 @@ FM_HD void source_block(const View& x0, int64_t sample, const BlockPlace& place,
 // Whether samples can be walked pack by pack of `width` elements, with 32-bit offsets inside a sample.
 template <int kViews>
 inline bool are_packed(const Shape& shape, const DataTransform& transform, int64_t width, const View* const (&views)[kViews]) {
-  int64_t elements = shape.channels * shape.points;
-  bool rows = (shape.channels == 1 || shape.points % kBlock == 0) && elements % width == 0 && elements < kWordLimit - kThreads * kEach;
+  int64_t elements = shape.channels * shape.positions;
+  bool rows = (shape.channels == 1 || shape.positions % kBlock == 0) && elements % width == 0 && elements < kWordLimit - kThreads * kEach;
   rows = rows && shape.batch < kWordLimit;
   if (transform.flip > 0 && shape.width % width != 0) return false;
   for (const View* view : views) rows = rows && is_packed(*view, shape, width);

@@ -53,7 +53,7 @@ FM_HD Signs draw_signs(const SignLaunch& launch, const Key& key, const SignRecor
   Words words = stream_words(stream_of(key, record.purpose), record.id, at.counter);
   if (launch.parities) {
     int64_t block =
-        record.probe * launch.blocks.channels * launch.blocks.row_blocks + at.channel * launch.blocks.row_blocks + at.point / kSignBlock;
+        record.probe * launch.blocks.channels * launch.blocks.row_blocks + at.channel * launch.blocks.row_blocks + at.position / kSignBlock;
     for (int i = 0; i < 4; ++i) words.w[i] ^= launch.parities[4 * block + i];
   }
   return Signs{words, at, static_cast<int>(unit % kSignLanes)};
@@ -73,13 +73,13 @@ FM_HD uint32_t pack_word(const Signs& signs, int i) {
 
 FM_HD int64_t sign_offset(const SignLaunch& launch, const SignRecord& record, const Signs& signs, int start) {
   const View& view = launch.call.view;
-  return record.base + signs.at.channel * view.channel_stride + (signs.at.point + start) * view.point_stride;
+  return record.base + signs.at.channel * view.channel_stride + (signs.at.position + start) * view.position_stride;
 }
 
 // Whether rows are whole packs that begin on 16-byte boundaries.
 inline bool has_packed_rows(const ProbeCall& call, int width) {
   const View& view = call.view;
-  bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && call.shape.points % width == 0 && view.point_stride == 1;
+  bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && call.shape.positions % width == 0 && view.position_stride == 1;
   return aligned && view.channel_stride % width == 0 && view.batch_stride % width == 0 && call.probe_stride % width == 0;
 }
 

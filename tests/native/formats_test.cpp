@@ -117,20 +117,20 @@ void data_map(const Isa& isa, bool channels_last) {
 
 // The last units of one very long row, and of samples very far apart: only the touched pages of the reserved memory exist.
 void far_offsets(const Isa& isa) {
-  constexpr int64_t kPoints = (1ll << 31) + 4096 + 5, kStride = kPoints + 3;
+  constexpr int64_t kPositions = (1ll << 31) + 4096 + 5, kStride = kPositions + 3;
   size_t bytes = static_cast<size_t>(2 * kStride) * sizeof(float);
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) return expect(false, "reserving address space");
   fm::NoiseArgs args = {};
-  args.shape = Shape{2, 1, kPoints, kPoints};
+  args.shape = Shape{2, 1, kPositions, kPositions};
   args.out = View{memory, Dtype::float32, kStride, 0, 1};
   args.key = Key{1, 2, 3, 4, nullptr};
   args.tiling = fm::plan(&args.shape, {&args.out}, fm::kDrawnNumbers);
   isa.noise(args, args.tiling.units - 2, args.tiling.units);
   const float* sample = static_cast<const float*>(memory) + kStride;
-  for (int64_t p = kPoints - 1029; p < kPoints; ++p)
+  for (int64_t p = kPositions - 1029; p < kPositions; ++p)
     expect(close(sample[p], scalar_normal(args.shape, args.key, 0, 1, 0, p), 2e-6), "offset beyond 2^31 elements");
-  expect(sample[kPoints] == 0.0f, "nothing behind the end");
+  expect(sample[kPositions] == 0.0f, "nothing behind the end");
   munmap(memory, bytes);
 }
 

@@ -82,12 +82,12 @@ template <class T>
 class Tensor {
  public:
   Tensor(const Shape& shape, Layout layout, int64_t skew = 0) : shape_(shape), skew_(skew) {
-    int64_t c = shape.channels, p = shape.points;
+    int64_t c = shape.channels, p = shape.positions;
     if (layout == Layout::contiguous) set(c * p, p, 1);
     if (layout == Layout::channels_last) set(c * p, 1, c);
     if (layout == Layout::sliced) set(2 * c * p + 3, p, 1);
     if (layout == Layout::transposed_batch) set(1, p * shape.batch, shape.batch);
-    int64_t last = (shape.batch - 1) * view_.batch_stride + (c - 1) * view_.channel_stride + (p - 1) * view_.point_stride;
+    int64_t last = (shape.batch - 1) * view_.batch_stride + (c - 1) * view_.channel_stride + (p - 1) * view_.position_stride;
     bool empty = shape.batch * c * p == 0;
     memory_.reset(new T[static_cast<size_t>(skew + (empty ? 0 : last + 1))]());
     view_.data = memory_.get() + skew;
@@ -96,14 +96,14 @@ class Tensor {
 
   View view() const { return view_; }
   T& at(int64_t b, int64_t c, int64_t p) {
-    return static_cast<T*>(view_.data)[b * view_.batch_stride + c * view_.channel_stride + p * view_.point_stride];
+    return static_cast<T*>(view_.data)[b * view_.batch_stride + c * view_.channel_stride + p * view_.position_stride];
   }
 
   template <class F>
   void for_each(const F& f) {
     for (int64_t b = 0; b < shape_.batch; ++b)
       for (int64_t c = 0; c < shape_.channels; ++c)
-        for (int64_t p = 0; p < shape_.points; ++p) f(b, c, p, at(b, c, p));
+        for (int64_t p = 0; p < shape_.positions; ++p) f(b, c, p, at(b, c, p));
   }
 
   // Different numbers everywhere, from a Weyl sequence.
@@ -113,10 +113,10 @@ class Tensor {
   }
 
  private:
-  void set(int64_t batch, int64_t channel, int64_t point) {
+  void set(int64_t batch, int64_t channel, int64_t position) {
     view_.batch_stride = batch;
     view_.channel_stride = channel;
-    view_.point_stride = point;
+    view_.position_stride = position;
   }
 
   Shape shape_;
@@ -129,7 +129,7 @@ inline uint32_t id_of(const Key& key, int64_t sample) { return static_cast<uint3
 
 // The normal of element (c, p) of a sample by the scalar headers.
 inline float scalar_normal(const Shape& shape, const Key& key, uint32_t purpose, int64_t sample, int64_t c, int64_t p) {
-  uint32_t block = static_cast<uint32_t>(c * ((shape.points + 3) / 4) + p / 4);
+  uint32_t block = static_cast<uint32_t>(c * ((shape.positions + 3) / 4) + p / 4);
   fm::Words w = fm::stream_words(fm::Stream{key.seed_low, key.seed_high, key.step, purpose}, id_of(key, sample), block);
   float z[4];
   fm::normal_pair(w.w[0], w.w[1], z, z + 1);

@@ -28,7 +28,7 @@ std::vector<Shape> shapes() {
 const Layout kLayouts[] = {Layout::contiguous, Layout::channels_last, Layout::sliced, Layout::transposed_batch};
 
 std::string describe(const Isa& isa, const Shape& s, int layout) {
-  return std::string(isa.name) + " [" + std::to_string(s.batch) + ", " + std::to_string(s.channels) + ", " + std::to_string(s.points) +
+  return std::string(isa.name) + " [" + std::to_string(s.batch) + ", " + std::to_string(s.channels) + ", " + std::to_string(s.positions) +
          "] layout " + std::to_string(layout);
 }
 
@@ -162,7 +162,7 @@ void check_loss(const Isa& isa, Problem& problem, int layout, const Key& key, bo
     expected += weight * difference * difference;
     expect(close(g, 2.0 * weight * k[4] * difference / 3.0, 1e-5), "grad " + describe(isa, problem.shape, layout));
   });
-  if (problem.shape.channels * problem.shape.points > 0)
+  if (problem.shape.channels * problem.shape.positions > 0)
     expect(close(total, expected, 1e-5), "loss " + describe(isa, problem.shape, layout));
 }
 

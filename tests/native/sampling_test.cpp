@@ -15,7 +15,7 @@ std::vector<Shape> shapes() {
 }
 
 std::string describe(const Isa& isa, const Shape& s, int layout) {
-  return std::string(isa.name) + " [" + std::to_string(s.batch) + ", " + std::to_string(s.channels) + ", " + std::to_string(s.points) +
+  return std::string(isa.name) + " [" + std::to_string(s.batch) + ", " + std::to_string(s.channels) + ", " + std::to_string(s.positions) +
          "] layout " + std::to_string(layout);
 }
 
@@ -36,7 +36,7 @@ struct StepProblem {
         out(s, kLayouts[layout], 1),
         copy(s, kLayouts[(layout + 1) % 4], 2),
         x(s, kLayouts[(layout + 2) % 4], 3),
-        doubled(Shape{2 * s.batch, s.channels, s.points, s.width}, kLayouts[layout], 1) {
+        doubled(Shape{2 * s.batch, s.channels, s.positions, s.width}, kLayouts[layout], 1) {
     x.fill(1);
     doubled.fill(2);
     for (int j = 0; j < kTerms; ++j) {
@@ -86,7 +86,7 @@ template <class T>
 void check_step(const Isa& isa, const Shape& shape, int layout, int count, bool guided) {
   StepProblem<T> problem(shape, layout);
   fm::StepArgs args = problem.args(count, guided);
-  if (shape.batch * shape.channels * shape.points) isa.step(args, 0, args.tiling.units);
+  if (shape.batch * shape.channels * shape.positions) isa.step(args, 0, args.tiling.units);
   problem.out.for_each([&](int64_t b, int64_t c, int64_t p, T& y) {
     expect(close(y, problem.expected(count, guided, b, c, p), sizeof(T) == 8 ? 1e-14 : 4e-6), "step " + describe(isa, shape, layout));
     expect(problem.copy.at(b, c, p) == y, "copy of step " + describe(isa, shape, layout));
@@ -98,7 +98,7 @@ void check_step_ranges(const Isa& isa, const Shape& shape) {
   StepProblem<float> whole_range(shape, 0), pieces(shape, 0);
   fm::StepArgs a = whole_range.args(3, false), b = pieces.args(3, false);
   a.copy = b.copy = {};
-  if (shape.batch * shape.channels * shape.points == 0) return;
+  if (shape.batch * shape.channels * shape.positions == 0) return;
   isa.step(a, 0, a.tiling.units);
   for (int64_t unit = b.tiling.units; unit-- > 0;) isa.step(b, unit, unit + 1);
   whole_range.out.for_each(
@@ -110,15 +110,15 @@ void check_merging() {
   View* both[] = {&a, &b};
   Shape shape = {4, 3, 2, 2};
   fm::plan_elementwise(&shape, fm::Views{both, 2});
-  expect(shape.batch == 1 && shape.channels == 1 && shape.points == 24 && a.point_stride == 1, "a contiguous batch is one run");
+  expect(shape.batch == 1 && shape.channels == 1 && shape.positions == 24 && a.position_stride == 1, "a contiguous batch is one run");
   a = b = View{nullptr, Dtype::float32, 6, 1, 3};
   shape = {4, 3, 2, 2};
   fm::plan_elementwise(&shape, fm::Views{both, 2});
-  expect(shape.points == 24 && a.point_stride == 1, "a channels_last batch is one run");
+  expect(shape.positions == 24 && a.position_stride == 1, "a channels_last batch is one run");
   a = View{nullptr, Dtype::float32, 6, 2, 1};
   shape = {4, 3, 2, 2};
   fm::plan_elementwise(&shape, fm::Views{both, 2});
-  expect(shape.batch == 4 && shape.channels == 3 && shape.points == 2, "mixed layouts are not merged");
+  expect(shape.batch == 4 && shape.channels == 3 && shape.positions == 2, "mixed layouts are not merged");
 }
 
 struct SignProblem {
@@ -130,11 +130,11 @@ struct SignProblem {
   SignProblem(const Isa& isa, const Shape& s, bool structured) : shape(s), probes(3), first(2), share(2) {
     if (!structured) return;
     uint64_t weyl = 1;
-    for (int64_t i = 0; i < s.channels * s.points; ++i) codes.push_back(static_cast<int64_t>(weyl += 0x9E3779B97F4A7C15ull));
+    for (int64_t i = 0; i < s.channels * s.positions; ++i) codes.push_back(static_cast<int64_t>(weyl += 0x9E3779B97F4A7C15ull));
     for (int64_t i = 0; i < probes; ++i) rows.push_back(static_cast<int64_t>(weyl *= 0xD1342543DE82EF95ull));
-    int64_t blocks = probes * s.channels * ((s.points + 127) / 128);
+    int64_t blocks = probes * s.channels * ((s.positions + 127) / 128);
     parities.resize(static_cast<size_t>(4 * blocks) + 1);
-    isa.parity(fm::ParityArgs{codes.data(), rows.data(), s.channels, s.points, parities.data()}, 0, blocks);
+    isa.parity(fm::ParityArgs{codes.data(), rows.data(), s.channels, s.positions, parities.data()}, 0, blocks);
   }
 
   fm::ProbeArgs args(const View& view, const fm::Drawn& drawn) const {
@@ -155,10 +155,10 @@ struct SignProblem {
 
   double sign(int64_t probe, int64_t b, int64_t c, int64_t p) const {
     fm::Stream stream = {kKey.seed_low, kKey.seed_high, kKey.step, purpose(probe)};
-    fm::Words w = fm::stream_words(stream, id_of(kKey, b), static_cast<uint32_t>(c * ((shape.points + 127) / 128) + p / 128));
+    fm::Words w = fm::stream_words(stream, id_of(kKey, b), static_cast<uint32_t>(c * ((shape.positions + 127) / 128) + p / 128));
     uint32_t bit = w.w[p % 128 / 32] >> (p % 32) & 1u;
     if (!codes.empty()) {
-      uint64_t common = static_cast<uint64_t>(codes[static_cast<size_t>(c * shape.points + p)] & rows[static_cast<size_t>(probe)]);
+      uint64_t common = static_cast<uint64_t>(codes[static_cast<size_t>(c * shape.positions + p)] & rows[static_cast<size_t>(probe)]);
       for (; common; common &= common - 1) bit ^= 1u;
     }
     return bit ? -1.0 : 1.0;
@@ -196,7 +196,7 @@ void check_divergence(const Isa& isa, const Shape& shape, int layout, bool struc
     double sum = 0, expected = 0, size = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) sum += partial[static_cast<size_t>(i * tiles + tile)];
     for (int64_t c = 0; c < shape.channels; ++c)
-      for (int64_t p = 0; p < shape.points; ++p) {
+      for (int64_t p = 0; p < shape.positions; ++p) {
         int64_t probe = i / shape.batch, b = i % shape.batch;
         double z =
             normals ? static_cast<double>(scalar_normal(shape, kKey, problem.purpose(probe), b, c, p)) : problem.sign(probe, b, c, p);

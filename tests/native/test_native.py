@@ -78,9 +78,9 @@ def philox(counter: np.ndarray, seed: int) -> np.ndarray:
     return np.stack(c, axis=-1)
 
 
-def exact_normals(seed: int, step: int, first_id: int, samples: int, points: int) -> np.ndarray:
+def exact_normals(seed: int, step: int, first_id: int, samples: int, positions: int) -> np.ndarray:
     """Box-Muller in float64 with the library's logarithm and cosine."""
-    blocks = -(-points // 4)
+    blocks = -(-positions // 4)
     counter = np.zeros((samples, blocks, 4), dtype=np.int64)
     counter[..., 0] = np.arange(blocks)
     counter[..., 1] = (first_id + np.arange(samples))[:, None] & 0xFFFFFFFF
@@ -89,15 +89,17 @@ def exact_normals(seed: int, step: int, first_id: int, samples: int, points: int
     uniform = (words[..., 0::2].astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)).astype(np.float64)
     radius, angle = np.sqrt(-2.0 * np.log(uniform)), 2.0 * np.pi * words[..., 1::2].astype(np.float64) / 2.0**32
     pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
-    return pairs.reshape(samples, blocks * 4)[:, :points]
+    return pairs.reshape(samples, blocks * 4)[:, :positions]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "step", "first_id", "samples", "points"), [(0, 0, 0, 3, 4099), (2**63 - 1, 2**32 - 1, 2**32 - 5, 500, 7)])
-def test_normals_equal_float64(programs: dict[str, Path], seed: int, step: int, first_id: int, samples: int, points: int) -> None:
-    expected = exact_normals(seed, step, first_id, samples, points)
-    arguments = [str(x) for x in (seed, step, first_id, samples, points)]
-    printed = np.frombuffer(run([str(programs["print_normals"]), *arguments]), dtype=np.float32).reshape(-1, samples, points)
+@pytest.mark.parametrize(
+    ("seed", "step", "first_id", "samples", "positions"), [(0, 0, 0, 3, 4099), (2**63 - 1, 2**32 - 1, 2**32 - 5, 500, 7)]
+)
+def test_normals_equal_float64(programs: dict[str, Path], seed: int, step: int, first_id: int, samples: int, positions: int) -> None:
+    expected = exact_normals(seed, step, first_id, samples, positions)
+    arguments = [str(x) for x in (seed, step, first_id, samples, positions)]
+    printed = np.frombuffer(run([str(programs["print_normals"]), *arguments]), dtype=np.float32).reshape(-1, samples, positions)
     for normals in printed:
         np.testing.assert_allclose(normals, expected, rtol=1e-6, atol=1.5e-6)
 
