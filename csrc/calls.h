@@ -51,6 +51,7 @@ struct LossCall {
   Dtype sample_weight_dtype;
   View grad_output;    // strides (batch, -, -), or absent for 1
   double grad_factor;  // 2 over the reduction's divisor
+  bool finished;       // grad is the gradient already if grad_output, a single number, is one
   int reduction;
   double divisor;
   void* loss;  // one number or [B], float32 or float64; absent in the backward pass
@@ -103,7 +104,7 @@ DivergenceCall read_divergence_step(abi::Arguments* in);
 constexpr const char* kNoiseArguments = "TTiii";
 constexpr const char* kPathSampleArguments = "TTTTTTiffiifffffffb";
 constexpr const char* kPathLossArguments = "TTTTTTTTiffbO";
-constexpr const char* kPathLossBackwardArguments = "TTTTTTTTiffb";
+constexpr const char* kPathLossBackwardArguments = "TTTTTTTTiffbb";
 constexpr const char* kLinearStepArguments = "TTTLTif";
 constexpr const char* kProbeArguments = "TTTTiii";
 constexpr const char* kDivergenceStepArguments = "TTTTTTiiiiiff";
@@ -112,6 +113,9 @@ constexpr const char* kDivergenceStepArguments = "TTTTTTiiiiiff";
 FM_HD double coefficient_at(const void* coefficients, Dtype dtype, int64_t sample, int column) {
   return number_at(coefficients, dtype, kColumns * sample + column);
 }
+
+// Whether a backward pass has nothing left to do. On a GPU only a kernel knows.
+FM_HD bool is_finished(const LossCall& call) { return call.finished && number_at(call.grad_output.data, call.grad_output.dtype, 0) == 1.0; }
 
 // The six numbers of a sample and its time, which is clamped where it is given.
 template <class T>

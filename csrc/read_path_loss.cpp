@@ -91,6 +91,7 @@ LossCall read_path_loss_backward(Arguments* in) {
   LossCall call = loss_call(inputs, reduction, read_transform(in));
   call.grad = float_view(grad, inputs.o);
   call.grad_output = read_grad_output(grad_output, reduction, call.shape.batch);
+  call.finished = in->flag() && reduction != kNone;
   return call;
 }
 

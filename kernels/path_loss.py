@@ -69,6 +69,7 @@ def path_loss_kernel(
     WANT_GRAD: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD_OUTPUT: tl.constexpr,
+    FINISHED: tl.constexpr,  # grad is the gradient already if grad_output is one
     EXPLICIT_IDS: tl.constexpr,
     DRAW: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -86,6 +87,9 @@ def path_loss_kernel(
     sample, chunk = sample_and_chunk(batch)
     if sample >= batch:
         return
+    if FINISHED:  # noqa: SIM102 (not by "and": without FINISHED there is nothing to load)
+        if tl.load(grad_output_ptr) == 1.0:
+            return
     sample = sample.to(tl.int64)
     seed, step, identity = read_key(key_ptr, sample, EXPLICIT_IDS)
     row = coef_ptr + sample * COLUMNS
@@ -169,6 +173,7 @@ def launch(
         WANT_GRAD=grad.numel() > 0,
         WEIGHT=_weight_code(weight, o.shape[0]),
         GRAD_OUTPUT=0,
+        FINISHED=False,
         COMPUTE=_launch.compute_dtype(o, coef),
         **_launch.data_options(x1, x0, key, flip, levels, dequantise),
     )
@@ -188,8 +193,12 @@ def launch_backward(
     flip: float,
     levels: float,
     dequantise: bool,
+    finished: bool = False,
 ) -> None:
-    """Run ``fm_fast::path_loss_backward``: fill grad, with grad_output multiplied in before the rounding to grad's dtype."""
+    """Run ``fm_fast::path_loss_backward``: fill grad, with grad_output multiplied in before the rounding to grad's dtype.
+
+    finished: grad is the gradient already if grad_output, a single number, is one.
+    """
     if o.numel() == 0:
         return
     _launch.run(
@@ -201,6 +210,7 @@ def launch_backward(
         WANT_GRAD=True,
         WEIGHT=_weight_code(weight, o.shape[0]),
         GRAD_OUTPUT=2 if grad_output.dim() else 1,
+        FINISHED=finished and grad_output.dim() == 0,
         COMPUTE=_launch.compute_dtype(o, coef),
         **_launch.data_options(x1, x0, key, flip, levels, dequantise),
     )

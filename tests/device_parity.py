@@ -147,6 +147,40 @@ def check_half_precision_gradient(place):
     close(grad, wanted, np.abs(wanted).max() / 8)
 
 
+def check_finished_gradient(place, dtype):
+    """The device looks at grad_output: the gradient of forward where it is one, else a new one; again and again, in memory of its own."""
+    x1, o = data(place, (4, 3, 8, 8)), data(place, (4, 3, 8, 8), dtype, seed=2).requires_grad_()
+    s = sample_path(place, x1)
+    _, wanted = oracle.loss(array(o), array(x1), oracle.normal(tuple(x1.shape), SEED, STEP), array(s.coef))
+    for factors in ((1.0, 1.0, 0.5), (0.5, 1.0, 1.0)):
+        loss, found = s.loss(o), []
+        for factor in factors:
+            grad_output = torch.tensor(factor, device=place.device)
+            found.append((factor, torch.autograd.grad(loss, o, grad_output, retain_graph=True)[0]))
+        for factor, grad in found:
+            close(grad, factor * wanted, factor * np.abs(wanted).max())
+        found[0][1].mul_(100.0)
+        close(torch.autograd.grad(loss, o)[0], wanted, np.abs(wanted).max())
+
+
+def check_early_exit(place, backward, shape):
+    """What is finished is left alone where grad_output is one, and written where it is not or there is one a sample."""
+    x1, o = data(place, shape), data(place, shape, seed=2)
+    s = sample_path(place, x1)
+    absent, key = x1.new_empty(0), torch.tensor([SEED, STEP, 0], device=place.device)
+
+    def run(grad_output, reduction, finished):
+        grad = torch.full_like(o, torch.nan)
+        backward(grad, o, x1, absent, key, s.coef, absent, grad_output.to(place.device), reduction, 0.0, 256.0, False, finished)
+        return grad
+
+    one, half, ones = torch.ones(()), torch.full((), 0.5), torch.ones(len(o))
+    assert bool(run(one, 0, True).isnan().all())
+    for case in ((half, 0, True), (one, 0, False), (ones, 2, True)):
+        assert not bool(run(*case).isnan().any())
+    assert torch.equal(run(half, 0, True), run(half, 0, False))
+
+
 def check_repeats(place, shape=(32, 3, 64, 64), times=5):
     """Loss and gradient bit for bit; and a sample's own loss whatever batch it is in."""
     x1, o = data(place, shape, torch.bfloat16), data(place, shape, torch.bfloat16, seed=2).requires_grad_()

@@ -60,6 +60,14 @@ def test_float16_adds_the_op_that_computes_its_gradient_late():
     assert memory == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpu_adds_an_op_that_may_end_at_once_and_no_memory(dtype, monkeypatch):
+    monkeypatch.setattr(sys.modules["fm_fast._ops.path_loss"], "_is_on_device", lambda grad_output: True)
+    ops, memory, expected = record(dtype)
+    assert ops == ["fm_fast.path_sample.default", "fm_fast.path_loss.default", "fm_fast.path_loss_backward.default"]
+    assert memory == expected
+
+
 def test_bytes_are_read_as_they_are():
     ops, memory, expected = record(x1=torch.zeros(SHAPE, dtype=torch.uint8), flip=0.5, dequantise=True)
     assert ops == ["fm_fast.path_sample.default", "fm_fast.path_loss.default"]

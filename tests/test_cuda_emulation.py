@@ -81,6 +81,17 @@ def test_half_precision_gradient():
     parity.check_half_precision_gradient(PLACE)
 
 
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_the_device_finishes_the_gradient(dtype, monkeypatch):
+    monkeypatch.setattr(sys.modules["fm_fast._ops.path_loss"], "_is_on_device", lambda grad_output: grad_output.dim() == 0)
+    parity.check_finished_gradient(PLACE, dtype)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (5, 7), (2, 3, 5, 5)], ids=str)
+def test_a_finished_gradient_is_left_alone(shape):
+    parity.check_early_exit(PLACE, getattr(torch.ops, emulated_cuda.NAMESPACE).path_loss_backward.default, shape)
+
+
 def test_repeats():
     parity.check_repeats(PLACE, (9, 3, 16, 16), 2)
 

@@ -1,5 +1,7 @@
 """Every backend of a CUDA device on a real GPU, through the public functions: parity, CUDA graphs, repeatability, streams, size."""
 
+import sys
+
 import device_parity as parity
 import pytest
 import torch
@@ -90,6 +92,17 @@ def test_empty_batches_match_the_reference(place):
 
 def test_half_precision_gradient_matches_the_model_under_a_loss_scale(place):
     parity.check_half_precision_gradient(place)
+
+
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+def test_the_device_finishes_the_gradient(place, dtype):
+    parity.check_finished_gradient(place, dtype)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (5, 7), (2, 3, 5, 5)], ids=str)
+def test_a_finished_gradient_is_left_alone(place, shape):
+    backward = sys.modules["fm_fast._ops.path_loss"]._path_loss_backward[place.backend]
+    parity.check_early_exit(place, backward, shape)
 
 
 def test_loss_and_gradient_repeat_bit_for_bit(place):
@@ -266,7 +279,8 @@ def test_a_whole_solve_neither_waits_nor_resists_a_graph(settings, place):
 @pytest.mark.parametrize("objective", ["fm-ot", "scoreflow"])
 def test_replayed_training_steps_are_the_steps(objective, precision):
     """The losses of steps one by one, up to the order in which convolutions add; and no replay waits for the device."""
-    config, device = tiny(objective=objective, precision=precision, label_drop=0.3, flip=0.5, dequantise=True), torch.device("cuda")
+    settings = {"label_drop": 0.3, "flip": 0.5, "dequantise": True, "cuda_graph": "on"}  # what cannot be recorded is an error
+    config, device = tiny(objective=objective, precision=precision, **settings), torch.device("cuda")
     images, replayed = digits().to(device), new_state(config, device)
     wanted = torch.stack(advance(new_state(config, device), config, images, WARM_UP_STEPS + 8))
     step = GraphedStep(replayed, config, images, DataOrder(len(images), config.seed))

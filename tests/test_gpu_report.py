@@ -22,7 +22,7 @@ def machine(monkeypatch, tmp_path):
     """A make-believe GPU: commands are recorded instead of run; those that contain a text of ``fails`` fail."""
     commands, fails = [], []
 
-    def succeeds(command):
+    def succeeds(command, seconds=None):
         commands.append(" ".join(command))
         return not any(text in commands[-1] for text in fails)
 
@@ -106,7 +106,7 @@ def test_both_sanitizers_run(machine):
 
 
 def test_a_sanitizer_that_finds_something_fails(machine):
-    machine[1].append("racecheck --error-exitcode 1 " + sys.executable + " -m pytest")
+    machine[1].append("racecheck --error-exitcode 1 " + sys.executable + " -m pytest -q -m gpu tests/test_gpu.py -k (reductions")
     assert gpu_report.main(["sanitize"]) == 1
     assert stages()["sanitize"] == {"memcheck": "ok", "racecheck": "FAILED"}
 
@@ -114,10 +114,30 @@ def test_a_sanitizer_that_finds_something_fails(machine):
 def test_a_refused_or_missing_sanitizer_is_recorded(machine, monkeypatch):
     machine[1].append("compute-sanitizer")
     assert gpu_report.main(["sanitize"]) == 0
-    assert set(stages()["sanitize"].values()) == {"refused here, on a trivial program too"}
-    monkeypatch.setattr(gpu_report.shutil, "which", lambda name: None)
+    assert set(stages()["sanitize"].values()) == {"refused here, on a trivial program too: its output is above"}
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda name, path=None: None)
     assert gpu_report.main(["sanitize"]) == 0
     assert set(stages()["sanitize"].values()) == {"compute-sanitizer is not installed"}
+
+
+def test_a_sanitizer_beside_nvcc_is_found(machine, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda name, path=None: path and f"{path}/{name}")
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    assert gpu_report.main(["sanitize"]) == 0
+    assert all(f"{tmp_path}/bin/compute-sanitizer --tool" in command for command in machine[0]) and len(machine[0]) == 4
+
+
+def test_a_sanitizer_that_takes_too_long_is_ended(machine, monkeypatch):
+    monkeypatch.setattr(gpu_report, "TRIVIAL", ["true"])
+    monkeypatch.setattr(gpu_report, "SANITIZER_SECONDS", 0.2)
+
+    def succeeds(command, seconds=None):
+        done = subprocess.run(["sleep", "10"] if "pytest" in command else ["true"], check=False, timeout=seconds)
+        return done.returncode == 0
+
+    monkeypatch.setattr(gpu_report, "_succeeds", succeeds)
+    assert gpu_report.main(["sanitize"]) == 0
+    assert stages()["sanitize"] == {"memcheck": "not at its end after 0.2 s", "racecheck": "not at its end after 0.2 s"}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), SystemExit("naive eager is wrong, so nothing is timed")])
@@ -142,3 +162,9 @@ def test_a_setting_that_fails_costs_the_report_no_other(error, machine, monkeypa
         (s, "ours", "Some GPU") for s in ("first", "first", "second")
     ]
     assert list(stages()["bench"].values()) == ["ok", f"FAILED: {error}", "ok", "ok"]
+
+
+def test_every_test_of_a_gpu_is_run():
+    folder = pathlib.Path(__file__).parent
+    files = {f"tests/{file.name}" for file in folder.glob("test_*.py") if "pytest.mark.gpu" in file.read_text()}
+    assert files - {f"tests/{pathlib.Path(__file__).name}"} == set(gpu_report.TESTS)

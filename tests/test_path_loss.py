@@ -1,5 +1,8 @@
 """path_loss against the independent float64 model: value, gradient, reductions, weights, dtypes, layouts, repeatability."""
 
+import sys
+
+import device_parity as parity
 import numpy as np
 import oracle
 import pytest
@@ -9,6 +12,7 @@ from path_loss_cases import OBJECTIVES, SEED, STEP, loss_and_gradient, tensor
 from thread_counts import on_thread_counts
 
 import fm_fast as fm
+from fm_fast import _backends
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 SHAPES = [(3,), (5, 1), (4, 2), (3, 7), (2, 3, 5), (2, 3, 17, 16), (2, 3, 2, 3, 5), (3, 4099), (130, 2)]
@@ -149,6 +153,15 @@ def test_a_second_backward_gives_the_same_gradient(dtype, grad_output, backend):
     assert torch.equal(o.grad, first)
     loss.backward(scale)
     assert torch.equal(o.grad, 2 * first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.skipif(_backends.why_not("path_loss", "cpu", "cpp") is not None, reason="no C++ kernels")
+def test_the_op_may_look_at_grad_output_itself(dtype, monkeypatch):
+    """As on a GPU, where the host would have to wait."""
+    monkeypatch.setattr(sys.modules["fm_fast._ops.path_loss"], "_is_on_device", lambda grad_output: grad_output.dim() == 0)
+    parity.check_finished_gradient(parity.Place("cpu", "cpp"), dtype)
+    parity.check_early_exit(parity.Place("cpu", "cpp"), torch.ops.fm_fast.path_loss_backward.default, (4, 3, 8, 8))
 
 
 def test_changing_the_gradient_in_place_does_not_change_the_next_one(backend):

@@ -34,13 +34,13 @@ def launch(o, x1, x0=None, weight=None, reduction="mean", ids=0, flip=0.0, level
     return loss, grad
 
 
-def launch_backward(o, x1, grad_output, reduction="mean", weight=None):
+def launch_backward(o, x1, grad_output, reduction="mean", weight=None, finished=False):
     from fm_fast.kernels.path_loss import launch_backward as path_loss_backward
 
     grad, rows = poisoned(o), coefficients(o.shape[0], wide_dtype(x1))
     mask = torch.empty(0) if weight is None else weight
     path_loss_backward(grad, o, x1, torch.empty(0), key(SEED, STEP, 0), rows, mask, grad_output, REDUCTIONS.index(reduction), 0.0, 256.0,
-                       False)  # fmt: skip
+                       False, finished)  # fmt: skip
     return grad
 
 
@@ -138,6 +138,15 @@ def check_backward_multiplies_before_rounding(reduction, dtype):
     wanted = expected(o, x1, reduction=reduction)[1] * oracle.column(np.atleast_1d(array(grad_output)), array(o))
     grad = launch_backward(o, x1, grad_output, reduction)
     np.testing.assert_allclose(array(grad), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * np.abs(wanted).max() / 8)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 8, 4), (2, 5)], ids=str)
+def check_a_finished_gradient_is_left_alone_where_grad_output_is_one(shape):
+    o, x1 = data(shape), data(shape, seed=2)
+    assert bool(launch_backward(o, x1, torch.ones(()), finished=True).isnan().all())
+    for grad_output, reduction in ((torch.tensor(0.5), "sum"), (torch.ones(shape[0]), "none")):
+        found = launch_backward(o, x1, grad_output, reduction, finished=True)
+        assert torch.equal(found, launch_backward(o, x1, grad_output, reduction))
 
 
 def check_half_gradient_survives_the_mean_of_many():

@@ -42,6 +42,7 @@ void path_loss(StableIValue* stack, uint64_t, uint64_t) {
 void path_loss_backward(StableIValue* stack, uint64_t, uint64_t) {
   abi::Arguments in(stack, kPathLossBackwardArguments);
   LossArgs args = loss_args(read_path_loss_backward(&in));
+  if (is_finished(args)) return;
   run_units(kernels().path_loss, args, args.tiling.units, kGrain);
 }
 

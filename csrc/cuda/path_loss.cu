@@ -78,6 +78,7 @@ template <class O, class X1, bool kDraw>
 __global__ void __launch_bounds__(kThreads, sizeof(X1) == 1 ? kPixelBlocks : kBlocks) packed_kernel(const LossLaunch launch) {
   using P = Packs<O>;
   const LossCall& call = launch.call;
+  if (is_finished(call)) return;
   const Geometry& geometry = launch.geometry;
   const Key key = key_of(call.key_words);
   const Stream stream = stream_of(key, kStreamX0), dequantise = stream_of(key, kStreamDequantise);
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(X1) == 1 ? kPixelBlocks : kBl
         if (offset >= elements) continue;
         float o[P::kWidth], x1[P::kWidth], x0[P::kWidth], difference[P::kWidth], scaled[P::kWidth];
         widen_pack(o_packs[i], o);
-        map_data_pack<P::kWidth>(x1_packs[i], call.transform, dequantise, record.id, block, x1);
+        map_data_pack<P::kWidth>(x1_packs[i], record.mirror, call.transform, dequantise, record.id, block, x1);
         source_pack<kDraw>(x0_packs[i], stream, record.id, block, x0);
         for (int j = 0; j < P::kWidth; ++j) difference[j] = scaled[j] = residual(term, o[j], x1[j], x0[j]);
         if (call.weight.data) weigh(call.weight, base + offset, scaled);
@@ -131,6 +132,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(X1) == 1 ? kPixelBlocks : kBl
 template <class T>
 __global__ void __launch_bounds__(kThreads, kWideBlocks) strided_kernel(const LossLaunch launch) {
   const LossCall& call = launch.call;
+  if (is_finished(call)) return;
   const Key key = key_of(call.key_words);
   const Stream stream = stream_of(key, kStreamX0), dequantise = stream_of(key, kStreamDequantise);
   double total = 0;

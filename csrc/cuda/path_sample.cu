@@ -73,6 +73,8 @@ __device__ __forceinline__ SampleRecord<T> prepare_sample(const SampleCall& call
 template <class XT, class X1, bool kDraw>
 __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const SampleLaunch launch) {
   using P = Packs<XT>;
+  // Several packs are drawn without a branch between them, also for elements that are not there: so they share the keys of the rounds.
+  constexpr bool kTogether = kDraw && P::kCount > 1;
   const SampleCall& call = launch.call;
   const Geometry& geometry = launch.geometry;
   const Key key = key_of(call.key_words);
@@ -88,6 +90,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const SampleL
       FM_UNROLL
       for (int i = 0; i < P::kCount; ++i) {
         uint32_t offset = P::offset(geometry, chunk, run.lane, i);
+        if (kTogether) x1_packs[i] = {};
         if (offset >= elements) continue;
         x1_packs[i] = load_data_pack<P::kWidth, X1>(call.x1, base, offset, record.mirror, launch.blocks.width);
         if (!kDraw) x0_packs[i] = load_pack<XT, P::kWidth>(call.x0.data, base + offset);
@@ -95,12 +98,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const SampleL
       FM_UNROLL
       for (int i = 0; i < P::kCount; ++i) {
         uint32_t offset = P::offset(geometry, chunk, run.lane, i), block = offset / kBlock;
-        if (offset >= elements) continue;
+        if (!kTogether && offset >= elements) continue;
         float x1[P::kWidth], x0[P::kWidth], x_t[P::kWidth];
-        map_data_pack<P::kWidth>(x1_packs[i], call.transform, dequantise, record.id, block, x1);
+        map_data_pack<P::kWidth>(x1_packs[i], record.mirror, call.transform, dequantise, record.id, block, x1);
         source_pack<kDraw>(x0_packs[i], stream, record.id, block, x0);
         for (int j = 0; j < P::kWidth; ++j) x_t[j] = interpolate(record.a, x1[j], record.s, x0[j]);
-        store_pack(static_cast<XT*>(call.x_t.data), base + offset, x_t);
+        if (offset < elements) store_pack(static_cast<XT*>(call.x_t.data), base + offset, x_t);
       }
     }
   });

@@ -73,22 +73,23 @@ struct Packs {
   }
 };
 
-// A pack of x1 of the sample that begins at `base`, mirrored where its sample is.
+// A pack of x1 of the sample that begins at `base`, as it lies in memory: one load, for which nothing waits before it is mapped.
 template <int kWidth, class X1>
 FM_HD Pack<X1, kWidth> load_data_pack(const View& x1, int64_t base, uint32_t offset, bool mirror, const Divisor& width) {
-  if (!mirror) return load_pack<X1, kWidth>(x1.data, base + offset);
-  return reversed(load_pack<X1, kWidth>(x1.data, base + mirrored(offset + (kWidth - 1), width)));
+  return load_pack<X1, kWidth>(x1.data, base + (mirror ? mirrored(offset + (kWidth - 1), width) : offset));
 }
 
 // Floating data is data already.
 template <int kWidth, class X1>
-FM_HD void map_data_pack(const Pack<X1, kWidth>& pack, const DataTransform&, const Stream&, uint32_t, uint32_t, float (&x1)[kWidth]) {
-  widen_pack(pack, x1);
+FM_HD void map_data_pack(const Pack<X1, kWidth>& loaded, bool mirror, const DataTransform&, const Stream&, uint32_t, uint32_t,
+                         float (&x1)[kWidth]) {
+  widen_pack(mirror ? reversed(loaded) : loaded, x1);
 }
 
 template <int kWidth>
-FM_HD void map_data_pack(const Pack<uint8_t, kWidth>& pack, const DataTransform& transform, const Stream& dequantise, uint32_t id,
-                         uint32_t block, float (&x1)[kWidth]) {
+FM_HD void map_data_pack(const Pack<uint8_t, kWidth>& loaded, bool mirror, const DataTransform& transform, const Stream& dequantise,
+                         uint32_t id, uint32_t block, float (&x1)[kWidth]) {
+  Pack<uint8_t, kWidth> pack = mirror ? reversed(loaded) : loaded;
   float u[kWidth], scale = static_cast<float>(2.0 / transform.levels);
   for (int i = 0; i < kWidth; ++i) u[i] = 0.5f;
   if (transform.dequantise)

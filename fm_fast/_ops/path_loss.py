@@ -60,9 +60,10 @@ def _fused_loss(
 
 
 class _PathLoss(torch.autograd.Function):
-    """Loss and finished gradient in one pass. Backward only scales the gradient, and never in place, so it can run again.
+    """Loss and finished gradient in one pass, for a grad_output of one. Backward scales it, and can run again.
 
-    float16 keeps no gradient: 2 / N underflows in it, so backward computes the gradient with grad_output / N applied in float32.
+    float16 keeps no gradient: 2 / N underflows in it, so backward computes the gradient with grad_output / N applied in float32. On a
+    GPU the op looks whether grad_output is one, and computes the gradient anew where it is not: the host would have to wait.
     Only ``o`` gets a gradient, so the others come in one tuple, which spares autograd a look at each of them.
     """
 
@@ -71,7 +72,7 @@ class _PathLoss(torch.autograd.Function):
         ctx: Any, o: Tensor, others: tuple[Tensor, ...], x_t: Tensor | None, tail: tuple[Any, ...], backend: str
     ) -> Tensor:
         loss, gradient = _fused_loss((o, *others), x_t, tail, backend, with_gradient=o.dtype != torch.float16)
-        ctx.tail, ctx.backend = tail, backend
+        ctx.tail, ctx.backend, ctx.is_given_away = tail, backend, False
         ctx.save_for_backward(o, *others, gradient)
         return loss
 
@@ -83,9 +84,19 @@ class _PathLoss(torch.autograd.Function):
         elif gradient.dtype == torch.float16:
             result = torch.empty_like(inputs[0])
             _path_loss_backward[ctx.backend](result, *inputs, grad_output.contiguous(), *ctx.tail)
+        elif _is_on_device(grad_output):
+            result = _finished_by_device(ctx, inputs, gradient, grad_output)
         else:
             result = _scaled(gradient, grad_output)
         return result, None, None, None, None
+
+
+def _finished_by_device(ctx: Any, inputs: list[Tensor], gradient: Tensor, grad_output: Tensor) -> Tensor:
+    """The first time in the memory of the saved gradient (``data``: as if it had not been written), later in memory of its own."""
+    result = torch.empty_like(gradient) if ctx.is_given_away else gradient.data
+    _path_loss_backward[ctx.backend](result, *inputs, grad_output, *ctx.tail, not ctx.is_given_away)
+    ctx.is_given_away = True
+    return result
 
 
 def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
@@ -95,10 +106,17 @@ def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
 
 
 def _is_one(grad_output: Tensor) -> bool:
-    """Whether the usual loss.backward() runs, which needs no multiplication. Not asked where the answer would mean waiting for a device."""
-    if torch.compiler.is_compiling() or type(grad_output) is not Tensor or is_batched(grad_output):
-        return False
-    return grad_output.device.type == "cpu" and grad_output.dim() == 0 and grad_output.item() == 1
+    """Whether the usual loss.backward() runs, which needs no multiplication."""
+    return _is_plain_number(grad_output) and grad_output.device.type == "cpu" and grad_output.item() == 1
+
+
+def _is_on_device(grad_output: Tensor) -> bool:
+    """Whether to see that it is one means to wait for a device."""
+    return _is_plain_number(grad_output) and grad_output.device.type != "cpu"
+
+
+def _is_plain_number(grad_output: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and type(grad_output) is Tensor and grad_output.dim() == 0 and not is_batched(grad_output)
 
 
 def _differentiable_gradient(inputs: list[Tensor], tail: tuple[Any, ...], grad_output: Tensor) -> Tensor:

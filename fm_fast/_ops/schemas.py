@@ -24,7 +24,7 @@ SCHEMAS = {
     ),
     "path_loss_backward": (
         "(Tensor(a!) grad, Tensor o, Tensor x1, Tensor x0, Tensor key, Tensor coef, Tensor weight, Tensor grad_output, int reduction, "
-        "float flip, float levels, bool dequantise) -> ()"
+        "float flip, float levels, bool dequantise, bool finished=False) -> ()"
     ),
     "linear_step": "(Tensor(a!) out, Tensor(b!) copy, Tensor x, Tensor[] k, Tensor table, int row, float guidance) -> ()",
     "probe": "(Tensor(a!) out, Tensor key, Tensor codes, Tensor rows, int index, int first, int share) -> ()",
