@@ -35,7 +35,7 @@ from fm_fast.kernels._norm import (
 )
 from fm_fast.kernels._tile import sample_and_chunk, write
 
-PARAMETER_TILE = (16, 64)  # samples, channels
+PARAMETER_TILE = (64, 16)  # samples, channels: a program walks over the samples, so few rounds and many programs
 
 
 @triton.jit
