@@ -124,6 +124,7 @@ def check_quickstart(results: list[tuple[str, Any]]) -> None:
     first, *others = values(results, "loss")
     naive = values(results, "naive")[0]
     assert all(torch.isclose(loss, naive, rtol=1e-5) for loss in (first, *others))
+    assert sorted(values(results, "ids")[0].tolist()) == list(range(256)) and bool(values(results, "paired")[0].isfinite())
 
     (r,) = values(results, fm.Sample)
     assert r.x.shape == (512, 2) and r.nfe == 40
