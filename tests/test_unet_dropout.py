@@ -72,6 +72,7 @@ def test_the_key_is_filled_in_place_and_not_stored():
     keyed(model, 2**62, 2**31, 9)
     assert model.dropout_key is key and key.dtype == torch.int64 and key.tolist() == [2**62, 2**31, 9]
     assert "dropout_key" not in model.state_dict()
+    assert not list(model.buffers())  # which DistributedDataParallel would make those of the first process
     assert keyed(UNet(CONFIG).to(torch.bfloat16)).dropout_key.tolist() == [3, 5, 0]
 
 

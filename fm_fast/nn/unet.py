@@ -37,14 +37,13 @@ class UNet(nn.Module):
     waiting for a device), TypeError for labels that are not int64.
     """
 
-    dropout_key: Tensor
-
     def __init__(self, config: UNetConfig, *, fused: bool = True) -> None:
         super().__init__()
         self.config, self.fused = config, fused
         width = 4 * config.channels
         settings = BlockSettings(width, config.groups, config.dropout, config.scale_shift, fused)
-        self.register_buffer("dropout_key", torch.tensor(NO_KEY, dtype=torch.int64), persistent=False)
+        # Not a buffer: DistributedDataParallel would give every process the key of the first.
+        self.dropout_key = torch.tensor(NO_KEY, dtype=torch.int64)
         self.time = TimeEmbedding(config.channels, width, config.time_scale)
         self.label = ClassEmbedding(config.classes, width) if config.classes else None
         self.stem = conv3x3(config.image_channels + config.low_resolution_channels, config.widths[0])
@@ -75,6 +74,7 @@ class UNet(nn.Module):
         """What `to` and `to_empty` do; what comes from the meta device has no values, so that the key is again one that was never set."""
         abstract = self.dropout_key.is_meta
         super()._apply(fn, recurse)
+        self.dropout_key = fn(self.dropout_key)
         if abstract and not self.dropout_key.is_meta:
             self.dropout_key.copy_(torch.tensor(NO_KEY))
         return self
