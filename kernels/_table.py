@@ -6,7 +6,7 @@
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fm_fast._modes import is_captured
 
-VALUE, GRADIENT, COPY, OFFSET, COUNT, GROUP = (tl.constexpr(i) for i in range(6))  # columns of the table
+VALUE, GRADIENT, COPY, OFFSET, COUNT, INDEX = (tl.constexpr(i) for i in range(6))  # columns of the table
 COLUMNS = tl.constexpr(6)
 TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -54,28 +54,48 @@ class Row(NamedTuple):
     copy: int
     offset: int
     count: int
-    group: int
+    index: int  # of the tensor among all
 
 
-_read_by_graphs: list[tuple[Tensor, Tensor]] = []  # at every replay, so they are never freed
+Tables = TypeVar("Tables", bound=tuple[Tensor, ...])
+_read_by_graphs: list[tuple[Tensor, ...]] = []  # at every replay, so they are never freed
 
 
 def tables(rows: tuple[Row, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(table, chunks of ``size`` elements) on the device. Made anew only where addresses are new, which must not be while a graph is
     captured: RuntimeError."""
-    made = _made_tables(rows, size, device)
+    return _kept(_made_tables(rows, size, device), device)
+
+
+def members(rows: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """(row of the settings, whether there is a gradient) of each tensor on the device, on the same terms."""
+    return _kept((_made_members(rows, device),), device)[0]
+
+
+def _kept(made: Tables, device: torch.device) -> Tables:
+    """For as long as a graph may read them."""
     if is_captured(device):
         _read_by_graphs.append(made)
     return made
 
 
 @functools.lru_cache(maxsize=64)
+def _made_members(rows: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    _refuse_capture(device)
+    return _to_device(rows, device)
+
+
+@functools.lru_cache(maxsize=64)
 def _made_tables(rows: tuple[Row, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    if is_captured(device):
-        # The copy would be repeated at every replay, from memory of the host that is long gone.
-        raise RuntimeError("gradients: expected memory that an earlier step had, as AdamWEMA.keep_gradients() gives, to capture a graph")
+    _refuse_capture(device)
     chunks = [(i, first) for i, row in enumerate(rows) for first in range(0, row.count, size)]
     return _to_device(rows, device), _to_device(chunks, device)
+
+
+def _refuse_capture(device: torch.device) -> None:
+    """The copy would be repeated at every replay, from memory of the host that is long gone."""
+    if is_captured(device):
+        raise RuntimeError("gradients: expected memory that an earlier step had, as AdamWEMA.keep_gradients() gives, to capture a graph")
 
 
 def _to_device(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

@@ -1,7 +1,8 @@
 """fm_fast::adamw_ema on CUDA: AdamW (Loshchilov & Hutter 2019), moving averages and the 16-bit copy of many tensors in one launch.
 
 g' = c g with c = min(1, largest norm / norm); m += (1 - b1)(g' - m); v = b2 v + (1 - b2) g'^2;
-p = (1 - lr wd) p - lr / (1 - b1^n) m / (sqrt(v) / sqrt(1 - b2^n) + eps); average += (1 - decay)(p - average).
+p = (1 - lr wd) p - lr / (1 - b1^n) m / (sqrt(v) / sqrt(1 - b2^n) + eps), n being the updates that p had a gradient for, this one included;
+average += (1 - decay)(p - average).
 
 Addresses and sizes of the tensors are a table in device memory, one row a tensor; a program works on one chunk of one of them. Another
 program before them turns step number, settings and norm into the numbers above, and says whether the step is to be skipped. The norm is
@@ -24,7 +25,7 @@ from fm_fast.kernels._combine import combine
 from fm_fast.kernels._table import (
     COPY,
     GRADIENT,
-    GROUP,
+    INDEX,
     OFFSET,
     VALUE,
     Kind,
@@ -34,6 +35,7 @@ from fm_fast.kernels._table import (
     check_alike,
     check_gapless,
     chunk_of,
+    members,
     pointer_of,
     tables,
     type_of,
@@ -43,7 +45,8 @@ from fm_fast.kernels._tile import read, write
 ROWS, LANES, TILES = 256, 4, 4  # of a chunk: rows of a tile, elements of a row (128 bits of float32), tiles
 CHUNK = ROWS * LANES * TILES
 WARPS = 4
-SETTINGS, DECAYS, NUMBERS = tl.constexpr(6), tl.constexpr(4), tl.constexpr(8)
+SETTINGS, DECAYS, NUMBERS, OWN = tl.constexpr(6), tl.constexpr(4), tl.constexpr(8), tl.constexpr(2)
+MOST_PARAMETERS = 128  # whose numbers the one program of numbers_kernel makes at once
 NORM_EPSILON = tl.constexpr(reference.NORM_EPSILON)
 
 
@@ -84,31 +87,10 @@ def _power(base, exponent):
 
 
 @triton.jit
-def numbers_kernel(
-    numbers_ptr,  # [groups, 8]
-    rates_ptr,  # [averages]
-    finite_ptr,  # [1] int32
-    counts_ptr,  # [2] int64: updates, skipped steps
-    total_ptr,  # [1] float64: sum of squares of all gradients
-    settings_ptr,  # [groups, 6] float64: learning rate, beta1, beta2, epsilon, weight decay, largest norm
-    decays_ptr,  # [averages, 4] float64: limit, a, b, exponent
-    groups,
-    averages,
-    GROUPS: tl.constexpr,
-    AVERAGES: tl.constexpr,
-):
-    """What an element needs beyond its own memory, and the count of this step."""
-    total = tl.load(total_ptr)
-    finite = (total - total) == 0.0
-    updates, skipped = tl.load(counts_ptr), tl.load(counts_ptr + 1)
-    done = updates.to(tl.float64)
-    n = done + 1.0
-
-    group = tl.arange(0, GROUPS)
-    row, inside = settings_ptr + group * SETTINGS, group < groups
+def _store_numbers(place, row, n, total, inside):
+    """The 8 numbers of parameters whose settings are at ``row``, for their update number n."""
     rate, beta1, beta2 = tl.load(row, inside, 0.0), tl.load(row + 1, inside, 0.0), tl.load(row + 2, inside, 0.0)
     epsilon, weight_decay, largest = tl.load(row + 3, inside, 0.0), tl.load(row + 4, inside, 0.0), tl.load(row + 5, inside, 0.0)
-    place = numbers_ptr + group * NUMBERS
     tl.store(place, tl.minimum(largest / (tl.sqrt(total) + NORM_EPSILON), 1.0), inside)  # factor of the gradient
     tl.store(place + 1, 1.0 - rate * weight_decay, inside)
     tl.store(place + 2, 1.0 - beta1, inside)
@@ -117,6 +99,36 @@ def numbers_kernel(
     tl.store(place + 5, 1.0 / tl.sqrt(1.0 - _power(beta2, n)), inside)
     tl.store(place + 6, epsilon, inside)
     tl.store(place + 7, rate / (1.0 - _power(beta1, n)), inside)
+
+
+@triton.jit
+def numbers_kernel(
+    numbers_ptr,  # [parameters, 8]
+    rates_ptr,  # [averages]
+    finite_ptr,  # [1] int32
+    counts_ptr,  # [2 + parameters] int64: updates, skipped steps, each parameter's own updates
+    total_ptr,  # [1] float64: sum of squares of all gradients
+    settings_ptr,  # [groups, 6] float64: learning rate, beta1, beta2, epsilon, weight decay, largest norm
+    decays_ptr,  # [averages, 4] float64: limit, a, b, exponent
+    members_ptr,  # [parameters, 2] int64: row of the settings, whether there is a gradient
+    parameters,
+    averages,
+    PARAMETERS: tl.constexpr,
+    AVERAGES: tl.constexpr,
+):
+    """What an element needs beyond its own memory, and the count of this step."""
+    total = tl.load(total_ptr)
+    finite = (total - total) == 0.0
+    updates, skipped = tl.load(counts_ptr), tl.load(counts_ptr + 1)
+    done = updates.to(tl.float64)
+    for first in range(0, parameters, PARAMETERS):
+        parameter = first + tl.arange(0, PARAMETERS)
+        inside = parameter < parameters
+        row = settings_ptr + tl.load(members_ptr + parameter * 2, inside, 0) * SETTINGS
+        present, own_ptr = tl.load(members_ptr + parameter * 2 + 1, inside, 0), counts_ptr + OWN + parameter
+        own = tl.load(own_ptr, inside, 0)
+        _store_numbers(numbers_ptr + parameter * NUMBERS, row, own.to(tl.float64) + 1.0, total, inside)
+        tl.store(own_ptr, own + present * finite.to(tl.int64), inside)
 
     average = tl.arange(0, AVERAGES)
     row, inside = decays_ptr + average * DECAYS, average < averages
@@ -186,7 +198,7 @@ def adamw_ema_kernel(
     m_ptr,  # [N]
     v_ptr,  # [N]
     averages_ptr,  # [averages, N]
-    numbers_ptr,  # [groups, 8]
+    numbers_ptr,  # [parameters, 8]
     rates_ptr,  # [averages]
     finite_ptr,  # [1]
     length: tl.int64,  # N
@@ -207,7 +219,7 @@ def adamw_ema_kernel(
     offset = tl.load(row_ptr + OFFSET)
     if ALIGNED:
         offset = tl.multiple_of(offset, 16)
-    number_ptr = numbers_ptr + tl.load(row_ptr + GROUP) * NUMBERS
+    number_ptr = numbers_ptr + tl.load(row_ptr + INDEX) * NUMBERS
     if first + ROWS * LANES * TILES <= count:
         _update(
             row_ptr, m_ptr, v_ptr, averages_ptr, number_ptr, rates_ptr, length, offset, first, count, HAS_GRADIENT, G_TYPE,
@@ -262,7 +274,7 @@ def _rows(
         begin = offset + weights.numel()
         kinds.append(Kind(gradient.dtype if gradient.numel() else None, None if copy is None else copy.dtype))
         addresses = (weights.data_ptr(), gradient.data_ptr() if gradient.numel() else 0, 0 if copy is None else copy.data_ptr())
-        rows.append(Row(*addresses, offset, weights.numel(), group))
+        rows.append(Row(*addresses, offset, weights.numel(), i))
     return kinds, rows
 
 
@@ -280,14 +292,15 @@ def launch(
     decays: Tensor,
 ) -> None:
     """Run ``fm_fast::adamw_ema``: update everything in place, or count the step as skipped where total is not finite."""
-    _check_state(m, v, averages, counts, total, settings, decays)
-    groups, count = len(settings), len(averages)
-    kinds, rows = _rows(p, copies, g, m, layout, groups)
-    numbers, rates = m.new_empty(groups, NUMBERS.value), m.new_empty(max(count, 1))
+    _check_state(m, v, averages, counts, total, settings, decays, len(p))
+    count = len(averages)
+    kinds, rows = _rows(p, copies, g, m, layout, len(settings))
+    numbers, rates = m.new_empty(len(p), NUMBERS.value), m.new_empty(max(count, 1))
     finite = torch.empty(1, dtype=torch.int32, device=m.device)
-    powers = {"GROUPS": _launch.power_of_two(groups), "AVERAGES": _launch.power_of_two(count)}
+    belonging = members(tuple((group, int(x.numel() > 0)) for (_, group), x in zip(layout.tolist(), g, strict=True)), m.device)
+    powers = {"PARAMETERS": min(_launch.power_of_two(len(p)), MOST_PARAMETERS), "AVERAGES": _launch.power_of_two(count)}
     with _launch.on_device(m.device):
-        numbers_kernel[(1,)](numbers, rates, finite, counts, total, settings, decays, groups, count, **powers, num_warps=1)
+        numbers_kernel[(1,)](numbers, rates, finite, counts, total, settings, decays, belonging, len(p), count, **powers, num_warps=1)
         for kind, found in by_kind(kinds, rows):
             table, chunks = tables(found, CHUNK, m.device)
             is_aligned = aligned(found) and m.numel() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (m, v, averages))
@@ -298,12 +311,14 @@ def launch(
             )  # fmt: skip
 
 
-def _check_state(m: Tensor, v: Tensor, averages: Tensor, counts: Tensor, total: Tensor, settings: Tensor, decays: Tensor) -> None:
+def _check_state(
+    m: Tensor, v: Tensor, averages: Tensor, counts: Tensor, total: Tensor, settings: Tensor, decays: Tensor, parameters: int
+) -> None:
     wanted = {
         "m": (m, (m.numel(),), m.dtype),
         "v": (v, (m.numel(),), m.dtype),
         "averages": (averages, (len(averages), m.numel()), m.dtype),
-        "counts": (counts, (2,), torch.int64),
+        "counts": (counts, (OWN.value + parameters,), torch.int64),
         "total": (total, (1,), torch.float64),
         "settings": (settings, (len(settings), SETTINGS.value), torch.float64),
         "decays": (decays, (len(averages), DECAYS.value), torch.float64),

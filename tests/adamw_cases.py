@@ -45,7 +45,7 @@ def state_of(tensors, averages=2, groups=None):
         length += p.numel() + (-p.numel()) % PADDING
     flat = torch.full((2 + averages, length), torch.nan, dtype=tensors[0].dtype)
     layout = torch.tensor([[offset, group] for offset, group in zip(offsets, groups or [0] * len(tensors), strict=True)])
-    state = _ops.AdamwState(flat[0], flat[1], flat[2:], torch.zeros(2, dtype=torch.int64), layout.reshape(-1, 2))
+    state = _ops.AdamwState(flat[0], flat[1], flat[2:], torch.zeros(2 + len(tensors), dtype=torch.int64), layout.reshape(-1, 2))
     for i, p in enumerate(tensors):
         for moment in (state.m, state.v):
             state.part(moment, i, p).zero_()

@@ -142,7 +142,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_only_counted(bad, backend)
         else:
             step(expected, grads, expected_state, backend)
         step(tensors, grads, state, backend)
-    assert state.counts.tolist() == [2, 2] and expected_state.counts.tolist() == [2, 0]
+    assert state.counts[:2].tolist() == [2, 2] and expected_state.counts[:2].tolist() == [2, 0]
     for a, b in zip(tensors, expected, strict=True):
         assert torch.equal(a, b)
     for a, b in ((state.m, expected_state.m), (state.v, expected_state.v), (state.averages, expected_state.averages)):
@@ -152,7 +152,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_only_counted(bad, backend)
 def test_large_gradients_are_clipped_and_not_taken_for_infinite(backend):
     tensors, state = [torch.zeros(33)], state_of([torch.zeros(33)])
     total = step(tensors, [torch.full((33,), 1e30)], state, backend, ((0.1, 0.0, 0.0, 0.0, 0.0, 1.0),))
-    assert float(total) == pytest.approx(33e60, rel=1e-6) and state.counts.tolist() == [1, 0]
+    assert float(total) == pytest.approx(33e60, rel=1e-6) and state.counts[:2].tolist() == [1, 0]
     torch.testing.assert_close(state.part(state.m, 0, tensors[0]), torch.full((33,), 33**-0.5))
     torch.testing.assert_close(tensors[0], torch.full((33,), -0.1))
 
@@ -168,7 +168,7 @@ def test_the_sum_of_squares(dtype, backend):
 def test_no_gradients_at_all(backend):
     tensors, state = [torch.ones(3)], state_of([torch.ones(3)])
     assert float(step(tensors, [torch.empty(0)], state, backend)) == 0.0
-    assert torch.equal(tensors[0], torch.ones(3)) and state.counts.tolist() == [1, 0]
+    assert torch.equal(tensors[0], torch.ones(3)) and state.counts[:2].tolist() == [1, 0]
 
 
 def test_a_parameter_without_gradient_stays_and_its_averages_move_on(backend):
@@ -271,7 +271,7 @@ WRONG = {
     "argument v: expected a contiguous tensor": {"v": torch.zeros(5)},
     "argument v: expected the dtype of m": {"v": torch.zeros(35, dtype=torch.float64)},
     "argument averages: expected": {"averages": torch.zeros(1, 5)},
-    "argument counts: expected two": {"counts": torch.zeros(3, dtype=torch.int64)},
+    "argument counts: expected two numbers and one a parameter": {"counts": torch.zeros(2, dtype=torch.int64)},
     "argument counts: expected a contiguous int64": {"counts": torch.zeros(2)},
     "argument layout: expected rising offsets": {"layout": torch.tensor([[0, 0], [5, 0]])},
     "argument layout: expected .2, 2.": {"layout": torch.tensor([[0, 0]])},

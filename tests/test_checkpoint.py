@@ -21,7 +21,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, objective):
     checkpoint.save_checkpoint(tmp_path / "c.pt", first.state_dict(), config)
     checkpoint.resume(tmp_path / "c.pt", second, config)
     assert_same_state(first, second)
-    assert len(moments(second)) == 4 * len(list(second.model.parameters()))
+    assert len(moments(second)) == 5 * len(list(second.model.parameters()))
     losses = advance(second, config, data, 10)
     assert_same_state(straight, second)
     assert torch.equal(torch.stack(losses), torch.stack(advance(trained(config, data, 10), config, data, 10)))

@@ -36,6 +36,50 @@ def test_a_training_loop_is_that_of_torch(channels_last):
         torch.testing.assert_close(p, q.detach(), rtol=1e-3, atol=1e-5)
 
 
+def with_gradients(parameters, step):
+    """The second gets its first gradient late, the third now and then, the fourth never; one step's are not finite."""
+    generator = torch.Generator().manual_seed(step)
+    for i, p in enumerate(parameters):
+        present = (True, step >= 30, step % 3 == 0, False)[i]
+        p.grad = torch.randn(p.shape, generator=generator) if present else None
+    if step == 36:
+        parameters[0].grad[0] = math.nan
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_parameters_without_a_gradient_now_and_then_are_corrected_as_by_torch(backend):
+    ours, theirs = ([nn.Parameter(torch.ones(9)) for _ in range(4)] for _ in range(2))
+    optimiser = AdamWEMA(ours, 1e-2, averages=[fixed_decay(0.5)], backend=backend)
+    expected = torch.optim.AdamW(theirs, 1e-2)
+    for step in range(60):
+        with_gradients(ours, step), with_gradients(theirs, step)
+        optimiser.step()
+        if step != 36:
+            expected.step()
+        if step == 40:
+            other = AdamWEMA(ours, 1e-2, averages=[fixed_decay(0.5)], backend=backend)
+            other.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+            optimiser = other
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert torch.equal(ours[3], torch.ones(9))
+    assert [int(optimiser.state[p]["updates"]) for p in ours] == [59, 29, 19, 0] and int(optimiser.updates) == 59
+
+
+def test_states_of_before_parameters_had_counts_of_their_own():
+    model = network()
+    optimiser = AdamWEMA(model.parameters())
+    for step in range(3):
+        gradients(model, step)
+        optimiser.step()
+    stored = copy.deepcopy(optimiser.state_dict())
+    for entry in stored["state"].values():
+        del entry["updates"]
+    other = AdamWEMA(network().parameters())
+    other.load_state_dict(stored)
+    assert {int(entry["updates"]) for entry in other.state.values()} == {3}
+
+
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 def test_half_weights_are_rounded_masters(dtype):
     """The masters move as float32 weights with the same gradients would; steps too small for the weights are not lost."""

@@ -137,7 +137,7 @@ FM_INLINE void update_piece(const AdamwArgs& args, const Parameter& parameter, i
   T* p = static_cast<T*>(parameter.value) + first;
   int64_t position = parameter.offset + first;
   if (parameter.gradient) {
-    UpdateRow<T> row = numbers_of<T>(args, args.numbers[parameter.group]);
+    UpdateRow<T> row = numbers_of<T>(args, args.numbers[&parameter - args.range.parameters]);
     row.p = p;
     row.m += position;
     row.v += position;

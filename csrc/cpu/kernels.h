@@ -63,7 +63,7 @@ struct DivergenceArgs {
 // A parameter of the network, as a run in the order of its memory; its moments and averages begin at `offset` of their flat tensors.
 struct Parameter {
   int64_t offset, count;
-  int group;             // row of AdamwArgs::numbers
+  int group;             // row of the settings
   void* value;           // float or double
   const void* gradient;  // nullptr: none, the weights stay
   Dtype gradient_dtype;
@@ -77,7 +77,7 @@ struct ParameterRange {
   int64_t count, length;
 };
 
-// The numbers of one group of parameters and one step: everything an element needs beyond its own memory.
+// The numbers of one parameter and one step: everything an element needs beyond its own memory.
 struct AdamwNumbers {
   double clip;         // factor of the gradient
   double keep;         // 1 - learning rate times weight decay
@@ -96,9 +96,9 @@ struct GradientNormArgs {
 
 struct AdamwArgs {
   ParameterRange range;
-  const AdamwNumbers* numbers;
-  void *mean, *square;  // [length]
-  void* averages;       // [average_count, length]
+  const AdamwNumbers* numbers;  // one row a parameter
+  void *mean, *square;          // [length]
+  void* averages;               // [average_count, length]
   int64_t average_count;
   const double* average_rates;  // 1 - decay of each average
   bool wide;

@@ -14,11 +14,11 @@ using abi::Tensor;
 using abi::TensorList;
 
 constexpr int64_t kInlineParameters = 64;
-constexpr int64_t kInlineGroups = 4;
 constexpr int64_t kInlineAverages = 8;
 constexpr int64_t kLayoutColumns = 2;   // offset, group
 constexpr int64_t kSettingColumns = 6;  // learning rate, beta1, beta2, epsilon, weight decay, largest norm
 constexpr int64_t kDecayColumns = 4;    // limit, a, b, exponent
+constexpr int64_t kOwnCounts = 2;       // where the parameters' own counts begin, behind updates and skipped steps
 constexpr double kNormEpsilon = 1e-6;   // as in torch.nn.utils.clip_grad_norm_
 
 using Parameters = Scratch<Parameter, kInlineParameters>;
@@ -136,7 +136,8 @@ void check_state(const State& state) {
   if (dtype_of(state.averages) != dtype) state.averages.fail("expected the dtype of m");
 }
 
-// What update number n (from 1) does with a group whose settings are a row of the table; `square_sum` is that of all gradients.
+// What update number n (from 1) does with a parameter of a group whose settings are a row of the table; `square_sum` is that of all
+// gradients.
 AdamwNumbers numbers_of_step(const double* row, double square_sum, double n) {
   double rate = row[0], beta1 = row[1], beta2 = row[2];
   double factor = row[5] / (sqrt(square_sum) + kNormEpsilon);
@@ -158,9 +159,22 @@ double average_rate(const double* row, double n) {
   return 1 - (decay < row[0] ? decay : row[0]);
 }
 
-void update(const State& state, const ParameterRange& range, const double* settings, const double* decays, double square_sum, double n) {
-  Scratch<AdamwNumbers, kInlineGroups> numbers(state.groups);
-  for (int64_t i = 0; i < state.groups; ++i) numbers[i] = numbers_of_step(settings + i * kSettingColumns, square_sum, n + 1);
+// The numbers of each parameter, most of which are those of its neighbour. done: the updates that each has had.
+void fill_numbers(const ParameterRange& range, const double* settings, double square_sum, const int64_t* done, AdamwNumbers* numbers) {
+  for (int64_t i = 0; i < range.count; ++i) {
+    int group = range.parameters[i].group;
+    if (i > 0 && group == range.parameters[i - 1].group && done[i] == done[i - 1])
+      numbers[i] = numbers[i - 1];
+    else
+      numbers[i] = numbers_of_step(settings + group * kSettingColumns, square_sum, static_cast<double>(done[i]) + 1);
+  }
+}
+
+// counts: the updates of all parameters together, then, behind kOwnCounts, those of each.
+void update(const State& state, const ParameterRange& range, const double* settings, const double* decays, double square_sum,
+            const int64_t* counts) {
+  Scratch<AdamwNumbers, kInlineParameters> numbers(range.count);
+  fill_numbers(range, settings, square_sum, counts + kOwnCounts, numbers.data());
   AdamwArgs args = {};
   args.range = range;
   args.numbers = numbers.data();
@@ -170,7 +184,7 @@ void update(const State& state, const ParameterRange& range, const double* setti
   args.average_count = state.averages.sizes()[0];
   args.wide = is_wide(state.mean);
   Scratch<double, kInlineAverages> rates(args.average_count);
-  for (int64_t i = 0; i < args.average_count; ++i) rates[i] = average_rate(decays + i * kDecayColumns, n);
+  for (int64_t i = 0; i < args.average_count; ++i) rates[i] = average_rate(decays + i * kDecayColumns, static_cast<double>(counts[0]));
   args.average_rates = rates.data();
   run_units(kernels().adamw_ema, args, units_of(range), kGrain);
 }
@@ -206,11 +220,14 @@ void adamw_ema(StableIValue* stack, uint64_t, uint64_t) {
   const double *setting_rows = dense_doubles(settings, settings.numel()), *decay_rows = dense_doubles(decays, decays.numel());
   double square_sum = *dense_doubles(total, 1);
   int64_t* counted = const_cast<int64_t*>(dense_integers(counts));
-  if (counts.numel() != 2) counts.fail("expected two numbers");
+  if (counts.numel() != kOwnCounts + p.size()) counts.fail("expected two numbers and one a parameter");
   Parameters parameters(p.size());
   ParameterRange range = read_parameters(p, copies, g, state, &parameters);
   bool finite = isfinite(square_sum);
-  if (finite) update(state, range, setting_rows, decay_rows, square_sum, static_cast<double>(counted[0]));
+  if (finite) {
+    update(state, range, setting_rows, decay_rows, square_sum, counted);
+    for (int64_t i = 0; i < range.count; ++i) counted[kOwnCounts + i] += range.parameters[i].gradient ? 1 : 0;
+  }
   ++counted[finite ? 0 : 1];
 }
 

@@ -10,7 +10,7 @@ from fm_fast import reference
 from fm_fast._ops import schemas
 from fm_fast._ops.guard import needs_reference, run
 
-APPLIED, SKIPPED = 0, 1  # entries of AdamwState.counts
+APPLIED, SKIPPED, OWN = 0, 1, 2  # entries of AdamwState.counts
 _adamw_ema_norm = schemas.op("adamw_ema_norm")
 _adamw_ema = schemas.op("adamw_ema")
 
@@ -19,7 +19,8 @@ _adamw_ema = schemas.op("adamw_ema")
 class AdamwState:
     """What the op keeps of all parameters, one behind the other, each in the order of its own memory.
 
-    m, v: the moments, [N] in the parameters' dtype. averages: [K, N]. counts: int64 (updates applied, steps skipped).
+    m, v: the moments, [N] in the parameters' dtype. averages: [K, N]. counts: int64 (updates applied, steps skipped, and of each
+    parameter the updates that it had a gradient for, by which AdamW corrects the bias of its moments).
     layout: int64 [parameters, 2] on the CPU: where each parameter begins, in rising order, and its row of the settings.
     """
 
@@ -85,10 +86,11 @@ def _plain(
         m, v, averages = (state.part(flat, i, p) for flat in (state.m, state.v, state.averages))
         new_p, new_m, new_v = p, m, v
         if g.numel():
-            new_p, new_m, new_v = reference.adamw(p, g, m, v, settings[state.place(i)[1]], total, updates)
+            new_p, new_m, new_v = reference.adamw(p, g, m, v, settings[state.place(i)[1]], total, state.counts[OWN + i])
         new_averages = reference.averaged(averages, new_p.to(p.dtype), decays, updates)
         for old, new in ((p, new_p), (m, new_m), (v, new_v), (averages, new_averages)):
             old.copy_(torch.where(finite, new.to(old.dtype), old))
         if copies and copies[i].numel():
             copies[i].copy_(torch.where(finite, p.to(copies[i].dtype), copies[i]))
-    state.counts.add_(torch.stack([finite, ~finite]))
+    present = [bool(g.numel()) for g in gradients]
+    state.counts.add_(torch.stack([finite, ~finite, *(finite if has else torch.zeros_like(finite) for has in present)]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fm_fast import _backends, _checks, _ops
-from fm_fast._ops.adamw_ema import APPLIED, SKIPPED
+from fm_fast._ops.adamw_ema import APPLIED, OWN, SKIPPED
 from fm_fast.train.averaging import Averaging
 
 ALIGNMENT = 16  # elements: every parameter's state begins at a cache line
@@ -25,7 +25,7 @@ class _Memory:
     """The tensors that are kept from step to step.
 
     flat: [2 + K, N], the moments m and v and the averages. masters: [N], or [0] where no weight has 16 bits. counts: int64 (updates
-    applied, steps skipped). total: float64 [1], the sum of squares of the last step's gradients.
+    applied, steps skipped, the own updates of each parameter). total: float64 [1], the sum of squares of the last step's gradients.
     """
 
     flat: Tensor
@@ -104,7 +104,7 @@ class AdamWEMA(torch.optim.Optimizer):
         length = _layout(self.param_groups)[1]
         flat = torch.zeros(2 + len(self.averages), length, dtype=dtype, device=device)
         masters = torch.zeros(length if any(p.dtype != dtype for p in parameters) else 0, dtype=dtype, device=device)
-        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        counts = torch.zeros(OWN + len(parameters), dtype=torch.int64, device=device)
         return _Memory(flat, masters, counts, torch.zeros(1, dtype=torch.float64, device=device))
 
     def _use(self, memory: _Memory, backend: str | None) -> None:
@@ -128,7 +128,7 @@ class AdamWEMA(torch.optim.Optimizer):
             views = {name: self._flat.part(flat, i, p) for name, flat in parts.items()}
             if p.dtype in HALF_TYPES:
                 views["master"] = self._weights[i] = self._flat.part(self._memory.masters, i, p)
-            self.state[p] = {**views, "counts": self._flat.counts}
+            self.state[p] = {**views, "counts": self._flat.counts[:OWN], "updates": self._flat.counts[OWN + i]}
         if self._memory.masters.numel():
             self._copies = [p if p.dtype in HALF_TYPES else self._nothing for p in self._parameters]
         self._halves = [(p, self.state[p]["master"]) for p in self._parameters if p.dtype in HALF_TYPES]
@@ -324,6 +324,8 @@ def _alike(gradient: Tensor, p: Tensor) -> Tensor:
 
 
 def _load(index: int, stored: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    if "counts" in stored:  # states of before parameters had counts of their own
+        stored = {"updates": stored["counts"][APPLIED], **stored}
     if {name: value.shape for name, value in stored.items()} != {name: value.shape for name, value in state.items()}:
         raise ValueError(
             f"state_dict: expected {', '.join(state)} of parameter {index} in their shapes, got {', '.join(stored) or 'nothing'}"
