@@ -18,7 +18,8 @@ from torch.distributions import Distribution
 
 from fm_fast import _backends, _checks, _modes, random, reference
 from fm_fast._solver.estimator import Estimator
-from fm_fast._solver.field import Guidance, Model, make_field
+from fm_fast._solver.field import Model, make_field
+from fm_fast._solver.guidance import Guidance
 from fm_fast._solver.integrate import Integral, Task, integrate, integrate_coarsely
 from fm_fast._solver.prior import Prior, as_prior, log_prior, tried_prior
 from fm_fast._solver.probes import make_probes
@@ -138,7 +139,7 @@ def divergence(
     chosen_path, chosen_objective = as_path(path), as_objective(objective)
     field = make_field(model, chosen_path, chosen_objective, len(x), cond, guidance)
     chosen = make_probes(kind, probes, replicates, tuple(x.shape), x.device)
-    key = random.make_key(seed, step, sample_ids, len(x), x.device)
+    key = random.make_key(seed, step, sample_ids, len(x), x.device, not chosen.exact)
     resolved = _backends.resolve("divergence_step", x.device, backend)
     estimator = Estimator(chosen, key, len(x), mode, memory_budget, create_graph, resolved)
     check_gradient(create_graph)
@@ -239,11 +240,12 @@ def log_likelihood(
         x1, path, objective, method, steps, grid, t0, t1, None, rtol, atol, max_steps, dtype, "none", backend, reverse=True
     )
     _check_halving(settings.nodes, error_estimate, settings.adaptive)
+    chosen = make_probes(kind, probes, replicates, tuple(x1.shape), x1.device)
     task = Task(
         field=make_field(model, settings.path, settings.objective, len(x1), cond, guidance),
         settings=settings,
-        probes=make_probes(kind, probes, replicates, tuple(x1.shape), x1.device),
-        key=random.make_key(seed, step, sample_ids, len(x1), x1.device),
+        probes=chosen,
+        key=random.make_key(seed, step, sample_ids, len(x1), x1.device, not chosen.exact),
         mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
     )  # fmt: skip
     density = tried_prior(prior, x1)
@@ -330,11 +332,12 @@ def sample_with_log_prob(
     settings = make_settings(
         noise, path, objective, method, steps, grid, t0, t1, None, rtol, atol, max_steps, dtype, "none", backend, reverse=False
     )
+    chosen = make_probes(kind, probes, replicates, tuple(noise.shape), noise.device)
     task = Task(
         field=make_field(model, settings.path, settings.objective, len(noise), cond, guidance),
         settings=settings,
-        probes=make_probes(kind, probes, replicates, tuple(noise.shape), noise.device),
-        key=random.make_key(seed, step, sample_ids, len(noise), noise.device),
+        probes=chosen,
+        key=random.make_key(seed, step, sample_ids, len(noise), noise.device, not chosen.exact),
         mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
     )  # fmt: skip
     with torch.set_grad_enabled(create_graph):

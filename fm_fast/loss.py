@@ -66,7 +66,7 @@ class PathSample:
         point = self._unchanged()
         if weight is not None:
             _checks.weight(weight, self._x1)
-        if _ops.needs_reference(self._backend, self._x1, self._x0, self.coef, weight):
+        if _ops.needs_reference(self._backend, self._x1, self._x0, self.coef, weight) or _ops.exports_gradient(o):
             return reference.path_loss(o, *self._plain(), self.coef, weight, reduction)
         return _ops.path_loss(
             o, self._x1, self._x0, self._drawn_point(point), self._key, self.coef, weight, reduction, self._spec, self._backend
@@ -155,9 +155,10 @@ def sample_path(
         x_t = t * x1 + (1 - t) * x0        # t shaped to broadcast
     """
     _check_inputs(x1, x0, t, dtype, flip, levels, dequantise)
-    _require_step(seed, step, x0 is None or t is None or flip > 0.0 or dequantise)
+    draws = x0 is None or t is None or flip > 0.0 or dequantise
+    _require_step(seed, step, draws)
     spec = path_spec(path, objective, t_sampler, flip, levels, dequantise)
-    key = random.make_key(seed, step, sample_ids, x1.shape[0], x1.device)
+    key = random.make_key(seed, step, sample_ids, x1.shape[0], x1.device, draws)
     chosen = _backends.resolve("path_sample", x1.device, backend)
     out = dtype or (x1.dtype if x1.dtype != torch.uint8 else torch.get_default_dtype())
     wide = torch.float64 if out == torch.float64 else reference.accumulation_dtype(x1, x0)
@@ -174,7 +175,7 @@ def sample_path(
             return _plain_sample(x1, x0, times, key, spec, out, wide)
     x_t, times, coefficients = _ops.path_sample(x1, x0, times, coefficients, key, spec, out, wide, chosen)
     point = x_t if _ops.recovers_noise(x0, chosen) else None
-    return PathSample(x_t, times, coefficients, x1, x0, key, spec, chosen, point, _count_writes(x1, x0, point))
+    return PathSample(x_t, _as_shown(times, x1, out), coefficients, x1, x0, key, spec, chosen, point, _count_writes(x1, x0, point))
 
 
 def _plain_sample(
@@ -187,7 +188,13 @@ def _plain_sample(
     coefficients = loss_coefficients(spec.path, spec.objective, t).to(wide)
     x_t = reference.path_sample(data, noise_x0, coefficients, dtype)
     mapped = PathSpec(spec.path, spec.objective, spec.t_sampler, spec.t_range)
-    return PathSample(x_t, t, coefficients, data, noise_x0, key, mapped, "reference", None, _count_writes(data, noise_x0, None))
+    writes = _count_writes(data, noise_x0, None)
+    return PathSample(x_t, _as_shown(t, x1, dtype), coefficients, data, noise_x0, key, mapped, "reference", None, writes)
+
+
+def _as_shown(t: Tensor, x1: Tensor, dtype: torch.dtype) -> Tensor:
+    """The times as the network gets them: float64 noise makes the loss wide, and not the network's input."""
+    return t if torch.float64 in (x1.dtype, dtype) else t.float()
 
 
 def flow_matching_loss(
@@ -257,6 +264,8 @@ def flow_matching_loss(
     prediction = model(sample.x_t, sample.t, **(cond or {}))
     if not isinstance(prediction, Tensor):
         raise TypeError(f"model must return a torch.Tensor of the shape of x1, got {type(prediction).__name__}")
+    if prediction.shape != x1.shape:
+        raise ValueError(f"model must return the shape of x1, {tuple(x1.shape)}, got {tuple(prediction.shape)}")
     return sample.loss(prediction, weight, reduction)
 
 
@@ -276,13 +285,13 @@ class FlowMatchingLoss(torch.nn.Module):
         if unknown:
             raise TypeError(f"FlowMatchingLoss got unknown settings {', '.join(sorted(unknown))}; known are {', '.join(sorted(SETTINGS))}")
         _check_settings(settings)
-        self.settings = settings
+        self.settings = settings  # of those that are modules, the registered ones count: they may be replaced
         for name, value in settings.items():
             if isinstance(value, torch.nn.Module):  # a path with trainable parameters
                 self.add_module(name, value)
 
     def forward(self, model: Callable[..., Tensor], x1: Tensor, **arguments: Any) -> Tensor:
-        return flow_matching_loss(model, x1, **{**self.settings, **arguments})
+        return flow_matching_loss(model, x1, **{**self.settings, **self._modules, **arguments})
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

@@ -6,7 +6,7 @@ p x + r o (paper sections 3-4 and appendix E.1). Six numbers a sample and two nu
 A score is grad log p_t(x | x1) = -x0 / s here. Equation 43 of the paper writes it with the opposite sign and equation 46 undoes that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,21 +57,29 @@ class Objective:
 
 def schedule(path: Path, t: Tensor) -> Schedule:
     """The path at times t (any shape), in t's dtype."""
-    return Schedule(*(_like_times(name, getattr(path, name)(t), t) for name in ("alpha", "sigma", "d_alpha", "d_sigma")))
+    return Schedule(*(_like_times(f"{name} of a path", getattr(path, name)(t), t) for name in ("alpha", "sigma", "d_alpha", "d_sigma")))
+
+
+def _parts(what: str, names: tuple[str, ...], found: object, t: Tensor) -> list[Tensor]:
+    """What a function of an objective returned for times t: one value, or one a time, for each of ``names``."""
+    if not isinstance(found, Sequence) or len(found) != len(names):
+        got = f"{len(found)} values" if isinstance(found, Sequence) else type(found).__name__
+        raise TypeError(f"{what} must return ({', '.join(names)}), got {got}")
+    return [_like_times(f"{name} of {what}", value, t) for name, value in zip(names, found, strict=True)]
 
 
 def _like_times(name: str, value: Tensor | float, t: Tensor) -> Tensor:
-    """What a path returned for times t, a number or single element spread over them."""
+    """What ``name`` returned for times t, a number or single element spread over them."""
     if isinstance(value, Tensor) and value.shape == t.shape and not value.is_complex():
         return value
     if _checks.is_number(value):
         return torch.full_like(t, float(value))
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} of a path must return a tensor or a number, got {type(value).__name__}")
+        raise TypeError(f"{name} must return a tensor or a number, got {type(value).__name__}")
     if value.is_complex():
-        raise TypeError(f"{name} of a path must return real values, got {value.dtype}")
+        raise TypeError(f"{name} must return real values, got {value.dtype}")
     if value.numel() != 1 or value.dim() > 1:
-        raise ValueError(f"{name} of a path must return a number or the shape of its times, {tuple(t.shape)}, got {tuple(value.shape)}")
+        raise ValueError(f"{name} must return a number or the shape of its times, {tuple(t.shape)}, got {tuple(value.shape)}")
     return value.reshape(()).to(t).expand(t.shape)
 
 
@@ -165,7 +173,7 @@ def _range(path: Path, off_noise: bool, off_data: bool) -> tuple[float, float]:
 def loss_coefficients(path: Path, objective: Objective, t: Tensor) -> Tensor:
     """The rows (a, s, c1, c0, k, w) of the loss at times t [B], evaluated in float64: float64 [B, 6]."""
     p = schedule(path, t.to(torch.float64))
-    return torch.stack([p.a, p.s, *objective.target(p)], dim=-1)
+    return torch.stack([p.a, p.s, *_parts(f"the target of objective {objective.name!r}", Target._fields, objective.target(p), p.s)], dim=-1)
 
 
 def velocity_coefficients(path: str | Path, objective: str | Objective, t: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -200,4 +208,6 @@ def require_finite(path: Path, objective: Objective, times: Tensor, p: Tensor, r
 def velocity_factors(path: Path, objective: Objective, t: Tensor) -> tuple[Tensor, Tensor]:
     """(p, r) at times t on t's device, float64, differentiable in t, without looking at any value."""
     low, high = velocity_range(path, objective)
-    return objective.velocity(schedule(path, t.to(torch.float64).clamp(low, high)))
+    p = schedule(path, t.to(torch.float64).clamp(low, high))
+    x_factor, output_factor = _parts(f"the velocity of objective {objective.name!r}", ("p", "r"), objective.velocity(p), p.s)
+    return x_factor, output_factor

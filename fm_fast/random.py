@@ -100,18 +100,23 @@ def _check_noise_arguments(shape: tuple[int, ...], stream: str, index: int, dtyp
         raise ValueError(f"shape must be [B, ...] of whole numbers, got {tuple(shape)}")
 
 
-def make_key(seed: Whole | None, step: Whole | None, sample_ids: Whole | None, batch: int, device: torch.device) -> Tensor:
+def make_key(
+    seed: Whole | None, step: Whole | None, sample_ids: Whole | None, batch: int, device: torch.device, draws: bool = True
+) -> Tensor:
     """The int64 key tensor (seed, step, first id) or (seed, step, id_0, ..., id_B-1) that every op reads, on ``device``.
 
     It is filled without a copy from the host, so a captured CUDA graph can be given new numbers. Without a seed one is drawn from
-    torch's generator, and the process-group rank is folded in, so that ranks seeded alike draw different noise.
+    torch's generator, and the process-group rank is folded in, so that ranks seeded alike draw different noise. draws: whether anything
+    will be drawn; if not, torch's generator stays as it is.
     """
     if seed is not None:
         _checks.whole("seed", seed, _checks.MAX_SEED)
     if step is not None:
         _checks.whole("step", step, _checks.WORD)
     _checks.sample_ids(sample_ids, batch, device)
-    parts = (fresh_seed(device) if seed is None else seed, 0 if step is None else step, 0 if sample_ids is None else sample_ids)
+    if seed is None:
+        seed = fresh_seed(device) if draws else 0
+    parts = (seed, 0 if step is None else step, 0 if sample_ids is None else sample_ids)
     numbers = [part for part in parts if not isinstance(part, Tensor)]
     if device.type == "cpu" and len(numbers) == len(parts) and not torch.compiler.is_compiling():
         return _host_words(numbers)

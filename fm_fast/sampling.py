@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from fm_fast import _checks, _modes, reference
 from fm_fast._solver.adaptive import solve_adaptive
 from fm_fast._solver.evaluate import make_evaluate, make_mixed
-from fm_fast._solver.field import Field, Guidance, Model, make_field
+from fm_fast._solver.field import Field, Model, make_field
+from fm_fast._solver.guidance import Guidance
 from fm_fast._solver.learned import plan_and_factors, velocities
 from fm_fast._solver.loop import AfterStep, Layout, make_state, run
 from fm_fast._solver.progress import step_counter

@@ -50,5 +50,6 @@ def as_time_sampler(t_sampler: str | TimeSampler) -> TimeSampler:
     if type(t_sampler) in get_args(TimeSampler):
         return t_sampler  # type: ignore[return-value]
     if not isinstance(t_sampler, str) or t_sampler not in NAMED:
-        raise ValueError(f"t_sampler must be one of {', '.join(NAMED)} or a time sampler object, got {t_sampler!r}")
+        kinds = ", ".join(kind.__name__ for kind in get_args(TimeSampler))
+        raise ValueError(f"t_sampler must be one of {', '.join(NAMED)}, or a {kinds}; give other times as t=, got {t_sampler!r}")
     return NAMED[t_sampler]

@@ -37,6 +37,8 @@ def test_a_scalar_tensor_is_the_first_id():
 def test_wrong_models_are_named():
     with pytest.raises(TypeError, match=r"model must return a torch.Tensor of the shape of x1, got tuple"):
         fm.flow_matching_loss(lambda x, t: (x,), X1, **SEEDED)
+    with pytest.raises(ValueError, match=r"model must return the shape of x1, \(4, 6\), got \(4, 5\)"):
+        fm.flow_matching_loss(lambda x, t: x[:, 1:], X1, **SEEDED)
     with pytest.raises(TypeError, match=r"model must be callable as model\(x_t, t, \*\*cond\), got NoneType"):
         fm.flow_matching_loss(None, X1, **SEEDED)
 

@@ -151,6 +151,23 @@ def test_export_with_a_dynamic_batch(backend):
         torch.testing.assert_close(program.module()(x1, o, seed), Loss()(x1, o, seed), rtol=1e-5, atol=1e-6)
 
 
+def test_an_exported_loss_can_be_trained(backend):
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 6)
+
+        def forward(self, x1, step):
+            return fm.flow_matching_loss(lambda x, t: self.layer(x) + t[:, None], x1, seed=SEED, step=step, backend=backend)
+
+    module, x1 = Loss(), tensor(4, 6)
+    exported = torch.export.export(module, (x1, torch.tensor(3))).module()
+    for step in (torch.tensor(3), torch.tensor(8)):
+        gradients = [torch.autograd.grad(each(x1, step), list(each.parameters())) for each in (exported, module)]
+        for found, wanted in zip(*gradients, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+
+
 def raw_arguments(shape, dtype=torch.float32, x1_dtype=torch.float32, given=False, layout=lambda x: x):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x1 = layout((tensor(*shape) * 50).to(x1_dtype))

@@ -29,7 +29,11 @@ BAD_SAMPLE_ARGUMENTS = [
     ({"path": "linear"}, ValueError, r"path must be one of ot, vp, ve, cosine or an object .*, got 'linear'"),
     ({"path": 3.5}, ValueError, r"path must be one of .* or an object"),
     ({"objective": "eps"}, ValueError, r"objective must be one of velocity, noise, score, scoreflow, data, got 'eps'"),
-    ({"t_sampler": "sobol"}, ValueError, r"t_sampler must be one of uniform, stratified, logit-normal or .*, got 'sobol'"),
+    (
+        {"t_sampler": "sobol"},
+        ValueError,
+        r"t_sampler must be one of uniform, stratified, logit-normal, or a Uniform, .* as t=, got 'sobol'",
+    ),
     ({"dtype": torch.int8}, ValueError, r"dtype must be one of .*, got torch.int8"),
     ({"flip": 1.5}, ValueError, r"flip must lie in \[0, 1\], got 1.5"),
     ({"x1": torch.zeros(4, 3), "flip": 0.5}, ValueError, r"flip mirrors the last dimension .* got x1 of shape \(4, 3\)"),

@@ -1,5 +1,7 @@
 """Guidance: one doubled batch gives what two separate calls give, at the times that it applies to and nowhere else."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -218,3 +220,58 @@ def test_adaptive_methods_are_guided_too():
     arguments = {"cond": {"y": LABELS}, "guidance": fm.Guidance(2.0, {"y": -1})}
     found = fm.sample(conditional, X0, method="dopri5", rtol=1e-9, atol=1e-9, **arguments)
     torch.testing.assert_close(found.x, solve("rk4", lambda x, t: mixed(x, t, 2.0), X0, np.arange(401) / 400), rtol=1e-6, atol=1e-7)
+
+
+class Pose(NamedTuple):
+    angle: torch.Tensor
+    name: str
+
+
+def test_conditions_within_conditions_are_doubled():
+    """As a robot's observations are: nulls by their names, the rest the same in both halves."""
+
+    def model(x, t, obs, history, pose, y):
+        return x * 0 + obs["state"] + obs["camera"]["gain"][:, None] + sum(history) + pose.angle[:, None] + y[:, None]
+
+    state, gain, y = torch.randn(4, 3), torch.rand(4), torch.arange(4.0)
+    history, pose = [torch.randn(4, 3), torch.randn(4, 3)], Pose(torch.rand(4), "gripper")
+    cond = {"obs": {"state": state, "camera": {"gain": gain}}, "history": history, "pose": pose, "y": y}
+    guidance = fm.Guidance(3.0, {"y": -1, "obs": {"state": torch.zeros(3), "camera": {"gain": 0}}})
+    found = fm.sample(model, torch.zeros(4, 3), cond=cond, guidance=guidance, method="euler", steps=1).x
+    same = sum(history) + pose.angle[:, None]
+    conditional, unconditional = state + gain[:, None] + y[:, None], torch.full((4, 3), -1.0)
+    torch.testing.assert_close(found, same + unconditional + 3.0 * (conditional - unconditional))
+
+
+@pytest.mark.parametrize("batch", [3, 4, 5])
+def test_what_all_samples_share_is_not_doubled(batch):
+    y, features = torch.ones(batch), torch.ones(4, 2)
+    guidance = fm.Guidance(2.0, {"y": -1.0}, shared=("features",))
+    found = fm.sample(
+        lambda x, t, y, features: x * 0 + features.sum(0), torch.zeros(batch, 2), cond={"y": y, "features": features}, guidance=guidance,
+        method="euler", steps=1,
+    ).x  # fmt: skip
+    assert torch.equal(found, torch.full((batch, 2), 4.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"null": {"obs": {"speed": 0}}}, ValueError, r"guidance.null\['obs'\] must name conditions of cond \(state\), got speed"),
+        ({"null": {"obs": 0}}, TypeError, r"guidance.null\['obs'\] must be a mapping, as the condition is, got int"),
+        ({"null": {"obs": {"state": "none"}}}, TypeError, r"guidance.null\['obs.state'\] must be a tensor or a number, got str"),
+        ({"null": {"y": -1}, "shared": ("z",)}, ValueError, r"guidance.shared must name conditions of cond \(obs, y\), got z"),
+        ({"null": {"y": -1}, "shared": ("y",)}, ValueError, "shared must not name what has a null value, got y"),
+        ({"null": {"y": -1}, "shared": "obs"}, TypeError, "shared must be names of conditions, got 'obs'"),
+    ],
+)
+def test_errors_of_nested_and_shared_conditions(arguments, error, message):
+    cond = {"obs": {"state": torch.zeros(4, 3)}, "y": torch.zeros(4)}
+    with pytest.raises(error, match=message):
+        fm.sample(lambda x, t, obs, y: x, torch.zeros(4, 3), cond=cond, guidance=fm.Guidance(scale=2.0, **arguments), steps=1)
+
+
+def test_guidance_with_nested_nulls_can_be_compared():
+    one, other = (fm.Guidance(2.0, {"obs": {"state": torch.zeros(3)}}) for _ in range(2))
+    assert one == other and one != fm.Guidance(2.0, {"obs": {"state": torch.ones(3)}})
+    assert one != fm.Guidance(2.0, {"obs": {"state": torch.zeros(3)}}, shared=("y",))

@@ -164,6 +164,31 @@ def test_the_op_may_look_at_grad_output_itself(dtype, monkeypatch):
     parity.check_early_exit(parity.Place("cpu", "cpp"), torch.ops.fm_fast.path_loss_backward.default, (4, 3, 8, 8))
 
 
+def test_the_gradient_that_can_be_differentiated_is_that_of_the_loss(backend):
+    """In float64 it shows that both are of the same noise."""
+    s = fm.sample_path(tensor((4, 3, 8, 8), torch.float64), seed=SEED, step=STEP, backend=backend)
+    o = tensor((4, 3, 8, 8), torch.float64, seed=2).requires_grad_()
+    loss = s.loss(o)
+    (plain,) = torch.autograd.grad(loss, o, retain_graph=True)
+    (other,) = torch.autograd.grad(loss, o, create_graph=True)
+    torch.testing.assert_close(other, plain, rtol=1e-13, atol=1e-16)
+    torch.testing.assert_close(plain, 2 * (o.detach() - s.target) / o.numel(), rtol=1e-13, atol=1e-16)
+
+
+def test_where_nothing_is_drawn_torchs_generator_stays(backend):
+    x = tensor((4, 2))
+    before = torch.get_rng_state()
+    s = fm.sample_path(x, x0=x, t=0.5, backend=backend)
+    s.loss(x)
+    fm.divergence(lambda x, t: x, x, 0.5, kind="exact")
+    fm.log_likelihood(lambda x, t: x, x, steps=2, kind="exact")
+    assert torch.equal(torch.get_rng_state(), before)
+    found = torch.vmap(lambda x: fm.sample_path(x, x0=x, t=0.5).x_t)(tensor((3, 4, 2)))
+    torch.testing.assert_close(found, tensor((3, 4, 2)))
+    fm.sample_path(x, t=0.5, backend=backend)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_changing_the_gradient_in_place_does_not_change_the_next_one(backend):
     s = fm.sample_path(tensor((4, 8)), seed=SEED, step=STEP, backend=backend)
     o = tensor((4, 8), seed=2).requires_grad_()
@@ -304,12 +329,58 @@ def test_data_overwritten_before_the_loss_are_noticed(backend):
         s.loss(tensor((4, 6)))
 
 
+class Widened(torch.nn.Module):
+    """x_t = t x1 + scale (1 - t) x0."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(scale))
+        self.alpha, self.d_alpha = (lambda t: t), torch.ones_like
+
+    def sigma(self, t):
+        return (1 - t) * self.scale
+
+    def d_sigma(self, t):
+        return -self.scale * torch.ones_like(t)
+
+
 def test_modules_hold_the_parameters_of_their_path(backend):
-    path = torch.nn.Module()
-    path.scale = torch.nn.Parameter(torch.ones(()))
-    path.alpha, path.d_alpha = (lambda t: t), torch.ones_like
-    path.sigma, path.d_sigma = (lambda t: (1 - t) * path.scale), (lambda t: -path.scale * torch.ones_like(t))
+    path, x1 = Widened(1.0), tensor((4, 6))
     module = fm.FlowMatchingLoss(path=path, backend=backend)
-    module(lambda x, t: x, tensor((4, 6)), seed=SEED, step=STEP).backward()
+    module(lambda x, t: x, x1, seed=SEED, step=STEP).backward()
     assert list(module.parameters()) == [path.scale]
     assert abs(float(path.scale.grad)) > 0
+    module.path = Widened(3.0)
+    found = module(lambda x, t: x, x1, seed=SEED, step=STEP)
+    assert torch.equal(found, fm.FlowMatchingLoss(path=Widened(3.0), backend=backend)(lambda x, t: x, x1, seed=SEED, step=STEP))
+
+
+def test_wide_noise_widens_the_loss_and_not_the_times(backend):
+    """Noise from NumPy is float64; the network is float32."""
+    x1, x0 = tensor((4, 6)), tensor((4, 6), torch.float64, seed=3)
+    s = fm.sample_path(x1, x0=x0, seed=SEED, step=STEP, backend=backend)
+    loss = s.loss(tensor((4, 6)))
+    assert (s.x_t.dtype, s.t.dtype, loss.dtype) == (torch.float32, torch.float32, torch.float64)
+    assert fm.sample_path(x1.double(), x0=x0, seed=SEED, step=STEP, backend=backend).t.dtype == torch.float64
+
+
+def test_an_objective_of_ones_own_may_give_numbers_and_is_told_what_it_must(backend):
+    def objective(target):
+        return fm.objectives.Objective("mine", target, fm.objectives.OBJECTIVES["velocity"].velocity)
+
+    x1, o = tensor((4, 6)), tensor((4, 6), seed=2)
+    mine = objective(lambda p: fm.objectives.Target(p.da, p.ds, 1, 1.0))
+    found, wanted = (fm.sample_path(x1, objective=each, seed=SEED, step=STEP, backend=backend).loss(o) for each in (mine, "velocity"))
+    torch.testing.assert_close(found, wanted)
+    for target, error, message in (
+        (lambda p: (p.da, p.ds), TypeError, r"the target of objective 'mine' must return \(c1, c0, k, w\), got 2 values"),
+        (lambda p: p.da, TypeError, r"the target of objective 'mine' must return \(c1, c0, k, w\), got Tensor"),
+        (lambda p: (p.da, "0", 1, 1), TypeError, "c0 of the target of objective 'mine' must return a tensor or a number, got str"),
+        (
+            lambda p: (p.da, p.ds[:2], 1, 1),
+            ValueError,
+            "c0 of the target of objective 'mine' must return a number or the shape",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            fm.sample_path(x1, objective=objective(target), seed=SEED, step=STEP, backend=backend)

@@ -4,7 +4,7 @@ from fm_fast._ops.adamw_ema import AdamwState, adamw_ema, adamw_ema_norm
 from fm_fast._ops.conv_weight_grad import conv_weight_grad, conv_weight_grad_backend
 from fm_fast._ops.divergence_step import divergence_step
 from fm_fast._ops.group_norm_silu import NormSettings, group_norm_silu
-from fm_fast._ops.guard import is_batched, needs_reference
+from fm_fast._ops.guard import exports_gradient, is_batched, needs_reference
 from fm_fast._ops.layout import memory_format, native_layout
 from fm_fast._ops.linear_step import linear_step
 from fm_fast._ops.noise import drawer, noise
@@ -24,6 +24,7 @@ __all__ = [
     "conv_weight_grad_backend",
     "divergence_step",
     "drawer",
+    "exports_gradient",
     "group_norm_silu",
     "is_batched",
     "linear_step",

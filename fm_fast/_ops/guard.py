@@ -38,6 +38,11 @@ def needs_reference(backend: str, *tensors: Tensor | None) -> bool:
     return False
 
 
+def exports_gradient(o: Tensor) -> bool:
+    """Whether a program is exported through which a gradient is to flow: it would keep a raw op without the autograd Function around it."""
+    return torch.compiler.is_exporting() and torch.is_grad_enabled() and o.requires_grad
+
+
 def savable(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The tensors, or copies of those made under inference mode, which autograd refuses to keep for the backward pass."""
     if not torch.compiler.is_compiling():

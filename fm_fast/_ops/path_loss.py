@@ -9,6 +9,7 @@ from fm_fast import reference
 from fm_fast._ops import schemas
 from fm_fast._ops.guard import absent, is_batched, savable
 from fm_fast._ops.layout import native_layout
+from fm_fast._ops.noise import drawer
 from fm_fast._spec import PathSpec
 
 _path_loss = schemas.op("path_loss")
@@ -80,7 +81,7 @@ class _PathLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *inputs, gradient = ctx.saved_tensors
         if torch.is_grad_enabled() or (gradient.dtype == torch.float16 and is_batched(grad_output)):
-            result = _differentiable_gradient(inputs, ctx.tail, grad_output)
+            result = _differentiable_gradient(inputs, ctx.tail, grad_output, ctx.backend)
         elif gradient.dtype == torch.float16:
             result = torch.empty_like(inputs[0])
             _path_loss_backward[ctx.backend](result, *inputs, grad_output.contiguous(), *ctx.tail)
@@ -119,11 +120,12 @@ def _is_plain_number(grad_output: Tensor) -> bool:
     return not torch.compiler.is_compiling() and type(grad_output) is Tensor and grad_output.dim() == 0 and not is_batched(grad_output)
 
 
-def _differentiable_gradient(inputs: list[Tensor], tail: tuple[Any, ...], grad_output: Tensor) -> Tensor:
-    """The gradient by the plain formula, itself differentiable: what create_graph=True asks for."""
+def _differentiable_gradient(inputs: list[Tensor], tail: tuple[Any, ...], grad_output: Tensor, backend: str) -> Tensor:
+    """The gradient by the plain formula, itself differentiable: what create_graph=True asks for. Its noise is the kernels' own."""
     o, x1, x0, key, coefficients, weight = inputs
     reduction, flip, levels, dequantise = tail
-    data, noise_x0 = reference.plain_inputs(x1, x0 if x0.numel() else None, key, flip, levels, dequantise, coefficients.dtype)
+    draw = reference.noise if is_batched(grad_output) else drawer(backend)
+    data, noise_x0 = reference.plain_inputs(x1, x0 if x0.numel() else None, key, flip, levels, dequantise, coefficients.dtype, draw)
     mask = weight.reshape(o.shape) if weight.numel() == o.numel() else weight
     with torch.enable_grad():
         loss = reference.path_loss(o, data, noise_x0, coefficients, mask if weight.numel() else None, reference.REDUCTIONS[reduction])

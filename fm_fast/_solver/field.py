@@ -4,69 +4,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fm_fast import _checks, _modes, _ops, reference
+from fm_fast import _checks, _ops, reference
+from fm_fast._solver.guidance import Guidance, doubled_conditions
 from fm_fast.objectives import Objective, velocity_factors
 from fm_fast.paths import Path
 
 Model = Callable[..., Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Guidance:
-    """Classifier-free guidance: the output u + scale (c - u), c with the condition and u without, from one doubled batch.
-
-    Attributes:
-        scale: 1 is the conditional model alone, 0 the unconditional one.
-        null: what the condition becomes in the unconditional half, by name: a tensor that broadcasts to it, or a number (``{"y": -1}``).
-            Names left out keep their value in both halves.
-        interval: times (begin, end) of the evaluations that are guided; outside, the conditional model runs alone, on half the batch.
-
-    Source: Ho and Salimans (2022); the interval, Kynkäänniemi et al. (2024). The velocity is linear in the output, so mixing
-    outputs mixes velocities.
-    """
-
-    scale: float
-    null: Mapping[str, Any]
-    interval: tuple[float, float] = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        _checks.finite_number("scale", self.scale)
-        if not isinstance(self.null, Mapping):
-            raise TypeError(f"null must be a mapping of condition values, got {type(self.null).__name__}")
-        if not self.null:
-            raise ValueError("null must name at least one condition with its null value, or both halves of the batch are the same")
-        if not _is_interval(self.interval):
-            raise ValueError(f"interval must be (begin, end) with 0 <= begin <= end <= 1, got {self.interval}")
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Guidance):
-            return NotImplemented
-        mine, others = (self.scale, tuple(self.interval), set(self.null)), (other.scale, tuple(other.interval), set(other.null))
-        return mine == others and all(_equal(value, other.null[name]) for name, value in self.null.items())
-
-    def applies(self, t: float) -> bool:
-        return self.interval[0] <= t <= self.interval[1]
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Whether two null values are the same; tensors by shape, dtype and values."""
-    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
-        return type(one) is type(other) and np.array_equal(one, other)
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
-    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
-
-
-def _is_interval(value: Any) -> bool:
-    try:
-        begin, end = value
-        return bool(0.0 <= begin <= end <= 1.0)
-    except (TypeError, ValueError):
-        return False
 
 
 @dataclass(frozen=True)
@@ -124,36 +70,7 @@ def make_field(
         return Field(model, path, objective, batch, given)
     if not isinstance(guidance, Guidance):
         raise TypeError(f"guidance must be a fm_fast.Guidance (scale and null condition) or None, got {type(guidance).__name__}")
-    unknown = set(guidance.null) - set(given)
-    if unknown:
-        raise ValueError(f"guidance.null must name conditions of cond ({', '.join(given) or 'none'}), got {', '.join(sorted(unknown))}")
-    doubled = {name: _doubled(name, value, guidance.null.get(name, value), batch) for name, value in given.items()}
-    return Field(model, path, objective, batch, given, guidance, doubled)
-
-
-def _doubled(name: str, value: Any, null: Any, batch: int) -> Any:
-    """A condition of the double batch: the given values, then the null values."""
-    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
-        other = _null_like(name, null, value)
-        try:
-            return torch.cat([value, other.expand_as(value)])
-        except RuntimeError:
-            shapes = f"{tuple(value.shape)}, got {tuple(other.shape)}"
-            raise ValueError(f"guidance.null[{name!r}] must broadcast to the condition's shape {shapes}") from None
-    if null is value or (not isinstance(null, Tensor) and not isinstance(value, Tensor) and _equal(null, value)):
-        return value
-    raise ValueError(f"guidance.null[{name!r}]: only conditions that are tensors with one entry a sample ([{batch}, ...]) can be replaced")
-
-
-def _null_like(name: str, null: object, value: Tensor) -> Tensor:
-    """The null value as the condition holds it; ValueError where it cannot, as a byte cannot hold -1."""
-    if not (_checks.is_number(null) or isinstance(null, Tensor)):
-        raise TypeError(f"guidance.null[{name!r}] must be a tensor or a number, got {type(null).__name__}")
-    given = null if isinstance(null, Tensor) else torch.tensor(float(null), dtype=torch.float64, device="cpu")
-    held = given.to(value)
-    if not value.is_floating_point() and _modes.values_readable(given, held) and not bool((held == given).all()):
-        raise ValueError(f"guidance.null[{name!r}] must be a value that the condition, {value.dtype}, can hold, got {null}")
-    return held
+    return Field(model, path, objective, batch, given, guidance, doubled_conditions(guidance, given, batch))
 
 
 def check_output(o: object, x: Tensor) -> None:

@@ -1,0 +1,129 @@
+"""Classifier-free guidance: a doubled batch, the second half of which has null values in place of its conditions."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fm_fast import _checks, _modes
+
+
+@dataclass(frozen=True, eq=False)
+class Guidance:
+    """Classifier-free guidance: the output u + scale (c - u), c with the condition and u without, from one doubled batch.
+
+    Attributes:
+        scale: 1 is the conditional model alone, 0 the unconditional one.
+        null: what the condition becomes in the unconditional half, by name: a tensor that broadcasts to it, or a number (``{"y": -1}``).
+            Names left out keep their value in both halves. A condition that is a dict takes a dict of null values.
+        interval: times (begin, end) of the evaluations that are guided; outside, the conditional model runs alone, on half the batch.
+        shared: names of conditions that all samples share. Of others, every tensor whose first size is that of the batch is taken to have
+            one entry a sample, and is doubled with it, also within dicts, lists and tuples.
+
+    Source: Ho and Salimans (2022); the interval, Kynkäänniemi et al. (2024). The velocity is linear in the output, so mixing
+    outputs mixes velocities.
+    """
+
+    scale: float
+    null: Mapping[str, Any]
+    interval: tuple[float, float] = (0.0, 1.0)
+    shared: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _checks.finite_number("scale", self.scale)
+        if not isinstance(self.null, Mapping):
+            raise TypeError(f"null must be a mapping of condition values, got {type(self.null).__name__}")
+        if not self.null:
+            raise ValueError("null must name at least one condition with its null value, or both halves of the batch are the same")
+        if not _is_interval(self.interval):
+            raise ValueError(f"interval must be (begin, end) with 0 <= begin <= end <= 1, got {self.interval}")
+        if isinstance(self.shared, str) or not all(isinstance(name, str) for name in self.shared):
+            raise TypeError(f"shared must be names of conditions, got {self.shared!r}")
+        if set(self.shared) & set(self.null):
+            raise ValueError(f"shared must not name what has a null value, got {', '.join(sorted(set(self.shared) & set(self.null)))}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Guidance):
+            return NotImplemented
+        mine, others = ((g.scale, tuple(g.interval), set(g.shared)) for g in (self, other))
+        return mine == others and _equal(self.null, other.null)
+
+    def applies(self, t: float) -> bool:
+        return self.interval[0] <= t <= self.interval[1]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two null values are the same; tensors by shape, dtype and values."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return set(one) == set(other) and all(_equal(value, other[name]) for name, value in one.items())
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return type(one) is type(other) and np.array_equal(one, other)
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
+
+
+def _is_interval(value: Any) -> bool:
+    try:
+        begin, end = value
+        return bool(0.0 <= begin <= end <= 1.0)
+    except (TypeError, ValueError):
+        return False
+
+
+def doubled_conditions(guidance: Guidance, given: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """The conditions of the double batch: with the given values, then with the null values. ValueError, TypeError if they do not fit."""
+    for name, chosen in (("null", guidance.null), ("shared", guidance.shared)):
+        _require_known(f"guidance.{name}", chosen, given)
+    return {
+        name: value if name in guidance.shared else _doubled(name, value, guidance.null.get(name, value), batch)
+        for name, value in given.items()
+    }
+
+
+def _require_known(what: str, names: Iterable[str], given: Mapping[str, Any]) -> None:
+    unknown = set(names) - set(given)
+    if unknown:
+        known = ", ".join(map(str, given)) or "none"
+        raise ValueError(f"{what} must name conditions of cond ({known}), got {', '.join(sorted(map(str, unknown)))}")
+
+
+def _doubled(name: str, value: Any, null: Any, batch: int) -> Any:
+    """A condition of the double batch: the given values, then the null values."""
+    if isinstance(value, Mapping):
+        if not isinstance(null, Mapping):
+            raise TypeError(f"guidance.null[{name!r}] must be a mapping, as the condition is, got {type(null).__name__}")
+        _require_known(f"guidance.null[{name!r}]", null, value)
+        return {key: _doubled(f"{name}.{key}", part, null.get(key, part), batch) for key, part in value.items()}
+    if isinstance(value, (list, tuple)) and null is value:
+        parts = [_doubled(f"{name}.{i}", part, part, batch) for i, part in enumerate(value)]
+        return parts if isinstance(value, list) else _as_tuple(value, parts)
+    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
+        other = _null_like(name, null, value)
+        try:
+            return torch.cat([value, other.expand_as(value)])
+        except RuntimeError:
+            shapes = f"{tuple(value.shape)}, got {tuple(other.shape)}"
+            raise ValueError(f"guidance.null[{name!r}] must broadcast to the condition's shape {shapes}") from None
+    if null is value or (not isinstance(null, Tensor) and not isinstance(value, Tensor) and _equal(null, value)):
+        return value
+    raise ValueError(f"guidance.null[{name!r}]: only conditions that are tensors with one entry a sample ([{batch}, ...]) can be replaced")
+
+
+def _null_like(name: str, null: object, value: Tensor) -> Tensor:
+    """The null value as the condition holds it; ValueError where it cannot, as a byte cannot hold -1."""
+    if not (_checks.is_number(null) or isinstance(null, Tensor)):
+        raise TypeError(f"guidance.null[{name!r}] must be a tensor or a number, got {type(null).__name__}")
+    given = null if isinstance(null, Tensor) else torch.tensor(float(null), dtype=torch.float64, device="cpu")
+    held = given.to(value)
+    if not value.is_floating_point() and _modes.values_readable(given, held) and not bool((held == given).all()):
+        raise ValueError(f"guidance.null[{name!r}] must be a value that the condition, {value.dtype}, can hold, got {null}")
+    return held
+
+
+def _as_tuple(like: tuple[Any, ...], parts: list[Any]) -> tuple[Any, ...]:
+    """Of the kind of ``like``, which may have named fields."""
+    return type(like)(*parts) if hasattr(like, "_fields") else tuple(parts)
