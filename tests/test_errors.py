@@ -32,7 +32,7 @@ BAD_SAMPLE_ARGUMENTS = [
     (
         {"t_sampler": "sobol"},
         ValueError,
-        r"t_sampler must be one of uniform, stratified, logit-normal, or a Uniform, .* as t=, got 'sobol'",
+        r"t_sampler must be one of uniform, stratified, logit-normal, or .* as t=, got 'sobol'",
     ),
     ({"dtype": torch.int8}, ValueError, r"dtype must be one of .*, got torch.int8"),
     ({"flip": 1.5}, ValueError, r"flip must lie in \[0, 1\], got 1.5"),

@@ -1,12 +1,15 @@
 """The host's table of a solve: its numbers against quadrature rules and a small interpreter of linear combinations."""
 
 import math
+import types
 
 import numpy as np
 import pytest
 import torch
 from sampling_helpers import FIXED, lagrange_integral, network, noise64, schedule, solve, velocity_of
 
+import fm_fast as fm
+from fm_fast._solver import settings
 from fm_fast._solver.plan import make_plan
 from fm_fast.objectives import OBJECTIVES
 from fm_fast.paths import NAMED as PATHS
@@ -119,3 +122,28 @@ def test_places_name_step_and_stage(method):
         starting, of = (1, 2) if method == "ab2" else (2, 3)
         expected = [(step, stage) for step in range(starting) for stage in range(of)] + [(step, 0) for step in range(starting, 6)]
     assert plan_of(method).places() == expected
+
+
+def test_plans_of_built_in_paths_are_kept_and_not_spoilt(monkeypatch):
+    """A network may write into the times that it is given; a path of the user's own may have changed since."""
+    made = []
+    make = settings.make_plan
+    monkeypatch.setattr(settings, "make_plan", lambda *arguments: (made.append(arguments), make(*arguments))[1])
+    settings._known_plan.cache_clear()
+
+    def writes(x, t):
+        found = x * t[:, None]
+        t.fill_(7.0)
+        return found
+
+    x = torch.ones(2, 3, dtype=torch.float64)
+    results = [fm.sample(writes, x, path=path, method="midpoint", steps=3).x for path in ("ot", fm.OT(), fm.VP(), "ot", fm.VP())]
+    assert len(made) == 2 and torch.equal(results[0], results[3])
+    torch.testing.assert_close(results[0], fm.sample(lambda x, t: x * t[:, None], x, method="midpoint", steps=3).x, rtol=0, atol=0)
+    assert len(made) == 2
+    fm.sample(writes, x, path="vp", objective="noise", steps=3)
+    fm.sample(writes, x, steps=4)
+    assert len(made) == 4
+    own = types.SimpleNamespace(**{name: getattr(fm.OT(), name) for name in ("alpha", "sigma", "d_alpha", "d_sigma")})
+    fm.sample(writes, x, path=own, steps=4), fm.sample(writes, x, path=own, steps=4)
+    assert len(made) == 6

@@ -27,8 +27,9 @@ def constant(values: np.ndarray, dtype: torch.dtype, device: torch.device) -> Te
 
 def own_constant(values: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The same in memory that no other solve reads."""
-    made = constant(values, dtype, device)
-    return made.clone() if _is_kept_on(device) else made
+    if not _is_kept_on(device):
+        return torch.from_numpy(values).to(device=device, dtype=dtype, copy=True)
+    return constant(values, dtype, device).clone()
 
 
 def _is_kept_on(device: torch.device) -> bool:

@@ -1,5 +1,6 @@
 """The checked arguments of a solve, which sampling and likelihoods share."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fm_fast import _backends, _checks, _modes
+from fm_fast._codes import PathCode
 from fm_fast._solver.conditioning import warn_if_ill_conditioned
 from fm_fast._solver.plan import Plan, make_plan
 from fm_fast.grids import Grid, grid_nodes, with_times
-from fm_fast.objectives import Objective, as_objective, velocity_range
-from fm_fast.paths import Path, as_path
+from fm_fast.objectives import OBJECTIVES, Objective, as_objective, is_built_in, velocity_range
+from fm_fast.paths import Path, as_path, kernel_form
 from fm_fast.solvers import Table, as_table, is_adaptive
 
 Save = None | str | Sequence[float]
@@ -40,7 +42,15 @@ class Settings:
     def plan(self, folded: bool = True) -> Plan:
         assert self.table is not None
         with _modes.outside_transforms():
+            if kernel_form(self.path)[0] != PathCode.given and is_built_in(self.objective):
+                return _known_plan(self.table, self.nodes.tobytes(), self.path, self.objective.name, folded)
             return make_plan(self.table, self.nodes, self.path, self.objective, folded)
+
+
+@functools.lru_cache(maxsize=64)
+def _known_plan(table: Table, nodes: bytes, path: Path, objective: str, folded: bool) -> Plan:
+    """Plans of built-in paths and objectives are kept: of a policy's few steps, called again and again, they are half the cost."""
+    return make_plan(table, np.frombuffer(nodes).copy(), path, OBJECTIVES[objective], folded)
 
 
 def make_settings(
