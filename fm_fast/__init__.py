@@ -1,7 +1,9 @@
 """fm_fast: fused kernels for flow matching under a thin PyTorch API. Importing builds, downloads and prints nothing."""
 
+import importlib
 import pathlib
 import pkgutil
+from types import ModuleType
 
 # A checkout in the working directory shadows the installed package. Its own kernels lie beside this folder; the native library lies
 # in the installed package, further along the search path.
@@ -56,3 +58,10 @@ __all__ = [
     "testing",
     "time_samplers",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The networks and the trainer, which are imported only where they are used."""
+    if name in ("nn", "train"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

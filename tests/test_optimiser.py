@@ -293,3 +293,11 @@ def test_the_state_of_others_is_refused():
         optimiser.load_state_dict(AdamWEMA([weight()]).state_dict())
     with pytest.raises(ValueError, match="of parameter 0 in their shapes, got nothing"):
         optimiser.load_state_dict({**optimiser.state_dict(), "state": {}})
+
+
+def test_sparse_gradients_are_refused():
+    layer = nn.Embedding(4, 3, sparse=True)
+    optimiser = AdamWEMA(layer.parameters())
+    layer(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match=r"gradients: expected dense ones, got torch.sparse_coo for a parameter of \(4, 3\)"):
+        optimiser.step()

@@ -112,6 +112,21 @@ assert not {"triton", "scipy", "torchdiffeq", "torch._dynamo", "matplotlib", "PI
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+def test_networks_and_trainer_are_imported_where_they_are_used() -> None:
+    code = """
+import sys
+import fm_fast as fm
+assert not {"fm_fast.nn", "fm_fast.train"} & set(sys.modules)
+assert fm.nn.UNet and fm.train.AdamWEMA
+try:
+    fm.nm
+except AttributeError as error:
+    print(error)
+"""
+    result = run_python(code)
+    assert (result.returncode, result.stdout) == (0, "module 'fm_fast' has no attribute 'nm'\n"), result.stderr
+
+
 FAKE_DRIVER = """
 #include <stdlib.h>
 int cuDriverGetVersion(int* version) { *version = 12080; return 0; }

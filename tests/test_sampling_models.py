@@ -231,3 +231,12 @@ def test_a_constant_that_is_written_after_it_was_returned_is_refused(backend):
 
     with pytest.raises(RuntimeError, match="model returned the memory of an earlier output"):
         fm.sample(model, noise64(3, 4), method="rk4", steps=1, backend=backend)
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "ab2"])
+@pytest.mark.parametrize("grad", ["none", "direct"])
+def test_a_model_that_writes_into_its_input_is_told(method, grad):
+    with pytest.raises(RuntimeError, match=r"model must leave its input x as it is, .* give it x\.clone\(\)"):
+        fm.sample(lambda x, t: x.mul_(2), torch.ones(2, 3), method=method, steps=2, grad=grad)
+    with torch.inference_mode():
+        fm.sample(lambda x, t: x * 2, torch.ones(2, 3), method=method, steps=2)

@@ -45,18 +45,37 @@ class State(Protocol):
 
 def run(plan: Plan, state: State, evaluate: Evaluate, after_step: AfterStep | None = None) -> Tensor:
     """The state at the last node; ``state`` must have been made for ``plan``."""
-    number, first_stage, finished = 0, 0, 0
+    first, number, first_stage, finished = _watched(evaluate), 0, 0, 0
     for segment in plan.segments:
         stages = state.advance[first_stage : first_stage + len(segment.stages)]
         for row in range(segment.steps):
             for advance in stages:
-                advance(row, evaluate(state.input, number))
+                advance(row, (evaluate if number else first)(state.input, number))
                 number += 1
             finished += 1
             if after_step is not None:
                 after_step(finished, state.x)
         first_stage += len(segment.stages)
     return state.x
+
+
+def _watched(evaluate: Evaluate) -> Evaluate:
+    """The same for an evaluation that may turn out to write into its input."""
+
+    def watched(x: Tensor, number: int) -> Tensor:
+        before = _writes_to(x)
+        output = evaluate(x, number)
+        if _writes_to(x) != before:
+            raise RuntimeError("model must leave its input x as it is, which is the state of the solve; give it x.clone()")
+        return output
+
+    return watched
+
+
+def _writes_to(x: Tensor) -> int | None:
+    """How often; None where torch does not count."""
+    uncounted = torch.compiler.is_compiling() or _modes.transforms_active() or x.is_inference()
+    return None if uncounted else x._version
 
 
 def all_stages(plan: Plan) -> list[Stage]:
