@@ -109,7 +109,7 @@ def test_what_has_no_effect_is_said(tmp_path, capsys):
     assert main(["train", "--data", own_data(tmp_path), "--out", str(tmp_path / "b"), *words]) == 0
     said = capsys.readouterr().out
     assert "note: attention in the middle only: no level is as high as model.attention_sizes (16,) (8, 4, 2)" in said
-    assert "warning: the run ends within its warmup of 1000 steps, at a learning rate of 5.1e-07\n" in said
+    assert "note: the run ends within its warmup of 1000 steps, at a learning rate of 5.1e-07\n" in said
 
 
 def test_data_without_labels(tmp_path, capsys):

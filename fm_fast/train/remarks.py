@@ -27,7 +27,7 @@ def remarks(config: TrainConfig, dataset: Dataset) -> list[str]:
         found.append(f"note: attention in the middle only: no level is as high as {ATTENTION} {config.model.attention_sizes} ({levels})")
     if config.warmup >= config.steps:
         highest = max(config.rate.after(step) for step in (0, config.steps - 1))
-        found.append(f"warning: the run ends within its warmup of {config.warmup} steps, at a learning rate of {highest:.2g}")
+        found.append(f"note: the run ends within its warmup of {config.warmup} steps, at a learning rate of {highest:.2g}")
     return found
 
 
