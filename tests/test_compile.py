@@ -234,3 +234,12 @@ def test_fake_tensors_need_no_data():
         o = torch.zeros(4, 3, 8, 8, requires_grad=True)
         fm.sample_path(torch.zeros(4, 3, 8, 8), seed=1, step=2).loss(o).backward()
         assert o.grad.shape == (4, 3, 8, 8)
+
+
+def test_a_solve_within_a_compiled_function_runs_beside_the_graph():
+    layer, x = torch.nn.Linear(3, 3), tensor(4, 3)
+
+    def solve(x):
+        return fm.sample(lambda x, t: layer(x), 2 * x, steps=3).x + 1
+
+    torch.testing.assert_close(torch.compile(solve, backend="eager")(x), solve(x))

@@ -42,7 +42,7 @@ class Settings:
     def plan(self, folded: bool = True) -> Plan:
         assert self.table is not None
         with _modes.outside_transforms():
-            if kernel_form(self.path)[0] != PathCode.given and is_built_in(self.objective):
+            if _modes.plainly_eager() and kernel_form(self.path)[0] != PathCode.given and is_built_in(self.objective):
                 return _known_plan(self.table, self.nodes.tobytes(), self.path, self.objective.name, folded)
             return make_plan(self.table, self.nodes, self.path, self.objective, folded)
 
