@@ -285,13 +285,15 @@ class FlowMatchingLoss(torch.nn.Module):
         if unknown:
             raise TypeError(f"FlowMatchingLoss got unknown settings {', '.join(sorted(unknown))}; known are {', '.join(sorted(SETTINGS))}")
         _check_settings(settings)
-        self.settings = settings  # of those that are modules, the registered ones count: they may be replaced
+        self.settings = settings
         for name, value in settings.items():
             if isinstance(value, torch.nn.Module):  # a path with trainable parameters
                 self.add_module(name, value)
 
     def forward(self, model: Callable[..., Tensor], x1: Tensor, **arguments: Any) -> Tensor:
-        return flow_matching_loss(model, x1, **{**self.settings, **self._modules, **arguments})
+        # Of settings that are modules those count that are registered now: they may have been replaced.
+        registered = {name: module for name, module in self._modules.items() if name in self.settings}
+        return flow_matching_loss(model, x1, **{**self.settings, **registered, **arguments})
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

@@ -350,7 +350,7 @@ def test_modules_hold_the_parameters_of_their_path(backend):
     module(lambda x, t: x, x1, seed=SEED, step=STEP).backward()
     assert list(module.parameters()) == [path.scale]
     assert abs(float(path.scale.grad)) > 0
-    module.path = Widened(3.0)
+    module.path, module.something_else = Widened(3.0), torch.nn.Identity()
     found = module(lambda x, t: x, x1, seed=SEED, step=STEP)
     assert torch.equal(found, fm.FlowMatchingLoss(path=Widened(3.0), backend=backend)(lambda x, t: x, x1, seed=SEED, step=STEP))
 
