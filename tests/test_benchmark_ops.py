@@ -84,7 +84,8 @@ PARTS = ("full", "forward", "backward")
 
 
 @pytest.mark.parametrize("op", [path_loss.OP, group_norm_silu.OP], ids=lambda op: op.name)
-def test_parts_are_timed_alone_and_named(op, tmp_path, capsys):
+def test_parts_are_timed_alone_and_named(op, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "WARM_UP_SECONDS", 0.01)
     file, (mode, *_) = tmp_path / "rows.json", op.modes
     size = {"path_loss": "robotics", "group_norm_silu": "8x8"}[op.name]
     words = ["--op", op.name, "--size", size, "--mode", mode, "--part", *PARTS, "--rounds", "1", "--only", "eager"]
