@@ -316,12 +316,12 @@ def _is_number(value: object, fits: Callable[[float], bool]) -> bool:
 
 def _alike(gradient: Tensor, p: Tensor) -> Tensor:
     """The gradient in the memory order of its parameter, as autograd leaves it."""
+    if gradient.stride() == p.stride():
+        return gradient
     if gradient.layout != torch.strided:
         raise TypeError(
             f"gradients: expected dense ones, got {gradient.layout} for a parameter of {tuple(p.shape)}; sparse=False makes them"
         )
-    if gradient.stride() == p.stride():
-        return gradient
     if all(a == b for size, a, b in zip(p.shape, gradient.stride(), p.stride(), strict=True) if size != 1):
         return gradient
     return torch.empty_like(p, dtype=gradient.dtype).copy_(gradient)
