@@ -50,7 +50,7 @@ class Kernel:
 class Budget:
     """What the main loop of one kernel may cost on sm_90: instructions an element; how many 16-byte loads and stores it has.
 
-    x1 is loaded in one of two ways, mirrored or not, so its loads are there twice; those of weights are two more in path_loss.
+    Each tensor is loaded once, whether x1 is mirrored or not; the loads of weights are two more in path_loss.
     """
 
     file: str
@@ -66,12 +66,12 @@ class Budget:
 # kernel: the template arguments (output, x1, whether x0 is drawn) as they are mangled.
 BF16 = r"NS_8Bfloat16ES\d+_"
 BUDGETS = [
-    Budget("path_loss", f"{BF16}Lb1", 64, 5, 1),
-    Budget("path_loss", "ffLb1", 72, 8, 2),
-    Budget("path_loss", f"{BF16}Lb0", 32, 6, 1),
-    Budget("path_sample", f"{BF16}Lb1", 44, 2, 1),
-    Budget("path_sample", "ffLb1", 51, 4, 2),
-    Budget("path_sample", f"{BF16}Lb0", 12, 3, 1),
+    Budget("path_loss", f"{BF16}Lb1", 64, 4, 1),
+    Budget("path_loss", "ffLb1", 70, 6, 2),
+    Budget("path_loss", f"{BF16}Lb0", 32, 5, 1),
+    Budget("path_sample", f"{BF16}Lb1", 44, 1, 1),
+    Budget("path_sample", "ffLb1", 46, 2, 2),
+    Budget("path_sample", f"{BF16}Lb0", 12, 2, 1),
 ]
 
 
