@@ -161,6 +161,7 @@ def test_transforms_are_refused():
         torch.func.vmap(lambda x: fm.couplings.optimal_order(x, x))(random_images((2, 3, 4)))
 
 
+@pytest.mark.slow
 def test_paired_noise_makes_the_flow_straighter(one_thread):
     (nfe, error, _), (paired_nfe, paired_error, _) = (
         pairing.measured(pairing.trained(0, 120, paired), 0, samples=256, many=100) for paired in (False, True)
