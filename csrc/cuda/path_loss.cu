@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(X1) == 1 ? kPixelBlocks : kBl
 template <class T>
 __global__ void __launch_bounds__(kThreads, kWideBlocks) strided_kernel(const LossLaunch launch) {
   const LossCall& call = launch.call;
-  if (is_finished(call)) return;
+  if (sizeof(T) == 4 && is_finished(call)) return;  // float64 is computed anew: the look would cost sm_120 a spill
   const Key key = key_of(call.key_words);
   const Stream stream = stream_of(key, kStreamX0), dequantise = stream_of(key, kStreamDequantise);
   double total = 0;
