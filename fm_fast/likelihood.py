@@ -29,7 +29,7 @@ from fm_fast.grids import Grid
 from fm_fast.objectives import Objective, as_objective, velocity_factors
 from fm_fast.paths import Path, as_path
 from fm_fast.random import Whole
-from fm_fast.solvers import Table
+from fm_fast.solvers import EmbeddedRungeKutta, Method
 
 __all__ = ["Divergence", "Likelihood", "SampleWithLogProb", "divergence", "log_likelihood", "sample_with_log_prob"]
 
@@ -181,7 +181,7 @@ def log_likelihood(
     cond: Mapping[str, Any] | None = None,
     path: str | Path = "ot",
     objective: str | Objective = "velocity",
-    method: str | Table = "midpoint",
+    method: Method = "midpoint",
     steps: int | None = None,
     grid: str | Grid | Sequence[float] = "uniform",
     t0: float = 0.0,
@@ -262,9 +262,9 @@ def log_likelihood(
     return Likelihood(logp, standard_error(fine), error, fine.x, fine.nfe + coarse.nfe, fine.nvjp + coarse.nvjp)
 
 
-def _check_halving(nodes: np.ndarray, error_estimate: bool, adaptive: str | None) -> None:
+def _check_halving(nodes: np.ndarray, error_estimate: bool, adaptive: EmbeddedRungeKutta | None) -> None:
     if error_estimate and adaptive is not None:
-        raise ValueError(f"error_estimate needs a fixed-step method, got {adaptive!r}, which controls its error by rtol and atol")
+        raise ValueError(f"error_estimate needs a fixed-step method, got {adaptive.name!r}, which controls its error by rtol and atol")
     if error_estimate and len(nodes) % 2 == 0:
         raise ValueError(f"steps must be even for error_estimate, which solves again with half of them, got {len(nodes) - 1}")
 
@@ -296,7 +296,7 @@ def sample_with_log_prob(
     cond: Mapping[str, Any] | None = None,
     path: str | Path = "ot",
     objective: str | Objective = "velocity",
-    method: str | Table = "midpoint",
+    method: Method = "midpoint",
     steps: int | None = None,
     grid: str | Grid | Sequence[float] = "uniform",
     t0: float = 0.0,

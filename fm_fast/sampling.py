@@ -16,16 +16,17 @@ from torch.utils.checkpoint import checkpoint
 from fm_fast import _checks, _modes, reference
 from fm_fast._solver.adaptive import solve_adaptive
 from fm_fast._solver.evaluate import make_evaluate, make_mixed
-from fm_fast._solver.field import Field, Model, make_field
+from fm_fast._solver.field import Field, Model, combined, make_field
 from fm_fast._solver.guidance import Guidance
 from fm_fast._solver.learned import plan_and_factors, velocities
 from fm_fast._solver.loop import AfterStep, Layout, make_state, run
 from fm_fast._solver.progress import step_counter
 from fm_fast._solver.settings import NONFINITE, Save, Settings, check_finite, make_settings
+from fm_fast._solver.trial import Tolerance
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective
 from fm_fast.paths import Path
-from fm_fast.solvers import Table
+from fm_fast.solvers import Method
 
 __all__ = ["Guidance", "Sample", "encode", "sample"]
 
@@ -58,7 +59,7 @@ def sample(
     cond: Mapping[str, Any] | None = None,
     path: str | Path = "ot",
     objective: str | Objective = "velocity",
-    method: str | Table = "midpoint",
+    method: Method = "midpoint",
     steps: int | None = None,
     grid: str | Grid | Sequence[float] = "uniform",
     t0: float = 0.0,
@@ -84,14 +85,14 @@ def sample(
         cond: keyword arguments passed on to the model untouched.
         path, objective: those of training. Models trained to predict noise, score or data sample like any other.
         method: fixed-step: "euler", "midpoint", "heun2", "ralston", "rk4", "rk4_38", "ab2", "ab3" or a table of ``fm_fast.solvers``;
-            adaptive, by torchdiffeq: "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun".
+            adaptive: "dopri5", "tsit5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun" or an ``EmbeddedRungeKutta``.
         steps: number of steps of a fixed-step method (required); None for an adaptive one.
         grid: where the steps are: "uniform", "karras", "shift", "cosine", an object of ``fm_fast.grids``, or increasing times.
         t0, t1: ends of the solve, kept inside the range in which the path's velocity is finite (VP ends at 1 - 1e-5).
         guidance: a :class:`Guidance`; evaluated on one doubled batch.
         save: None, "steps" (every state in the order of the solve, the first included), or times in [t0, t1]; a step that contains such a
             time is split there.
-        callback: called as ``callback(step, t, x)`` after each step of a fixed-step method, with a copy of the state.
+        callback: called as ``callback(step, t, x)`` after each step that counts, with a copy of the state.
         progress: show a progress bar (needs tqdm; fixed-step methods).
         rtol, atol, max_steps: of adaptive methods; the norm is over the whole batch, so a sample depends on its neighbours there.
         dtype: of the model's input; by default the noise's. The state is float32 (float64 for float64 noise) throughout, so a bfloat16
@@ -127,7 +128,7 @@ def encode(
     cond: Mapping[str, Any] | None = None,
     path: str | Path = "ot",
     objective: str | Objective = "velocity",
-    method: str | Table = "midpoint",
+    method: Method = "midpoint",
     steps: int | None = None,
     grid: str | Grid | Sequence[float] = "uniform",
     t0: float = 0.0,
@@ -170,7 +171,7 @@ def _solve(
     _check_gradient(settings.grad)
     with torch.no_grad() if settings.grad == "none" else contextlib.nullcontext():
         if settings.adaptive is not None:
-            x, saved, nfe = _adaptive(field, start, settings)
+            x, saved, nfe = _adaptive(field, start, settings, callback)
         else:
             x, saved, nfe = _fixed(field, start, settings, callback, progress)
     finite = check_finite(x, "samples", settings, on_nonfinite)
@@ -183,8 +184,8 @@ def _solve(
 def _check_callback(settings: Settings, callback: Callback | None, progress: bool) -> None:
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable as callback(step, t, x), got {type(callback).__name__}")
-    if settings.adaptive is not None and (callback is not None or progress):
-        raise ValueError(f"callback and progress need a fixed-step method, got {settings.adaptive!r}")
+    if settings.adaptive is not None and progress:
+        raise ValueError(f"progress needs a fixed-step method, got {settings.adaptive.name!r}")
 
 
 def _check_gradient(grad: str) -> None:
@@ -246,23 +247,26 @@ def _after_step(
 # Adaptive steps
 
 
-def _adaptive(field: Field, start: Tensor, settings: Settings) -> tuple[Tensor, Tensor | None, int]:
-    x0 = start.to(reference.accumulation_dtype(start))
-    velocity = velocity_function(field, settings)
+def _adaptive(field: Field, start: Tensor, settings: Settings, callback: Callback | None) -> tuple[Tensor, Tensor | None, int]:
     assert settings.adaptive is not None
-    (states,), nfe = solve_adaptive(
+    velocity = _velocity(field, settings)
+    after = None if callback is None else (lambda step, t, parts: callback(step, t, parts[0].clone()))
+    x0, plain = start.to(reference.accumulation_dtype(start)), settings.grad != "none" and torch.is_grad_enabled()
+    states, nfe = solve_adaptive(
         lambda t, parts: (velocity(parts[0], t),), (x0,), settings.nodes.tolist(), settings.adaptive,
-        settings.rtol, settings.atol, settings.max_steps,
+        Tolerance(settings.rtol, settings.atol), settings.max_steps, settings.backend, plain, after,
     )  # fmt: skip
-    return states[-1], states[list(settings.saved)] if settings.saved else None, nfe
+    saved = torch.stack([states[position][0] for position in settings.saved]) if settings.saved else None
+    return states[-1][0], saved, nfe
 
 
-def velocity_function(field: Field, settings: Settings) -> Callable[[Tensor, Tensor], Tensor]:
-    """The velocity at (x [B, ...], t scalar) in x's dtype, for adaptive methods."""
+def _velocity(field: Field, settings: Settings) -> Callable[[Tensor, float], Tensor]:
+    """The velocity at (x [B, ...], t) in x's dtype."""
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        times = t.to(x.dtype).expand(x.shape[0])
-        return field.velocity(x, times, field.checked_output_at(x.to(settings.dtype), times, field.guided_at(t)))
+    def velocity(x: Tensor, t: float) -> Tensor:
+        times = torch.full((1,), t, dtype=x.dtype, device=x.device).expand(x.shape[0])
+        output = field.checked_output_at(x.to(settings.dtype), times, field.guided_at(t))
+        return combined(x, output, field.factors_at(t, x.device))
 
     if settings.grad == "checkpoint" and torch.is_grad_enabled():
         return lambda x, t: checkpoint(velocity, x, t, use_reentrant=False)  # type: ignore[return-value]

@@ -1,9 +1,10 @@
-"""Fixed-step solvers as tables: explicit Runge-Kutta methods by their Butcher tableau, and Adams-Bashforth methods.
+"""Solvers as tables: Runge-Kutta methods by their Butcher tableau, with or without an estimate of the error, and Adams-Bashforth methods.
 
 A table is a frozen value object, and its order is computed from it, not claimed. Every table runs through the same loop and the same
 fused op, so a table of your own (``RungeKutta(a=..., b=...)``) is as fast as the named ones.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,45 @@ class AdamsBashforth:
         return np.linalg.solve(vandermonde, moments[..., None])[..., 0] * (end[:, None] - newest)
 
 
+@dataclass(frozen=True)
+class EmbeddedRungeKutta:
+    """A Runge-Kutta method that knows the error of its step, h sum_i error_i k_i: steps are then as long as a tolerance allows.
+
+    Args:
+        table: the method that the solve goes on with. Where the last row of its a is its b, the last stage is the first of the next step.
+        error: one weight a stage: b less the weights of a method of another order. They sum to 0.
+        order: of the step, by whose root its length is controlled; at least the table's, as far as that is told.
+        name: for messages.
+
+    Raises ValueError for weights of the wrong number or sum, and an order that is not the table's.
+
+    Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, chapter II.4.
+    """
+
+    table: RungeKutta
+    error: tuple[float, ...]
+    order: int
+    name: str = "the embedded method"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.table, RungeKutta):
+            raise TypeError(f"table must be a RungeKutta table, got {type(self.table).__name__}")
+        object.__setattr__(self, "error", _numbers("error", self.error))
+        if len(self.error) != self.table.stages or not any(self.error):
+            raise ValueError(f"error must have one weight a stage, {self.table.stages}, not all 0, got {self.error}")
+        if not abs(sum(self.error)) < TOLERANCE:
+            raise ValueError(f"error must sum to 0, got {sum(self.error)}")
+        _checks.count("order", self.order)
+        known = self.table.order()
+        if self.order < known or (self.order > known and known < HIGHEST_CHECKED_ORDER):
+            raise ValueError(f"order must be that of the table, {known}, got {self.order}")
+
+    @property
+    def first_same_as_last(self) -> bool:
+        """Whether the last stage is evaluated at the step's end."""
+        return self.table.b == (*self.table.a[-1], 0.0)
+
+
 Table = RungeKutta | AdamsBashforth
 
 MIDPOINT = RungeKutta(((), (1 / 2,)), (0.0, 1.0))
@@ -131,18 +171,93 @@ METHODS: dict[str, Table] = {
     "ab2": AdamsBashforth(2, MIDPOINT),
     "ab3": AdamsBashforth(3, KUTTA3),
 }
-# Adaptive methods, run by torchdiffeq.
-ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
 
-def is_adaptive(method: Any) -> bool:
-    return isinstance(method, str) and method in ADAPTIVE
+def _embedded(name: str, order: int, a: Sequence[Sequence[float]], b: Sequence[float], error: Sequence[float]) -> EmbeddedRungeKutta:
+    return EmbeddedRungeKutta(RungeKutta(tuple(map(tuple, a)), tuple(b)), tuple(error), order, name)
 
 
-def as_table(method: str | Table) -> Table:
-    """The table that a name or a table stands for; anything else is an error that lists the names."""
-    if isinstance(method, (RungeKutta, AdamsBashforth)):
+def _going_on(name: str, order: int, a: Sequence[Sequence[float]], error: Sequence[float]) -> EmbeddedRungeKutta:
+    """Of methods whose last stage is at the step's end."""
+    return _embedded(name, order, a, (*a[-1], 0.0), error)
+
+
+# Dormand and Prince (1980); the error is Shampine's (1986), two thirds of theirs.
+DOPRI5 = _going_on(
+    "dopri5", 5,
+    [
+        [],
+        [1 / 5],
+        [3 / 40, 9 / 40],
+        [44 / 45, -56 / 15, 32 / 9],
+        [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729],
+        [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656],
+        [35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84],
+    ],
+    [2 / 3 * weight for weight in (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)],
+)  # fmt: skip
+# Tsitouras (2011).
+TSIT5 = _going_on(
+    "tsit5", 5,
+    [
+        [],
+        [0.161],
+        [-0.008480655492356989, 0.335480655492357],
+        [2.8971530571054935, -6.359448489975075, 4.3622954328695815],
+        [5.325864828439257, -11.748883564062828, 7.4955393428898365, -0.09249506636175525],
+        [5.86145544294642, -12.92096931784711, 8.159367898576159, -0.071584973281401, -0.028269050394068383],
+        [0.09646076681806523, 0.01, 0.4798896504144996, 1.379008574103742, -3.290069515436081, 2.324710524099774],
+    ],
+    [-0.00178001105222577714, -0.0008164344596567469, 0.007880878010261995, -0.1447110071732629, 0.5823571654525552, -0.45808210592918697,
+     1 / 66],
+)  # fmt: skip
+# Bogacki and Shampine (1989).
+BOSH3 = _going_on("bosh3", 3, [[], [1 / 2], [0.0, 3 / 4], [2 / 9, 1 / 3, 4 / 9]], [-5 / 72, 1 / 12, 1 / 9, -1 / 8])
+# Fehlberg (1969), going on with the higher order.
+FEHLBERG2 = _embedded("fehlberg2", 2, [[], [1 / 2], [1 / 256, 255 / 256]], [1 / 512, 255 / 256, 1 / 512], [-1 / 512, 0.0, 1 / 512])
+ADAPTIVE_HEUN = _embedded("adaptive_heun", 2, [[], [1.0]], [1 / 2, 1 / 2], [1 / 2, -1 / 2])
+# Prince and Dormand (1981): RK8(7)13M, with a stage at the step's end.
+DOPRI8 = _going_on(
+    "dopri8", 8,
+    [
+        [],
+        [1 / 18],
+        [1 / 48, 1 / 16],
+        [1 / 32, 0.0, 3 / 32],
+        [5 / 16, 0.0, -75 / 64, 75 / 64],
+        [3 / 80, 0.0, 0.0, 3 / 16, 3 / 20],
+        [29443841 / 614563906, 0.0, 0.0, 77736538 / 692538347, -28693883 / 1125000000, 23124283 / 1800000000],
+        [16016141 / 946692911, 0.0, 0.0, 61564180 / 158732637, 22789713 / 633445777, 545815736 / 2771057229, -180193667 / 1043307555],
+        [39632708 / 573591083, 0.0, 0.0, -433636366 / 683701615, -421739975 / 2616292301, 100302831 / 723423059, 790204164 / 839813087,
+         800635310 / 3783071287],
+        [246121993 / 1340847787, 0.0, 0.0, -37695042795 / 15268766246, -309121744 / 1061227803, -12992083 / 490766935,
+         6005943493 / 2108947869, 393006217 / 1396673457, 123872331 / 1001029789],
+        [-1028468189 / 846180014, 0.0, 0.0, 8478235783 / 508512852, 1311729495 / 1432422823, -10304129995 / 1701304382,
+         -48777925059 / 3047939560, 15336726248 / 1032824649, -45442868181 / 3398467696, 3065993473 / 597172653],
+        [185892177 / 718116043, 0.0, 0.0, -3185094517 / 667107341, -477755414 / 1098053517, -703635378 / 230739211,
+         5731566787 / 1027545527, 5232866602 / 850066563, -4093664535 / 808688257, 3962137247 / 1805957418, 65686358 / 487910083],
+        [403863854 / 491063109, 0.0, 0.0, -5068492393 / 434740067, -411421997 / 543043805, 652783627 / 914296604,
+         11173962825 / 925320556, -13158990841 / 6184727034, 3936647629 / 1978049680, -160528059 / 685178525, 248638103 / 1413531060, 0.0],
+        [14005451 / 335480064, 0.0, 0.0, 0.0, 0.0, -59238493 / 1068277825, 181606767 / 758867731, 561292985 / 797845732,
+         -1041891430 / 1371343529, 760417239 / 1151165299, 118820643 / 751138087, -528747749 / 2220607170, 1 / 4],
+    ],
+    [14005451 / 335480064 - 13451932 / 455176623, 0.0, 0.0, 0.0, 0.0, -59238493 / 1068277825 + 808719846 / 976000145,
+     181606767 / 758867731 - 1757004468 / 5645159321, 561292985 / 797845732 - 656045339 / 265891186,
+     -1041891430 / 1371343529 + 3867574721 / 1518517206, 760417239 / 1151165299 - 465885868 / 322736535,
+     118820643 / 751138087 - 53011238 / 667516719, -528747749 / 2220607170 - 2 / 45, 1 / 4, 0.0],
+)  # fmt: skip
+ADAPTIVE = {method.name: method for method in (DOPRI5, TSIT5, DOPRI8, BOSH3, FEHLBERG2, ADAPTIVE_HEUN)}
+Method = str | Table | EmbeddedRungeKutta
+
+
+def is_adaptive(method: object) -> bool:
+    return isinstance(method, EmbeddedRungeKutta) or (isinstance(method, str) and method in ADAPTIVE)
+
+
+def as_method(method: Method) -> Table | EmbeddedRungeKutta:
+    """What a name or a table stands for; anything else is an error that lists the names."""
+    if isinstance(method, (RungeKutta, AdamsBashforth, EmbeddedRungeKutta)):
         return method
-    if isinstance(method, str) and method in METHODS:
-        return METHODS[method]
+    if isinstance(method, str) and (method in METHODS or method in ADAPTIVE):
+        return METHODS[method] if method in METHODS else ADAPTIVE[method]
     raise ValueError(f"method must be one of {', '.join((*METHODS, *ADAPTIVE))}, or a solver table, got {method!r}")

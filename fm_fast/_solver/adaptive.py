@@ -1,54 +1,163 @@
-"""Adaptive solves through torchdiffeq, with times kept inside the path's range and every failure told in words."""
+"""Adaptive solves: each step as long as the tolerance allows. The host reads one number a step that is tried, and nothing else.
 
+With the error's largest root mean square e beside the tolerance, a step counts where e <= 1, and the next one is longer by the factor
+0.9 e^(-1/order), between 0.2 and 10 (not below 1 after a step that counted). The first step is Hairer's guess. Error norm, factors and
+guess are torchdiffeq's too, so both take the same steps.
+
+Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, chapter II.4.
+"""
+
+import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
-# (t as a float64 scalar tensor, parts of the state) -> their derivatives
-Derivative = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
+from fm_fast._solver.loop import writes_to
+from fm_fast._solver.trial import Derivative, Fused, Parts, Plain, Tolerance, Trial, largest_mean
+from fm_fast.solvers import EmbeddedRungeKutta
+
+# (number of the finished step, t, state)
+AfterStep = Callable[[int, float, Parts], None]
+SAFETY, SHORTEST, LONGEST = 0.9, 0.2, 10.0
+
+
+class StepFailed(Exception):
+    """Why a solve cannot go on."""
 
 
 def solve_adaptive(
-    derivative: Derivative, parts: tuple[Tensor, ...], times: Sequence[float], method: str, rtol: float, atol: float, max_steps: int
-) -> tuple[tuple[Tensor, ...], int]:
-    """The parts of the state at each of ``times`` (stacked in front) and the number of evaluations.
+    derivative: Derivative,
+    start: Parts,
+    times: Sequence[float],
+    method: EmbeddedRungeKutta,
+    tolerance: Tolerance,
+    max_steps: int,
+    backend: str,
+    plain: bool,
+    after_step: AfterStep | None = None,
+) -> tuple[list[Parts], int]:
+    """The state at each of ``times``, where steps end, and the number of evaluations, none of them outside ``times``.
 
-    torchdiffeq's solvers look beyond the last time, and probe far outside when they choose their first step, where the VP path is not a
-    number: times are clamped, and steps end at ``times``. The error norm is the largest root mean square of any part.
+    plain: by plain PyTorch, which gradients follow.
 
-    Raises RuntimeError if the field is not finite, the step underflows, or ``max_steps`` steps do not reach the next of ``times``.
+    Raises RuntimeError if the field is not finite, a step becomes too short to be one, or ``max_steps`` steps that were tried, whether
+    they counted or not, do not reach the end.
     """
-    import torchdiffeq  # it imports SciPy, which takes longer than all of fm_fast
-
-    if parts[0].numel() == 0:
-        return tuple(part.expand(len(times), *part.shape) for part in parts), 0
-    low, high = min(times), max(times)
-    evaluations, own_failure = 0, None
-
-    def clamped(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        nonlocal evaluations, own_failure
-        evaluations += 1
-        try:
-            return derivative(t.clamp(low, high), state)
-        except AssertionError as failure:
-            own_failure = failure
-            raise
-
-    nodes = torch.tensor(times, dtype=torch.float64, device=parts[0].device)
-    options = {"dtype": torch.float64, "max_num_steps": max_steps, "step_t": nodes[1:]}
+    if start[0].numel() == 0:
+        return [start for _ in times], 0
+    counted = _Counted(derivative, min(times), max(times))
+    arithmetic = Plain(start, method) if plain else Fused(start, method, backend)
     try:
-        solution = torchdiffeq.odeint(clamped, parts, nodes, rtol=rtol, atol=atol, method=method, options=options)
-    except AssertionError as failure:
-        if failure is own_failure:
-            raise
-        raise RuntimeError(_explanation(method, str(failure), max_steps, rtol, atol)) from failure
-    return tuple(solution), evaluations  # type: ignore[return-value]
+        trial = Trial(counted, start, times[0], method, arithmetic)
+        states = _Control(trial, counted, method, tolerance, max_steps, after_step).through(times)
+    except StepFailed as reason:
+        raise RuntimeError(_explanation(method.name, str(reason), tolerance)) from None
+    return states, counted.evaluations
 
 
-def _explanation(method: str, failure: str, max_steps: int, rtol: float, atol: float) -> str:
-    if "max_num_steps" in failure:
-        return (
-            f"{method} did not reach the end of the solve in max_steps={max_steps} steps; raise max_steps, or rtol={rtol} and atol={atol}"
-        )
-    return f"{method} failed ({failure}): the model's velocity is not finite, or too rough for rtol={rtol} and atol={atol}"
+def _explanation(method: str, reason: str, tolerance: Tolerance) -> str:
+    if "max_steps" in reason:
+        return f"{method} {reason}; raise max_steps, or rtol={tolerance.rtol} and atol={tolerance.atol}"
+    return (
+        f"{method} failed ({reason}): the model's velocity is not finite, or too rough for rtol={tolerance.rtol} and atol={tolerance.atol}"
+    )
+
+
+class _Counted:
+    """The derivative within the times of the solve: rounding, and the guess of the first step, would else look outside."""
+
+    def __init__(self, derivative: Derivative, low: float, high: float) -> None:
+        self._derivative, self._low, self._high = derivative, low, high
+        self.evaluations = 0
+
+    def __call__(self, t: float, y: Parts) -> Parts:
+        before = writes_to(y[0]) if self.evaluations == 0 else None
+        slope = self._derivative(min(max(t, self._low), self._high), y)
+        if before is not None and writes_to(y[0]) != before:
+            raise RuntimeError("model must leave its input x as it is, which is the state of the solve; give it x.clone()")
+        self.evaluations += 1
+        return slope
+
+
+class _Control:
+    """The length of the steps, whose sign is the direction of the solve."""
+
+    def __init__(
+        self,
+        trial: Trial,
+        derivative: Derivative,
+        method: EmbeddedRungeKutta,
+        tolerance: Tolerance,
+        max_steps: int,
+        after_step: AfterStep | None,
+    ) -> None:
+        self._trial, self._derivative, self._tolerance, self._after_step = trial, derivative, tolerance, after_step
+        self._exponent, self._max_steps = -1.0 / method.order, max_steps
+        self._h, self._tried, self._finished = 0.0, 0, 0
+
+    def through(self, times: Sequence[float]) -> list[Parts]:
+        """The state at each of times; copies, since the next steps overwrite it."""
+        if len(times) > 1:
+            self._h = self._first_step(times[0], 1.0 if times[-1] > times[0] else -1.0)
+        states = [self._trial.y]
+        for t, end in itertools.pairwise(times):
+            self._advance(t, end)
+            states.append(tuple(part.clone() for part in self._trial.y))
+        return states
+
+    def _advance(self, t: float, end: float) -> None:
+        """From t to end. A step that is cut there does not shorten the one that follows."""
+        while t != end:
+            cut = abs(self._h) >= abs(end - t)
+            h = end - t if cut else self._h
+            if t + h == t:
+                raise StepFailed(f"a step of {h:.3g} at t = {t:.6g} is too short to be one")
+            error = self._try(t, h)
+            if error <= 1.0:
+                t = end if cut else t + h
+                self._accept(t)
+                longer = h * self._factor(error)
+                self._h = max(self._h, longer, key=abs) if cut else longer
+            else:
+                self._h = h * self._factor(error)
+
+    def _accept(self, t: float) -> None:
+        self._trial.accept()
+        self._finished += 1
+        if self._after_step is not None:
+            self._after_step(self._finished, t, self._trial.y)
+
+    def _try(self, t: float, h: float) -> float:
+        if self._tried == self._max_steps:
+            raise StepFailed(f"did not reach the end of the solve in max_steps={self._max_steps} steps")
+        self._tried += 1
+        return self._trial.step(t, h, self._tolerance)
+
+    def _factor(self, error: float) -> float:
+        """How much longer the next step is."""
+        if error == 0.0 or not math.isfinite(error):
+            return SHORTEST if error else LONGEST
+        least = 1.0 if error < 1.0 else SHORTEST
+        return min(LONGEST, max(SAFETY * error**self._exponent, least))
+
+    @torch.no_grad()
+    def _first_step(self, t: float, direction: float) -> float:
+        """A step whose error is about a hundredth of the tolerance, by the size of the slope and of its change."""
+        y, slope = self._trial.y, self._trial.slope
+        assert slope is not None
+        state, speed = self._norm(y), self._norm(slope)
+        if not math.isfinite(state) or not math.isfinite(speed):
+            raise StepFailed(f"the state or its slope is not finite at t = {t:.6g}")
+        h = 1e-6 if state < 1e-5 or speed < 1e-5 else 0.01 * state / speed
+        ahead = self._derivative(t + direction * h, tuple(part + direction * h * k for part, k in zip(y, slope, strict=True)))
+        change = self._norm(tuple(a.to(b.dtype) - b for a, b in zip(ahead, slope, strict=True))) / h
+        if not math.isfinite(change) or max(speed, change) <= 1e-15:
+            guess = max(1e-6, h * 1e-3)
+        else:
+            guess = (0.01 / max(speed, change)) ** -self._exponent
+        return direction * min(100.0 * h, guess)
+
+    def _norm(self, values: Parts) -> float:
+        """Beside the tolerance at the state."""
+        return float(largest_mean((value.clone() for value in values), (part.abs() for part in self._trial.y), self._tolerance))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fm_fast import _checks, _ops, reference
 from fm_fast._solver.guidance import Guidance, doubled_conditions
-from fm_fast.objectives import Objective, velocity_factors
+from fm_fast.objectives import Objective, is_built_in, velocity_factors
 from fm_fast.paths import Path
 
 Model = Callable[..., Tensor]
@@ -56,6 +56,20 @@ class Field:
         p, r = velocity_factors(self.path, self.objective, t)
         p, r = (reference.per_sample(values.to(x.dtype), x) for values in (p, r))
         return p * x + r * output.to(x.dtype)
+
+    def factors_at(self, t: float, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """(p, r) of the velocity p x + r o at one time; None where the output is the velocity."""
+        if is_built_in(self.objective) and self.objective.name == "velocity":
+            return None
+        return velocity_factors(self.path, self.objective, torch.full((), t, dtype=torch.float64, device=device))
+
+
+def combined(x: Tensor, output: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The velocity p x + r o in x's dtype; where it is the output, the output itself in its own."""
+    if factors is None:
+        return output
+    p, r = (factor.to(x.dtype) for factor in factors)
+    return p * x + r * output.to(x.dtype)
 
 
 def make_field(

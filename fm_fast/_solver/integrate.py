@@ -1,7 +1,6 @@
 """A solve that carries the integral of the divergence along: what likelihoods are made of."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +10,7 @@ from fm_fast import _modes, reference
 from fm_fast._solver.adaptive import solve_adaptive
 from fm_fast._solver.estimator import Estimator
 from fm_fast._solver.evaluate import make_mixed
-from fm_fast._solver.field import Field
+from fm_fast._solver.field import Field, combined
 from fm_fast._solver.learned import LearnedFactors, plan_and_factors, velocities
 from fm_fast._solver.loop import Evaluate, Layout, make_state, run
 from fm_fast._solver.plan import Plan
@@ -19,7 +18,7 @@ from fm_fast._solver.probes import Probes, single_probe
 from fm_fast._solver.progress import step_counter
 from fm_fast._solver.recording import check_gradient, solving
 from fm_fast._solver.settings import Settings
-from fm_fast.objectives import velocity_factors
+from fm_fast._solver.trial import Derivative, Parts, Tolerance
 from fm_fast.solvers import RungeKutta
 
 
@@ -73,7 +72,7 @@ def integrate(task: Task, start: Tensor, controlled: bool = False) -> Integral:
     with solving(task.field.model, task.create_graph):
         if task.settings.adaptive is not None:
             if task.progress:
-                raise ValueError(f"progress needs a fixed-step method, got {task.settings.adaptive!r}")
+                raise ValueError(f"progress needs a fixed-step method, got {task.settings.adaptive.name!r}")
             return _adaptive(task, start)
         plan, factors = plan_and_factors(task.settings, start.device)
         measures = [Measure(task.estimator(), [number * task.probes.groups for number in range(plan.evaluations)])]
@@ -152,28 +151,29 @@ def _measured(task: Task, plan: Plan, start: Tensor, measures: list[Measure], fa
 
 def _adaptive(task: Task, start: Tensor) -> Integral:
     """x and the integral by each group of probes together; the probes are held, since fresh ones would enter the error control."""
-    x0, estimator = start.to(reference.accumulation_dtype(start)), task.estimator()
-    integrals = x0.new_zeros(estimator.group_count, len(start))
-    settings = task.settings
+    x0, estimator, settings = start.to(reference.accumulation_dtype(start)), task.estimator(), task.settings
     assert settings.adaptive is not None
-    derivative = _derivative(task, estimator)
-    (states, paths), nfe = solve_adaptive(
-        derivative, (x0, integrals), settings.nodes.tolist(), settings.adaptive, settings.rtol, settings.atol, settings.max_steps
-    )
-    value, variance = reference.group_statistics(paths[-1].to(torch.float64), estimator.group_count)
-    return Integral(states[-1], value, variance if task.probes.known_variance else None, nfe, estimator.products, value)
+    parts = (x0, x0.new_zeros(estimator.group_count, len(start)))
+    states, nfe = solve_adaptive(
+        _derivative(task, estimator), parts, settings.nodes.tolist(), settings.adaptive, Tolerance(settings.rtol, settings.atol),
+        settings.max_steps, settings.backend, task.create_graph,
+    )  # fmt: skip
+    x, integrals = states[-1]
+    value, variance = reference.group_statistics(integrals.to(torch.float64), estimator.group_count)
+    return Integral(x, value, variance if task.probes.known_variance else None, nfe, estimator.products, value)
 
 
-def _derivative(task: Task, estimator: Estimator) -> Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+def _derivative(task: Task, estimator: Estimator) -> Derivative:
     field, settings = task.field, task.settings
 
-    def derivative(t: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, times = parts[0], t.to(parts[0].dtype).expand(field.batch)
+    def derivative(t: float, parts: Parts) -> Parts:
+        x, times = parts[0], torch.full((1,), t, dtype=parts[0].dtype, device=parts[0].device).expand(field.batch)
         recorded = estimator.record(lambda given: field.checked_output_at(given, times, field.guided_at(t)), x.to(settings.dtype))
         estimator.add(recorded, 0, 0.0, 1.0)
         output = recorded.output if task.create_graph else recorded.output.detach()
-        p, r = velocity_factors(field.path, field.objective, t)
-        growth = p * math.prod(x.shape[1:]) + r * estimator.group_means()
-        return field.velocity(x, times, output), growth.to(x.dtype)
+        factors, growth = field.factors_at(t, x.device), estimator.group_means()
+        if factors is not None:
+            growth = factors[0] * math.prod(x.shape[1:]) + factors[1] * growth
+        return combined(x, output, factors), growth
 
     return derivative

@@ -63,16 +63,16 @@ def _watched(evaluate: Evaluate) -> Evaluate:
     """The same for an evaluation that may turn out to write into its input."""
 
     def watched(x: Tensor, number: int) -> Tensor:
-        before = _writes_to(x)
+        before = writes_to(x)
         output = evaluate(x, number)
-        if _writes_to(x) != before:
+        if writes_to(x) != before:
             raise RuntimeError("model must leave its input x as it is, which is the state of the solve; give it x.clone()")
         return output
 
     return watched
 
 
-def _writes_to(x: Tensor) -> int | None:
+def writes_to(x: Tensor) -> int | None:
     """How often; None where torch does not count."""
     uncounted = torch.compiler.is_compiling() or _modes.transforms_active() or x.is_inference()
     return None if uncounted else x._version

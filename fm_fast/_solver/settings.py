@@ -15,7 +15,7 @@ from fm_fast._solver.plan import Plan, make_plan
 from fm_fast.grids import Grid, grid_nodes, with_times
 from fm_fast.objectives import OBJECTIVES, Objective, as_objective, is_built_in, velocity_range
 from fm_fast.paths import Path, as_path, kernel_form
-from fm_fast.solvers import Table, as_table, is_adaptive
+from fm_fast.solvers import EmbeddedRungeKutta, Method, Table, as_method, is_adaptive
 
 Save = None | str | Sequence[float]
 GRADIENTS = ("none", "direct", "checkpoint")
@@ -29,7 +29,7 @@ class Settings:
     path: Path
     objective: Objective
     table: Table | None
-    adaptive: str | None
+    adaptive: EmbeddedRungeKutta | None
     nodes: np.ndarray
     saved: tuple[int, ...]
     rtol: float
@@ -54,7 +54,7 @@ def _known_plan(table: Table, nodes: bytes, path: Path, objective: str, folded: 
 
 
 def make_settings(
-    start: Tensor, path: str | Path, objective: str | Objective, method: str | Table, steps: int | None,
+    start: Tensor, path: str | Path, objective: str | Objective, method: Method, steps: int | None,
     grid: str | Grid | Sequence[float], t0: float, t1: float, save: Save, rtol: float, atol: float, max_steps: int,
     dtype: torch.dtype | None, grad: str, backend: str | None, reverse: bool,
 ) -> Settings:  # fmt: skip
@@ -67,9 +67,10 @@ def make_settings(
     _checks.count("max_steps", max_steps)
     t0, t1 = float(_checks.finite_number("t0", t0)), float(_checks.finite_number("t1", t1))
     chosen_path, chosen_objective = as_path(path), as_objective(objective)
-    table, adaptive = (None, str(method)) if is_adaptive(method) else (as_table(method), None)
+    chosen = as_method(method)
+    table, adaptive = (None, chosen) if isinstance(chosen, EmbeddedRungeKutta) else (chosen, None)
     interval = (t0, t1, chosen_path, velocity_range(chosen_path, chosen_objective))
-    nodes = _fixed_nodes(grid, steps, *interval) if adaptive is None else _adaptive_nodes(adaptive, steps, grid, *interval)
+    nodes = _fixed_nodes(grid, steps, *interval) if adaptive is None else _adaptive_nodes(adaptive.name, steps, grid, *interval)
     nodes, saved = _with_saved(nodes, save, adaptive is not None)
     if reverse:
         nodes = nodes[::-1].copy()
@@ -85,8 +86,8 @@ def _check_transforms(method: object, grad: str) -> None:
     """What torch's transforms cannot go through, told before they say it in their own words."""
     if is_adaptive(method) and _modes.transforms_active():
         raise ValueError(
-            "method must be a fixed-step one under torch.func transforms and forward-mode differentiation, which torchdiffeq does not "
-            f"support, got {method!r}"
+            "method must be a fixed-step one under torch.func transforms and forward-mode differentiation, which hide the error that an "
+            f"adaptive one looks at, got {method!r}"
         )
     if grad == "checkpoint" and _modes.function_transforms_active():
         raise ValueError('grad must be "none" or "direct" under torch.func transforms, which do not support checkpoints, got "checkpoint"')

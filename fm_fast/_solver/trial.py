@@ -1,0 +1,205 @@
+"""One step of an embedded Runge-Kutta method, and how large its error is beside what is tolerated.
+
+The state is a tuple of tensors, its parts: the samples, and for likelihoods the integral beside them. Two kinds of arithmetic share the
+step. `Fused` computes in private buffers, one op and the fewest memory passes an evaluation. `Plain` makes new tensors by plain
+PyTorch, which gradients follow; the length of a step has none.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fm_fast import _ops, reference
+from fm_fast.solvers import EmbeddedRungeKutta
+
+Parts = tuple[Tensor, ...]
+# (t, parts of the state) -> their derivatives, in any dtype, and in memory that may be used again
+Derivative = Callable[[float, Parts], Parts]
+
+
+class Tolerance(NamedTuple):
+    """Errors up to atol + rtol |x| count as 1."""
+
+    rtol: float
+    atol: float
+
+
+class Row(NamedTuple):
+    """state y + h sum_j weights[j] slopes[used[j]]; state is 1, or 0 for the error."""
+
+    state: float
+    used: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+def rows_of(method: EmbeddedRungeKutta) -> list[Row]:
+    """The combinations of a step in order: inputs of all stages but the first, the end unless it is the last of these, the error."""
+    ends = [] if method.first_same_as_last else [method.table.b]
+    return [_row(1.0, weights) for weights in (*method.table.a[1:], *ends)] + [_row(0.0, method.error)]
+
+
+def _row(state: float, weights: Sequence[float]) -> Row:
+    used = tuple(j for j, weight in enumerate(weights) if weight != 0.0)
+    return Row(state, used, tuple(weights[j] for j in used))
+
+
+class Arithmetic(Protocol):
+    """How combinations are computed, and where slopes are kept."""
+
+    def begin(self, h: float) -> None:
+        """A step of this length."""
+        ...
+
+    def keep(self, number: int, slope: Parts) -> Parts:
+        """The slope of stage ``number`` as it can be kept until the step's end."""
+        ...
+
+    def combine(self, row: int, y: Parts, slopes: Sequence[Parts]) -> Parts:
+        """The row's combination; that of the last but one is the step's end."""
+        ...
+
+    def scaled_error(self, y: Parts, end: Parts, slopes: Sequence[Parts], tolerance: Tolerance) -> Tensor:
+        """The largest root mean square of any part of the error, beside the tolerance at the larger of y and end; a scalar."""
+        ...
+
+    def accept(self) -> None:
+        """The step's end becomes y, and the last slope the first where the method says so."""
+        ...
+
+
+class Trial:
+    """The accepted state y and its slope, and steps tried from there."""
+
+    def __init__(self, derivative: Derivative, y: Parts, t: float, method: EmbeddedRungeKutta, arithmetic: Arithmetic) -> None:
+        self._derivative, self._arithmetic = derivative, arithmetic
+        self._nodes, self._goes_on = method.table.c, method.first_same_as_last
+        self.y = self._end = y
+        self.slope: Parts | None = arithmetic.keep(0, derivative(t, y))
+        self._last = self.slope
+
+    def step(self, t: float, h: float, tolerance: Tolerance) -> float:
+        """Try a step; its error, of which up to 1 is tolerated. Reads one number from the device."""
+        arithmetic = self._arithmetic
+        arithmetic.begin(h)
+        if self.slope is None:
+            self.slope = arithmetic.keep(0, self._derivative(t, self.y))
+        end, slopes = self.y, [self.slope]
+        for stage, c in enumerate(self._nodes[1:], 1):
+            end = arithmetic.combine(stage - 1, self.y, slopes)
+            slopes.append(arithmetic.keep(stage, self._derivative(t + c * h, end)))
+        if not self._goes_on:
+            end = arithmetic.combine(len(self._nodes) - 1, self.y, slopes)
+        self._end, self._last = end, slopes[-1]
+        return float(arithmetic.scaled_error(self.y, end, slopes, tolerance))
+
+    def accept(self) -> None:
+        """Go on from the end of the step that was tried."""
+        self._arithmetic.accept()
+        self.y, self.slope = self._end, self._last if self._goes_on else None
+
+
+class Plain:
+    """New tensors by plain PyTorch."""
+
+    def __init__(self, y: Parts, method: EmbeddedRungeKutta) -> None:
+        self._rows, self._h = rows_of(method), 0.0
+        self._dtypes = [part.dtype for part in y]
+
+    def begin(self, h: float) -> None:
+        self._h = h
+
+    def keep(self, number: int, slope: Parts) -> Parts:
+        return tuple(part.to(dtype, copy=True) for part, dtype in zip(slope, self._dtypes, strict=True))
+
+    def combine(self, row: int, y: Parts, slopes: Sequence[Parts]) -> Parts:
+        state, used, weights = self._rows[row]
+        coefficients = [state, *(self._h * weight for weight in weights)]
+        return tuple(reference.linear_step(part, [slopes[j][i] for j in used], coefficients) for i, part in enumerate(y))
+
+    @torch.no_grad()
+    def scaled_error(self, y: Parts, end: Parts, slopes: Sequence[Parts], tolerance: Tolerance) -> Tensor:
+        errors = self.combine(len(self._rows) - 1, y, slopes)
+        sizes = (torch.maximum(a.abs(), b.abs()) for a, b in zip(y, end, strict=True))
+        return largest_mean(errors, sizes, tolerance)
+
+    def accept(self) -> None:
+        pass
+
+
+class Fused:
+    """Buffers that op ``linear_step`` fills: y and the end in turn, one stage's input, a slope for each stage, and two for the error.
+
+    The coefficients of a whole step go to the device in one copy, which nothing waits for: it is over when the error is read.
+    """
+
+    def __init__(self, y: Parts, method: EmbeddedRungeKutta, backend: str) -> None:
+        self._rows, self._step = rows_of(method), _ops.linear_step(backend)
+        self._swaps = method.first_same_as_last
+        self._none = y[0].new_empty(0)
+        self._end, self._next_end, self._input, self._error = (_alike(y) for _ in range(4))
+        self._slopes = [_alike(y) for _ in method.table.b]
+        self._tables = _Tables(self._rows, y[0].device)
+
+    def begin(self, h: float) -> None:
+        self._tables.write(h)
+
+    def keep(self, number: int, slope: Parts) -> Parts:
+        for kept, new in zip(self._slopes[number], slope, strict=True):
+            kept.copy_(new)
+        return self._slopes[number]
+
+    def combine(self, row: int, y: Parts, slopes: Sequence[Parts]) -> Parts:
+        ends = row == len(self._rows) - 2
+        return self._combine(row, self._end if ends else self._input, y, slopes)
+
+    def _combine(self, row: int, targets: Parts, y: Parts, slopes: Sequence[Parts]) -> Parts:
+        used, table = self._rows[row].used, self._tables[row]
+        for i, (target, part) in enumerate(zip(targets, y, strict=True)):
+            self._step(target, self._none, part, [slopes[j][i] for j in used], table, 0, 1.0)
+        return targets
+
+    def scaled_error(self, y: Parts, end: Parts, slopes: Sequence[Parts], tolerance: Tolerance) -> Tensor:
+        for size, spare, a, b in zip(self._input, self._error, y, end, strict=True):
+            torch.maximum(torch.abs(a, out=size), torch.abs(b, out=spare), out=size)
+        return largest_mean(self._combine(len(self._rows) - 1, self._error, y, slopes), self._input, tolerance)
+
+    def accept(self) -> None:
+        # The state that was accepted before is overwritten only by the end after the next: the caller's own is never one of these.
+        self._end, self._next_end = self._next_end, self._end
+        if self._swaps:
+            self._slopes[0], self._slopes[-1] = self._slopes[-1], self._slopes[0]
+
+
+class _Tables:
+    """Coefficients of every row for steps of one length: views of one float64 tensor on the device."""
+
+    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
+        self._fixed = np.concatenate([[row.state, *[0.0] * len(row.weights)] for row in rows])
+        self._weights = np.concatenate([[0.0, *row.weights] for row in rows])
+        self._host = torch.empty(len(self._fixed), dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
+        self._device = self._host if device.type == "cpu" else torch.empty_like(self._host, device=device)
+        self._views = [view.unsqueeze(0) for view in self._device.split([1 + len(row.weights) for row in rows])]
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self._views[row]
+
+    def write(self, h: float) -> None:
+        self._host.copy_(torch.from_numpy(self._fixed + h * self._weights))
+        if self._device is not self._host:
+            self._device.copy_(self._host, non_blocking=True)
+
+
+def _alike(y: Parts) -> Parts:
+    return tuple(torch.empty_like(part) for part in y)
+
+
+def largest_mean(values: Iterable[Tensor], sizes: Iterable[Tensor], tolerance: Tolerance) -> Tensor:
+    """The largest root mean square of values / (atol + rtol sizes) of any part; overwrites both."""
+    means = [
+        torch.linalg.vector_norm(value.div_(size.mul_(tolerance.rtol).add_(tolerance.atol))) / value.numel() ** 0.5
+        for value, size in zip(values, sizes, strict=True)
+    ]
+    return torch.stack(means).max()
