@@ -94,7 +94,8 @@ def sample(
             time is split there.
         callback: called as ``callback(step, t, x)`` after each step that counts, with a copy of the state.
         progress: show a progress bar (needs tqdm; fixed-step methods).
-        rtol, atol, max_steps: of adaptive methods; the norm is over the whole batch, so a sample depends on its neighbours there.
+        rtol, atol, max_steps: of adaptive methods. The error's norm is over the whole batch, so a sample depends on its neighbours there;
+            max_steps counts the steps of a solve, those in vain too.
         dtype: of the model's input; by default the noise's. The state is float32 (float64 for float64 noise) throughout, so a bfloat16
             model loses no accuracy to the solver.
         grad: "none" (nothing is recorded; refused under ``torch.func.grad``, which would find zero), "direct" (the whole graph is, with
