@@ -123,7 +123,8 @@ def _products(x0: Tensor, x1: Tensor) -> Array:
     """<x1_i, x0_j> [B, B] on the host. The mean of the data is the same in every pairing, and takes digits from the rest."""
     dtype = torch.promote_types(torch.promote_types(x0.dtype, x1.dtype), torch.float32)
     data, source = (_rows(x).to(dtype) for x in (x1, x0))
-    products = (data - data.mean(0)) @ source.T
+    with torch.autocast(x1.device.type, enabled=False):
+        products = (data - data.mean(0)) @ source.T
     if not bool(products.isfinite().all()):
         raise ValueError("x0 and x1 must be finite, got values that are not, or whose products are not")
     return products.cpu().numpy()

@@ -341,7 +341,7 @@ def sample_with_log_prob(
         mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
     )  # fmt: skip
     with torch.set_grad_enabled(create_graph):
-        before = log_prior(as_prior(prior), noise, settings.path)
+        before = log_prior(as_prior(prior), noise.to(reference.accumulation_dtype(noise)), settings.path)
     integral = integrate(task, noise)
     with torch.set_grad_enabled(create_graph):
         logp = before - integral.value

@@ -106,6 +106,14 @@ def test_a_large_mean_takes_no_digits():
     assert torch.equal(fm.couplings.optimal_ids(x1, seed=0, step=0), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_no_pair(dtype):
+    x1 = 200.0 * random_images((64, 2))
+    plain = fm.couplings.optimal_ids(x1, seed=0, step=0)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(fm.couplings.optimal_ids(x1, seed=0, step=0), plain)
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_nothing_to_choose(count):
     x1 = random_images((count, 3, 2, 2))

@@ -40,7 +40,15 @@ def test_cifar_pickle_cannot_run_code(tmp_path):
     [
         (b"", "data_batch_3: expected a CIFAR-10 pickle"),
         (b"not a pickle", "data_batch_3: expected a CIFAR-10 pickle"),
-        (pickle.dumps([1]), "expected a dictionary with b'data' and b'labels', got list"),
+        (pickle.dumps([1]), "expected a dictionary with arrays b'data' and b'labels', got list"),
+        (python_batch(random_images(2, 3072), [b"a", b"b"]), "data_batch_3: expected a dictionary with arrays .* got dict: .*bytes"),
+        (python_batch(random_images(2, 3072), None), "data_batch_3: expected a dictionary with arrays .* got dict: .*NoneType"),
+        (python_batch([[1, 2], [3]], [0, 1]), "data_batch_3: expected a dictionary with arrays .* got dict: "),
+        (python_batch(random_images(2, 3072), [0.7, 1.2]), "data_batch_3: expected whole numbers as labels, got torch.float32"),
+        (python_batch(random_images(2, 3072), [True, False]), "data_batch_3: expected whole numbers as labels, got torch.bool"),
+        (b"\x80\x02cnumpy\nno_such_name\n.", "data_batch_3: expected a CIFAR-10 pickle"),
+        (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f", "data_batch_3: expected a CIFAR-10 pickle"),
+        (b"\x80\x02cnumpy\ndtype\n(U\x02zzR.", "data_batch_3: expected a CIFAR-10 pickle"),
         (python_batch(random_images(2, 3071), [0, 1]), r"expected uint8 images \[N, 3072\], got .*3071"),
         (python_batch(random_images(2, 3072), [0]), "expected 2 labels, one an image, got 1"),
         (python_batch(random_images(2, 3072), [0, 11]), r"expected labels in 0..9, got 0..11"),
@@ -101,10 +109,39 @@ def test_damaged_npz(tmp_path):
         load_dataset(file)
 
 
+@pytest.mark.parametrize("damage", ["offset", "version"])
+def test_npz_whose_directory_is_damaged(damage, tmp_path):
+    """Beyond the checks of the archive's form: what the system and the format's versions have to say."""
+    file = tmp_path / "set.npz"
+    np.savez(file, images=random_images(2, 2, 2), labels=np.zeros(2, dtype=np.int64))
+    content = bytearray(file.read_bytes())
+    entry = content.index(b"PK\x01\x02")
+    if damage == "offset":
+        end = content.index(b"PK\x05\x06")
+        content[end + 16 : end + 20] = (entry + 1000).to_bytes(4, "little")
+    else:
+        content[entry + 6 : entry + 8] = (191).to_bytes(2, "little")
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"set.npz: expected a readable .npz archive"):
+        load_dataset(file)
+
+
 def test_npz_in_fortran_order(tmp_path):
     images = random_images(2, 3, 2)
     np.savez(tmp_path / "set.npz", images=np.asfortranarray(images), labels=np.zeros(2, dtype=np.int32))
     assert np.array_equal(load_dataset(tmp_path / "set.npz").images[:, 0].numpy(), images)
+
+
+def test_an_image_that_claims_to_be_huge(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "cat").mkdir()
+    file = tmp_path / "cat" / "1.bmp"
+    image.fromarray(random_images(4, 4, 3)).save(file)
+    content = bytearray(file.read_bytes())
+    content[18:26] = (60_000).to_bytes(4, "little") * 2  # width and height
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"1.bmp: expected a readable image, got: Image size .* exceeds limit"):
+        load_dataset(tmp_path)
 
 
 def test_image_folder(tmp_path):

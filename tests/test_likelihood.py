@@ -274,3 +274,16 @@ def test_models_that_cannot_be_batched_go_one_by_one_unless_batches_were_asked_f
     torch.testing.assert_close(d.div, torch.full((3,), 12.0, dtype=torch.float64))
     with pytest.raises(RuntimeError):
         fm.divergence(model, points(3, 6), 0.5, probes=4, kind="rademacher", seed=0, mode="batched")
+
+
+@pytest.mark.parametrize(
+    "prior", [None, lambda x: torch.distributions.Normal(0.0, 1.0).log_prob(x).flatten(1).sum(1)], ids=["path's", "own"]
+)
+@pytest.mark.parametrize(("dtype", "path", "scale"), [(torch.bfloat16, "ot", 1.0), (torch.float16, fm.VE(0.01, 300.0), 300.0)], ids=str)
+def test_noise_of_16_bits_has_the_density_of_its_values(dtype, path, scale, prior):
+    """Its squares in 16 bits would lose digits, or overflow."""
+    noise = (scale * fm.noise((4, 3, 8, 8), seed=0, step=0)).to(dtype)
+    arguments = {"steps": 4, "seed": 0, "kind": "rademacher", "dtype": torch.float32, "path": path, "prior": prior}
+    found, wide = (fm.sample_with_log_prob(lambda x, t: -0.5 * x, x0, **arguments) for x0 in (noise, noise.float()))
+    assert torch.equal(found.x, wide.x)
+    torch.testing.assert_close(found.logp, wide.logp, rtol=1e-12, atol=0.0)

@@ -1,5 +1,9 @@
 """fm.sample and fm.encode around the solver: what is saved, which dtypes and layouts, and what happens to values that are not finite."""
 
+import contextlib
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -248,3 +252,34 @@ def test_a_field_that_explodes(backend):
 def test_on_the_meta_device():
     found = fm.sample(lambda x, t: x * t[:, None], torch.empty(3, 4, device="meta"), method="ab2", steps=3, on_nonfinite="mark")
     assert found.x.device.type == "meta" and found.x.shape == (3, 4)
+
+
+@pytest.mark.parametrize("ends", ["well", "in an error"])
+@pytest.mark.parametrize("grad", ["none", "direct"])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        lambda model, **grad: fm.sample(model, X0, method="rk4", steps=2, **grad),
+        lambda model, **grad: fm.encode(model, X0, method="ab2", steps=4, dtype=torch.float32, **grad),
+        lambda model, **grad: fm.sample(model, X0, method="dopri5", **grad),
+        lambda model, **grad: fm.log_likelihood(model, X0, steps=2, seed=0),
+    ],
+    ids=["rk4", "ab2", "dopri5", "log_likelihood"],
+)
+def test_buffers_are_freed_with_the_result(solver, grad, ends, backend):
+    """And do not wait for the garbage collector, which counts objects and not their bytes."""
+    inputs = []
+
+    def model(x, t):
+        if ends == "in an error" and len(inputs) == 3:
+            raise ZeroDivisionError
+        inputs.append(weakref.ref(x))
+        return network(x, t)
+
+    gc.disable()
+    try:
+        with contextlib.suppress(ZeroDivisionError):
+            solver(model, grad=grad)
+        assert len(inputs) >= 3 and not [x for x in inputs if x() is not None and x() is not X0]
+    finally:
+        gc.enable()

@@ -48,8 +48,9 @@ def solve_adaptive(
         return [start for _ in times], 0
     counted = _Counted(derivative, min(times), max(times))
     arithmetic = Plain(start, method) if plain else Fused(start, method, backend)
+    begin = start if plain else tuple(part.clone() for part in start)  # the model is not to be given what is the caller's
     try:
-        trial = Trial(counted, start, times[0], method, arithmetic)
+        trial = Trial(counted, begin, times[0], method, arithmetic)
         states = _Control(trial, counted, method, tolerance, max_steps, after_step).through(times)
     except StepFailed as reason:
         raise RuntimeError(_explanation(method.name, str(reason), tolerance)) from None

@@ -44,7 +44,14 @@ class State(Protocol):
 
 
 def run(plan: Plan, state: State, evaluate: Evaluate, after_step: AfterStep | None = None) -> Tensor:
-    """The state at the last node; ``state`` must have been made for ``plan``."""
+    """The state at the last node; ``state`` must have been made for ``plan`` and is used up."""
+    try:
+        return _run(plan, state, evaluate, after_step)
+    finally:
+        state.advance.clear()  # which refers to the state that holds it: its buffers would wait for the garbage collector
+
+
+def _run(plan: Plan, state: State, evaluate: Evaluate, after_step: AfterStep | None) -> Tensor:
     first, number, first_stage, finished = _watched(evaluate), 0, 0, 0
     for segment in plan.segments:
         stages = state.advance[first_stage : first_stage + len(segment.stages)]

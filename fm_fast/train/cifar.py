@@ -25,6 +25,9 @@ ALLOWED_GLOBALS = {
     ("_codecs", "encode"),
 }
 
+# What a damaged pickle makes Python raise.
+DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError)
+
 
 def find_cifar_folder(folder: Path) -> Path | None:
     """The folder itself or its subfolder that the archive makes, whichever holds the first training batch, pickled or binary; else None."""
@@ -78,10 +81,10 @@ def _binary_batch(content: bytes, name: str) -> tuple[Tensor, Tensor]:
 def _python_batch(content: bytes, name: str) -> tuple[Tensor, Tensor]:
     batch = _unpickled(content, name)
     try:
-        pixels, labels = batch[b"data"], batch[b"labels"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{name}: expected a dictionary with b'data' and b'labels', got {type(batch).__name__}") from error
-    return _checked(torch.as_tensor(pixels), torch.as_tensor(labels), name)
+        pixels, labels = torch.as_tensor(batch[b"data"]), torch.as_tensor(batch[b"labels"])
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name}: expected a dictionary with arrays b'data' and b'labels', got {type(batch).__name__}: {error}") from error
+    return _checked(pixels, labels, name)
 
 
 def _checked(pixels: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -89,6 +92,8 @@ def _checked(pixels: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]
         raise ValueError(f"{name}: expected uint8 images [N, {IMAGE_BYTES}], got {pixels.dtype} {list(pixels.shape)}")
     if labels.shape != pixels.shape[:1]:
         raise ValueError(f"{name}: expected {len(pixels)} labels, one an image, got {labels.numel()}")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise ValueError(f"{name}: expected whole numbers as labels, got {labels.dtype}")
     return pixels.reshape(-1, 3, 32, 32), labels.to(torch.int64)
 
 
@@ -102,5 +107,5 @@ class _RestrictedUnpickler(pickle.Unpickler):
 def _unpickled(content: bytes, name: str) -> Any:
     try:
         return _RestrictedUnpickler(io.BytesIO(content), encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, TypeError, KeyError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{name}: expected a CIFAR-10 pickle, got: {error}") from error

@@ -143,7 +143,7 @@ def _read_image(file: Path, resize: int) -> Tensor:
             rgb = _middle_square(rgb, resize) if resize else rgb
             pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
             return pixels.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file}: expected a readable image, got: {error}") from error
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, OSError)  # what the readers of archives raise for it
+
 
 def read_npz(path: Path, names: tuple[str, ...]) -> list[Tensor]:
     """The integer arrays of those names in an .npz archive, in that order.
@@ -25,7 +27,9 @@ def array_names(path: Path) -> set[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
-    except zipfile.BadZipFile:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except DAMAGE:
         return set()
 
 
@@ -33,7 +37,9 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except DAMAGE as error:
         raise ValueError(f"{path}: expected a readable .npz archive, got: {error}") from error
 
 
