@@ -173,10 +173,11 @@ def mixed(output: Tensor, x: Tensor, guidance: float) -> Tensor:
     return guided(output, guidance)
 
 
-def guided(output: Tensor, scale: float) -> Tensor:
-    """u + scale (c - u) for the halves (c, u) of a doubled batch [2B, ...]."""
+def guided(output: Tensor, scale: float | Tensor) -> Tensor:
+    """u + scale (c - u) for the halves (c, u) of a doubled batch [2B, ...]; scale is a number, or [B]."""
     conditional, unconditional = output.chunk(2)
-    return unconditional + scale * (conditional - unconditional)
+    factor = per_sample(scale.to(output.device, output.dtype), conditional) if isinstance(scale, Tensor) else scale
+    return unconditional + factor * (conditional - unconditional)
 
 
 def probes(key: Tensor, shape: tuple[int, ...], codes: Tensor, rows: Tensor, index: int, first: int, share: int, count: int) -> Tensor:

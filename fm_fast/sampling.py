@@ -204,12 +204,14 @@ def _check_gradient(grad: str) -> None:
 def _fixed(field: Field, start: Tensor, settings: Settings, callback: Callback | None, progress: bool) -> tuple[Tensor, Tensor | None, int]:
     plan, factors = plan_and_factors(settings, start.device)
     rerun = settings.grad == "checkpoint" and torch.is_grad_enabled()
-    if factors is None:
-        evaluate = make_evaluate(field, plan, start, rerun)
-        layout = Layout(settings.dtype, field.doubled is not None, field.guidance.scale if field.guidance else 1.0)
-    else:
+    scale = field.guidance.scale if field.guidance else 1.0
+    if factors is not None:
         evaluate = velocities(factors, make_mixed(field, plan, start, rerun), settings.dtype)
         layout = Layout(reference.accumulation_dtype(start))
+    elif isinstance(scale, Tensor):
+        evaluate, layout = make_mixed(field, plan, start, rerun), Layout(settings.dtype)
+    else:
+        evaluate, layout = make_evaluate(field, plan, start, rerun), Layout(settings.dtype, field.doubled is not None, scale)
     states: dict[int, Tensor] = {}
     with step_counter(len(plan.nodes) - 1, progress) as count:
         after = _after_step(states, settings, callback, count if progress else None)

@@ -275,3 +275,58 @@ def test_guidance_with_nested_nulls_can_be_compared():
     one, other = (fm.Guidance(2.0, {"obs": {"state": torch.zeros(3)}}) for _ in range(2))
     assert one == other and one != fm.Guidance(2.0, {"obs": {"state": torch.ones(3)}})
     assert one != fm.Guidance(2.0, {"obs": {"state": torch.zeros(3)}}, shared=("y",))
+
+
+# A scale for each sample
+
+SCALES = torch.tensor([0.0, 2.5, 1.0], dtype=torch.float64)
+INTERVAL = (0.2, 0.7)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), INTERVAL])
+@pytest.mark.parametrize(
+    ("solver", "arguments"), [(fm.sample, {"steps": 4}), (fm.encode, {"steps": 4, "method": "ab2"}), (fm.sample, {"method": "dopri5"})]
+)
+def test_a_scale_for_each_sample(solver, arguments, interval, backend):
+    """As samples that are solved one by one; the adaptive method takes the steps of the whole batch."""
+    options = {**arguments, "backend": backend}
+    found = solver(conditional, X0, cond={"y": LABELS}, guidance=fm.Guidance(SCALES, {"y": -1}, interval), **options).x
+    for i, scale in enumerate(SCALES.tolist()):
+        one = solver(
+            conditional, X0[i : i + 1], cond={"y": LABELS[i : i + 1]}, guidance=fm.Guidance(scale, {"y": -1}, interval), **options
+        ).x
+        error = 1e-12 if "steps" in arguments else 1e-4 if interval[0] == 0.0 else 1e-2  # where it begins, the velocity jumps
+        torch.testing.assert_close(found[i : i + 1], one, rtol=error, atol=error)
+
+
+def test_likelihoods_with_a_scale_for_each_sample():
+    options = {"steps": 4, "kind": "exact"}
+    found = fm.log_likelihood(conditional, X0, cond={"y": LABELS}, guidance=fm.Guidance(SCALES, {"y": -1}), **options).logp
+    for i, scale in enumerate(SCALES.tolist()):
+        guidance = fm.Guidance(scale, {"y": -1})
+        one = fm.log_likelihood(conditional, X0[i : i + 1], cond={"y": LABELS[i : i + 1]}, guidance=guidance, **options).logp
+        torch.testing.assert_close(found[i : i + 1], one, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_a_scale():
+    def end(scale):
+        return fm.sample(conditional, X0, cond={"y": LABELS}, guidance=fm.Guidance(scale, {"y": -1}), steps=3, grad="direct").x
+
+    assert torch.autograd.gradcheck(end, SCALES.clone().requires_grad_())
+
+
+def test_sixteen_bit_outputs_are_mixed_in_float32():
+    guidance, noise = [fm.Guidance(scale, {"y": -1}) for scale in (torch.full((3,), 3.3), 3.3)], X0.float()
+    one, other = (
+        fm.sample(
+            lambda x, t, y: conditional(x.float(), t, y).bfloat16(), noise, cond={"y": LABELS}, guidance=g, steps=2, dtype=torch.bfloat16
+        ).x
+        for g in guidance
+    )
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_scales_must_be_one_a_sample_and_can_be_compared():
+    with pytest.raises(ValueError, match=r"guidance.scale must be a number or have shape \[3\], got \(2,\)"):
+        fm.sample(conditional, X0, cond={"y": LABELS}, guidance=fm.Guidance(SCALES[:2], {"y": -1}), steps=1)
+    assert fm.Guidance(SCALES, {"y": -1}) == fm.Guidance(SCALES.clone(), {"y": -1}) != fm.Guidance(2.0, {"y": -1})

@@ -37,13 +37,16 @@ class Field:
         return self.guidance.applies(float(t.detach()) if isinstance(t, Tensor) else t)
 
     def output_at(self, x: Tensor, t: Tensor, guided: bool) -> Tensor:
-        """The model's output for x [B, ...] at t [B], with guidance mixed in by plain PyTorch if ``guided``; differentiable."""
+        """The model's output for x [B, ...] at t [B], with guidance mixed in by plain PyTorch if ``guided``; differentiable.
+
+        A mix is float32 or float64: the difference of its halves, which the scale multiplies, would lose digits in 16 bits.
+        """
         if not guided or self.doubled is None or self.guidance is None:
             return self.model(x, t, **self.cond)
         twice = torch.cat([x, x])
         both = self.model(twice, torch.cat([t, t]), **self.doubled)
         check_output(both, twice)
-        return reference.guided(both, self.guidance.scale)
+        return reference.guided(both.to(reference.accumulation_dtype(both)), self.guidance.scale)
 
     def checked_output_at(self, x: Tensor, t: Tensor, guided: bool) -> Tensor:
         """The same, checked, in a layout that the ops take."""

@@ -16,7 +16,8 @@ class Guidance:
     """Classifier-free guidance: the output u + scale (c - u), c with the condition and u without, from one doubled batch.
 
     Attributes:
-        scale: 1 is the conditional model alone, 0 the unconditional one.
+        scale: 1 is the conditional model alone, 0 the unconditional one. A number, or a tensor [B] of one a sample (which plain PyTorch
+            mixes, differentiably).
         null: what the condition becomes in the unconditional half, by name: a tensor that broadcasts to it, or a number (``{"y": -1}``).
             Names left out keep their value in both halves. A condition that is a dict takes a dict of null values.
         interval: times (begin, end) of the evaluations that are guided; outside, the conditional model runs alone, on half the batch.
@@ -27,13 +28,13 @@ class Guidance:
     outputs mixes velocities.
     """
 
-    scale: float
+    scale: float | Tensor
     null: Mapping[str, Any]
     interval: tuple[float, float] = (0.0, 1.0)
     shared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _checks.finite_number("scale", self.scale)
+        _check_scale(self.scale)
         if not isinstance(self.null, Mapping):
             raise TypeError(f"null must be a mapping of condition values, got {type(self.null).__name__}")
         if not self.null:
@@ -48,11 +49,22 @@ class Guidance:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Guidance):
             return NotImplemented
-        mine, others = ((g.scale, tuple(g.interval), set(g.shared)) for g in (self, other))
-        return mine == others and _equal(self.null, other.null)
+        mine, others = ((tuple(g.interval), set(g.shared)) for g in (self, other))
+        return mine == others and _equal(self.scale, other.scale) and _equal(self.null, other.null)
 
     def applies(self, t: float) -> bool:
         return self.interval[0] <= t <= self.interval[1]
+
+
+def _check_scale(scale: object) -> None:
+    if not isinstance(scale, Tensor):
+        _checks.finite_number("scale", scale)
+        return
+    _checks.floating("scale", scale)
+    if scale.dim() != 1:
+        raise ValueError(f"scale must be a number or have shape [B], got {tuple(scale.shape)}")
+    if _modes.values_readable(scale) and not bool(scale.isfinite().all()):
+        raise ValueError("scale must be finite, got values that are not")
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -76,6 +88,8 @@ def _is_interval(value: Any) -> bool:
 
 def doubled_conditions(guidance: Guidance, given: Mapping[str, Any], batch: int) -> dict[str, Any]:
     """The conditions of the double batch: with the given values, then with the null values. ValueError, TypeError if they do not fit."""
+    if isinstance(guidance.scale, Tensor) and guidance.scale.shape[0] != batch:
+        raise ValueError(f"guidance.scale must be a number or have shape [{batch}], got {tuple(guidance.scale.shape)}")
     for name, chosen in (("null", guidance.null), ("shared", guidance.shared)):
         _require_known(f"guidance.{name}", chosen, given)
     return {
