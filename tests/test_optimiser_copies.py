@@ -1,11 +1,11 @@
-"""16-bit weights that others write, and copies of AdamWEMA together with its model."""
+"""16-bit weights that others write, copies of AdamWEMA together with its model, and the state of torch.optim.AdamW."""
 
 import copy
 import pickle
 
 import pytest
 import torch
-from optimiser_cases import AVERAGES, HALF_TYPES, half_steps, network
+from optimiser_cases import AVERAGES, HALF_TYPES, gradients, half_steps, network
 
 from fm_fast.train.optimiser import AdamWEMA
 
@@ -119,3 +119,47 @@ def test_a_copy_of_the_optimiser_alone_and_of_kept_gradients():
     other.step()
     assert not torch.equal(weight, model[0].weight) and len(other._kept) == len(optimiser._kept)
     assert len(pickle.dumps(optimiser)) < 4 * sum(p.numel() * p.element_size() for p in model.parameters()) + 20_000
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("late", [False, True])
+def test_training_goes_on_from_the_state_of_torchs_adamw(late, backend):
+    """Some parameters have had fewer gradients than others, or none."""
+    settings = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
+    model = network()
+    theirs = torch.optim.AdamW(model.parameters(), **settings)
+
+    def step(model, optimiser, number):
+        gradients(model, number)
+        for i, p in enumerate(model.parameters()):
+            if late and number < 2 * (i % 3):
+                p.grad = None
+        optimiser.step()
+
+    for number in range(3):
+        step(model, theirs, number)
+    other = copy.deepcopy(model)
+    ours = AdamWEMA(other.parameters(), averages=AVERAGES, backend=backend)
+    ours.load_state_dict(theirs.state_dict())
+    assert int(ours.updates) == 3 and ours.param_groups[0]["betas"] == (0.8, 0.95) and "amsgrad" not in ours.param_groups[0]
+    for number in range(3, 8):
+        step(model, theirs, number)
+        step(other, ours, number)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=2e-6, atol=1e-7)
+    AdamWEMA(other.parameters(), averages=AVERAGES).load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "maximize"])
+def test_what_torchs_adamw_does_beyond_is_refused(name):
+    model = network()
+    theirs = torch.optim.AdamW(model.parameters(), **{name: True})
+    with pytest.raises(ValueError, match=f"state_dict: expected {name}=False, which is all that this optimiser does, got True"):
+        AdamWEMA(model.parameters()).load_state_dict(theirs.state_dict())
+
+
+def test_the_weight_decay_of_adam_is_refused():
+    model = network()
+    AdamWEMA(model.parameters()).load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
+    with pytest.raises(ValueError, match="state_dict: expected AdamW's weight decay, got Adam's, 0.1"):
+        AdamWEMA(model.parameters()).load_state_dict(torch.optim.Adam(model.parameters(), weight_decay=0.1).state_dict())

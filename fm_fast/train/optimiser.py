@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fm_fast import _backends, _checks, _ops
 from fm_fast._ops.adamw_ema import APPLIED, OWN, SKIPPED
 from fm_fast.train.averaging import Averaging
+from fm_fast.train.optimiser_state import from_adamw, is_adamw, known_settings, load
 
 ALIGNMENT = 16  # elements: every parameter's state begins at a cache line
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -248,12 +249,17 @@ class AdamWEMA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue bit by bit where :meth:`state_dict` was taken. Raises ValueError for the state of other parameters or averages."""
-        groups = state_dict["param_groups"]
+        """Continue bit by bit where :meth:`state_dict` was taken, or where that of torch.optim.AdamW was, which leaves averages as they are.
+
+        Raises ValueError for the state of other parameters or averages, and for what this optimiser does not do (amsgrad, maximize).
+        """
+        groups = [known_settings(group) for group in state_dict["param_groups"]]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             raise ValueError("state_dict: expected as many parameters in each group as the optimiser has")
-        for i, p in enumerate(self._parameters):
-            _load(i, state_dict["state"].get(i, {}), self.state[p])
+        states = [self.state[p] for p in self._parameters]
+        stored = from_adamw(state_dict, states) if is_adamw(state_dict) else state_dict["state"]
+        for i, state in enumerate(states):
+            load(i, stored.get(i, {}), state)
         self._versions = [UNKNOWN] * len(self._halves)
         for group, stored in zip(self.param_groups, groups, strict=True):
             group.update({name: value for name, value in stored.items() if name != "params"})
@@ -325,14 +331,3 @@ def _alike(gradient: Tensor, p: Tensor) -> Tensor:
     if all(a == b for size, a, b in zip(p.shape, gradient.stride(), p.stride(), strict=True) if size != 1):
         return gradient
     return torch.empty_like(p, dtype=gradient.dtype).copy_(gradient)
-
-
-def _load(index: int, stored: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    if "counts" in stored:  # states of before parameters had counts of their own
-        stored = {"updates": stored["counts"][APPLIED], **stored}
-    if {name: value.shape for name, value in stored.items()} != {name: value.shape for name, value in state.items()}:
-        raise ValueError(
-            f"state_dict: expected {', '.join(state)} of parameter {index} in their shapes, got {', '.join(stored) or 'nothing'}"
-        )
-    for name, value in stored.items():
-        state[name].copy_(value)
