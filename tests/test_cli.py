@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import fields
 
+import numpy as np
 import pytest
 
 import fm_fast
@@ -110,6 +111,16 @@ def test_what_has_no_effect_is_said(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "note: attention in the middle only: no level is as high as model.attention_sizes (16,) (8, 4, 2)" in said
     assert "note: the run ends within its warmup of 1000 steps, at a learning rate of 5.1e-07\n" in said
+    assert "no image is of class" not in said
+
+
+def test_labels_that_leave_out_classes_are_told(tmp_path, capsys):
+    """They may count from 1, or be those of a part."""
+    images = np.zeros((20, 8, 8), np.uint8)
+    np.savez(tmp_path / "set.npz", images=images, labels=np.resize([1, 2, 5], 20))
+    words = ["--steps", "1", "--batch-size", "4", "--no-evaluate", *SMALL]
+    assert main(["train", "--data", str(tmp_path / "set.npz"), "--out", str(tmp_path / "a"), *words]) == 0
+    assert "warning: no image is of class 0, 3, 4, of 6; labels are to be 0, 1, 2, ...\n" in capsys.readouterr().out
 
 
 def test_data_without_labels(tmp_path, capsys):

@@ -161,5 +161,5 @@ def test_what_torchs_adamw_does_beyond_is_refused(name):
 def test_the_weight_decay_of_adam_is_refused():
     model = network()
     AdamWEMA(model.parameters()).load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
-    with pytest.raises(ValueError, match="state_dict: expected AdamW's weight decay, got Adam's, 0.1"):
+    with pytest.raises(ValueError, match=r"state_dict: expected AdamW's weight decay, got Adam's, 0\.1"):
         AdamWEMA(model.parameters()).load_state_dict(torch.optim.Adam(model.parameters(), weight_decay=0.1).state_dict())

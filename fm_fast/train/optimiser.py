@@ -249,7 +249,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue bit by bit where :meth:`state_dict` was taken, or where that of torch.optim.AdamW was, which leaves averages as they are.
+        """Continue bit by bit where :meth:`state_dict` was taken; or where torch.optim.AdamW was, which leaves averages as they are.
 
         Raises ValueError for the state of other parameters or averages, and for what this optimiser does not do (amsgrad, maximize).
         """

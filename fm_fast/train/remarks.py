@@ -2,10 +2,13 @@
 
 from collections.abc import Collection
 
+import torch
+
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import TEST_PART, UNDIVIDED, Dataset
 
 ATTENTION = "model.attention_sizes"
+MOST_NAMED = 5  # classes
 
 
 def refuse_without_effect(config: TrainConfig, asked: Collection[str]) -> None:
@@ -25,6 +28,10 @@ def remarks(config: TrainConfig, dataset: Dataset) -> list[str]:
     if config.model.attention_sizes and not set(config.model.attention_sizes) & set(heights):
         levels = ", ".join(map(str, heights))
         found.append(f"note: attention in the middle only: no level is as high as {ATTENTION} {config.model.attention_sizes} ({levels})")
+    absent = (torch.bincount(dataset.labels, minlength=dataset.classes) == 0).nonzero().flatten().tolist()
+    if absent:
+        names = ", ".join(map(str, absent[:MOST_NAMED])) + (", ..." if len(absent) > MOST_NAMED else "")
+        found.append(f"warning: no image is of class {names}, of {dataset.classes}; labels are to be 0, 1, 2, ...")
     if config.warmup >= config.steps:
         highest = max(config.rate.after(step) for step in (0, config.steps - 1))
         found.append(f"note: the run ends within its warmup of {config.warmup} steps, at a learning rate of {highest:.2g}")
