@@ -140,6 +140,14 @@ def test_a_method_of_ones_own(backend):
         fm.sample(lambda x, t: x * math.nan, X0, method=own)
 
 
+def test_a_stage_that_repeats_the_first(backend):
+    """Its row of the tableau is zero: Heun's method with its first evaluation twice."""
+    twice = RungeKutta(((), (0.0,), (1.0, 0.0)), (0.25, 0.25, 0.5))
+    found = fm.sample(network, X0, method=EmbeddedRungeKutta(twice, (-0.5, 0.0, 0.5), 2), rtol=1e-5, atol=1e-5, backend=backend)
+    expected = fm.sample(network, X0, method="adaptive_heun", rtol=1e-5, atol=1e-5, backend=backend)
+    torch.testing.assert_close(found.x, expected.x, rtol=1e-12, atol=1e-12)
+
+
 WRONG = [
     ((METHODS["ab2"], (1.0, -1.0), 2), TypeError, "table must be a RungeKutta table, got AdamsBashforth"),
     ((METHODS["heun2"], (0.5, -0.5, 0.0), 2), ValueError, r"error must have one weight a stage, 2, not all 0, got \(0.5, -0.5, 0.0\)"),

@@ -42,7 +42,7 @@ def rows_of(method: EmbeddedRungeKutta) -> list[Row]:
 
 
 def _row(state: float, weights: Sequence[float]) -> Row:
-    used = tuple(j for j, weight in enumerate(weights) if weight != 0.0)
+    used = tuple(j for j, weight in enumerate(weights) if weight != 0.0) or (0,)
     return Row(state, used, tuple(weights[j] for j in used))
 
 
@@ -139,7 +139,7 @@ class Fused:
         self._rows, self._step = rows_of(method), _ops.linear_step(backend)
         self._swaps = method.first_same_as_last
         self._none = y[0].new_empty(0)
-        self._end, self._next_end, self._input, self._error = (_alike(y) for _ in range(4))
+        self._end, self._other_end, self._input, self._error = (_alike(y) for _ in range(4))
         self._slopes = [_alike(y) for _ in method.table.b]
         self._tables = _Tables(self._rows, y[0].device)
 
@@ -167,8 +167,7 @@ class Fused:
         return largest_mean(self._combine(len(self._rows) - 1, self._error, y, slopes), self._input, tolerance)
 
     def accept(self) -> None:
-        # The state that was accepted before is overwritten only by the end after the next: the caller's own is never one of these.
-        self._end, self._next_end = self._next_end, self._end
+        self._end, self._other_end = self._other_end, self._end
         if self._swaps:
             self._slopes[0], self._slopes[-1] = self._slopes[-1], self._slopes[0]
 
