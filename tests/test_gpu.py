@@ -1,6 +1,7 @@
 """Every backend of a CUDA device on a real GPU, through the public functions: parity, CUDA graphs, repeatability, streams, size."""
 
 import sys
+import warnings
 
 import device_parity as parity
 import pytest
@@ -273,6 +274,28 @@ def test_a_whole_solve_neither_waits_nor_resists_a_graph(settings, place):
         found = solve()
     graph.replay()
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("settings", [{}, {"path": "cosine", "objective": "noise", "t0": 0.2, "t1": 0.9}])
+def test_adaptive_steps_are_those_of_the_cpu_and_wait_once_each(settings, place):
+    noise = data(place, (8, 3, 16, 16), torch.float64)
+
+    def solve(x0, backend):
+        model = lambda x, t: torch.tanh(x) * torch.cos(5 * t).view(-1, 1, 1, 1)  # noqa: E731
+        return fm.sample(model, x0, method="dopri5", on_nonfinite="mark", backend=backend, **settings)
+
+    wanted, _ = solve(noise.cpu(), "reference"), solve(noise, place.backend)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = solve(noise, place.backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.nfe == wanted.nfe
+    torch.testing.assert_close(found.x.cpu(), wanted.x, rtol=1e-10, atol=1e-10)
+    waits = [warning for warning in said if "synchronizing" in str(warning.message)]
+    assert len(waits) <= 3 + (found.nfe - 2) // 6, "three for the first step's length, and one a step"
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
