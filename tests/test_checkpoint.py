@@ -130,3 +130,18 @@ def test_a_file_of_another_kind_is_not_recommended_to_be_trusted(tmp_path):
         (tmp_path / "c.pt").write_bytes(content)
         with pytest.raises(ValueError, match=r"c.pt: expected a complete checkpoint .*\(File is not a zip file\)$"):
             checkpoint.read_checkpoint(tmp_path / "c.pt")
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path):
+    resource = pytest.importorskip("resource")
+    config, path = tiny(), tmp_path / "c.pt"
+    stored = new_state(config, CPU).state_dict()
+    checkpoint.save_checkpoint(path, stored, config)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"c\.pt: expected room for a checkpoint, but it could not be written"):
+            checkpoint.save_checkpoint(path, stored, config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["c.pt"]

@@ -3,11 +3,13 @@
 import io
 import pickle
 import tarfile
+import zlib
 
 import pytest
 from image_files import python_batch, random_images, write_cifar
 
 from fm_fast.train.data import load_dataset
+from fm_fast.train.prepare import Preparation
 
 np = pytest.importorskip("numpy")
 
@@ -130,6 +132,38 @@ def test_npz_in_fortran_order(tmp_path):
     images = random_images(2, 3, 2)
     np.savez(tmp_path / "set.npz", images=np.asfortranarray(images), labels=np.zeros(2, dtype=np.int32))
     assert np.array_equal(load_dataset(tmp_path / "set.npz").images[:, 0].numpy(), images)
+
+
+def test_a_png_with_a_short_header(tmp_path):
+    pytest.importorskip("PIL.Image")
+    (tmp_path / "cat").mkdir()
+    header = b"IHDR" + bytes(5)
+    (tmp_path / "cat" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + (5).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big"))
+    with pytest.raises(ValueError, match=r"1.png: expected a readable image, got: "):
+        load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [float("inf"), 0.0])
+def test_memory_without_a_limit_and_none_at_all(limit, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "set" / "cat").mkdir(parents=True)
+    image.fromarray(random_images(4, 4, 3)).save(tmp_path / "set" / "cat" / "1.png")
+    data = load_dataset(tmp_path / "set", preparation=Preparation(memory_limit=limit, cache=str(tmp_path / "cache")))
+    assert data.images.shape == (1, 3, 4, 4) and data.mapped == (limit == 0.0)
+
+
+@pytest.mark.parametrize("share", [0.99, 0.001])
+@pytest.mark.parametrize("form", ["npz", "folder"])
+def test_a_share_that_leaves_a_side_empty(form, share, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    images = random_images(10, 4, 4)
+    np.savez(tmp_path / "set.npz", images=images, labels=np.zeros(10, dtype=np.int64))
+    (tmp_path / "set" / "cat").mkdir(parents=True)
+    for number, pixels in enumerate(images):
+        image.fromarray(pixels).save(tmp_path / "set" / "cat" / f"{number}.png")
+    for split in ("train", "test"):
+        with pytest.raises(ValueError, match=f"test_share: expected one that leaves images on both sides of 10, got {share}"):
+            load_dataset(tmp_path / ("set.npz" if form == "npz" else "set"), split, Preparation(test_share=share))
 
 
 def test_an_image_that_claims_to_be_huge(tmp_path):

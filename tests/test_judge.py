@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from trainer_helpers import assert_same_state, tiny
@@ -10,7 +11,7 @@ import fm_fast as fm
 from fm_fast.train import judge as judge_module
 from fm_fast.train import train
 from fm_fast.train.classifier import agreement
-from fm_fast.train.curve import draw_quality
+from fm_fast.train.curve import draw_curves, draw_quality
 from fm_fast.train.data import digits
 from fm_fast.train.judge import MEASURED, judge_of
 
@@ -81,3 +82,37 @@ def test_the_picture_shows_samples_and_real_images(tmp_path):
     blue = (31, 119, 180)
     assert [y for y, pixel in enumerate(column) if pixel == blue] == [450 - round(0.9 * 430)]
     assert all(abs(60 + y - (450 - 0.2 * 430)) <= 1 for y, pixel in enumerate(middle) if pixel == blue) and blue in middle
+
+
+def test_data_without_a_test_part(tmp_path):
+    """The real images are then compared with themselves: a distance of 0, which a logarithmic scale does not reach."""
+    images = digits().images[:60].numpy()
+    np.savez(tmp_path / "set.npz", images=images, labels=digits().labels[:60].numpy())
+    train(tiny(**SETTINGS, data=str(tmp_path / "set.npz"), quality_every=2, out=str(tmp_path / "run")))
+    assert [record["real_frechet"] for record in records(tmp_path / "run")] == [pytest.approx(0.0, abs=1e-9)] * 2
+    assert (tmp_path / "run" / "quality.png").is_file()
+
+
+@pytest.mark.parametrize("setting", [{"quality_every": 1}, {"super_resolution": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("test_images", "test_labels", "message"),
+    [
+        (np.zeros((9, 6, 6), np.uint8), np.zeros(9, np.int64), r"data: expected images of \(1, 8, 8\) for this network, got \(1, 6, 6\)"),
+        (np.zeros((9, 8, 8), np.uint8), np.full(9, 12), "data: expected at most 3 classes for this network, got 13"),
+    ],
+)
+def test_a_test_part_that_does_not_fit_is_told_before_the_first_step(setting, test_images, test_labels, message, tmp_path):
+    images, labels = np.zeros((30, 8, 8), np.uint8), np.arange(30) % 3
+    np.savez(tmp_path / "set.npz", images=images, labels=labels, test_images=test_images, test_labels=test_labels)
+    with pytest.raises(ValueError, match=message):
+        train(tiny(**SETTINGS, **setting, data=str(tmp_path / "set.npz"), out=str(tmp_path / "run")))
+    assert not list((tmp_path / "run").glob("log.jsonl"))
+
+
+def test_a_curve_of_one_point_is_a_dot_at_its_step(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 7, "loss": 0.7}) + "\n")
+    draw_curves(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    pixels = np.array(image.open(tmp_path / "loss.png"))
+    right = pixels.shape[1] - 20
+    assert (pixels[100:400, right - 3 : right - 1].sum(2) == 0).any(), "black, at the last step"

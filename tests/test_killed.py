@@ -165,6 +165,32 @@ def test_a_run_whose_terminal_closes_saves(tmp_path):
     assert RunFolder(tmp_path).checkpoint(4).is_file()
 
 
+@pytest.fixture
+def broken_pipe(monkeypatch):
+    """A stdout that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        yield
+        monkeypatch.undo()
+
+
+def test_a_run_that_nobody_listens_to_goes_on(broken_pipe, tmp_path):
+    """As under ``| head``."""
+    settings = {**killed_run.SETTINGS, "steps": 3, "checkpoint_every": 0}
+    assert train(tiny(out=str(tmp_path), **settings)).state.step == 3
+    assert RunFolder(tmp_path).checkpoint(3).is_file() and last_logged(tmp_path) == 3
+
+
+def test_ctrl_c_that_ends_the_other_side_of_a_pipe_first(broken_pipe, tmp_path, monkeypatch):
+    """As under ``| tee``: the step after which it comes would print its loss before the checkpoint is written."""
+    signal_after(monkeypatch, 2, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(out=str(tmp_path), **{**killed_run.SETTINGS, "steps": 5, "checkpoint_every": 0}))
+    assert RunFolder(tmp_path).checkpoint(2).is_file()
+
+
 def test_under_nohup_a_run_goes_on(tmp_path, monkeypatch):
     settings = {**killed_run.SETTINGS, "steps": 3, "checkpoint_every": 0}
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -156,7 +156,7 @@ def test_training_images_are_not_called_held_out(tmp_path, capsys):
     assert "warning: the held-out images are training images" in capsys.readouterr().err
     assert main([*words, "--test-share", "0.4", "--out", str(tmp_path / "b")]) == 0
     shown = capsys.readouterr().out
-    assert "enlarged held-out images: " in shown and "warning" not in shown
+    assert "enlarged held-out images: " in shown and "no test part" not in shown
     assert main(["sample", str(tmp_path / "b"), "--count", "2", "--out", str(tmp_path / "x.png")]) == 0
     assert capsys.readouterr().err == ""
 

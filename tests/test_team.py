@@ -22,6 +22,7 @@ from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import digits
 from fm_fast.train.distributed import Team
 from fm_fast.train.run_folder import RunFolder
+from fm_fast.train.step import new_state
 
 STEPS, MIDDLE = 8, 4
 SETTINGS = {
@@ -218,5 +219,27 @@ def test_shards_follow_weights_that_others_write_and_cannot_be_copied(one_thread
         assert state.model.head.bias.full_tensor().item() == pytest.approx(5.0, abs=0.04)
         with pytest.raises(TypeError, match=r"optimiser: expected one without shards .*whole_state_dict\(\)"):
             copy.deepcopy(state.optimiser)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_state_of_shards_is_whole_and_comes_back(one_thread):
+    """In one process, fast: what every checkpoint of an fsdp run is."""
+    from fm_fast.train.sharded import sharded_state
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        settings = tiny(ema_widths=(0.1,))
+        state, plain, other = sharded_state(settings, CPU), new_state(settings, CPU), sharded_state(settings, CPU)
+        for each in (state, plain):
+            loop.advance(each, settings, digits(), 2)
+        stored, expected = state.optimiser.whole_state_dict(), plain.optimiser.state_dict()
+        for one, two in zip(stored["state"].values(), expected["state"].values(), strict=True):
+            assert set(one) == set(two)
+            for name, value in two.items():
+                torch.testing.assert_close(one[name], value, rtol=1e-4, atol=1e-6)
+        other.optimiser.load_whole_state_dict(copy.deepcopy(stored))
+        for one, two in zip(other.optimiser.state_dict()["state"].values(), state.optimiser.state_dict()["state"].values(), strict=True):
+            assert all(torch.equal(one[name], value) for name, value in two.items())
     finally:
         dist.destroy_process_group()

@@ -32,8 +32,11 @@ def save_checkpoint(path: Path, stored: dict[str, Any], config: TrainConfig, dat
     content = {"format": FORMAT, "version": VERSION, "config": to_dict(config), "state": stored}
     if data is not None:
         content["data"] = data
-    with replaced_whole(path) as temporary, temporary.open("wb") as file, _with_checksums():
-        torch.save(content, file)
+    try:
+        with replaced_whole(path) as temporary, temporary.open("wb") as file, _with_checksums():
+            torch.save(content, file)
+    except RuntimeError as error:  # torch's words for a file that ends too early name neither the file nor the cause
+        raise OSError(f"{path}: expected room for a checkpoint, but it could not be written ({error})") from error
 
 
 @contextlib.contextmanager

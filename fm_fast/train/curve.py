@@ -90,7 +90,8 @@ def _level(records: list[dict[str, Any]], name: str) -> float | None:
     """Of real images: 1 for the novelty, which is relative to theirs."""
     if name == "novelty" or not records:
         return 1.0
-    return records[-1][f"real_{name}"] or None
+    level = records[-1][f"real_{name}"]
+    return level if name in SHARES or _is_positive(level) else None
 
 
 def _is_positive(value: float | None) -> bool:
@@ -120,7 +121,7 @@ class _Axes:
 
     def __init__(self, panel: Panel, frame: tuple[int, int, int, int], last_step: float) -> None:
         self.frame, self.last_step, self.logarithmic = frame, max(last_step, 1), panel.logarithmic
-        self.steps = [self.last_step * i / 5 for i in range(6)]
+        self.steps = sorted({round(self.last_step * i / 5) for i in range(6)})
         self.ticks = _decades(min(panel.values), max(panel.values)) if panel.logarithmic else [i / 5 for i in range(6)]
 
     def pixel(self, step: float, value: float) -> tuple[float, float]:
@@ -144,7 +145,9 @@ def _draw_panel(draw: Any, panel: Panel, axes: _Axes) -> None:
     first = top + 8 if panel.logarithmic else bottom - 8 - 16 * len(panel.curves)  # shares lie in the upper half
     for number, (name, curve) in enumerate(panel.curves.items()):
         pixels = [axes.pixel(step, value) for step, value in curve.points]
-        if len(pixels) > 1:
+        if len(pixels) == 1:
+            draw.ellipse([(pixels[0][0] - 2, pixels[0][1] - 2), (pixels[0][0] + 2, pixels[0][1] + 2)], fill=curve.colour)
+        else:
             draw.line(pixels, fill=curve.colour, width=2 if number == 0 else 1)
         if curve.points:
             draw.text((right - 6, first + 16 * number), name, fill=curve.colour, anchor="ra")

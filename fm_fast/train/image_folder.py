@@ -137,14 +137,14 @@ def _read_image(file: Path, resize: int) -> Tensor:
         raise ImportError("a folder of images needs Pillow: pip install pillow, or 'fm_fast[train]'") from error
     try:
         with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):  # whose values Pillow cuts off at 255
-                raise ValueError(f"{file}: expected 8 bits a channel, got an image of mode {image.mode}")
-            rgb = image.convert("RGB")
-            rgb = _middle_square(rgb, resize) if resize else rgb
-            pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-            return pixels.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            mode, rgb = image.mode, image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file}: expected a readable image, got: {error}") from error
+    if mode.startswith(("I", "F")):  # whose values Pillow cuts off at 255
+        raise ValueError(f"{file}: expected 8 bits a channel, got an image of mode {mode}")
+    rgb = _middle_square(rgb, resize) if resize else rgb
+    pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1)
 
 
 def _middle_square(image: Any, size: int) -> Any:

@@ -50,9 +50,12 @@ def _signals() -> list[int]:
 
 def _leave(terminals: list[int]) -> None:
     """What is printed to a terminal that has closed would be an error, before the checkpoint is written."""
-    closed = [output for output in terminals if not os.isatty(output)]
-    if closed:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for output in closed:
-            os.dup2(nowhere, output)
-        os.close(nowhere)
+    say_nothing_more([output for output in terminals if not os.isatty(output)])
+
+
+def say_nothing_more(outputs: list[int]) -> None:
+    """What is written to these descriptors from now on is lost."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in outputs:
+        os.dup2(nowhere, output)
+    os.close(nowhere)

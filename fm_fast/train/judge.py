@@ -9,6 +9,7 @@ from fm_fast.train.classifier import Classifier, train_classifier
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import Dataset, load_dataset
 from fm_fast.train.evaluate import draw_by, sample_quality
+from fm_fast.train.likelihood import require_fitting
 
 JUDGED = 500  # held-out images at most, and as many samples
 BATCH = 100
@@ -36,6 +37,7 @@ def judge_of(config: TrainConfig, train: Dataset) -> Judge:
     """Trains the classifier. Raises ValueError for data of fewer than two images a part."""
     held_out = load_dataset(config.data, "test", config.preparation)
     held_out = replace(held_out, images=held_out.images[:JUDGED], labels=held_out.labels[:JUDGED]).to(train.device)
+    require_fitting(config, held_out)
     if min(len(train), len(held_out)) < 2:
         raise ValueError(f"quality_every: expected at least 2 training and 2 held-out images, got {len(train)} and {len(held_out)}")
     return Judge(train_classifier(train), train, held_out)

@@ -17,6 +17,7 @@ from fm_fast.train.config import TrainConfig
 from fm_fast.train.devices import peak_memory, peak_tflops
 from fm_fast.train.distributed import Team
 from fm_fast.train.files import replaced_whole
+from fm_fast.train.interrupt import say_nothing_more
 from fm_fast.train.prepare import GIB
 from fm_fast.train.run_folder import RunFolder
 
@@ -94,7 +95,7 @@ class Logger:
         if self._bar is not None:
             self._bar.write(text)
         elif self.team.first:
-            print(text, flush=True)
+            tell(text)
 
     def close(self) -> None:
         for sink in (self._bar, self._board):
@@ -141,7 +142,15 @@ class Logger:
             return
         remaining = (self.config.steps - step) * self.config.batch_size / speed.images
         steps = f"step {step:>{len(str(self.config.steps))}}/{self.config.steps}"
-        print(f"{steps}  loss {loss:.4f}  lr {rate:.2e}  {speed}  {_duration(remaining)} left", flush=True)
+        tell(f"{steps}  loss {loss:.4f}  lr {rate:.2e}  {speed}  {_duration(remaining)} left")
+
+
+def tell(text: str) -> None:
+    """Print a line. Where nobody reads any more, as when Ctrl-C has ended the other side of a pipe, the run goes on in silence."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        say_nothing_more([sys.stdout.fileno()])
 
 
 def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:

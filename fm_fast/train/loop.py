@@ -23,7 +23,8 @@ from fm_fast.train.identity import identity_of
 from fm_fast.train.initial import initial_weights
 from fm_fast.train.interrupt import deferred_interrupt, stop
 from fm_fast.train.judge import Judge, judge_of
-from fm_fast.train.log import Logger
+from fm_fast.train.likelihood import require_fitting
+from fm_fast.train.log import Logger, tell
 from fm_fast.train.picture import write_images
 from fm_fast.train.remarks import refuse_without_effect, remarks
 from fm_fast.train.run_folder import RunFolder
@@ -105,7 +106,7 @@ def _prepared(config: TrainConfig, dataset: Dataset, folder: RunFolder, team: Te
     state = state_of(config, team, weights)  # with the other processes, before the first does what it does alone
     shown, judge = _shown(config, team), _judge(config, dataset, team)
     if source and team.first:
-        print(source, flush=True)
+        tell(source)
     return Run(state, config, dataset, identity_of(dataset), folder, team, shown, judge)
 
 
@@ -113,6 +114,7 @@ def _shown(config: TrainConfig, team: Team) -> Dataset | None:
     if config.super_resolution == 1 or not team.first:
         return None
     held_out = load_dataset(config.data, "test", config.preparation)
+    require_fitting(config, held_out)
     return replace(held_out, images=held_out.images[:SHOWN], labels=held_out.labels[:SHOWN], mapped=False).to(team.device)
 
 
@@ -128,7 +130,7 @@ def advance(state: TrainState, config: TrainConfig, dataset: Dataset, steps: int
 
 def _say(run: Run, text: str) -> None:
     if run.team.first:
-        print(text, flush=True)
+        tell(text)
 
 
 def _resume(run: Run) -> None:
@@ -142,7 +144,7 @@ def _resume(run: Run) -> None:
         _say(run, f"warning: the run was to take {planned} steps and now takes {run.config.steps}, which also changes its learning rates")
     if found:
         for text in found.warnings:
-            print(f"warning: {text}", flush=True)
+            tell(f"warning: {text}")
         found.set_damaged_aside()
 
 
@@ -273,11 +275,11 @@ def _quality(run: Run, average: nn.Module) -> Quality | Enlargement | None:
     config, dataset = run.config, run.dataset
     if run.shown is not None and config.evaluate:
         enlargement = evaluate_enlargement(average, config, run.shown, config.seed, config.sample_steps)
-        print(enlargement, flush=True)
+        tell(str(enlargement))
         return enlargement
     if run.shown is not None or config.data != "digits" or not (config.evaluate and config.conditional and run.team.first):
         return None
     held_out = load_dataset("digits", "test", config.preparation).to(dataset.device)
     quality = evaluate(average, config.recipe, dataset, held_out, config.seed, config.picture_guidance, config.sample_steps)
-    print(quality, flush=True)
+    tell(str(quality))
     return quality

@@ -20,7 +20,8 @@ def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other
     values, basis = torch.linalg.eigh(covariance)
     root = (basis * values.clamp_min(0.0).sqrt()) @ basis.T
     cross = torch.linalg.eigvalsh(root @ other_covariance @ root).clamp_min(0.0).sqrt().sum()
-    return float((mean - other_mean).square().sum() + covariance.trace() + other_covariance.trace() - 2.0 * cross)
+    distance = (mean - other_mean).square().sum() + covariance.trace() + other_covariance.trace() - 2.0 * cross
+    return max(float(distance), 0.0)  # rounding makes that of equal distributions negative
 
 
 def feature_distance(one: Tensor, other: Tensor) -> float:

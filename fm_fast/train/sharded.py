@@ -18,6 +18,8 @@ from fm_fast.train.config import TrainConfig
 from fm_fast.train.optimiser import HALF_TYPES, AdamWEMA
 from fm_fast.train.step import DTYPES, TrainState, averages_of, build_model
 
+COUNTS = ("counts", "updates")  # the state that is no tensor of the parameter's shape, and the same in every process
+
 
 class ShardedAdamWEMA(AdamWEMA):
     """AdamWEMA on this process's shards of the parameters; the norm that clips is that of all shards together."""
@@ -72,7 +74,7 @@ class ShardedAdamWEMA(AdamWEMA):
 
     def _gathered(self, index: int, name: str, value: Tensor) -> Tensor:
         whole = self.whole[index]
-        if name == "counts":
+        if name in COUNTS:
             return value
         if name != "averages":
             return _like(whole, value).full_tensor()
@@ -80,7 +82,7 @@ class ShardedAdamWEMA(AdamWEMA):
 
     def _own(self, index: int, name: str, value: Tensor) -> Tensor:
         whole = self.whole[index]
-        if name == "counts":
+        if name in COUNTS:
             return value
         if name != "averages":
             return _shard(whole, value)
