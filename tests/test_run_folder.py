@@ -240,3 +240,12 @@ def test_load_model_says_which_checkpoint_it_took(tmp_path):
         warnings.simplefilter("error")
         assert torch.equal(flat(model), flat(load_model(tmp_path / "checkpoint-00000006.pt")[0]))
     assert Path(tmp_path / "checkpoint-00000008.pt").is_file(), "reading renames nothing"
+
+
+def test_a_record_says_how_many_steps_it_averages(tmp_path):
+    """The first after a resume is the mean of those since then."""
+    run(tmp_path, steps=8, log_every=4, checkpoint_every=5, keep_checkpoints=0)
+    (tmp_path / "checkpoint-00000008.pt").unlink()
+    run(tmp_path, True, steps=8, log_every=4, checkpoint_every=5, keep_checkpoints=0)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["averaged_steps"]) for record in records] == [(4, 4), (8, 3)]

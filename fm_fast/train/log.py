@@ -110,7 +110,7 @@ class Logger:
         speed = Speed.of(images, time.perf_counter() - self._since, self.flops_per_image, self.config, self.team)
         self._losses, self._quartiles, self._since = [], [], time.perf_counter()
         record = {"step": step, "loss": loss, "learning_rate": rate, "images": step * self.config.batch_size, **speed.record}
-        record |= {"loss_by_quartile": quartiles, "not_finite": len(losses) - len(finite)}
+        record |= {"loss_by_quartile": quartiles, "averaged_steps": len(losses), "not_finite": len(losses) - len(finite)}
         record |= {"peak_memory_gib": round(peak_memory(self.team.device) / GIB, 3)}
         if self.team.first:
             self._write(record, self.folder.log)
