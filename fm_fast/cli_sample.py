@@ -1,6 +1,7 @@
 """fm-fast sample: pictures or arrays of samples from a checkpoint."""
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -115,6 +116,8 @@ def _solver(options: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
     method, without_class = options.method or config.sample_method, options.classes == ["none"]
     solver = solver_of(options, method, config.sample_steps)
     guidance = options.guidance if options.guidance is not None else 1.0 if without_class else config.picture_guidance
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance: expected a finite number, got {guidance}")
     if without_class and guidance != 1.0:
         raise ValueError(f"guidance: expected 1 without a class, got {guidance}")
     if guidance != 1.0 and not config.knows_the_null_class:

@@ -268,6 +268,7 @@ def test_wrong_command_lines(arguments, message, capsys):
         (["sample", "RUN", "--classes", "10"], "classes: expected numbers in 0..9, all, or none, got 10"),
         (["sample", "RUN", "--classes", "all", "3"], "classes: expected numbers in 0..9, all, or none, got all 3"),
         (["sample", "RUN", "--classes", "-1"], "classes: expected numbers in 0..9"),
+        (["sample", "RUN", "--guidance", "nan"], "guidance: expected a finite number, got nan"),
         (["sample", "RUN", "--classes", "none", "--guidance", "2"], "guidance: expected 1 without a class, got 2.0"),
         (
             ["sample", "RUN", "--method", "dopri5", "--steps", "3"],

@@ -244,6 +244,11 @@ def test_missing_matplotlib_names_the_extra_before_the_work(tmp_path, capsys, mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_source_of_the_digits_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"source: expected none for the digits, which are part of fm_fast, got "):
+        table1.settings("digits", tmp_path)
+
+
 @pytest.mark.parametrize(("comparison", "options"), [("figures", "draws jobs"), ("checkerboard", "jobs"), ("table1", "data source jobs")])
 def test_help_lists_every_option(comparison, options, capsys):
     with pytest.raises(SystemExit, match="0"):

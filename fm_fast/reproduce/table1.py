@@ -71,7 +71,12 @@ def bits_for_draws(logp: Tensor, counts: Sequence[int], dimensions: int, levels:
 
 
 def settings(data: str, source: Path | None = None) -> TrainConfig:
-    """The run for "digits" or "fashion": Fashion-MNIST in `source`, or where Debian's package puts it, averaged to 14 x 14 pixels."""
+    """The run for "digits" or "fashion": Fashion-MNIST in `source`, or where Debian's package puts it, averaged to 14 x 14 pixels.
+
+    Raises ValueError for a source of the digits, which are shipped.
+    """
+    if data == "digits" and source is not None:
+        raise ValueError(f"source: expected none for the digits, which are part of fm_fast, got {source}")
     digits = replace(PRESETS["digits"], batch_size=BATCH, dequantise=True, evaluate=False)
     if data == "digits":
         return digits
