@@ -125,7 +125,7 @@ class EmbeddedRungeKutta:
     Args:
         table: the method that the solve goes on with. Where the last row of its a is its b, the last stage is the first of the next step.
         error: one weight a stage: b less the weights of a method of another order. They sum to 0.
-        order: of the step, by whose root its length is controlled; at least the table's, as far as that is told.
+        order: of the table, by whose root the length of steps is controlled; beyond 4, which is as far as a table tells, taken as given.
         name: for messages.
 
     Raises ValueError for weights of the wrong number or sum, and an order that is not the table's.

@@ -8,7 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from fm_fast._solver.plan import Plan, Stage
 Evaluate = Callable[[Tensor, int], Tensor]
 # (number of the finished step, state)
 AfterStep = Callable[[int, Tensor], None]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,19 @@ def _run(plan: Plan, state: State, evaluate: Evaluate, after_step: AfterStep | N
 
 def _watched(evaluate: Evaluate) -> Evaluate:
     """The same for an evaluation that may turn out to write into its input."""
-
-    def watched(x: Tensor, number: int) -> Tensor:
-        before = writes_to(x)
-        output = evaluate(x, number)
-        if writes_to(x) != before:
-            raise RuntimeError("model must leave its input x as it is, which is the state of the solve; give it x.clone()")
-        return output
-
-    return watched
+    return lambda x, number: unwritten(x, lambda: evaluate(x, number))
 
 
-def writes_to(x: Tensor) -> int | None:
+def unwritten(x: Tensor, compute: Callable[[], Result]) -> Result:
+    """What is computed from x; RuntimeError if x, an input of the model, was written to meanwhile."""
+    before = _writes_to(x)
+    result = compute()
+    if _writes_to(x) != before:
+        raise RuntimeError("model must leave its input x as it is, which is the state of the solve; give it x.clone()")
+    return result
+
+
+def _writes_to(x: Tensor) -> int | None:
     """How often; None where torch does not count."""
     uncounted = torch.compiler.is_compiling() or _modes.transforms_active() or x.is_inference()
     return None if uncounted else x._version

@@ -19,6 +19,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 TEST_FOLDERS = ("test", "val", "validation")
 # Fewer images are read before a progress bar would be seen.
 FEW = 2000
+WIDE_MODES = ("I", "F")  # of more than 8 bits, which Pillow cuts off at 255
 
 
 def split_folder(folder: Path, split: str) -> Path | None:
@@ -137,10 +138,11 @@ def _read_image(file: Path, resize: int) -> Tensor:
         raise ImportError("a folder of images needs Pillow: pip install pillow, or 'fm_fast[train]'") from error
     try:
         with Image.open(file) as image:
-            mode, rgb = image.mode, image.convert("RGB")
+            mode = image.mode
+            rgb = image if mode.startswith(WIDE_MODES) else image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file}: expected a readable image, got: {error}") from error
-    if mode.startswith(("I", "F")):  # whose values Pillow cuts off at 255
+    if mode.startswith(WIDE_MODES):
         raise ValueError(f"{file}: expected 8 bits a channel, got an image of mode {mode}")
     rgb = _middle_square(rgb, resize) if resize else rgb
     pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
