@@ -5,7 +5,12 @@ namespace test {
 namespace {
 
 constexpr double kClip = 0.5, kRate = 0.25;
-const fm::AdamwNumbers kNumbers = {kClip, 0.99, 0.1, 0.98, 0.02, 5.0, 1e-8, 1e-3};
+
+// Parameters differ in how often they were updated, which the corrections of the bias show.
+fm::AdamwNumbers numbers_of(size_t parameter) {
+  double early = static_cast<double>(parameter % 3);
+  return fm::AdamwNumbers{kClip, 0.99, 0.1, 0.98, 0.02, 5.0 - early, 1e-8, 1e-3 * (1.0 + early)};
+}
 
 uint16_t bfloat16_of(double x) {
   float value = static_cast<float>(x);
@@ -27,6 +32,7 @@ struct Problem {
   std::vector<std::vector<T>> p, g;
   std::vector<std::vector<uint16_t>> copies;
   std::vector<fm::Parameter> parameters;
+  std::vector<fm::AdamwNumbers> rows;
   std::vector<T> m, v, averages;
   int64_t length = 0;
 
@@ -40,6 +46,7 @@ struct Problem {
       bool half = i % 2 == 1, moves = i % 5 != 4;
       parameters.push_back(fm::Parameter{length, counts[i], 0, p[i].data(), moves ? g[i].data() : nullptr, kDtype,
                                          half ? copies[i].data() : nullptr, Dtype::bfloat16});
+      rows.push_back(numbers_of(i));
       length += counts[i] + static_cast<int64_t>(i % 3);
     }
     m = numbers<T>(length, 0.1, 0.0);
@@ -55,7 +62,7 @@ template <class T>
 void check_update(const Isa& isa, const std::vector<int64_t>& counts, int64_t parts) {
   Problem<T> before(counts), after(counts);
   const double rates[2] = {kRate, 1.0};
-  fm::AdamwArgs args = {after.range(), &kNumbers, after.m.data(), after.v.data(), after.averages.data(), 2, rates, sizeof(T) == 8};
+  fm::AdamwArgs args = {after.range(), after.rows.data(), after.m.data(), after.v.data(), after.averages.data(), 2, rates, sizeof(T) == 8};
   for (int64_t i = 0; i < parts; ++i) isa.adamw(args, after.units() * i / parts, after.units() * (i + 1) / parts);
   const double tolerance = sizeof(T) == 8 ? 1e-14 : 2e-6;
   std::vector<bool> owned(static_cast<size_t>(before.length));
@@ -68,7 +75,7 @@ void check_update(const Isa& isa, const std::vector<int64_t>& counts, int64_t pa
       if (parameter.gradient) {
         m += 0.1 * (g - m);
         v = 0.98 * v + 0.02 * g * g;
-        p = 0.99 * p - 1e-3 * m / (5.0 * std::sqrt(v) + 1e-8);
+        p = 0.99 * p - before.rows[i].step_size * m / (before.rows[i].root_scale * std::sqrt(v) + 1e-8);
       }
       double first = before.averages[at];
       bool same = close(after.m[at], m, tolerance) && close(after.v[at], v, tolerance) && close(after.p[i][j], p, tolerance) &&
