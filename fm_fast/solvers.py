@@ -127,6 +127,9 @@ class EmbeddedRungeKutta:
         error: one weight a stage: b less the weights of a method of another order. They sum to 0.
         order: of the table, by whose root the length of steps is controlled; beyond 4, which is as far as a table tells, taken as given.
         name: for messages.
+        dense: weights d of h theta^2 (1 - theta)^2 sum_i d_i k_i, the term that makes the cubic through both ends of a step accurate enough
+            to give the states within it, at t + theta h, without an evaluation. Without it methods of order 4 and more, and of order 3 with
+            no stage at the step's end, split a step where a state is asked for.
 
     Raises ValueError for weights of the wrong number or sum, and an order that is not the table's.
 
@@ -137,6 +140,7 @@ class EmbeddedRungeKutta:
     error: tuple[float, ...]
     order: int
     name: str = "the embedded method"
+    dense: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.table, RungeKutta):
@@ -150,6 +154,32 @@ class EmbeddedRungeKutta:
         known = self.table.order()
         if self.order < known or (self.order > known and known < HIGHEST_CHECKED_ORDER):
             raise ValueError(f"order must be that of the table, {known}, got {self.order}")
+        object.__setattr__(self, "dense", _numbers("dense", self.dense))
+        if self.dense and not (self.first_same_as_last and len(self.dense) == self.table.stages and abs(sum(self.dense)) < TOLERANCE):
+            raise ValueError(
+                f"dense must hold {self.table.stages} weights that sum to 0, of a method with a stage at the end, got {self.dense}"
+            )
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether states within a step are as accurate as its ends and cost no evaluation."""
+        return bool(self.dense) or self.order <= (3 if self.first_same_as_last else 2)
+
+    def weights_within(self, theta: float) -> tuple[float, ...]:
+        """Weights w of the state y + h sum_i w_i k_i a part theta of the way through a step, for a method that interpolates.
+
+        Hermite's cubic through values and slopes of both ends, and ``dense`` beside it; without a slope at the end the parabola.
+
+        Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, chapter II.6.
+        """
+        first, last, rest = theta * (1.0 - theta), 0.0, theta**2
+        if self.first_same_as_last:
+            first, last, rest = theta * (1.0 - theta) ** 2, theta**2 * (theta - 1.0), theta**2 * (3.0 - 2.0 * theta)
+        weights = [rest * b for b in self.table.b]
+        weights[0] += first
+        weights[-1] += last
+        bend = (theta * (1.0 - theta)) ** 2
+        return tuple(w + bend * d for w, d in zip(weights, self.dense or (0.0,) * len(weights), strict=True))
 
     @property
     def first_same_as_last(self) -> bool:
@@ -173,16 +203,20 @@ METHODS: dict[str, Table] = {
 }
 
 
-def _embedded(name: str, order: int, a: Sequence[Sequence[float]], b: Sequence[float], error: Sequence[float]) -> EmbeddedRungeKutta:
-    return EmbeddedRungeKutta(RungeKutta(tuple(map(tuple, a)), tuple(b)), tuple(error), order, name)
+def _embedded(
+    name: str, order: int, a: Sequence[Sequence[float]], b: Sequence[float], error: Sequence[float], dense: Sequence[float] = ()
+) -> EmbeddedRungeKutta:
+    return EmbeddedRungeKutta(RungeKutta(tuple(map(tuple, a)), tuple(b)), tuple(error), order, name, tuple(dense))
 
 
-def _going_on(name: str, order: int, a: Sequence[Sequence[float]], error: Sequence[float]) -> EmbeddedRungeKutta:
+def _going_on(
+    name: str, order: int, a: Sequence[Sequence[float]], error: Sequence[float], dense: Sequence[float] = ()
+) -> EmbeddedRungeKutta:
     """Of methods whose last stage is at the step's end."""
-    return _embedded(name, order, a, (*a[-1], 0.0), error)
+    return _embedded(name, order, a, (*a[-1], 0.0), error, dense)
 
 
-# Dormand and Prince (1980); the error is Shampine's (1986), two thirds of theirs.
+# Dormand and Prince (1980); the error is Shampine's (1986), two thirds of theirs. Between the ends as in Hairer's program of the same name.
 DOPRI5 = _going_on(
     "dopri5", 5,
     [
@@ -195,6 +229,8 @@ DOPRI5 = _going_on(
         [35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84],
     ],
     [2 / 3 * weight for weight in (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)],
+    [-12715105075 / 11282082432, 0.0, 87487479700 / 32700410799, -10690763975 / 1880347072, 701980252875 / 199316789632,
+     -1453857185 / 822651844, 69997945 / 29380423],
 )  # fmt: skip
 # Tsitouras (2011).
 TSIT5 = _going_on(
@@ -210,6 +246,7 @@ TSIT5 = _going_on(
     ],
     [-0.00178001105222577714, -0.0008164344596567469, 0.007880878010261995, -0.1447110071732629, 0.5823571654525552, -0.45808210592918697,
      1 / 66],
+    [-1.0530884977290216, 0.1017, 2.490627285651253, -16.548102889244902, 47.37952196281928, -34.87065786149661, 2.5],
 )  # fmt: skip
 # Bogacki and Shampine (1989).
 BOSH3 = _going_on("bosh3", 3, [[], [1 / 2], [0.0, 3 / 4], [2 / 9, 1 / 3, 4 / 9]], [-5 / 72, 1 / 12, 1 / 9, -1 / 8])

@@ -2,13 +2,14 @@
 
 With the error's largest root mean square e beside the tolerance, a step counts where e <= 1, and the next one is longer by the factor
 0.9 e^(-1/order), between 0.2 and 10 (not below 1 after a step that counted). The first step is Hairer's guess. Error norm, factors and
-guess are torchdiffeq's too, so both take the same steps.
+guess are torchdiffeq's too, so both take the same steps. States within a step come from its slopes, without an evaluation.
 
-Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, chapter II.4.
+Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, chapters II.4 and II.6.
 """
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -37,7 +38,9 @@ def solve_adaptive(
     plain: bool,
     after_step: AfterStep | None = None,
 ) -> tuple[list[Parts], int]:
-    """The state at each of ``times``, where steps end, and the number of evaluations, none of them outside ``times``.
+    """The state at each of ``times``, and the number of evaluations, none of them outside ``times``.
+
+    A method that interpolates passes the times between the first and the last; the steps of others end there.
 
     plain: by plain PyTorch, which gradients follow.
 
@@ -90,7 +93,7 @@ class _Control:
         after_step: AfterStep | None,
     ) -> None:
         self._trial, self._derivative, self._tolerance, self._after_step = trial, derivative, tolerance, after_step
-        self._exponent, self._max_steps = -1.0 / method.order, max_steps
+        self._exponent, self._interpolates, self._max_steps = -1.0 / method.order, method.interpolates, max_steps
         self._h, self._tried, self._finished = 0.0, 0, 0
 
     def through(self, times: Sequence[float]) -> list[Parts]:
@@ -98,13 +101,15 @@ class _Control:
         if len(times) > 1:
             self._h = self._first_step(times[0], 1.0 if times[-1] > times[0] else -1.0)
         states = [self._trial.y]
-        for t, end in itertools.pairwise(times):
-            self._advance(t, end)
+        passed = deque(times[1:-1] if self._interpolates else ())
+        for t, end in itertools.pairwise((times[0], *times[-1:]) if self._interpolates and len(times) > 1 else times):
+            states += self._advance(t, end, passed)
             states.append(tuple(part.clone() for part in self._trial.y))
         return states
 
-    def _advance(self, t: float, end: float) -> None:
-        """From t to end. A step that is cut there does not shorten the one that follows."""
+    def _advance(self, t: float, end: float, passed: deque[float]) -> list[Parts]:
+        """From t to end; the states at the times that are passed. A step that is cut at the end does not shorten the one that follows."""
+        states: list[Parts] = []
         while t != end:
             cut = abs(self._h) >= abs(end - t)
             h = end - t if cut else self._h
@@ -112,12 +117,23 @@ class _Control:
                 raise StepFailed(f"a step of {h:.3g} at t = {t:.6g} is too short to be one")
             error = self._try(t, h)
             if error <= 1.0:
-                t = end if cut else t + h
+                reached = end if cut else t + h
+                states += self._within(t, reached, passed)
+                t = reached
                 self._accept(t)
                 longer = h * self._factor(error)
                 self._h = max(self._h, longer, key=abs) if cut else longer
             else:
                 self._h = h * self._factor(error)
+        return states
+
+    def _within(self, t: float, reached: float, passed: deque[float]) -> list[Parts]:
+        """The states at the times of ``passed`` that the step from t has come to, which leave it."""
+        states: list[Parts] = []
+        while passed and (theta := (passed[0] - t) / (reached - t)) <= 1.0:
+            states.append(self._trial.within(theta))
+            passed.popleft()
+        return states
 
     def _accept(self, t: float) -> None:
         self._trial.accept()

@@ -78,7 +78,15 @@ def make_plan(table: Table, nodes: Array, path: Path, objective: Objective, fold
 
     Raises ValueError where the path and the objective give no finite velocity.
     """
-    velocity = Velocity(velocity_range(path, objective), _factors_on(path, objective) if folded else _trivial_factors)
+    return _plan(table, nodes, Velocity(velocity_range(path, objective), _factors_on(path, objective) if folded else _trivial_factors))
+
+
+def ode_plan(table: Table, nodes: Array) -> Plan:
+    """The plan of dy/dt = f(t, y) through any times, rising or falling."""
+    return _plan(table, nodes, Velocity((-np.inf, np.inf), _trivial_factors))
+
+
+def _plan(table: Table, nodes: Array, velocity: "Velocity") -> Plan:
     if isinstance(table, RungeKutta):
         return _runge_kutta(table, nodes, velocity)
     return _adams_bashforth(table, nodes, velocity)

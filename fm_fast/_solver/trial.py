@@ -65,6 +65,10 @@ class Arithmetic(Protocol):
         """The largest root mean square of any part of the error, beside the tolerance at the larger of y and end; a scalar."""
         ...
 
+    def interpolate(self, h: float, weights: Sequence[float], y: Parts, slopes: Sequence[Parts]) -> Parts:
+        """y + h sum_j weights[j] slopes[j] in new memory."""
+        ...
+
     def accept(self) -> None:
         """The step's end becomes y, and the last slope the first where the method says so."""
         ...
@@ -75,10 +79,10 @@ class Trial:
 
     def __init__(self, derivative: Derivative, y: Parts, t: float, method: EmbeddedRungeKutta, arithmetic: Arithmetic) -> None:
         self._derivative, self._arithmetic = derivative, arithmetic
-        self._nodes, self._goes_on = method.table.c, method.first_same_as_last
+        self._nodes, self._goes_on, self._method = method.table.c, method.first_same_as_last, method
         self.y = self._end = y
         self.slope: Parts | None = arithmetic.keep(0, derivative(t, y))
-        self._last = self.slope
+        self._slopes, self._h = [self.slope], 0.0
 
     def step(self, t: float, h: float, tolerance: Tolerance) -> float:
         """Try a step; its error, of which up to 1 is tolerated. Reads one number from the device."""
@@ -92,13 +96,17 @@ class Trial:
             slopes.append(arithmetic.keep(stage, self._derivative(t + c * h, end)))
         if not self._goes_on:
             end = arithmetic.combine(len(self._nodes) - 1, self.y, slopes)
-        self._end, self._last = end, slopes[-1]
+        self._end, self._slopes, self._h = end, slopes, h
         return float(arithmetic.scaled_error(self.y, end, slopes, tolerance))
+
+    def within(self, theta: float) -> Parts:
+        """The state a part theta of the way through the step that was tried, of a method that interpolates."""
+        return self._arithmetic.interpolate(self._h, self._method.weights_within(theta), self.y, self._slopes)
 
     def accept(self) -> None:
         """Go on from the end of the step that was tried."""
         self._arithmetic.accept()
-        self.y, self.slope = self._end, self._last if self._goes_on else None
+        self.y, self.slope = self._end, self._slopes[-1] if self._goes_on else None
 
 
 class Plain:
@@ -115,9 +123,15 @@ class Plain:
         return tuple(part.to(dtype, copy=True) for part, dtype in zip(slope, self._dtypes, strict=True))
 
     def combine(self, row: int, y: Parts, slopes: Sequence[Parts]) -> Parts:
-        state, used, weights = self._rows[row]
-        coefficients = [state, *(self._h * weight for weight in weights)]
-        return tuple(reference.linear_step(part, [slopes[j][i] for j in used], coefficients) for i, part in enumerate(y))
+        return self._combine(self._rows[row], self._h, y, slopes)
+
+    @staticmethod
+    def _combine(row: Row, h: float, y: Parts, slopes: Sequence[Parts]) -> Parts:
+        coefficients = [row.state, *(h * weight for weight in row.weights)]
+        return tuple(reference.linear_step(part, [slopes[j][i] for j in row.used], coefficients) for i, part in enumerate(y))
+
+    def interpolate(self, h: float, weights: Sequence[float], y: Parts, slopes: Sequence[Parts]) -> Parts:
+        return self._combine(_row(1.0, weights), h, y, slopes)
 
     @torch.no_grad()
     def scaled_error(self, y: Parts, end: Parts, slopes: Sequence[Parts], tolerance: Tolerance) -> Tensor:
@@ -153,18 +167,24 @@ class Fused:
 
     def combine(self, row: int, y: Parts, slopes: Sequence[Parts]) -> Parts:
         ends = row == len(self._rows) - 2
-        return self._combine(row, self._end if ends else self._input, y, slopes)
+        return self._combine(self._rows[row].used, self._tables[row], self._end if ends else self._input, y, slopes)
 
-    def _combine(self, row: int, targets: Parts, y: Parts, slopes: Sequence[Parts]) -> Parts:
-        used, table = self._rows[row].used, self._tables[row]
+    def _combine(self, used: Sequence[int], table: Tensor, targets: Parts, y: Parts, slopes: Sequence[Parts]) -> Parts:
         for i, (target, part) in enumerate(zip(targets, y, strict=True)):
             self._step(target, self._none, part, [slopes[j][i] for j in used], table, 0, 1.0)
         return targets
 
+    def interpolate(self, h: float, weights: Sequence[float], y: Parts, slopes: Sequence[Parts]) -> Parts:
+        tables = _Tables([row := _row(1.0, weights)], y[0].device)
+        tables.write(h)
+        return self._combine(row.used, tables[0], _alike(y), y, slopes)
+
     def scaled_error(self, y: Parts, end: Parts, slopes: Sequence[Parts], tolerance: Tolerance) -> Tensor:
         for size, spare, a, b in zip(self._input, self._error, y, end, strict=True):
             torch.maximum(torch.abs(a, out=size), torch.abs(b, out=spare), out=size)
-        return largest_mean(self._combine(len(self._rows) - 1, self._error, y, slopes), self._input, tolerance)
+        row = len(self._rows) - 1
+        errors = self._combine(self._rows[row].used, self._tables[row], self._error, y, slopes)
+        return largest_mean(errors, self._input, tolerance)
 
     def accept(self) -> None:
         self._end, self._other_end = self._other_end, self._end
