@@ -16,6 +16,7 @@ from benchmarks import peers, timing
 from benchmarks.costs import Costs, of_step
 from benchmarks.op import Op, Provider, Setting, bytes_of_shape
 from benchmarks.points import check_close, over
+from fm_fast.compat.torchdiffeq import odeint
 
 Model = Callable[[Tensor, Tensor], Tensor]
 # (model, noise) -> x at t = 1
@@ -66,15 +67,19 @@ def _ours(method: str) -> Solve:
     return lambda model, noise: fm.sample(model, noise, method=method, rtol=TOLERANCE, atol=TOLERANCE).x
 
 
-def _torchdiffeq(method: str) -> Solve:
-    from torchdiffeq import odeint
-
+def _odeint(odeint: Callable[..., Tensor], method: str) -> Solve:
     @torch.no_grad()
     def solve(model: Model, noise: Tensor) -> Tensor:
         times = torch.tensor([0.0, 1.0], device=noise.device)
         return odeint(lambda t, x: model(x, t.expand(len(x))), noise, times, method=method, rtol=TOLERANCE, atol=TOLERANCE)[-1]
 
     return solve
+
+
+def _torchdiffeq(method: str) -> Solve:
+    import torchdiffeq
+
+    return _odeint(torchdiffeq.odeint, method)
 
 
 def _flow_matching(method: str) -> Solve:
@@ -91,7 +96,7 @@ PEERS = {"torchdiffeq": _torchdiffeq, "flow_matching": _flow_matching}
 
 
 def providers(setting: Setting) -> list[Provider]:
-    solves = {"fm_fast": _ours(setting.mode)}
+    solves = {"fm_fast": _ours(setting.mode), "fm_fast.compat: odeint": _odeint(odeint, setting.mode)}
     solves |= {name: PEERS[name](setting.mode) for name in PEERS if peers.available(name)}
     return [Provider(name, _build(solve)) for name, solve in solves.items()]
 

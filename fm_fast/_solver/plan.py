@@ -6,6 +6,7 @@ loop only looks them up. The log-density is a quadrature along the same trajecto
 of weight 0 (midpoint's first stage) need no divergence.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -81,9 +82,10 @@ def make_plan(table: Table, nodes: Array, path: Path, objective: Objective, fold
     return _plan(table, nodes, Velocity(velocity_range(path, objective), _factors_on(path, objective) if folded else _trivial_factors))
 
 
-def ode_plan(table: Table, nodes: Array) -> Plan:
-    """The plan of dy/dt = f(t, y) through any times, rising or falling."""
-    return _plan(table, nodes, Velocity((-np.inf, np.inf), _trivial_factors))
+@functools.lru_cache(maxsize=64)
+def ode_plan(table: Table, nodes: bytes) -> Plan:
+    """The plan of dy/dt = f(t, y) through any times, rising or falling; nodes as ``tobytes`` gives them."""
+    return _plan(table, np.frombuffer(nodes).copy(), Velocity((-np.inf, np.inf), _trivial_factors))
 
 
 def _plan(table: Table, nodes: Array, velocity: "Velocity") -> Plan:

@@ -1,0 +1,85 @@
+"""dy/dt = f(t, y) of any field through any times: the solvers of :mod:`fm_fast.sampling` without a path, for ``fm_fast.compat``."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fm_fast import _backends, _ops, reference
+from fm_fast._solver.adaptive import solve_adaptive
+from fm_fast._solver.evaluate import check_each, time_tensor
+from fm_fast._solver.field import check_output
+from fm_fast._solver.loop import Layout, make_state, run
+from fm_fast._solver.plan import ode_plan
+from fm_fast._solver.trial import Tolerance
+from fm_fast.solvers import EmbeddedRungeKutta, Table
+
+# (t without dimensions, y) -> dy/dt, both in y's dtype
+OdeField = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Stops:
+    """The nodes of a solve, float64 and strictly monotone, and the positions in them of the states that are wanted."""
+
+    nodes: np.ndarray
+    wanted: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What holds for adaptive methods alone."""
+
+    tolerance: Tolerance
+    max_steps: int
+
+
+def solve_ode(field: OdeField, y0: Tensor, stops: Stops, method: Table | EmbeddedRungeKutta, accuracy: Accuracy) -> Tensor:
+    """[T, *y0.shape], the wanted states in y0's dtype; between them the state is float32 (float64 for float64).
+
+    Where gradients are enabled they are recorded, by plain PyTorch; else an evaluation costs one op.
+    """
+    start = y0 if y0.dim() else y0.reshape(1)
+    shaped = field if y0.dim() else (lambda t, y: field(t, y.reshape(())).reshape(1))
+    if isinstance(method, EmbeddedRungeKutta):
+        states = _adaptive(shaped, start, stops, method, accuracy)
+    else:
+        states = _fixed(shaped, start, stops, method)
+    return torch.stack([state.to(y0.dtype) for state in states]).reshape(len(states), *y0.shape)
+
+
+def _fixed(field: OdeField, y0: Tensor, stops: Stops, table: Table) -> list[Tensor]:
+    plan = ode_plan(table, stops.nodes.tobytes())
+    times, states = time_tensor(plan, y0).to(y0.dtype).unbind(), {0: y0}
+
+    def evaluate(y: Tensor, number: int) -> Tensor:
+        slope = field(times[number], y)
+        check_each(slope, y, y.shape, number)
+        return _ops.native_layout(slope)
+
+    def keep(step: int, y: Tensor) -> None:
+        if step in stops.wanted:
+            states[step] = y.clone()
+
+    backend = _backends.resolve("linear_step", y0.device, None)
+    state = make_state(y0, plan, Layout(y0.dtype), backend, plain=torch.is_grad_enabled())
+    run(plan, state, evaluate, keep)
+    return [states[position] for position in stops.wanted]
+
+
+def _adaptive(field: OdeField, y0: Tensor, stops: Stops, method: EmbeddedRungeKutta, accuracy: Accuracy) -> list[Tensor]:
+    def derivative(t: float, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        y = parts[0].to(y0.dtype)
+        slope = field(torch.full((), t, dtype=y0.dtype, device=y0.device), y)
+        check_output(slope, y)
+        return (_ops.native_layout(slope),)
+
+    start = (y0.to(reference.accumulation_dtype(y0)),)
+    times = [float(stops.nodes[position]) for position in stops.wanted]
+    backend = _backends.resolve("linear_step", y0.device, None)
+    states, _ = solve_adaptive(
+        derivative, start, times, method, accuracy.tolerance, accuracy.max_steps, backend, plain=torch.is_grad_enabled()
+    )
+    return [state for (state,) in states]

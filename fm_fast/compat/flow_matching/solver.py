@@ -1,0 +1,142 @@
+"""``ODESolver``: samples, trajectories and likelihoods of a velocity model.
+
+On purpose it differs in this:
+
+* A fixed-step method without ``step_size`` needs a ``time_grid`` of more than its two ends, where flow_matching takes one step in silence.
+* ``step_size``: a step that contains a time of ``time_grid`` is split there, instead of its ends being interpolated.
+* 16-bit states are float32 between evaluations.
+* ``compute_likelihood`` draws its probe afresh at every step, which lowers the variance, and takes samples of any shape with
+  ``exact_divergence``, float64, and fields that do not depend on x.
+
+:func:`fm_fast.sample` and :func:`fm_fast.log_likelihood` have guidance, several probes with standard errors, and more solvers.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fm_fast import _checks
+from fm_fast._solver.ode import Accuracy, Stops, solve_ode
+from fm_fast.compat._methods import MAX_STEPS, method_named, stops_at, times_of, tolerance_of
+from fm_fast.likelihood import log_likelihood
+from fm_fast.solvers import EmbeddedRungeKutta, Table
+
+__all__ = ["ODESolver"]
+
+FORWARD, BACKWARD = torch.tensor([0.0, 1.0], device="cpu"), torch.tensor([1.0, 0.0], device="cpu")
+
+
+class ODESolver:
+    """Solves dx/dt = velocity_model(x=x, t=t, **extras), t without dimensions."""
+
+    def __init__(self, velocity_model: Callable[..., Tensor]) -> None:
+        if not callable(velocity_model):
+            raise TypeError(f"velocity_model must be callable as velocity_model(x=x, t=t), got {type(velocity_model).__name__}")
+        self.velocity_model = velocity_model
+
+    def sample(
+        self,
+        x_init: Tensor,
+        step_size: float | None,
+        method: str = "euler",
+        atol: float = 1e-5,
+        rtol: float = 1e-5,
+        time_grid: Tensor = FORWARD,
+        return_intermediates: bool = False,
+        enable_grad: bool = False,
+        **model_extras: Any,
+    ) -> Tensor:
+        """The state at the last time of ``time_grid``; at all of them, [T, B, ...], with ``return_intermediates``.
+
+        Args:
+            x_init: [B, ...], floating, the state at the first time.
+            step_size: of fixed steps; None: they are the intervals of time_grid, of which there must then be more than one.
+            method: one of torchdiffeq's explicit Runge-Kutta methods, or "tsit5".
+            atol, rtol: of adaptive methods.
+            time_grid: strictly increasing or decreasing times.
+            enable_grad: record gradients.
+            model_extras: passed on to the model.
+
+        Raises:
+            ValueError, TypeError: for any argument out of range or of wrong shape or dtype, naming it.
+            RuntimeError: an adaptive method cannot go on.
+        """
+        _checks.state("x_init", x_init)
+        chosen = method_named(method)
+        stops = _stops(chosen, method, step_size, time_grid, return_intermediates)
+        with torch.set_grad_enabled(enable_grad):
+            states = solve_ode(
+                lambda t, x: self.velocity_model(x=x, t=t, **model_extras),
+                x_init, stops, chosen, Accuracy(tolerance_of(rtol, atol), MAX_STEPS),
+            )  # fmt: skip
+        return states if return_intermediates else states[-1]
+
+    def compute_likelihood(
+        self,
+        x_1: Tensor,
+        log_p0: Callable[[Tensor], Tensor],
+        step_size: float | None,
+        method: str = "euler",
+        atol: float = 1e-5,
+        rtol: float = 1e-5,
+        time_grid: Tensor = BACKWARD,
+        return_intermediates: bool = False,
+        exact_divergence: bool = False,
+        enable_grad: bool = False,
+        **model_extras: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """(x_0, log p(x_1)): the state at time 0, and the log-density [B] in nats.
+
+        Args:
+            x_1: data [B, ...], floating.
+            log_p0: the log-density [B] of the source.
+            step_size, method, atol, rtol, model_extras: as in :meth:`sample`.
+            time_grid: strictly decreasing times from 1 to 0.
+            return_intermediates: False; the states on the way are those of :meth:`sample` with the same grid.
+            exact_divergence: instead of one Rademacher probe.
+            enable_grad: log p can be differentiated.
+
+        Raises: as :meth:`sample`, and :func:`fm_fast.log_likelihood`.
+        """
+        _checks.state("x_1", x_1)
+        chosen, times = method_named(method), times_of("time_grid", time_grid)
+        if return_intermediates:
+            raise ValueError("return_intermediates must be False in compute_likelihood; sample with the same time_grid gives the states")
+        if times[0] != 1.0 or times[-1] != 0.0:
+            raise ValueError(f"time_grid must run from 1 to 0, got {times[0]} to {times[-1]}")
+        adaptive = isinstance(chosen, EmbeddedRungeKutta)
+        nodes = _stops(chosen, method, step_size, time_grid, False).nodes
+        found = log_likelihood(
+            _Timed(self.velocity_model, model_extras), x_1, method=chosen, grid="uniform" if adaptive else nodes[::-1].tolist(),
+            rtol=rtol, atol=atol, max_steps=MAX_STEPS, kind="exact" if exact_divergence else "rademacher", prior=log_p0,
+            create_graph=enable_grad,
+        )  # fmt: skip
+        return found.x0.to(x_1.dtype), found.logp
+
+
+class _Timed(nn.Module):
+    """The model as fm_fast calls it, with t [B], of which all are equal."""
+
+    def __init__(self, velocity_model: Callable[..., Tensor], extras: dict[str, Any]) -> None:
+        super().__init__()
+        self.velocity_model, self.extras = velocity_model, extras
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.velocity_model(x=x, t=t[0] if len(t) else t.new_zeros(()), **self.extras)
+
+
+def _stops(
+    chosen: Table | EmbeddedRungeKutta, method: str, step_size: float | None, time_grid: Tensor, return_intermediates: bool
+) -> Stops:
+    times = times_of("time_grid", time_grid)
+    wanted: Sequence[int] = range(len(times)) if return_intermediates else (0, len(times) - 1)
+    if not isinstance(chosen, EmbeddedRungeKutta):
+        if step_size is None and len(times) == 2:
+            raise ValueError(f"step_size must be given for the fixed-step method {method!r}, or time_grid hold every step, got two times")
+        return stops_at(times, step_size, wanted)
+    if step_size is not None:
+        warnings.warn(f"step_size has no effect on the adaptive method {method!r}, whose steps follow atol and rtol", stacklevel=3)
+    return Stops(times, tuple(wanted))

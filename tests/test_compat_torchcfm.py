@@ -1,0 +1,188 @@
+"""Matchers with torchcfm's arguments: closed forms, its numbers from its seeds, and what is finite where its are not."""
+
+import importlib
+import math
+
+import pytest
+import torch
+
+from fm_fast.compat import torchcfm as ours
+
+MATCHERS = [
+    "ConditionalFlowMatcher",
+    "TargetConditionalFlowMatcher",
+    "VariancePreservingConditionalFlowMatcher",
+    "ExactOptimalTransportConditionalFlowMatcher",
+    "SchrodingerBridgeConditionalFlowMatcher",
+]
+PAIRED = MATCHERS[3:]
+ORDER = torch.tensor([5, 0, 7, 2, 1, 6, 4, 3])  # x1[i] lies next to x0[ORDER[i]]
+
+
+def pair(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    x1 = torch.randn(8, 3, 4, 4, generator=generator, dtype=torch.float64)
+    near = x1 + 0.01 * torch.randn(8, 3, 4, 4, generator=generator, dtype=torch.float64)
+    return near[ORDER.argsort()].to(dtype), x1.to(dtype)
+
+
+def seeded(draw, *arguments, **more):
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        return draw(*arguments, **more)
+
+
+def theirs():
+    return pytest.importorskip("torchcfm.conditional_flow_matching", exc_type=ImportError)
+
+
+def closed_form(name, sigma, x0, x1, t, epsilon):
+    """(x_t, u_t) of the path's definition and its derivative."""
+    t = t.reshape(-1, 1, 1, 1)
+    if name == "TargetConditionalFlowMatcher":
+        return t * x1 + (1 - (1 - sigma) * t) * epsilon, x1 - (1 - sigma) * epsilon
+    if name == "VariancePreservingConditionalFlowMatcher":
+        c, s = torch.cos(math.pi * t / 2), torch.sin(math.pi * t / 2)
+        return s * x1 + c * x0 + sigma * epsilon, math.pi / 2 * (c * x1 - s * x0)
+    mean = t * x1 + (1 - t) * x0
+    if name == "SchrodingerBridgeConditionalFlowMatcher":
+        root = torch.sqrt(t * (1 - t))
+        return mean + sigma * root * epsilon, x1 - x0 + sigma * (1 - 2 * t) / (2 * root) * epsilon
+    return mean + sigma * epsilon, x1 - x0
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.3])
+@pytest.mark.parametrize("name", MATCHERS)
+def test_closed_forms(name, sigma):
+    x0, x1 = pair()
+    sigma = sigma or (1.0 if name == MATCHERS[-1] else 0.0)
+    matcher = getattr(ours, name)(sigma)
+    t, xt, ut, epsilon = seeded(matcher.sample_location_and_conditional_flow, x0, x1, return_noise=True)
+    assert t.shape == (8,) and t.dtype == x0.dtype and t.min() >= 0.0 and t.max() < 1.0
+    paired = x0[ORDER] if name in PAIRED else x0
+    error = 1e-5 if name == MATCHERS[-1] else 1e-12  # TINY in the quotient
+    for found, expected in zip((xt, ut), closed_form(name, sigma, paired, x1, t, epsilon), strict=True):
+        torch.testing.assert_close(found, expected, rtol=error, atol=error)
+    if sigma == 0.0:
+        assert len(seeded(matcher.sample_location_and_conditional_flow, x0, x1)) == 3
+        torch.testing.assert_close(seeded(matcher.sample_location_and_conditional_flow, x0, x1)[1], xt)
+
+
+@pytest.mark.parametrize("return_noise", [False, True])
+@pytest.mark.parametrize("sigma", [0.0, 0.5])
+@pytest.mark.parametrize("name", MATCHERS[:3])
+def test_the_numbers_of_torchcfm(name, sigma, return_noise):
+    x0, x1 = pair(torch.float32)
+    draws = [
+        seeded(getattr(module, name)(sigma).sample_location_and_conditional_flow, x0, x1, return_noise=return_noise)
+        for module in (ours, theirs())
+    ]
+    assert len(draws[0]) == len(draws[1]) == 3 + return_noise
+    for found, expected in zip(*draws, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MATCHERS)
+def test_the_parts_of_torchcfm(name):
+    x0, x1 = pair()
+    t, epsilon = torch.linspace(0.05, 0.95, 8, dtype=torch.float64), torch.ones_like(x0)
+    one, other = getattr(ours, name)(0.5), getattr(theirs(), name)(0.5)
+    xt = other.sample_xt(x0, x1, t, epsilon)
+    torch.testing.assert_close(one.sample_xt(x0, x1, t, epsilon), xt)
+    torch.testing.assert_close(one.compute_mu_t(x0, x1, t), other.compute_mu_t(x0, x1, t))
+    torch.testing.assert_close(one.compute_conditional_flow(x0, x1, t, xt), other.compute_conditional_flow(x0, x1, t, xt))
+    for part in ("compute_sigma_t", "compute_lambda"):
+        torch.testing.assert_close(torch.as_tensor(getattr(one, part)(t)), torch.as_tensor(getattr(other, part)(t)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["TargetConditionalFlowMatcher", "SchrodingerBridgeConditionalFlowMatcher"])
+def test_velocities_are_finite_in_sixteen_bits_at_both_ends(name, dtype):
+    x0, x1 = pair(dtype)
+    matcher = getattr(ours, name)(1.0 if name in PAIRED else 0.0)
+    for end in (0.0, 1.0):
+        _, _, ut = seeded(matcher.sample_location_and_conditional_flow, x0, x1, t=torch.full((8,), end, dtype=dtype))
+        assert ut.dtype == dtype and bool(ut.isfinite().all())
+
+
+def test_no_noise_is_drawn_without_a_width():
+    class Silent(ours.ConditionalFlowMatcher):
+        def sample_noise_like(self, x):
+            raise AssertionError("drawn")
+
+    x0, x1 = pair()
+    assert len(Silent().sample_location_and_conditional_flow(x0, x1)) == 3
+    with pytest.raises(AssertionError, match="drawn"):
+        Silent(0.1).sample_location_and_conditional_flow(x0, x1)
+
+
+@pytest.mark.parametrize("name", ["TargetConditionalFlowMatcher", "SchrodingerBridgeConditionalFlowMatcher"])
+def test_a_subclass_may_change_any_part(name):
+    class Halved(getattr(ours, name)):
+        def compute_conditional_flow(self, x0, x1, t, xt):
+            return 0.5 * super().compute_conditional_flow(x0, x1, t, xt)
+
+    x0, x1 = pair()
+    arguments = (x0, x1, torch.full((8,), 0.3, dtype=torch.float64))
+    whole = seeded(getattr(ours, name)(0.5).sample_location_and_conditional_flow, *arguments)
+    half = seeded(Halved(0.5).sample_location_and_conditional_flow, *arguments)
+    torch.testing.assert_close(half[2], 0.5 * whole[2], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_labels_stay_with_their_samples(name):
+    x0, x1 = pair()
+    labels = torch.arange(8)
+    draw = getattr(ours, name)(0.1).guided_sample_location_and_conditional_flow
+    t, xt, ut, y0, y1 = seeded(draw, x0, x1, y0=10 * labels, y1=labels)
+    assert torch.equal(y0, 10 * ORDER) and y1 is labels
+    for found, expected in zip((t, xt, ut), seeded(getattr(ours, name)(0.1).sample_location_and_conditional_flow, x0, x1), strict=True):
+        assert torch.equal(found, expected)
+    assert seeded(draw, x0, x1, return_noise=True)[3:5] == (None, None)
+
+
+WRONG = [
+    (lambda x0, x1: ours.ConditionalFlowMatcher(-1.0), ValueError, "sigma must not be negative, got -1.0"),
+    (lambda x0, x1: ours.SchrodingerBridgeConditionalFlowMatcher(0.0), ValueError, "sigma must be positive, got 0.0"),
+    (
+        lambda x0, x1: ours.SchrodingerBridgeConditionalFlowMatcher(1.0, "sinkhorn"),
+        ValueError,
+        "ot_method must be one of exact, got 'sinkhorn'",
+    ),
+    (lambda x0, x1: (x0[:, :, :, :1], x1), ValueError, r"x0 must have the shape of x1, \(8, 3, 4, 4\), got \(8, 3, 4, 1\)"),
+    (lambda x0, x1: (x0.float(), x1), TypeError, "x0 must have the dtype of x1, torch.float64, got torch.float32"),
+    (lambda x0, x1: (x0.long(), x1), TypeError, "x0 must be float64, float32, bfloat16 or float16, got torch.int64"),
+    (lambda x0, x1: (x0, x1, torch.full((8,), 1.5)), ValueError, r"t must lie in \[0, 1\]"),
+    (lambda x0, x1: (x0, x1, torch.rand(3)), ValueError, r"t must be a number, a scalar tensor or have shape \[8\], got \(3,\)"),
+    (lambda x0, x1: (x0, x1, 0.5), TypeError, "t must be a torch.Tensor, got float"),
+]
+
+
+@pytest.mark.parametrize(("given", "kind", "message"), WRONG)
+@pytest.mark.parametrize("name", ["ConditionalFlowMatcher", "ExactOptimalTransportConditionalFlowMatcher"])
+def test_wrong_arguments(name, given, kind, message):
+    with pytest.raises(kind, match=message):
+        getattr(ours, name)().sample_location_and_conditional_flow(*given(*pair()))
+
+
+def test_a_bridge_of_almost_no_width_warns():
+    with pytest.warns(UserWarning, match="sigma = 0.0001 makes the bridge's velocity very large"):
+        ours.SchrodingerBridgeConditionalFlowMatcher(1e-4)
+
+
+def test_a_step_trains_a_network():
+    """The loop of torchcfm's readme, with one import changed."""
+    torch.manual_seed(0)
+    matcher = importlib.import_module("fm_fast.compat.torchcfm").ConditionalFlowMatcher(sigma=0.0)
+    model = torch.nn.Linear(3, 2)
+    optimiser = torch.optim.Adam(model.parameters(), 0.05)
+    losses = []
+    for _ in range(200):
+        x1 = torch.tensor([2.0, -1.0]) + 0.1 * torch.randn(64, 2)
+        t, xt, ut = matcher.sample_location_and_conditional_flow(torch.randn_like(x1), x1)
+        loss = torch.mean((model(torch.cat([xt, t[:, None]], 1)) - ut) ** 2)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])

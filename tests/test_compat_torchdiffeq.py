@@ -1,0 +1,143 @@
+"""odeint with torchdiffeq's arguments: its numbers, its evaluations, exact solutions, and words for what is not covered."""
+
+import math
+
+import pytest
+import torch
+import torchdiffeq
+
+from fm_fast.compat.torchdiffeq import odeint
+
+Y0 = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).reshape(3, 4)
+TIMES = torch.tensor([0.5, 0.9, 1.1, 2.0, 2.5], dtype=torch.float64)
+FIXED = ["euler", "midpoint", "heun2", "heun3", "rk4"]
+SAME_STEPS = ["dopri5", "bosh3"]
+
+
+def pull(t, y):
+    return torch.sin(3.0 * y) * (1.0 + t) - y
+
+
+class Counted:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, t, y):
+        self.calls += 1
+        assert t.dim() == 0 and t.dtype == y.dtype
+        return pull(t, y)
+
+
+def both(t, **arguments):
+    """(ours, theirs), each with its evaluations."""
+    ours, theirs = Counted(), Counted()
+    with torch.no_grad():
+        found = odeint(ours, Y0, t, **arguments), torchdiffeq.odeint(theirs, Y0, t, **arguments)
+    return (found[0], ours.calls), (found[1], theirs.calls)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("options", [None, {"step_size": 0.1}])
+def test_fixed_steps(options, method, backwards):
+    times = TIMES.flip(0) if backwards else TIMES
+    (found, calls), (expected, others) = both(times, method=method, options=options)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert calls == others
+
+
+def test_a_step_is_split_at_a_time_inside_it():
+    found = odeint(
+        lambda t, y: 2.0 * t.expand(1), torch.zeros(1), torch.tensor([0.0, 0.25, 1.0]), method="midpoint", options={"step_size": 0.4}
+    )
+    torch.testing.assert_close(found[:, 0], torch.tensor([0.0, 0.0625, 1.0]))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("method", SAME_STEPS)
+def test_adaptive_steps(method, backwards):
+    """torchdiffeq's last step goes beyond the end."""
+    times = TIMES.flip(0) if backwards else TIMES
+    (found, calls), (expected, others) = both(times, method=method, rtol=1e-6, atol=1e-6)
+    assert others - 8 <= calls <= others + 8
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[1:], odeint(pull, Y0, times, method="dopri8", rtol=1e-11, atol=1e-11)[1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [None, "dopri5", "tsit5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"])
+def test_an_exact_solution(method):
+    found = odeint(lambda t, y: -t * y, Y0, TIMES, method=method, rtol=1e-6, atol=1e-6)
+    exact = Y0 * torch.exp(0.5 * (TIMES[0] ** 2 - TIMES**2))[:, None, None]
+    error = 1e-2 if method == "fehlberg2" else 1e-4
+    torch.testing.assert_close(found, exact, rtol=error, atol=error)
+    assert torch.equal(found[0], Y0)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (2, 3, 4, 4)], ids=str)
+def test_shapes(shape, method):
+    start = torch.ones(shape, dtype=torch.float64)
+    with torch.no_grad():
+        found = odeint(lambda t, y: -y, start, torch.linspace(0.0, 1.0, 21), method=method)
+    assert found.shape == (21, *shape)
+    torch.testing.assert_close(found[-1], math.exp(-1.0) * start, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_sixteen_bits_keep_what_small_steps_add(method):
+    seen = set()
+
+    def slow(t, y):
+        seen.add((t.dtype, y.dtype))
+        return torch.ones_like(y)
+
+    found = odeint(slow, torch.ones(4, dtype=torch.bfloat16), torch.linspace(0.0, 1.0, 1001), method=method, rtol=1e-3, atol=1e-3)
+    assert seen == {(torch.bfloat16, torch.bfloat16)} and found.dtype == torch.bfloat16
+    torch.testing.assert_close(found[-1].float(), torch.full((4,), 2.0), rtol=0.01, atol=0.0)
+
+
+@pytest.mark.parametrize("method", ["midpoint", "dopri5"])
+def test_gradients(method):
+    grown = []
+    for solver in (odeint, torchdiffeq.odeint):
+        start, rate = Y0.clone().requires_grad_(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        states = solver(lambda t, y, rate=rate: -rate * t * y, start, TIMES, method=method, rtol=1e-8, atol=1e-8)
+        states.square().sum().backward()
+        grown.append((start.grad, rate.grad))
+    for ours, theirs in zip(*grown, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_is_recorded_without_gradients():
+    with torch.no_grad():
+        assert not odeint(pull, Y0.clone().requires_grad_(), TIMES, method="rk4").requires_grad
+
+
+WRONG = [
+    ({"y0": (Y0, Y0)}, TypeError, "y0 must be a tensor, got a tuple"),
+    ({"y0": Y0.long()}, TypeError, "y0 must be float64, float32, bfloat16 or float16, got torch.int64"),
+    ({"t": [0.0, 1.0]}, TypeError, "t must be a torch.Tensor, got list"),
+    ({"t": torch.zeros(1)}, ValueError, r"t must hold two or more times in one dimension, got shape \(1,\)"),
+    ({"t": torch.tensor([0.0, 1.0, 1.0])}, ValueError, "t must be strictly increasing or strictly decreasing"),
+    ({"t": torch.tensor([0.0, math.nan])}, ValueError, "t must be strictly increasing or strictly decreasing"),
+    ({"t": TIMES.clone().requires_grad_()}, ValueError, "t must not require a gradient"),
+    ({"method": "implicit_adams"}, ValueError, "method must be one of euler, midpoint, .*, got 'implicit_adams'"),
+    ({"method": "rk4", "options": {"step_size": 0.0}}, ValueError, "step_size must be positive, got 0.0"),
+    (
+        {"method": "rk4", "options": {"perturb": True}},
+        ValueError,
+        "options must hold nothing but 'step_size' for the method 'rk4', got 'perturb'",
+    ),
+    ({"options": {"first_step": 0.1}}, ValueError, "options must hold nothing but 'max_num_steps' for the method 'dopri5'"),
+    ({"options": {"max_num_steps": 3}, "func": lambda t, y: torch.sin(300 * y)}, RuntimeError, "dopri5 did not reach the end"),
+    ({"rtol": 0.0}, ValueError, "rtol must be positive"),
+    ({"func": lambda t, y: y[0], "method": "euler"}, ValueError, r"must return the shape of its input, \(3, 4\), got \(4,\)"),
+    ({"func": lambda t, y: y.mul_(2.0), "method": "euler"}, RuntimeError, "must leave its input x as it is"),
+]
+
+
+@pytest.mark.parametrize(("changed", "kind", "message"), WRONG)
+def test_what_is_wrong_or_not_covered(changed, kind, message):
+    given = {"func": pull, "y0": Y0, "t": TIMES, **changed}
+    with torch.no_grad(), pytest.raises(kind, match=message):
+        odeint(given.pop("func"), given.pop("y0"), given.pop("t"), **given)
