@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fm_fast import _backends, _checks, _modes, _ops
+from fm_fast._constants import unit_words
 from fm_fast._philox import GOLDEN, INDEX_LIMIT, Kind, Stream
 
 __all__ = ["Kind", "Stream", "make_key", "noise"]
@@ -120,8 +121,20 @@ def make_key(
     numbers = [part for part in parts if not isinstance(part, Tensor)]
     if device.type == "cpu" and len(numbers) == len(parts) and not torch.compiler.is_compiling():
         return _host_words(numbers)
+    units = unit_words(device)
+    if units is not None and len(numbers) == len(parts):
+        return _combined(units, numbers)
     # Also for compilers: torch.tensor is a chain of selections to inductor, which copies it into every use of a word.
-    return torch.cat([_as_vector(part, device) for part in parts])
+    return torch.cat([_as_vector(part, device, units) for part in parts])
+
+
+def _combined(units: Tensor, words: Sequence[int]) -> Tensor:
+    """The words, by one small kernel for the seed and one for each other that is not 0."""
+    key = units[0] * words[0]
+    for unit, word in zip(units[1:], words[1:], strict=True):
+        if word != 0:
+            key.add_(unit, alpha=word)
+    return key
 
 
 def _host_words(words: Sequence[int]) -> Tensor:
@@ -131,16 +144,19 @@ def _host_words(words: Sequence[int]) -> Tensor:
     return torch.frombuffer(array.array("q", words), dtype=torch.int64)
 
 
-def _as_vector(part: Whole, device: torch.device) -> Tensor:
+def _as_vector(part: Whole, device: torch.device, units: Tensor | None) -> Tensor:
     if isinstance(part, Tensor):
         return part.reshape(-1).to(device)
+    if units is not None and part == 0:
+        return units[0, 1:2]  # which is there already
     return torch.full((1,), part, dtype=torch.int64, device=device)
 
 
 def fresh_seed(device: torch.device) -> Tensor:
     """A seed from torch's generator, int64 [1], with the process-group rank folded in."""
     seed = torch.randint(_checks.MAX_SEED - 1, (1,), dtype=torch.int64, device=device)
-    return seed ^ (_rank() * GOLDEN)
+    rank = _rank()
+    return seed ^ (rank * GOLDEN) if rank else seed
 
 
 def _rank() -> int:

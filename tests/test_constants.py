@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import fm_fast as fm
-from fm_fast import _modes
-from fm_fast._solver import constants
+from fm_fast import _constants as constants
+from fm_fast import _modes, random
 
 CUDA = torch.device("cuda")
 VALUES = np.array([[1.0, 0.25], [1.0, 0.75]])
@@ -68,3 +68,29 @@ def test_samples_are_marked_where_a_capture_forbids_to_look(capture):
     capture(False)
     with pytest.raises(FloatingPointError):
         fm.sample(lambda x, t: x / 0.0, torch.ones(2, 3), steps=1)
+
+
+# Keys of the noise
+
+
+@pytest.mark.parametrize("words", [(0, 0, None), (7, 0, 0), (2**63 - 1, 2**32 - 1, 2**32 - 5), (3, 5, None)])
+def test_a_key_of_numbers_takes_no_copy_from_the_host(capture, monkeypatch, words):
+    """On a GPU: torch.full would need one here."""
+    units = constants.unit_words(CUDA)
+    capture(True)
+    launches = []
+    monkeypatch.setattr(
+        torch.Tensor, "add_", lambda self, other, alpha, add=torch.Tensor.add_: launches.append(alpha) or add(self, other, alpha=alpha)
+    )
+    key = random.make_key(*words, 4, CUDA)
+    assert key.tolist() == [word or 0 for word in words] and len(launches) == sum(1 for word in words[1:] if word)
+    assert torch.equal(units, torch.eye(3, dtype=torch.int64)), "what is kept was not written to"
+    assert random._as_vector(0, CUDA, units).tolist() == [0]
+
+
+def test_a_capture_that_comes_first_fills_its_key(capture, monkeypatch):
+    capture(True)
+    assert constants.unit_words(CUDA) is None
+    full = torch.full
+    monkeypatch.setattr(torch, "full", lambda *shape, device, **more: full(*shape, **more))
+    assert random.make_key(3, 5, None, 4, CUDA).tolist() == [3, 5, 0]

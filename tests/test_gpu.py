@@ -1,5 +1,6 @@
 """Every backend of a CUDA device on a real GPU, through the public functions: parity, CUDA graphs, repeatability, streams, size."""
 
+import itertools
 import sys
 import warnings
 
@@ -10,7 +11,7 @@ from device_parity import SEED, STEP, array, data, sample_path
 from trainer_helpers import tiny
 
 import fm_fast as fm
-from fm_fast import _backends, _ops
+from fm_fast import _backends, _ops, random
 from fm_fast.train.data import DataOrder, digits
 from fm_fast.train.graph import WARM_UP_STEPS, GraphedStep
 from fm_fast.train.loop import advance
@@ -145,6 +146,14 @@ def test_backends_agree():
     assert torch.equal(s.t, t.t)
     torch.testing.assert_close(s.x_t, t.x_t, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(s.loss(o), t.loss(o), rtol=2e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("words", [(0, 0, 0), (7, 0, 0), (2**63 - 2, 2**32 - 1, 2**32 - 9), (3, 5, 0)])
+def test_keys_of_numbers_and_of_tensors(words):
+    device, (seed, step, first) = torch.device("cuda", 0), words
+    assert random.make_key(*words, 8, device).tolist() == [*words]
+    for one, other in itertools.product(*[(word, torch.tensor(word, device=device)) for word in (seed, step)]):
+        assert random.make_key(one, other, first, 8, device).tolist() == [*words]
 
 
 def test_a_captured_graph_draws_new_noise_at_each_replay(place):

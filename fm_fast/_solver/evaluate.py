@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fm_fast import _ops, reference
 from fm_fast._checks import FLOATING
-from fm_fast._solver.constants import own_constant
+from fm_fast._constants import own_constant
 from fm_fast._solver.field import Field, check_output
 from fm_fast._solver.loop import Evaluate
 from fm_fast._solver.plan import Plan

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fm_fast import _modes
 from fm_fast._codes import PathCode
-from fm_fast._solver.constants import own_constant
+from fm_fast._constants import own_constant
 from fm_fast._solver.loop import Evaluate
 from fm_fast._solver.plan import Plan
 from fm_fast._solver.settings import Settings

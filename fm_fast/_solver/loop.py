@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fm_fast import _modes, _ops, reference
-from fm_fast._solver.constants import constant
+from fm_fast._constants import constant
 from fm_fast._solver.plan import Plan, Stage
 
 # (input of the network, number of the evaluation) -> output

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fm_fast import _checks, _ops
+from fm_fast._constants import constant
 from fm_fast._philox import Kind, Stream
-from fm_fast._solver.constants import constant
 
 KINDS = ("auto", "exact", "rademacher", "gaussian", "hadamard", "coloured")
 ALWAYS_EXACT = 4
