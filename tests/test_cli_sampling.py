@@ -279,7 +279,7 @@ def test_wrong_command_lines(arguments, message, capsys):
         (["sample", "RUN", "--method", "rk4", "--atol", "1e-5"], "atol: expected none for the fixed-step method rk4"),
         (["likelihood", "RUN", "--atol", "1e-5"], "atol: expected none for the fixed-step method midpoint"),
         (["likelihood", "RUN", "--method", "dopri5", "--grid", "shift"], "grid: expected none for the adaptive method dopri5"),
-        (["sample", "RUN", "--t1", "1.5"], "t1"),
+        (["sample", "RUN", "--t1", "1.5"], "<= t0 < t1 <= 1, got 0.0 and 1.5; t0 is the noise's end of every solve"),
         (["likelihood", "RUN", "--t0", "0.5", "--t1", "0.25"], "t0"),
         (["sample", "RUN", "--out", "no/such.png"], "no/such.png: there is no folder no"),
         (["sample", "RUN", "--out", "FOLDER.png"], "out: expected a file, FOLDER.png is a folder"),
