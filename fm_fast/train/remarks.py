@@ -42,7 +42,7 @@ def _never_told(config: TrainConfig) -> bool:
 
 def remarks(config: TrainConfig, dataset: Dataset, share: int) -> list[str]:
     """Lines for the start of a run on these data; share: images of a step in each process."""
-    found, heights = [], _heights(config)
+    found, heights = list(dataset.left_out), _heights(config)
     if config.coupling == "optimal" and share == 1:
         found.append("note: coupling optimal has no effect, because a process has one image a step")
     if _never_told(config):
