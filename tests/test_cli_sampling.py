@@ -23,7 +23,7 @@ SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels"
 RUN = ["train", "digits", "--steps", "8", "--batch-size", "32", "--learning-rate", "0.02", "--warmup", "1", "--ema-decay", "0"]
 RUN += ["--no-evaluate", *SMALL]
 OPTIONS = {
-    "sample": "weights seed batch-size device classes data count out guidance method steps grid rtol atol t0 t1",
+    "sample": "weights seed batch-size device classes data count out images guidance method steps grid rtol atol t0 t1",
     "likelihood": "weights seed batch-size device data limit unconditional method steps grid rtol atol t0 t1 probes kind replicates draws"
     " json progress",
 }
