@@ -149,7 +149,8 @@ def _resume(run: Run) -> None:
 
 def _run(run: Run) -> float:
     """All remaining steps; returns the seconds they took, without pictures and checkpoints."""
-    logger = Logger(run.folder, run.config, run.state.step, run.team, flops_per_image(run.config.model))
+    skipped = run.state.optimiser.skipped
+    logger = Logger(run.folder, run.config, run.state.step, run.team, flops_per_image(run.config.model), skipped)
     started = time.perf_counter()
     try:
         return _steps(run, logger) - started
@@ -167,7 +168,7 @@ def _steps(run: Run, logger: Logger) -> float:
             loss = take_step()
             if state.step == 1 and team.first:
                 run.folder.clear()
-            logger.step(state.step, loss.mean, rate, loss.by_quartile)
+            logger.step(state.step, loss.mean, rate, loss.by_quartile, loss.gradient_norm)
             paused += logger.without_timing(lambda: _interval_files(run, logger))
             signal = vote(asked())
             if signal and state.step < config.steps:
