@@ -31,6 +31,7 @@ def test_an_image_is_turned_as_the_camera_noted(orientation, suffix, tmp_path):
     assert np.array_equal(read(tmp_path / f"x{suffix}"), UPRIGHT[orientation](PIXELS))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_damaged_note_does_not_matter(tmp_path):
     image.fromarray(PIXELS).save(tmp_path / "x.png", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff\x12")
     assert np.array_equal(read(tmp_path / "x.png"), PIXELS)

@@ -14,7 +14,9 @@ def require_empty(name: str, text: str) -> Path:
     folder = as_folder(name, text)
     entries = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
     if entries:
-        raise FileExistsError(f"{name}: expected a new or an empty folder, so that other images stay apart, {folder} has {entries} entries")
+        raise FileExistsError(
+            f"{name}: expected a new or an empty folder, so that other images stay apart, got {folder} with {entries} in it"
+        )
     nearest = next(place for place in (folder, *folder.parents) if place.is_dir())
     if not os.access(nearest, os.W_OK):
         raise PermissionError(f"{name}: expected a folder that can be written into, got {folder}")
