@@ -69,7 +69,10 @@ def _likelihood(options: argparse.Namespace) -> None:
 
 
 def _solver(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of bits_per_dim."""
+    """The arguments of bits_per_dim. Raises ValueError for probes that an exact divergence does not take."""
+    for name in ("probes", "replicates") if options.kind == "exact" else ():
+        if getattr(options, name) != 1:
+            raise ValueError(f"{name}: expected none with --kind exact, which computes the divergence, got {getattr(options, name)}")
     names = ("probes", "kind", "replicates", "draws", "progress")
     return {**solver_of(options, options.method, STEPS), **{name: getattr(options, name) for name in names}}
 

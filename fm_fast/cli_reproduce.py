@@ -23,10 +23,12 @@ def add_reproduce(commands: Any) -> None:
     table1.add_argument("--source", type=Path, metavar="DIR", help="folder of Fashion-MNIST's IDX files [that of Debian's package]")
     table1.set_defaults(run=_table1)
     checkerboard = _add(
-        comparisons, "checkerboard", "Figures 4, 9 and 10: five objectives in two dimensions", 4000, "training steps of each"
+        comparisons, "checkerboard", "Figures 4, 9 and 10: five objectives in two dimensions", 4000, "training steps of each, at least 8"
     )
     checkerboard.set_defaults(run=_checkerboard)
-    figures = _add(comparisons, "figures", "Figures 6 and 7 (left) on exact flows, no training", 500, "steps of the reference solution")
+    figures = _add(
+        comparisons, "figures", "Figures 6 and 7 (left) on exact flows, no training", 500, "steps of the reference solution, at least 100"
+    )
     figures.add_argument("--draws", type=positive, default=3, metavar="INT", help="data sets [3]")
     figures.set_defaults(run=_figures)
     for comparison in (table1, checkerboard, figures):

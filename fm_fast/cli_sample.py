@@ -1,10 +1,10 @@
-"""fm-fast sample: pictures or arrays of samples from a checkpoint."""
+"""fm-fast sample: pictures, arrays or files of samples from a checkpoint."""
 
 import argparse
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +28,31 @@ from fm_fast.train.data import levels_of
 from fm_fast.train.devices import pick_device
 from fm_fast.train.likelihood import require_fitting
 from fm_fast.train.picture import write_images
-from fm_fast.train.sample import enlargements, sample_classes, sample_enlarged
+from fm_fast.train.sample import BatchDone, enlargements, ignore, sample_classes, sample_enlarged
+from fm_fast.train.single_images import ImageFiles, require_empty
 from fm_fast.train.weights import load_model
 
 # Classes of one picture are put in rows of at most this many samples.
 LONGEST_ROW = 20
+DEFAULT_OUT = Path("samples.png")
 
 
 def add_sample(commands: Any) -> None:
     """The command's options."""
     parser = commands.add_parser(
         "sample", allow_abbrev=False, help="draw samples from a checkpoint",
-        description="Draw samples with the weights of a checkpoint, as a picture or as an array.",
+        description="Draw samples with the weights of a checkpoint, as a picture, as an array, or as a file each.",
     )  # fmt: skip
     add_run(parser)
     parser.add_argument("--classes", nargs="+", default=["all"], metavar="CLASS", help="class numbers, all, or none (no condition) [all]")
     parser.add_argument("--count", type=positive, default=10, metavar="INT", help="samples of each class [10]")
     parser.add_argument("--data", metavar="SOURCE", help="of a super-resolution run: the images to reduce and to enlarge again, --count in"
                         " all; digits:test, PATH[:train|:test] [the run's data, :test]")  # fmt: skip
-    parser.add_argument("--out", type=_output_file, default=Path("samples.png"), metavar="FILE",
+    parser.add_argument("--out", type=_output_file, metavar="FILE",
                         help="a .png picture, one row a class, or an .npz archive with images (uint8 [N, C, H, W]) and labels"
-                        " [samples.png]")  # fmt: skip
+                        " [samples.png, or none with --images]")  # fmt: skip
+    parser.add_argument("--images", metavar="FOLDER", help="a new or empty folder for a PNG file a sample, 000012-class-3.png and so on, of"
+                        " the network's size and 0..255, as other programs read them")  # fmt: skip
     parser.add_argument("--guidance", type=float, metavar="FLOAT", help="guidance weight; 1 is no guidance [that of the run's pictures]")
     parser.add_argument("--method", choices=[*METHODS, *ADAPTIVE], metavar="NAME",
                         help=f"solver: {', '.join(METHODS)}; adaptive: {', '.join(ADAPTIVE)} [that of the run's pictures]")  # fmt: skip
@@ -62,25 +66,47 @@ def _output_file(text: str) -> Path:
     return Path(text)
 
 
+@dataclass(frozen=True)
+class _Targets:
+    """A picture or an archive of all samples, and a folder for each of them; at least one of the two."""
+
+    out: Path | None
+    folder: Path | None
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "_Targets":
+        """What was asked for. Raises OSError or ValueError for what cannot be written."""
+        folder = None if options.images is None else require_empty("images", options.images)
+        out = options.out or (DEFAULT_OUT if folder is None else None)
+        if out is not None:
+            require_target("out", out)
+        return cls(out, folder)
+
+    def of_batches(self, config: TrainConfig, levels: int) -> BatchDone:
+        return ignore if self.folder is None else ImageFiles(self.folder, config.model.image_channels, levels).add
+
+    def __str__(self) -> str:
+        return ", ".join(str(target) for target in (self.out, self.folder) if target is not None)
+
+
 def _sample(options: argparse.Namespace) -> None:
-    device = pick_device(options.device)
-    require_target("out", options.out)
+    device, targets = pick_device(options.device), _Targets.of(options)
     model, config = load_model(options.checkpoint, options.weights)
     classes, solver, levels = _classes(options.classes, config.model.classes), _solver(options, config), levels_of(config.data)
     started = time.perf_counter()
     if config.super_resolution > 1:
-        images = _enlarged(options, model.to(device), config, solver)
+        images = _enlarged(options, targets, model.to(device), config, solver)
     elif options.data is not None:
         raise ValueError(f"data: expected none, because {options.checkpoint} is no super-resolution run, got {options.data}")
     else:
-        numbers = (options.count, options.seed, options.batch_size, levels)
-        images, labels = sample_classes(model.to(device), config, classes, *numbers, **solver)
-        _write(options.out, images, labels, levels, options.count)
+        numbers, each = (options.count, options.seed, options.batch_size, levels), targets.of_batches(config, levels)
+        images, labels = sample_classes(model.to(device), config, classes, *numbers, each, **solver)
+        _write(targets.out, images, labels, levels, options.count)
     seconds = time.perf_counter() - started
-    print(f"{options.out}: {len(images)} samples by {solver['method']}, guidance {solver['guidance']:g}, in {seconds:.1f} s")
+    print(f"{targets}: {len(images)} samples by {solver['method']}, guidance {solver['guidance']:g}, in {seconds:.1f} s")
 
 
-def _enlarged(options: argparse.Namespace, model: nn.Module, config: TrainConfig, solver: dict[str, Any]) -> Tensor:
+def _enlarged(options: argparse.Namespace, targets: _Targets, model: nn.Module, config: TrainConfig, solver: dict[str, Any]) -> Tensor:
     """Samples of images' reduced images, written beside these and the originals; a row of a picture holds one image, or an archive all."""
     if options.classes not in (["all"], ["none"]):
         raise ValueError(f"classes: expected all or none, because an image brings its own, got {' '.join(options.classes)}")
@@ -90,11 +116,12 @@ def _enlarged(options: argparse.Namespace, model: nn.Module, config: TrainConfig
         warn_of_training_images()
     if options.classes == ["none"]:
         originals = replace(originals, labels=originals.labels.fill_(NULL_CLASS))
-    drawn = sample_enlarged(model, config, originals, options.seed, options.batch_size, **solver)
-    if options.out.suffix == ".npz":
-        _write(options.out, drawn, originals.labels, originals.levels, len(drawn))
+    each = targets.of_batches(config, originals.levels)
+    drawn = sample_enlarged(model, config, originals, options.seed, options.batch_size, each, **solver)
+    if targets.out is not None and targets.out.suffix == ".png":
+        _write(targets.out, enlargements(config, originals, drawn), originals.labels, originals.levels, 3)
     else:
-        _write(options.out, enlargements(config, originals, drawn), originals.labels, originals.levels, 3)
+        _write(targets.out, drawn, originals.labels, originals.levels, len(drawn))
     return drawn
 
 
@@ -127,7 +154,9 @@ def _solver(options: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
     return {**solver, "guidance": guidance}
 
 
-def _write(out: Path, images: Tensor, labels: Tensor, levels: int, count: int) -> None:
+def _write(out: Path | None, images: Tensor, labels: Tensor, levels: int, count: int) -> None:
+    if out is None:
+        return
     if out.suffix == ".npz":
         np.savez_compressed(out, images=images.numpy(), labels=labels.numpy())
     else:

@@ -148,7 +148,7 @@ def _checked_pattern(pattern: object, steps: int) -> Times:
 
 def _check_interval(t0: float, t1: float) -> None:
     if not (0.0 <= t0 < t1 <= 1.0):
-        raise ValueError(f"t0 and t1 must satisfy 0 <= t0 < t1 <= 1, got {t0} and {t1}; use encode to go from data to noise")
+        raise ValueError(f"t0 and t1 must satisfy 0 <= t0 < t1 <= 1, got {t0} and {t1}; t0 is the noise's end of every solve")
 
 
 def _as_grid(grid: "str | type | Grid") -> Grid:

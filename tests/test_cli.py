@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import fm_fast
 from fm_fast.cli import FROM_DATA, config_from, main, parser
 from fm_fast.nn import UNetConfig
 from fm_fast.train.config import TrainConfig
+from fm_fast.train.loop import train
 from fm_fast.train.presets import PRESETS
 
 SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "2", "--samples-per-class", "2"]
@@ -92,6 +93,9 @@ def test_errors_are_one_line_and_exit_code_1(arguments, message, capsys, tmp_pat
         (["--device", "meta"], "device: expected auto, cpu, cuda or cuda:N, got 'meta'"),
         (["--resize", "16"], "resize: expected 0 for digits of 8x8 pixels, because only the images of a folder are resized"),
         (["--model.attention-sizes", "16,4"], "model.attention_sizes: expected heights of the network's levels, 8, 4, got (16, 4)"),
+        (["--coupling", "optimal", "--batch-size", "1"], "coupling: expected independent where a process has one image a step, which"),
+        (["--label-drop", "1"], "label_drop: expected less than 1, or --no-conditional: the network would never be told a label, got 1.0"),
+        (["--label-drop", "0.2", "--no-conditional"], "label_drop: expected 0 for a network that is told no labels, got 0.2"),
     ],
 )
 def test_a_run_that_would_not_be_what_was_asked_for_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
@@ -112,6 +116,15 @@ def test_what_has_no_effect_is_said(tmp_path, capsys):
     assert "note: attention in the middle only: no level is as high as model.attention_sizes (16,) (8, 4, 2)" in said
     assert "note: the run ends within its warmup of 1000 steps, at a learning rate of 5.1e-07\n" in said
     assert "no image is of class" not in said
+
+
+def test_what_has_no_effect_is_said_where_nobody_named_it(tmp_path, capsys):
+    """As by a script, or by a run that was begun before it was refused."""
+    config = replace(parsed("digits", *SMALL), steps=1, batch_size=1, coupling="optimal", label_drop=1.0, evaluate=False, out=str(tmp_path))
+    train(config)
+    said = capsys.readouterr().out
+    assert "note: coupling optimal has no effect, because a process has one image a step\n" in said
+    assert "warning: label_drop 1: the network is never told a label, so it learns nothing about the classes\n" in said
 
 
 def test_labels_that_leave_out_classes_are_told(tmp_path, capsys):

@@ -23,7 +23,7 @@ SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels"
 RUN = ["train", "digits", "--steps", "8", "--batch-size", "32", "--learning-rate", "0.02", "--warmup", "1", "--ema-decay", "0"]
 RUN += ["--no-evaluate", *SMALL]
 OPTIONS = {
-    "sample": "weights seed batch-size device classes data count out guidance method steps grid rtol atol t0 t1",
+    "sample": "weights seed batch-size device classes data count out images guidance method steps grid rtol atol t0 t1",
     "likelihood": "weights seed batch-size device data limit unconditional method steps grid rtol atol t0 t1 probes kind replicates draws"
     " json progress",
 }
@@ -279,7 +279,7 @@ def test_wrong_command_lines(arguments, message, capsys):
         (["sample", "RUN", "--method", "rk4", "--atol", "1e-5"], "atol: expected none for the fixed-step method rk4"),
         (["likelihood", "RUN", "--atol", "1e-5"], "atol: expected none for the fixed-step method midpoint"),
         (["likelihood", "RUN", "--method", "dopri5", "--grid", "shift"], "grid: expected none for the adaptive method dopri5"),
-        (["sample", "RUN", "--t1", "1.5"], "t1"),
+        (["sample", "RUN", "--t1", "1.5"], "<= t0 < t1 <= 1, got 0.0 and 1.5; t0 is the noise's end of every solve"),
         (["likelihood", "RUN", "--t0", "0.5", "--t1", "0.25"], "t0"),
         (["sample", "RUN", "--out", "no/such.png"], "no/such.png: there is no folder no"),
         (["sample", "RUN", "--out", "FOLDER.png"], "out: expected a file, FOLDER.png is a folder"),
@@ -294,6 +294,8 @@ def test_wrong_command_lines(arguments, message, capsys):
         (["likelihood", "RUN", "--data", "no/such"], "no/such: no such file or folder"),
         (["likelihood", "RUN", "--data", "digits:valid"], "digits:valid: no such file or folder"),
         (["likelihood", "RUN", "--kind", "coloured", "--probes", "3"], 'kind="coloured"'),
+        (["likelihood", "RUN", "--kind", "exact", "--probes", "3"], "probes: expected none with --kind exact, which computes the"),
+        (["likelihood", "RUN", "--kind", "exact", "--replicates", "2"], "replicates: expected none with --kind exact"),
         (["likelihood", "RUN", "--json", "no/such.json"], "no/such.json: there is no folder no"),
         (["likelihood", "RUN", "--rtol", "0", "--method", "dopri5"], "rtol must be positive, got 0.0"),
         (["sample", "no/such/run"], "no/such/run: no such checkpoint"),

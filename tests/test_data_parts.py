@@ -4,6 +4,7 @@ import pytest
 import torch
 from image_files import random_images, write_cifar, write_idx, write_images
 
+from fm_fast.cli import main
 from fm_fast.train.data import SHARE, TEST_PART, UNDIVIDED, load_dataset
 from fm_fast.train.prepare import Preparation
 
@@ -91,6 +92,59 @@ def test_folder_without_classes(tmp_path):
     assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), pixels) and data.labels.tolist() == [0] * 10 and data.classes == 1
     part = load_dataset(tmp_path / "flat", "test", Preparation(unlabelled=True, test_share=0.3))
     assert len(part) == 3 and part.division == SHARE
+
+
+def names_of(data):
+    """What the images are, by their constant values."""
+    assert bool((data.images == data.images[:, :1, :1, :1]).all())
+    return data.images[:, 0, 0, 0].tolist()
+
+
+def write_constant(folder, **values):
+    """A file a value: a__b__x=3 is a/b/x.png."""
+    image = pytest.importorskip("PIL.Image")
+    for name, value in values.items():
+        file = folder / f"{name.replace('__', '/')}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.new("RGB", (4, 4), (value,) * 3).save(file)
+
+
+def test_images_in_folders_within_a_class_are_of_the_class(tmp_path):
+    write_constant(tmp_path, a__1=1, a__x__2=2, a__x__deep__3=3, b__x__4=4)
+    (tmp_path / "a" / "x" / "again").symlink_to(tmp_path / "a", target_is_directory=True)
+    write_constant(tmp_path, a__x__HIDDEN__5=5)
+    (tmp_path / "a" / "x" / "HIDDEN").rename(tmp_path / "a" / "x" / ".hidden")
+    data = load_dataset(tmp_path)
+    assert names_of(data) == [1, 2, 3, 4] and data.labels.tolist() == [0, 0, 0, 1] and data.left_out == ()
+
+
+def test_images_beside_the_classes_are_told_or_used(tmp_path):
+    write_constant(tmp_path, a__1=1, b__2=2, b__x__3=3, y=4, z=5)
+    (tmp_path / "labels.csv").touch()
+    (tmp_path / "b" / "x" / "3.txt").touch()
+    data = load_dataset(tmp_path)
+    others = f"note: {tmp_path}: 2 of the files (3.txt, labels.csv) left out: no .png, .jpg, .jpeg, .bmp, .gif, .webp"
+    beside = "2 of the images (y.png, z.png) left out: beside the subfolders, of no class (--no-conditional takes them)"
+    assert names_of(data) == [1, 2, 3] and data.left_out == (f"warning: {tmp_path}: {beside}", others)
+    data = load_dataset(tmp_path, preparation=Preparation(unlabelled=True))
+    assert names_of(data) == [1, 2, 3, 4, 5] and (data.labels.tolist(), data.classes, data.left_out) == ([0] * 5, 1, (others,))
+
+
+def test_what_lies_beside_the_parts_is_told(tmp_path):
+    write_constant(tmp_path, train__a__1=1, val__a__2=2, test__a__3=3, more__4=4, x=5)
+    (data,) = {load_dataset(tmp_path, split).left_out for split in ("train", "test")}
+    assert data == (f"note: {tmp_path}: 3 of the entries (more, val, x.png) left out: beside the parts",)
+
+
+def test_commands_tell_what_is_left_out(tmp_path, capsys):
+    write_constant(tmp_path / "set", a__1=1, b__2=2, z=5)
+    size = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--model.multipliers", "1", "--sample-steps", "1"]
+    run = ["train", "--data", str(tmp_path / "set"), "--out", str(tmp_path / "run"), "--steps", "1", "--batch-size", "2", *size]
+    assert main(run) == 0
+    line = f"warning: {tmp_path / 'set'}: 1 of the images (z.png) left out: beside the subfolders, of no class"
+    assert line in capsys.readouterr().out
+    assert main(["likelihood", str(tmp_path / "run"), "--steps", "1"]) == 0
+    assert f"fm-fast: {line}" in capsys.readouterr().err
 
 
 def test_data_tell_how_they_are_divided(tmp_path, idx_folder):

@@ -185,6 +185,8 @@ def test_errors_are_told_before_the_work(run, tmp_path, capsys, monkeypatch):
     assert "no checkpoint-NUMBER.pt in this folder" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--limit", "1"]) == 1
     assert "data, limit: expected at least 2 training and 2 held-out images, got 1500 and 1" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--limit", "4", "--tolerance", "0"]) == 1
+    assert capsys.readouterr().err.splitlines(keepends=True)[-1] == "fm-fast: error: tolerance must be positive, got 0.0\n"
 
 
 @pytest.mark.parametrize("command", ["likelihood", "evaluate"])

@@ -15,7 +15,7 @@ from fm_fast import _ops
 from fm_fast.train.data import DataOrder, digits
 from fm_fast.train.graph import GraphedStep, is_wanted
 from fm_fast.train.loop import advance, train
-from fm_fast.train.step import new_state
+from fm_fast.train.step import new_state, training_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {"label_drop": 0.3, "flip": 0.5, "dequantise": True, "ema_widths": (0.1,)}
@@ -91,6 +91,15 @@ def test_losses_by_quartile_are_replayed_too():
         sums, counts = loss.by_quartile
         assert int(counts.sum()) == 16
         torch.testing.assert_close(sums.sum() / 16, loss.mean)
+
+
+def test_norms_of_gradients_are_replayed_too():
+    config, data = tiny(clip=0.01), digits()
+    order, eager = DataOrder(len(data), 0), new_state(config, CPU)
+    step = GraphedStep(new_state(config, CPU), config, data, order, recorder=Tape())
+    found = [step().gradient_norm for _ in range(WARM_UPS + REPLAYS)]
+    wanted = [training_step(eager, config, data, order).gradient_norm for _ in found]
+    assert torch.equal(torch.stack(found), torch.stack(wanted)) and len(set(map(float, found))) == len(found)
 
 
 def test_a_step_that_is_not_finite_is_skipped_by_a_replay():

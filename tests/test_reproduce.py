@@ -259,7 +259,7 @@ def test_help_lists_every_option(comparison, options, capsys):
 def test_figures_command(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(figures, "path_result", lambda draw, path, seed, steps: original(draw, path, seed, steps, 8, (4, 8, 16)))
-    assert main(["reproduce", "figures", "--steps", "40", "--draws", "2", "--jobs", "1", "--out", str(tmp_path)]) == 0
+    assert main(["reproduce", "figures", "--steps", "100", "--draws", "2", "--jobs", "1", "--out", str(tmp_path)]) == 0
     text, record = capsys.readouterr().out, json.loads((tmp_path / "figures.json").read_text())
     assert [(entry["draw"], entry["path"]) for entry in record["results"]] == [(1, "ot"), (1, "vp"), (2, "ot"), (2, "vp")]
     for name in ("figures.json", "figure6.png", "figure7-left.png"):
@@ -267,6 +267,19 @@ def test_figures_command(tmp_path, capsys, monkeypatch):
 
 
 original = figures.path_result
+
+
+@pytest.mark.parametrize(
+    ("comparison", "steps", "message"),
+    [
+        ("figures", 99, "steps: expected at least 100 for a reference that others are judged by, got 99"),
+        ("checkerboard", 7, "steps: expected at least 8, one for each measurement of NFE on the way, got 7"),
+    ],
+)
+def test_steps_that_are_too_few_are_refused_before_the_work(comparison, steps, message, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["reproduce", comparison, "--steps", str(steps), "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == f"fm-fast: error: {message}\n" and not (tmp_path / "out").exists()
 
 
 def test_pictures_do_not_depend_on_a_display_or_on_pyplot(tmp_path):

@@ -64,7 +64,7 @@ BAD_ARGUMENTS = [
     ({"grid": "cosine", "method": "bosh3", "steps": None}, ValueError, r"grid must be left out for the adaptive method 'bosh3'"),
     # times
     ({"t0": 0.5, "t1": 0.5}, ValueError, r"t0 and t1 must satisfy 0 <= t0 < t1 <= 1, got 0.5 and 0.5"),
-    ({"t0": 1.0, "t1": 0.0}, ValueError, r"t0 and t1 must satisfy .*, got 1.0 and 0.0; use encode to go from data to noise"),
+    ({"t0": 1.0, "t1": 0.0}, ValueError, r"t0 and t1 must satisfy .*, got 1.0 and 0.0; t0 is the noise's end of every solve"),
     ({"t0": -0.1}, ValueError, r"t0 and t1 must satisfy 0 <= t0"),
     ({"t1": 1.1}, ValueError, r"t0 and t1 must satisfy .* got 0.0 and 1.1"),
     ({"t0": NAN}, ValueError, r"t0 must be finite, got nan"),

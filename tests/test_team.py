@@ -135,11 +135,11 @@ def fsdp(tmp_path_factory, alone):
 
 def losses(folder):
     records = [json.loads(line) for line in RunFolder(folder).log.read_text().splitlines()]
-    return {record["step"]: [record["loss"], *record["loss_by_quartile"]] for record in records}
+    return {record["step"]: [record["loss"], *record["loss_by_quartile"], record["gradient_norm"]] for record in records}
 
 
 def assert_same_run(found: Path, expected: Path):
-    """Losses of every step and quartile, weights, moments and averages, up to the order in which float32 numbers were added."""
+    """Losses by quartile, norms of gradients, weights, moments and averages, up to the order in which float32 numbers were added."""
     one, other = losses(found), losses(expected)
     for step, values in one.items():
         assert values == pytest.approx(other[step], rel=1e-4), step

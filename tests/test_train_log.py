@@ -1,6 +1,8 @@
 """What a run tells: speed, floating-point operations against a count by hand, TensorBoard, and the loss curve."""
 
+import dataclasses
 import json
+import math
 import sys
 import types
 
@@ -11,12 +13,14 @@ from trainer_helpers import CPU, tiny
 from fm_fast.nn import UNetConfig
 from fm_fast.train import devices
 from fm_fast.train.curve import draw_curves, read_curves
+from fm_fast.train.data import DataOrder, digits
 from fm_fast.train.devices import flops_per_image, peak_memory, peak_tflops
 from fm_fast.train.distributed import Team
 from fm_fast.train.log import Logger, Speed
+from fm_fast.train.loop import train
 from fm_fast.train.presets import PRESETS
 from fm_fast.train.run_folder import RunFolder
-from fm_fast.train.step import Share
+from fm_fast.train.step import Share, new_state, next_batch, sample_losses
 
 MILLION = 10**6
 LARGE_NETWORKS = [("cifar10-paper", 168.4), ("imagenet32-paper", 219.2), ("imagenet64-paper", 657.9), ("imagenet128-paper", 2394.0)]
@@ -36,6 +40,35 @@ def test_a_line_of_the_log(tmp_path):
     assert first["loss_by_quartile"] == [2.0, None, 1.0, 0.5]
     assert first["tflops"] == pytest.approx(first["images_per_second"] * 3e-6, abs=1e-4) and first["share_of_peak"] is None
     assert 0.05 < first["peak_memory_gib"] < 100
+
+
+def test_norms_of_gradients_are_averaged_and_skipped_steps_counted(tmp_path):
+    skipped = torch.zeros((), dtype=torch.int64)
+    logger = Logger(RunFolder(tmp_path), tiny(log_every=3, steps=7), 0, Team(CPU), skipped=skipped)
+    for step, norm in enumerate([3.0, math.nan, 5.0, math.inf, math.nan, math.inf, 2.0], start=1):
+        skipped += not math.isfinite(norm)
+        logger.step(step, torch.tensor(1.0), 0.1, gradient_norm=torch.tensor(norm, dtype=torch.float64))
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(record["gradient_norm"], record["skipped_steps"]) for record in records] == [(4.0, 1), (None, 4), (2.0, 4)]
+
+
+def test_the_log_of_a_run_has_norms_before_clipping(tmp_path):
+    """Also without a limit, and as the counts of a run that goes on."""
+    records = {}
+    for clip in (0.0, 1e-3):
+        config = tiny(steps=2, log_every=1, clip=clip, evaluate=False, sample_steps=1, out=str(tmp_path / str(clip)))
+        train(config)
+        train(dataclasses.replace(config, steps=3), resuming=True)
+        records[clip] = [json.loads(line) for line in RunFolder(tmp_path / str(clip)).log.read_text().splitlines()]
+    data = digits()
+    state, config = new_state(config, CPU), tiny(clip=1e-3)
+    losses, _ = sample_losses(state, config, next_batch(state, config, data, DataOrder(len(data), config.seed)))
+    losses.mean().backward()
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in state.model.parameters()]))
+    assert norm > 1e-2
+    for found in records.values():
+        assert found[0]["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+        assert [record["skipped_steps"] for record in found] == [0, 0, 0] and len({record["gradient_norm"] for record in found}) == 3
 
 
 def test_speed(monkeypatch):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fm_fast import sampling
+from fm_fast._settings import require
 from fm_fast.bits import standard_error
 from fm_fast.likelihood import log_likelihood
 from fm_fast.loss import flow_matching_loss
@@ -167,7 +168,11 @@ def histogram(x: Tensor) -> Tensor:
 
 
 def reproduce_checkerboard(out: Path, seed: int, steps: int, jobs: int = 1) -> list[ObjectiveResult]:
-    """All five objectives, `jobs` at a time; writes a part for each and checkerboard.json into `out`."""
+    """All five objectives, `jobs` at a time; writes a part for each and checkerboard.json into `out`.
+
+    Raises ValueError for fewer training steps than there are snapshots on the way.
+    """
+    require("steps", steps >= SNAPSHOTS, f"at least {SNAPSHOTS}, one for each measurement of NFE on the way", steps)
     parts = Parts(out / "parts", {"seed": seed, "steps": steps})
     arguments = {f"checkerboard-{name}": (name, seed, steps) for name in NAMES}
     results = parts.get_all(ObjectiveResult, objective_result, arguments, jobs)

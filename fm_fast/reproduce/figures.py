@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fm_fast import sampling
+from fm_fast._settings import require
 from fm_fast.random import noise
 from fm_fast.reproduce.mixture import FastMixture, image_mixture
 from fm_fast.reproduce.results import Parts, rounded, summary, write_json
@@ -21,6 +22,8 @@ PATHS = {"FM w/ OT": "ot", "FM w/ Diffusion": "vp"}
 SAMPLES = 256
 REFERENCE_STEPS = 500
 LARGEST_NFE = 100
+# Twice those of the finest solve that the reference judges, so that the reference's own error is about a fourth of that one's.
+FEWEST_REFERENCE_STEPS = LARGEST_NFE
 COUNTS = (*range(4, 40, 2), *range(40, LARGEST_NFE + 1, 4))
 TIMES = tuple(number / 20 for number in range(20))
 PICTURES = 3
@@ -108,8 +111,9 @@ def _pictures(states: dict[float, Tensor], end: Tensor) -> tuple[tuple[tuple[flo
 def reproduce_figures(out: Path, seed: int, steps: int, draws: int, jobs: int = 1) -> list[PathResult]:
     """All data sets and paths, `jobs` at a time; writes a part for each and figures.json into `out`.
 
-    steps: of the reference solution, two evaluations each.
+    steps: of the reference solution, two evaluations each. Raises ValueError for fewer than the finest judged solve calls for.
     """
+    require("steps", steps >= FEWEST_REFERENCE_STEPS, f"at least {FEWEST_REFERENCE_STEPS} for a reference that others are judged by", steps)
     parts = Parts(out / "parts", {"seed": seed, "steps": steps})
     cases = [(draw, path) for draw in range(1, draws + 1) for path in PATHS.values()]
     arguments = {f"figures-draw{draw}-{path}": (draw, path, seed, steps) for draw, path in cases}

@@ -11,7 +11,7 @@ from torch import Tensor
 from fm_fast.random import noise
 from fm_fast.train.cifar import find_cifar_folder, read_cifar10
 from fm_fast.train.idx import read_idx
-from fm_fast.train.image_folder import list_images, no_labels, read_images, split_folder
+from fm_fast.train.image_folder import beside_parts, list_images, no_labels, read_images, split_folder
 from fm_fast.train.npz import array_names, read_npz
 from fm_fast.train.prepare import Preparation, pooled_and_padded, rows_of_split
 
@@ -34,7 +34,8 @@ class Dataset:
     """images: uint8 [N, C, H, W] with values 0..levels-1; labels: int64 [N] in 0..classes-1.
 
     mapped: the images lie in a file, hence on the CPU, and go to the labels' device batch by batch. division: TEST_PART where the source
-    has one, SHARE where `test_share` is held out; UNDIVIDED data are the same images for training and for tests.
+    has one, SHARE where `test_share` is held out; UNDIVIDED data are the same images for training and for tests. left_out: what else lies
+    there, in lines for people.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Dataset:
     levels: int = LEVELS
     mapped: bool = False
     division: str = TEST_PART
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -71,7 +73,7 @@ def load_dataset(source: str | Path, split: str = "train", preparation: Preparat
     (MNIST, Fashion-MNIST), of CIFAR-10 batches, or of images with one subfolder a class, perhaps within train and test; a CIFAR-10
     .tar.gz archive; an .npz archive with `images` and `labels`, perhaps `test_images` and `test_labels`; or an IDX image file.
     Of data without a test part, `preparation.test_share` is held out; if that is 0, both splits are all of them (UNDIVIDED).
-    Where `preparation.unlabelled` allows it, an .npz archive may lack labels and a folder of images subfolders: all labels are 0 then.
+    Where `preparation.unlabelled` allows it, an .npz archive may lack labels, and images may lie beside subfolders: all labels are 0 then.
     Raises FileNotFoundError for what is missing and ValueError, naming the file, for what is damaged.
     """
     if split not in ("train", "test"):
@@ -130,7 +132,7 @@ def digits(split: str = "train") -> Dataset:
 
 
 def make_dataset(name: str, images: Tensor, labels: Tensor, levels: int = LEVELS, classes: int | None = None, **marks: Any) -> Dataset:
-    """Checked data set (`marks` are mapped and division): images uint8 [N, H, W] or [N, C, H, W], labels of any integer dtype [N]."""
+    """Checked data set (`marks`: mapped, division, left_out): images uint8 [N, H, W] or [N, C, H, W], labels of any integer dtype [N]."""
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.numel() == 0:
         raise ValueError(f"{name}: expected images uint8 [N, H, W] or [N, C, H, W], not empty, got {images.dtype} {list(images.shape)}")
     if labels.shape != images.shape[:1]:
@@ -213,13 +215,15 @@ def _from_folder(folder: Path, split: str, preparation: Preparation) -> Dataset:
 def _from_image_folder(folder: Path, split: str, preparation: Preparation) -> Dataset:
     train, test = (split_folder(folder, name) for name in ("train", "test"))
     images_in = test if split == "test" and test else train or folder
-    files, labels, classes = list_images(images_in, train or folder, preparation.unlabelled)
+    listing = list_images(images_in, train or folder, preparation.unlabelled)
+    files, labels = listing.files, listing.labels
     division = TEST_PART if test else SHARE if preparation.test_share > 0.0 else UNDIVIDED
     if division == SHARE:  # before the images are read
         rows = rows_of_split(len(files), preparation.test_share, split)
         files, labels = [files[row] for row in rows], labels[rows]
     images, mapped = read_images(files, preparation)
-    return make_dataset(folder.name, images, labels, classes=classes, mapped=mapped, division=division)
+    left_out = (*listing.left_out, *(beside_parts(folder, (train, test)) if train else ()))
+    return make_dataset(folder.name, images, labels, classes=listing.classes, mapped=mapped, division=division, left_out=left_out)
 
 
 def _idx_file_of_split(folder: Path, files: list[Path], split: str) -> Path:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fm_fast import sampling
+from fm_fast import _checks, sampling
 from fm_fast.train.classifier import Classifier, agreement, features, train_classifier
 from fm_fast.train.condition import NULL_CLASS, condition_of, reduced_if_wanted
 from fm_fast.train.config import Recipe, TrainConfig
@@ -170,8 +170,9 @@ def evaluate_network(
 
     tolerance: of dopri5, absolute and relative, for samples and likelihoods; ends: t0 and t1 of their solves. likelihood: other arguments
     of :func:`fm_fast.bits_per_dim`, such as ``draws`` and ``probes``; a fixed-step ``method`` with its ``steps`` takes dopri5's place
-    there. Raises ValueError for data that the network was not made for, or fewer than two images.
+    there. Raises ValueError for data that the network was not made for, fewer than two images, or no positive tolerance.
     """
+    _checks.positive_number("tolerance", tolerance)
     if min(len(train), len(held_out)) < 2:
         raise ValueError(f"data, limit: expected at least 2 training and 2 held-out images, got {len(train)} and {len(held_out)}")
     started, solver = time.perf_counter(), {"method": "dopri5", "rtol": tolerance, "atol": tolerance, "t0": ends[0], "t1": ends[1]}

@@ -5,6 +5,7 @@ and labels, the ids of paired noise, the number of the step, of which all noise 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -87,7 +88,8 @@ class GraphedStep:
         labels, step = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((size,), ()))
         paired = torch.zeros_like(labels) if config.coupling == "optimal" else None
         self._batch = Batch(images, labels, dataset.levels, step, paired_ids=paired)
-        self._loss = StepLoss(torch.zeros((), device=device), torch.zeros(2, QUARTILES, device=device))
+        zeros = partial(torch.zeros, device=device)
+        self._loss = StepLoss(zeros(()), zeros(2, QUARTILES), zeros((), dtype=torch.float64))
         self._warm_ups, self._replay = WARM_UP_STEPS, None
         state.optimiser.keep_gradients()
 
@@ -100,7 +102,7 @@ class GraphedStep:
             self._replay = self._replay or self._recorded()
             self._replay()
         self._state.step += 1
-        return StepLoss(self._loss.mean.clone(), self._loss.by_quartile.clone())
+        return StepLoss(self._loss.mean.clone(), self._loss.by_quartile.clone(), self._loss.gradient_norm.clone())
 
     def _feed(self) -> None:
         """Write what this step reads to where the recorded kernels look for it."""
@@ -117,6 +119,7 @@ class GraphedStep:
         loss = learn(self._state, self._config, self._batch, self._network)
         self._loss.mean.copy_(loss.mean)
         self._loss.by_quartile.copy_(loss.by_quartile)
+        self._loss.gradient_norm.copy_(loss.gradient_norm)
 
     def _recorded(self) -> Work:
         try:

@@ -4,22 +4,25 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fm_fast.train.files import as_folder, replaced_whole
+from fm_fast.train.image_file import read_image
 from fm_fast.train.prepare import GIB, Preparation
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 TEST_FOLDERS = ("test", "val", "validation")
 # Fewer images are read before a progress bar would be seen.
 FEW = 2000
-WIDE_MODES = ("I", "F")  # of more than 8 bits, which Pillow cuts off at 255
+# Of what is done to an image when it is read: files in the cache that others made are not used.
+READING = "upright, on white"
+MOST_NAMED = 3
 
 
 def split_folder(folder: Path, split: str) -> Path | None:
@@ -30,36 +33,71 @@ def split_folder(folder: Path, split: str) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_dir()), None)
 
 
-def list_images(folder: Path, classes_of: Path | None = None, unlabelled: bool = False) -> tuple[list[Path], Tensor, int]:
-    """(files, labels int64 [N], number of classes): one class a subfolder, in alphabetical order, of ``classes_of`` where given.
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """files; labels: int64 [N]; classes: their number; left_out: what else lies in the folder, in lines for people."""
 
-    unlabelled: images may also lie in the folder itself, all with label 0. Names that begin with a dot are left out, as everywhere.
-    Raises FileNotFoundError for no image, ValueError for a subfolder without images or a class that ``classes_of`` does not have.
+    files: list[Path]
+    labels: Tensor
+    classes: int
+    left_out: tuple[str, ...] = ()
+
+
+def list_images(folder: Path, classes_of: Path | None = None, unlabelled: bool = False) -> Listing:
+    """The images of a folder: one class a subfolder, in alphabetical order, of ``classes_of`` where given, and all that is in it.
+
+    unlabelled: images may also lie in the folder itself, and then all have label 0. Names that begin with a dot are left out, as
+    everywhere. Raises FileNotFoundError for no image, ValueError for a subfolder without images or a class that ``classes_of`` does not
+    have.
     """
-    present, names = _subfolders(folder), _subfolders(classes_of or folder)
-    if not present:
-        files = _without_classes(folder, unlabelled)
-        return files, no_labels(len(files)), 1
+    present, (images, others) = _subfolders(folder), _images_and_others(folder)
+    beside = [file for file in images if file.parent == folder]
+    if not present or (unlabelled and beside):
+        return _without_classes(folder, images, others, unlabelled)
+    names = _subfolders(classes_of or folder)
     unknown = sorted(set(present) - set(names))
     if unknown:
         raise ValueError(f"{folder}: expected the classes of {classes_of}, {', '.join(names)}; got also {', '.join(unknown)}")
-    found = {name: _image_files(folder / name) for name in present}
-    empty = [name for name, files in found.items() if not files]
+    files = [file for file in images if file.parent != folder]
+    found = [file.relative_to(folder).parts[0] for file in files]
+    empty = sorted(set(present) - set(found))
     if empty:
         raise ValueError(f"{folder}: expected images ({', '.join(SUFFIXES)}) in every subfolder, found none in {', '.join(empty)}")
-    labels = [names.index(name) for name, files in found.items() for _ in files]
-    return [file for files in found.values() for file in files], torch.tensor(labels), len(names)
+    return Listing(files, torch.tensor([names.index(name) for name in found]), len(names), _left_out(folder, beside, others))
 
 
-def _without_classes(folder: Path, unlabelled: bool) -> list[Path]:
-    files = _image_files(folder)
-    if not files:
+def _without_classes(folder: Path, images: list[Path], others: list[Path], unlabelled: bool) -> Listing:
+    if not images:
         raise FileNotFoundError(f"{folder}: expected IDX files, CIFAR-10 batches, or a subfolder of images for each class")
     if not unlabelled:
         raise ValueError(
-            f"{folder}: expected a subfolder of images for each class; --no-conditional trains a network without, got {len(files)} images"
+            f"{folder}: expected a subfolder of images for each class; --no-conditional trains a network without, got {len(images)} images"
         )
-    return files
+    return Listing(images, no_labels(len(images)), 1, _left_out(folder, [], others))
+
+
+def _left_out(folder: Path, beside: list[Path], others: list[Path]) -> tuple[str, ...]:
+    """beside: images without a class; others: files that are none."""
+    found = []
+    if beside:
+        found.append(
+            f"warning: {folder}: {_named('images', beside)} left out: beside the subfolders, of no class (--no-conditional takes them)"
+        )
+    if others:
+        found.append(f"note: {folder}: {_named('files', others)} left out: no {', '.join(SUFFIXES)}")
+    return tuple(found)
+
+
+def beside_parts(folder: Path, used: Collection[Path | None]) -> tuple[str, ...]:
+    """What is left out of a folder that is divided into parts, in lines for people."""
+    others = [entry for entry in folder.iterdir() if entry not in used and not entry.name.startswith(".")]
+    return (f"note: {folder}: {_named('entries', others)} left out: beside the parts",) if others else ()
+
+
+def _named(what: str, entries: Collection[Path]) -> str:
+    """As in "7 of the images (a.png, b.png, c.png, ...)"."""
+    names = sorted(entry.name for entry in entries)
+    return f"{len(names)} of the {what} ({', '.join(names[:MOST_NAMED])}{', ...' if len(names) > MOST_NAMED else ''})"
 
 
 def no_labels(count: int) -> Tensor:
@@ -71,8 +109,24 @@ def _subfolders(folder: Path) -> list[str]:
     return sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
+def _images_and_others(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Of all files in the folder and those within, in alphabetical order."""
+    files = sorted(_files(folder))
+    return [file for file in files if _is_image(file)], [file for file in files if not _is_image(file)]
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Links are followed, but to no folder for the second time: one may hold a link to itself."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place) / name for name in names if real not in seen and not name.startswith("."))
+        seen.add(real)
 
 
 def read_images(files: list[Path], preparation: Preparation) -> tuple[Tensor, bool]:
@@ -81,7 +135,7 @@ def read_images(files: list[Path], preparation: Preparation) -> tuple[Tensor, bo
     All must have the size of the first, if they are not resized. A mapped file is kept in the cache and read again as long as the
     images' names, sizes and times are the same. Raises ValueError for an image that cannot be read or has another size.
     """
-    shape = (len(files), *_read_image(files[0], preparation.resize).shape)
+    shape = (len(files), *read_image(files[0], preparation.resize).shape)
     size = math.prod(shape)
     if size <= preparation.limit_in_bytes:
         return _fill(torch.empty(shape, dtype=torch.uint8), files, preparation.resize), False
@@ -103,7 +157,7 @@ def _reserve(file: Path, size: int) -> None:
 
 
 def _fingerprint(files: list[Path], resize: int) -> str:
-    digest = hashlib.sha256(str(resize).encode())
+    digest = hashlib.sha256(f"{READING}, {resize}".encode())
     for file in files:
         status = file.stat()
         digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
@@ -112,7 +166,7 @@ def _fingerprint(files: list[Path], resize: int) -> str:
 
 def _fill(images: Tensor, files: list[Path], resize: int) -> Tensor:
     for number, file in enumerate(_with_progress(files)):
-        image = _read_image(file, resize)
+        image = read_image(file, resize)
         if image.shape != images.shape[1:]:
             height, width = images.shape[2:]
             raise ValueError(
@@ -129,30 +183,3 @@ def _with_progress(files: list[Path]) -> Iterable[Path]:
     from tqdm import tqdm
 
     return tqdm(files, desc="reading images", unit="image", dynamic_ncols=True)
-
-
-def _read_image(file: Path, resize: int) -> Tensor:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("a folder of images needs Pillow: pip install pillow, or 'fm_fast[train]'") from error
-    try:
-        with Image.open(file) as image:
-            mode = image.mode
-            rgb = image if mode.startswith(WIDE_MODES) else image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: expected a readable image, got: {error}") from error
-    if mode.startswith(WIDE_MODES):
-        raise ValueError(f"{file}: expected 8 bits a channel, got an image of mode {mode}")
-    rgb = _middle_square(rgb, resize) if resize else rgb
-    pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1)
-
-
-def _middle_square(image: Any, size: int) -> Any:
-    """Each pixel of the result is the mean of those it covers when the image shrinks (Pillow's box filter), as for ImageNet 32 and 64."""
-    from PIL import Image
-
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize((size, size), Image.Resampling.BOX, box=(left, top, left + side, top + side))

@@ -52,11 +52,16 @@ class Logger:
 
     The mean is that of the finite losses, since a step without a finite gradient is left out; the number of others is reported.
     Every process of a team has one, but only the first's writes. Raises FloatingPointError at such a point if no loss is finite.
+    skipped: the run's count of steps without a finite gradient, on the device, where the optimiser keeps it up to date.
     """
 
-    def __init__(self, folder: RunFolder, config: TrainConfig, first_step: int, team: Team, flops_per_image: int = 0) -> None:
+    def __init__(
+        self, folder: RunFolder, config: TrainConfig, first_step: int, team: Team, flops_per_image: int = 0, skipped: Tensor | None = None
+    ) -> None:
         self.folder, self.config, self.team, self.flops_per_image = folder, config, team, flops_per_image
+        self._skipped = skipped
         self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
         self._quartiles: list[Tensor] = []
         self._since = time.perf_counter()
         self._bar = _progress_bar(config.steps, first_step) if team.first else None
@@ -66,11 +71,16 @@ class Logger:
             if folder.quality.is_file():
                 _keep_records(folder.quality, first_step)
 
-    def step(self, step: int, loss: Tensor, rate: float, by_quartile: Tensor | None = None) -> None:
-        """Note the loss of the step that finished as number `step` (counted from 1), and its sums and counts [2, 4] by quartile of t."""
+    def step(self, step: int, loss: Tensor, rate: float, by_quartile: Tensor | None = None, gradient_norm: Tensor | None = None) -> None:
+        """Note the loss of the step that finished as number `step` (counted from 1), and its sums and counts [2, 4] by quartile of t.
+
+        gradient_norm: [], the same in every process.
+        """
         self._losses.append(loss)
         if by_quartile is not None:
             self._quartiles.append(by_quartile)
+        if gradient_norm is not None:
+            self._norms.append(gradient_norm)
         if self._bar is not None:
             self._bar.update(1)
         if step % self.config.log_every == 0 or step == self.config.steps:
@@ -108,9 +118,11 @@ class Logger:
         loss = sum(finite) / len(finite) if finite else losses[-1]
         images = len(losses) * self.config.batch_size
         speed = Speed.of(images, time.perf_counter() - self._since, self.flops_per_image, self.config, self.team)
-        self._losses, self._quartiles, self._since = [], [], time.perf_counter()
+        gradients = self._gradients()
+        self._losses, self._quartiles, self._norms, self._since = [], [], [], time.perf_counter()
         record = {"step": step, "loss": loss, "learning_rate": rate, "images": step * self.config.batch_size, **speed.record}
         record |= {"loss_by_quartile": quartiles, "averaged_steps": len(losses), "not_finite": len(losses) - len(finite)}
+        record |= gradients
         record |= {"peak_memory_gib": round(peak_memory(self.team.device) / GIB, 3)}
         if self.team.first:
             self._write(record, self.folder.log)
@@ -121,6 +133,16 @@ class Logger:
     def _mean_losses(self) -> list[float]:
         """The steps' losses, averaged over the processes."""
         return (self.team.total(torch.stack(self._losses)) / self.team.share.world).tolist()
+
+    def _gradients(self) -> dict[str, float | None]:
+        """The mean of the finite norms, None where none is, and the count of skipped steps; of what was given."""
+        found: dict[str, float | None] = {}
+        if self._norms:
+            finite = [value for value in torch.stack(self._norms).tolist() if math.isfinite(value)]
+            found["gradient_norm"] = sum(finite) / len(finite) if finite else None
+        if self._skipped is not None:
+            found["skipped_steps"] = int(self._skipped)
+        return found
 
     def _mean_by_quartile(self) -> list[float | None]:
         """Mean losses of t in the quarters of [0, 1]; None where no sample fell."""

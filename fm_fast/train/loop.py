@@ -67,9 +67,8 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
     resuming: continue from the newest valid checkpoint in `config.out`, bit by bit as if the run had not been interrupted (same
     machine, same number of threads and processes; with other numbers, up to the order of summation). overwriting: delete another run's
     files there after the first step, so that a run that fails before deletes nothing. asked: names of settings that are refused, not only
-    remarked on, if these data leave them without effect (model.attention_sizes). Ctrl-C, SIGTERM and SIGHUP let the step finish and write
-    a checkpoint, then raise KeyboardInterrupt, SystemExit(143) and SystemExit(129). Under torchrun every process calls this, and the first
-    writes.
+    remarked on, where they have no effect (train/remarks.py). Ctrl-C, SIGTERM and SIGHUP let the step finish and write a checkpoint, then
+    raise KeyboardInterrupt, SystemExit(143) and SystemExit(129). Under torchrun every process calls this, and the first writes.
     Raises FileNotFoundError or ValueError for missing or damaged data and checkpoints, FileExistsError where a new run would
     overwrite another's, FloatingPointError if the loss is not finite.
     """
@@ -80,8 +79,8 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
     with joined(config.device) as team:
         is_wanted(config, team.device, team.share.world)  # raises before the work where it cannot be
         config, dataset = _loaded(config, team)
-        refuse_without_effect(config, asked)
-        team.share.samples(config.batch_size)
+        share = len(team.share.samples(config.batch_size))
+        refuse_without_effect(config, asked, share)
         folder = RunFolder(out)
         with folder.held(resuming, overwriting) if team.first else contextlib.nullcontext():
             run = _prepared(config, dataset, folder, team, begun=resuming)
@@ -89,7 +88,7 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
                 _resume(run)
             if team.first:
                 folder.tidy()
-            _say(run, "\n".join([_headline(run), *remarks(config, dataset)]))
+            _say(run, "\n".join([_headline(run), *remarks(config, dataset, share)]))
             return _report(run, _run(run))
 
 
@@ -150,7 +149,8 @@ def _resume(run: Run) -> None:
 
 def _run(run: Run) -> float:
     """All remaining steps; returns the seconds they took, without pictures and checkpoints."""
-    logger = Logger(run.folder, run.config, run.state.step, run.team, flops_per_image(run.config.model))
+    skipped = run.state.optimiser.skipped
+    logger = Logger(run.folder, run.config, run.state.step, run.team, flops_per_image(run.config.model), skipped)
     started = time.perf_counter()
     try:
         return _steps(run, logger) - started
@@ -168,7 +168,7 @@ def _steps(run: Run, logger: Logger) -> float:
             loss = take_step()
             if state.step == 1 and team.first:
                 run.folder.clear()
-            logger.step(state.step, loss.mean, rate, loss.by_quartile)
+            logger.step(state.step, loss.mean, rate, loss.by_quartile, loss.gradient_norm)
             paused += logger.without_timing(lambda: _interval_files(run, logger))
             signal = vote(asked())
             if signal and state.step < config.steps:

@@ -11,16 +11,42 @@ ATTENTION = "model.attention_sizes"
 MOST_NAMED = 5  # classes
 
 
-def refuse_without_effect(config: TrainConfig, asked: Collection[str]) -> None:
-    """ValueError if attention was asked for at heights that the network has not. asked: names of the settings that were."""
+def refuse_without_effect(config: TrainConfig, asked: Collection[str], share: int) -> None:
+    """ValueError for a setting that was asked for and does nothing.
+
+    asked: names of the settings that were. share: images of a step in each process.
+    """
     sizes, heights = config.model.attention_sizes, _heights(config)
     if ATTENTION in asked and not set(sizes) <= set(heights):
         raise ValueError(f"{ATTENTION}: expected heights of the network's levels, {', '.join(map(str, heights))}, got {sizes}")
+    for name, expected in _idle(config, share).items():
+        if name in asked:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(config, name)}")
 
 
-def remarks(config: TrainConfig, dataset: Dataset) -> list[str]:
-    """Lines for the start of a run on these data."""
-    found, heights = [], _heights(config)
+def _idle(config: TrainConfig, share: int) -> dict[str, str]:
+    """Settings that do nothing, and what is expected in their place."""
+    found = {}
+    if config.coupling == "optimal" and share == 1:
+        found["coupling"] = "independent where a process has one image a step, which leaves nothing to pair"
+    if _never_told(config):
+        found["label_drop"] = "less than 1, or --no-conditional: the network would never be told a label"
+    elif not config.conditional and config.label_drop > 0.0:
+        found["label_drop"] = "0 for a network that is told no labels"
+    return found
+
+
+def _never_told(config: TrainConfig) -> bool:
+    return config.conditional and config.label_drop == 1.0
+
+
+def remarks(config: TrainConfig, dataset: Dataset, share: int) -> list[str]:
+    """Lines for the start of a run on these data; share: images of a step in each process."""
+    found, heights = list(dataset.left_out), _heights(config)
+    if config.coupling == "optimal" and share == 1:
+        found.append("note: coupling optimal has no effect, because a process has one image a step")
+    if _never_told(config):
+        found.append("warning: label_drop 1: the network is never told a label, so it learns nothing about the classes")
     if config.test_share > 0.0 and dataset.division == TEST_PART:
         found.append(f"note: test_share {config.test_share:g} has no effect, because {dataset.name} has a test part")
     if dataset.division == UNDIVIDED and (config.super_resolution > 1 or config.quality_every > 0):

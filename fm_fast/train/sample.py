@@ -1,6 +1,6 @@
 """Sampling as the trainer's pictures, its quality report and the command line do it: a recipe's noise, solve and data map."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,12 @@ from fm_fast.solvers import is_adaptive
 from fm_fast.train.condition import NULL_CLASS, reduced_if_wanted
 from fm_fast.train.config import Recipe, TrainConfig
 from fm_fast.train.data import Dataset
+
+BatchDone = Callable[[Tensor, Tensor], None]
+
+
+def ignore(images: Tensor, labels: Tensor) -> None:
+    """A `BatchDone` that does nothing."""
 
 
 def starting_noise(shape: tuple[int, ...], recipe: Recipe, seed: int, index: int, device: torch.device, first_id: int = 0) -> Tensor:
@@ -47,10 +53,12 @@ def sample(
 
 
 def sample_classes(
-    model: nn.Module, config: TrainConfig, classes: Sequence[int], count: int, seed: int, batch_size: int, levels: int, **options: Any
-) -> tuple[Tensor, Tensor]:
+    model: nn.Module, config: TrainConfig, classes: Sequence[int], count: int, seed: int, batch_size: int, levels: int,
+    each: BatchDone = ignore, **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(images uint8 [N, C, H, W], labels int64 [N]), on the CPU: ``count`` samples of each class; ``options`` are those of `sample`.
 
+    each: what is given the images and labels of every batch as soon as they are there.
     A sample of a fixed-step method depends on the seed and its position only. With the run's own seed and settings they are those of
     its picture.
     """
@@ -61,11 +69,17 @@ def sample_classes(
         rows = part.to(device) if config.model.classes else None
         x0 = starting_noise((len(part), config.model.image_channels, side, side), config.recipe, seed, 1, device, first)
         parts.append(to_integers(sample(model, x0, rows, config.recipe, **options), levels).cpu())
+        each(parts[-1], part)
     return torch.cat(parts), labels
 
 
-def sample_enlarged(model: nn.Module, config: TrainConfig, originals: Dataset, seed: int, batch_size: int, **options: Any) -> Tensor:
-    """uint8 [N, C, H, W], on the CPU: a sample of a super-resolution network for each image, of its reduced image and label."""
+def sample_enlarged(
+    model: nn.Module, config: TrainConfig, originals: Dataset, seed: int, batch_size: int, each: BatchDone = ignore, **options: Any
+) -> Tensor:
+    """uint8 [N, C, H, W], on the CPU: a sample of a super-resolution network for each image, of its reduced image and label.
+
+    each: as in `sample_classes`.
+    """
     device, parts = next(model.parameters()).device, []
     for first in range(0, len(originals), batch_size):
         images, labels = (values[first : first + batch_size].to(device) for values in (originals.images, originals.labels))
@@ -73,6 +87,7 @@ def sample_enlarged(model: nn.Module, config: TrainConfig, originals: Dataset, s
         low = reduced_if_wanted(config, images, originals.levels)
         x = sample(model, x0, labels if config.model.classes else None, config.recipe, low_resolution=low, **options)
         parts.append(to_integers(x, originals.levels).cpu())
+        each(parts[-1], labels)
     return torch.cat(parts)
 
 

@@ -26,6 +26,7 @@ class ShardedAdamWEMA(AdamWEMA):
 
     def __init__(self, parameters: list[DTensor], *arguments: Any, max_norm: float, **settings: Any) -> None:
         self.whole, self._max_norm = parameters, max_norm
+        self._norm = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
         self.shards = [nn.Parameter(p.to_local().detach()) for p in parameters]
         super().__init__(self.shards, *arguments, **settings)
 
@@ -50,9 +51,14 @@ class ShardedAdamWEMA(AdamWEMA):
         """The factor that clips, float32 []; NaN where any process has a gradient that is not finite, so that all leave the step out."""
         squares = torch.stack([g.double().square().sum() for g in gradients]).sum()
         dist.all_reduce(squares)
-        norm = squares.sqrt()
-        scale = (self._max_norm / (norm + NORM_EPSILON)).clamp(max=1.0)
-        return torch.where(norm.isfinite(), scale, math.nan).float()
+        self._norm = squares.sqrt()
+        scale = (self._max_norm / (self._norm + NORM_EPSILON)).clamp(max=1.0)
+        return torch.where(self._norm.isfinite(), scale, math.nan).float()
+
+    @property
+    def gradient_norm(self) -> Tensor:
+        """The norm of all shards' gradients of the last step before clipping, float64 [], on the device."""
+        return self._norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for whole in self.whole:

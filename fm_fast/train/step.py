@@ -119,10 +119,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """What a step tells the log, on the device: the mean loss, and the losses' sums and counts [2, 4] by quartile of t (0..1/4, ...)."""
+    """What a step tells the log, on the device: the mean loss, and the losses' sums and counts [2, 4] by quartile of t (0..1/4, ...).
+
+    gradient_norm: of all gradients before clipping, float64 [].
+    """
 
     mean: Tensor
     by_quartile: Tensor
+    gradient_norm: Tensor
 
 
 def build_model(config: TrainConfig, weights: dict[str, Tensor] | None = None) -> nn.Module:
@@ -240,7 +244,7 @@ def learn(state: TrainState, config: TrainConfig, batch: Batch, network: Model |
             quartiles += by_quartile(losses, t)
     state.optimiser.step()
     state.optimiser.zero_grad(set_to_none=True)
-    return StepLoss(total, quartiles)
+    return StepLoss(total, quartiles, state.optimiser.gradient_norm)
 
 
 def _gradients_kept_local(network: Model | None, kept: bool) -> contextlib.AbstractContextManager[Any]:

@@ -1,0 +1,88 @@
+"""How one image file is read: orientation, transparency, palettes, CMYK, and what is refused."""
+
+import pytest
+from image_files import random_images
+
+from fm_fast.train.image_file import read_image
+from fm_fast.train.image_folder import _fingerprint
+
+np = pytest.importorskip("numpy")
+image = pytest.importorskip("PIL.Image")
+
+PIXELS = random_images(4, 6, 3)
+MASK = np.array([[0, 255, 128, 255, 255, 0]] * 4, dtype=np.uint8)
+# What brings an image of each orientation of EXIF upright, in NumPy's words.
+UPRIGHT = {
+    1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: np.rot90,
+}  # fmt: skip
+
+
+def read(file, resize=0):
+    return read_image(file, resize).permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("orientation", list(UPRIGHT))
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+def test_an_image_is_turned_as_the_camera_noted(orientation, suffix, tmp_path):
+    note = image.Exif()
+    note[0x0112] = orientation
+    image.fromarray(PIXELS).save(tmp_path / f"x{suffix}", exif=note, lossless=True)
+    assert np.array_equal(read(tmp_path / f"x{suffix}"), UPRIGHT[orientation](PIXELS))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_damaged_note_does_not_matter(tmp_path):
+    image.fromarray(PIXELS).save(tmp_path / "x.png", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff\x12")
+    assert np.array_equal(read(tmp_path / "x.png"), PIXELS)
+    image.fromarray(PIXELS).save(tmp_path / "y.png", exif=b"Exif\x00\x00nothing")
+    assert np.array_equal(read(tmp_path / "y.png"), PIXELS)
+
+
+def on_white(pixels, mask):
+    share = mask[..., None] / 255.0
+    return pixels * share + 255.0 * (1.0 - share)
+
+
+def test_what_is_transparent_shows_white(tmp_path):
+    image.fromarray(np.concatenate([PIXELS, MASK[..., None]], 2)).save(tmp_path / "rgba.png")
+    assert np.abs(read(tmp_path / "rgba.png") - on_white(PIXELS, MASK)).max() <= 1.0
+    grey = PIXELS[..., :1]
+    image.fromarray(np.concatenate([grey, MASK[..., None]], 2), "LA").save(tmp_path / "la.png")
+    assert np.abs(read(tmp_path / "la.png") - on_white(grey.repeat(3, 2), MASK)).max() <= 1.0
+    assert (read(tmp_path / "la.png")[:, 0] == 255).all()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".gif"])
+def test_a_transparent_colour_shows_white(suffix, tmp_path):
+    palette = image.fromarray(np.array([[0, 1], [1, 2]], np.uint8), "P")
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    palette.save(tmp_path / f"p{suffix}", transparency=1)
+    assert read(tmp_path / f"p{suffix}").tolist() == [[[10, 20, 30], [255] * 3], [[255] * 3, [70, 80, 90]]]
+    palette.save(tmp_path / f"q{suffix}")
+    assert read(tmp_path / f"q{suffix}").tolist() == [[[10, 20, 30], [40, 50, 60]], [[40, 50, 60], [70, 80, 90]]]
+
+
+def test_transparent_colours_of_grey_and_rgb(tmp_path):
+    image.fromarray(np.array([[3, 7]], np.uint8)).save(tmp_path / "l.png", transparency=7)
+    assert read(tmp_path / "l.png").tolist() == [[[3] * 3, [255] * 3]]
+    image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)).save(tmp_path / "rgb.png", transparency=(4, 5, 6))
+    assert read(tmp_path / "rgb.png").tolist() == [[[1, 2, 3], [255] * 3]]
+
+
+def test_cmyk_is_converted(tmp_path):
+    image.fromarray(np.full((4, 4, 4), (255, 0, 0, 0), np.uint8), "CMYK").save(tmp_path / "x.jpg", quality=100)
+    assert np.abs(read(tmp_path / "x.jpg").astype(int) - (0, 255, 255)).max() <= 2
+
+
+def test_wide_channels_are_refused_by_name(tmp_path):
+    image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "wide.png")
+    with pytest.raises(ValueError, match=r"wide.png: expected 8 bits a channel, got an image of mode I"):
+        read_image(tmp_path / "wide.png", 0)
+
+
+def test_files_in_the_cache_that_were_read_otherwise_are_not_used(tmp_path, monkeypatch):
+    image.fromarray(PIXELS).save(tmp_path / "x.png")
+    before = _fingerprint([tmp_path / "x.png"], 0)
+    monkeypatch.setattr("fm_fast.train.image_folder.READING", "in another way")
+    assert _fingerprint([tmp_path / "x.png"], 0) != before
