@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import fm_fast
-from fm_fast.cli import FROM_DATA, config_from, main, parser
+from fm_fast.cli import main, parser
+from fm_fast.cli.train import FROM_DATA, config_from
 from fm_fast.nn import UNetConfig
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.loop import train

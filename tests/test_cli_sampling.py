@@ -11,8 +11,7 @@ import torch
 from trainer_helpers import decode_png
 
 import fm_fast as fm
-from fm_fast import cli_sample
-from fm_fast.cli import main
+from fm_fast.cli import main, sample
 from fm_fast.train.checkpoint import read_checkpoint
 from fm_fast.train.data import digits
 from fm_fast.train.npz import read_npz
@@ -97,7 +96,7 @@ def test_without_a_class(run, tmp_path, capsys):
 
 @pytest.mark.parametrize(("count", "columns"), [(3, 3), (20, 20), (21, 21), (23, 23), (30, 15), (39, 13), (40, 20)])
 def test_each_row_of_a_picture_belongs_to_one_class(count, columns):
-    assert cli_sample._columns(count) == columns and count % columns == 0
+    assert sample._columns(count) == columns and count % columns == 0
 
 
 def test_no_guidance_by_a_class_that_was_never_learnt(tmp_path, capsys):
@@ -210,7 +209,7 @@ def test_classes_of_a_run_without(tmp_path, capsys):
 
 
 def test_a_file_that_cannot_be_written_is_told_before_the_work(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fm_fast.cli_options.os.access", lambda place, mode: False)
+    monkeypatch.setattr("fm_fast.cli.options.os.access", lambda place, mode: False)
     for file in (tmp_path / "new.json", tmp_path / "old.json"):
         (tmp_path / "old.json").touch()
         assert main(["likelihood", str(run), "--json", str(file)]) == 1

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fm_fast.cli import config_from, main, parser
+from fm_fast.cli import main, parser
+from fm_fast.cli.train import config_from
 from fm_fast.nn.presets import PRESETS as NETWORKS
 from fm_fast.train.data import digits
 from fm_fast.train.evaluate import draw_samples

@@ -90,7 +90,8 @@ def solver_of(options: argparse.Namespace, method: str, steps: int) -> dict[str,
 def held_out_data(source: str | None, limit: int | None, config: TrainConfig) -> Dataset:
     """The first `limit` images, or all, of digits:train, PATH:test, PATH (its test split) or the run's data, prepared as the run does.
 
-    What is left out of a folder is told."""
+    What is left out of a folder is told.
+    """
     source = source or f"{config.data}:test"
     path, split = _parts(source)
     dataset = load_dataset(path, split, config.preparation)

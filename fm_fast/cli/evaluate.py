@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fm_fast.cli_options import (
+from fm_fast.cli.options import (
     add_ends,
     add_run,
     are_undivided,

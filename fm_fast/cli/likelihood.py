@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fm_fast._solver.probes import KINDS
-from fm_fast.cli_options import (
+from fm_fast.cli.options import (
     add_run,
     add_solver,
     are_undivided,

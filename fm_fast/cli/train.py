@@ -1,20 +1,11 @@
-"""The command line: fm-fast train | sample | likelihood | evaluate | reproduce | info."""
+"""fm-fast train: a run of the reference U-Net."""
 
 import argparse
 import functools
-import sys
-import warnings
-from collections.abc import Sequence
 from dataclasses import Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import fm_fast
-from fm_fast._version import __version__
-from fm_fast.cli_evaluate import add_evaluate
-from fm_fast.cli_likelihood import add_likelihood
-from fm_fast.cli_reproduce import add_reproduce
-from fm_fast.cli_sample import add_sample
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.loop import train
 from fm_fast.train.presets import PRESETS, SUMMARIES
@@ -25,45 +16,8 @@ from fm_fast.train.weights import load_model
 FROM_DATA = ("image_size", "image_channels", "classes", "low_resolution_channels")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `fm-fast`: 0 on success, 1 for an error in the data or the run, 2 for a wrong command line, 130 for Ctrl-C.
-
-    Training ends with 143 after SIGTERM and 129 after SIGHUP.
-    """
-    options = parser().parse_args(arguments)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            options.run(options)
-    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
-        print(f"fm-fast: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def _show_warning(message: Warning | str, *place: Any) -> None:
-    """In a line of its own, without the place in the code, which tells the user of a command nothing."""
-    print(f"fm-fast: warning: {message}", file=sys.stderr)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The whole command line; every setting of a training run is an option of `train`."""
-    root = argparse.ArgumentParser(prog="fm-fast", description="Flow matching for PyTorch.", allow_abbrev=False)
-    root.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = root.add_subparsers(required=True, metavar="command")
-    _add_train(commands)
-    add_sample(commands)
-    add_likelihood(commands)
-    add_evaluate(commands)
-    add_reproduce(commands)
-    info = commands.add_parser("info", help="print versions and which backend runs here, and why", allow_abbrev=False)
-    info.set_defaults(run=_info)
-    return root
-
-
-def _add_train(commands: Any) -> None:
+def add_train(commands: Any) -> None:
+    """The command's options: every setting of a run."""
     parser = commands.add_parser(
         "train", allow_abbrev=False, help="train the reference U-Net",
         description="Train the reference U-Net. `fm-fast train digits` uses the shipped digits, `fm-fast train --data PATH` your images.\n"
@@ -159,7 +113,3 @@ def _train(options: argparse.Namespace) -> None:
         raise ValueError(f"data: expected --data PATH with preset {options.preset}")
     # A run that was begun before such settings were refused may still name them again.
     train(config, options.resume, options.overwrite, () if options.resume else _given(options))
-
-
-def _info(options: argparse.Namespace) -> None:
-    print(fm_fast.info())

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fm_fast.cli_options import positive
+from fm_fast.cli.options import positive
 
 SOURCES = ("digits", "fashion")
 

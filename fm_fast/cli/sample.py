@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from fm_fast.cli_options import (
+from fm_fast.cli.options import (
     add_run,
     add_solver,
     are_undivided,
