@@ -6,7 +6,7 @@ from benchmarks.op import Op
 
 NAMES = (
     "noise", "path_sample", "path_loss", "linear_step", "sampler", "adaptive", "probe", "divergence_step", "divergence", "likelihood",
-    "adamw_ema", "group_norm_silu", "conv_weight_grad", "coupling", "train_step", "share",
+    "adamw_ema", "group_norm_silu", "conv3x3", "conv_weight_grad", "coupling", "train_step", "share",
 )  # fmt: skip
 
 

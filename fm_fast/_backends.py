@@ -33,7 +33,18 @@ from fm_fast import __path__ as _package_path
 from fm_fast._version import __version__
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
-OPS = ("noise", "path_sample", "path_loss", "linear_step", "probe", "divergence_step", "adamw_ema", "group_norm_silu", "conv_weight_grad")
+OPS = (
+    "noise",
+    "path_sample",
+    "path_loss",
+    "linear_step",
+    "probe",
+    "divergence_step",
+    "adamw_ema",
+    "group_norm_silu",
+    "conv3x3",
+    "conv_weight_grad",
+)
 CUDA_OPS = ("noise", "path_sample", "path_loss", "linear_step", "probe", "divergence_step")  # those with a kernel in csrc/cuda
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}

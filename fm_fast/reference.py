@@ -221,6 +221,16 @@ def group_statistics(dots: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return mean, (means - mean).square().sum(0) / ((groups - 1) * groups)
 
 
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
+    """A convolution of size 3 that keeps height and width.
+
+    y[b, o, h, w] = bias[o] + sum_{c, i, j} W[o, c, i, j] x[b, c, h + i - 1, w + j - 1] with x zero outside of the image; transposed, with
+    W[c, o, 2 - i, 2 - j] instead, as in the gradient of x.
+    """
+    convolve = torch.nn.functional.conv_transpose2d if transposed else torch.nn.functional.conv2d
+    return convolve(x, weight, bias, padding=1)
+
+
 def conv_weight_grad(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the weight and the bias of a convolution of size 2 r + 1 that keeps height and width.
 

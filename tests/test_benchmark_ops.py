@@ -18,8 +18,8 @@ from fm_fast import _backends, _ops
 CPU = torch.device("cpu")
 # A benchmark of one name times both.
 WITH_THEIR_FORWARD = {"path_loss_backward", "group_norm_silu_backward", "adamw_ema_norm"}
-SINGLE_OPS = ("noise", "path_sample", "linear_step", "probe", "divergence_step", "conv_weight_grad")
-TINY = {"path_sample": (64, 3, 5, 7), "probe": (16, 33), "conv_weight_grad": (3, 16, 32, 5)}
+SINGLE_OPS = ("noise", "path_sample", "linear_step", "probe", "divergence_step", "conv3x3", "conv_weight_grad")
+TINY = {"path_sample": (64, 3, 5, 7), "probe": (16, 33), "conv3x3": (3, 16, 32, 5), "conv_weight_grad": (3, 16, 32, 5)}
 PROBLEMS = [(name, mode) for name in SINGLE_OPS for mode in registry.find(name).modes]
 
 
@@ -34,7 +34,7 @@ def test_every_op_has_a_benchmark():
 
 HALVES = (torch.bfloat16, torch.float16)
 TYPED = [(*problem, torch.float32) for problem in PROBLEMS]
-TYPED += [(name, mode, dtype) for name, mode in PROBLEMS for dtype in HALVES if name != "conv_weight_grad"]
+TYPED += [(name, mode, dtype) for name, mode in PROBLEMS for dtype in HALVES if not name.startswith("conv")]
 OTHERS = ["eager", "torch, ", "NumPy", "matmul", "floor", "torchcfm", "flow"]
 
 

@@ -9,6 +9,7 @@ from thread_counts import on_thread_counts, threads
 import fm_fast as fm
 from fm_fast import _backends, _ops, reference
 from fm_fast._ops import conv_weight_grad as function
+from fm_fast._ops import convolutions
 from fm_fast.nn import UNet, UNetConfig, convolution
 from fm_fast.nn.convolution import conv1x1, conv3x3
 
@@ -135,7 +136,7 @@ def test_opcheck():
 def chosen(monkeypatch):
     """The layer uses the kernel whatever the instruction set; the number of its calls."""
     calls, kernel = [], function.__globals__["_conv_weight_grad"]["cpp"]
-    monkeypatch.setitem(function.__globals__, "FASTER_ON", (_backends.cpu_isa(),))
+    monkeypatch.setattr(convolutions, "FASTER_ON", (_backends.cpu_isa(),))
     monkeypatch.setitem(function.__globals__["_conv_weight_grad"], "cpp", lambda *arguments: calls.append(1) or kernel(*arguments))
     return calls
 
@@ -257,9 +258,9 @@ def test_the_reference_is_the_formula():
 
 def test_the_choice_is_made_by_instruction_set_and_backend(monkeypatch):
     _, x, weight = problem(*SHAPES[0])
-    monkeypatch.setitem(function.__globals__, "FASTER_ON", ())
+    monkeypatch.setattr(convolutions, "FASTER_ON", ())
     assert _ops.conv_weight_grad_backend(x, weight) == "reference"
-    monkeypatch.setitem(function.__globals__, "FASTER_ON", (_backends.cpu_isa(),))
+    monkeypatch.setattr(convolutions, "FASTER_ON", (_backends.cpu_isa(),))
     assert _ops.conv_weight_grad_backend(x, weight) == _backends.resolve("conv_weight_grad", x.device)
     monkeypatch.setattr(_backends, "ENVIRONMENT_BACKEND", "reference")
     assert _ops.conv_weight_grad_backend(x, weight) == "reference"

@@ -141,6 +141,17 @@ constexpr int64_t kConvOutputs = 16;  // of a block
 
 static inline int64_t conv_block_sums(const ConvArgs& args) { return (args.size * args.size * args.inputs + 1) * kConvOutputs; }
 
+// A convolution of size 3 that keeps height and width: x [B, H, W, C] to y [B, H, W, O], C and O multiples of kConvOutputs.
+struct Conv3x3Args {
+  const float *x, *weight,
+      *bias;  // weight [O, C, 3, 3] by strides, which are negative where the taps are turned round; bias may be nullptr
+  float* y;
+  int64_t batch, height, width, inputs, outputs;
+  int64_t output_stride, input_stride, tap_stride[2], bias_stride;
+  float* transformed;  // weights [16, O / kConvOutputs, C, kConvOutputs]
+  int64_t unit_tiles;  // of 2x2 positions of y
+};
+
 // Run units begin <= i < end.
 using NoiseKernel = void (*)(const NoiseArgs&, int64_t begin, int64_t end);
 using ScheduleKernel = void (*)(const ScheduleArgs&, int64_t begin, int64_t end);
@@ -155,6 +166,7 @@ using AdamwKernel = void (*)(const AdamwArgs&, int64_t begin, int64_t end);
 using NormKernel = void (*)(const NormArgs&, int64_t begin, int64_t end);
 using NormGradKernel = void (*)(const NormGradArgs&, int64_t begin, int64_t end);
 using ConvKernel = void (*)(const ConvArgs&, int64_t begin, int64_t end);
+using Conv3x3Kernel = void (*)(const Conv3x3Args&, int64_t begin, int64_t end);
 
 #define FM_DECLARE_KERNELS(isa)                                                              \
   namespace isa {                                                                            \
@@ -172,6 +184,8 @@ using ConvKernel = void (*)(const ConvArgs&, int64_t begin, int64_t end);
   void group_norm_silu_backward_units(const NormGradArgs& args, int64_t begin, int64_t end); \
   void conv_weight_grad_units(const ConvArgs& args, int64_t begin, int64_t end);             \
   void conv_weight_grad_sums(const ConvArgs& args, int64_t begin, int64_t end);              \
+  void conv3x3_weights(const Conv3x3Args& args, int64_t begin, int64_t end);                 \
+  void conv3x3_units(const Conv3x3Args& args, int64_t begin, int64_t end);                   \
   }
 FM_DECLARE_KERNELS(portable)
 #if defined(__x86_64__)

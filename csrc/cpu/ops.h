@@ -17,5 +17,6 @@ void adamw_ema(StableIValue* stack, uint64_t, uint64_t);
 void group_norm_silu(StableIValue* stack, uint64_t, uint64_t);
 void group_norm_silu_backward(StableIValue* stack, uint64_t, uint64_t);
 void conv_weight_grad(StableIValue* stack, uint64_t, uint64_t);
+void conv3x3(StableIValue* stack, uint64_t, uint64_t);
 
 }  // namespace fm

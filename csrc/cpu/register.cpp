@@ -25,7 +25,8 @@ constexpr struct {
             {"adamw_ema", adamw_ema},
             {"group_norm_silu", group_norm_silu},
             {"group_norm_silu_backward", group_norm_silu_backward},
-            {"conv_weight_grad", conv_weight_grad}};
+            {"conv_weight_grad", conv_weight_grad},
+            {"conv3x3", conv3x3}};
 
 // A failure leaves ops without a CPU implementation (torch says so when one is called): never end the process that loads us.
 bool register_all() {

@@ -1,8 +1,5 @@
 // conv_weight_grad, from torch's arguments to its kernels.
-#include "dispatch.h"
-#include "ops.h"
-#include "run.h"
-#include "scratch.h"
+#include "register_conv.h"
 
 namespace fm {
 namespace {
@@ -14,20 +11,6 @@ constexpr int64_t kUnitBlocks = 2;      // blocks of outputs of a unit
 constexpr int64_t kMostParts = 8;       // of a batch
 constexpr int64_t kUnits = 32;          // in all, about: work for that many threads, and few partial sums of many outputs
 constexpr int64_t kInlinePartial = 16;  // the partial sums lie on the heap
-
-// The memory of an image [B, C, H, W] in channels_last without gaps.
-float* channels_last(const Tensor& tensor) {
-  const int64_t *n = tensor.sizes(), *stride = tensor.strides(), dense[4] = {n[1] * n[2] * n[3], 1, n[1] * n[3], n[1]};
-  if (dtype_of(tensor) != Dtype::float32) tensor.fail("expected float32");
-  for (int i = 0; i < 4; ++i)
-    if (n[i] > 1 && stride[i] != dense[i]) tensor.fail("expected channels_last memory without gaps");
-  return static_cast<float*>(tensor.data());
-}
-
-void check_image(const Tensor& tensor) {
-  check_device(tensor);
-  if (tensor.dim() != 4) tensor.fail("expected [B, C, H, W]");
-}
 
 void read_weight(const Tensor& weight, const Tensor& bias, ConvArgs* args) {
   check_device(weight);
@@ -41,27 +24,22 @@ void read_weight(const Tensor& weight, const Tensor& bias, ConvArgs* args) {
   args->input_stride = stride[1];
   args->tap_stride[0] = stride[2];
   args->tap_stride[1] = stride[3];
-  if (bias.numel() == 0 && args->outputs > 0) return;
-  check_device(bias);
-  if (bias.dim() != 1 || bias.sizes()[0] != args->outputs || dtype_of(bias) != Dtype::float32) bias.fail("expected float32 [O]");
-  args->grad_bias = static_cast<float*>(bias.data());
-  args->bias_stride = bias.strides()[0];
+  args->grad_bias = bias_of(bias, args->outputs);
+  args->bias_stride = args->grad_bias ? bias.strides()[0] : 0;
 }
 
 ConvArgs conv_args(const Tensor& grad_weight, const Tensor& grad_bias, const Tensor& grad_y, const Tensor& x) {
-  check_image(grad_y);
-  check_image(x);
+  ConvArgs args = {};
+  args.x = channels_last(x);
+  args.grad_y = channels_last(grad_y);
   const int64_t *n = x.sizes(), *outputs = grad_y.sizes();
   if (outputs[0] != n[0] || outputs[2] != n[2] || outputs[3] != n[3]) grad_y.fail("expected batch, height and width of x");
   if (outputs[1] % kConvOutputs) grad_y.fail("expected a multiple of 16 channels");
-  ConvArgs args = {};
   args.batch = n[0];
   args.inputs = n[1];
   args.height = n[2];
   args.width = n[3];
   args.outputs = outputs[1];
-  args.x = channels_last(x);
-  args.grad_y = channels_last(grad_y);
   read_weight(grad_weight, grad_bias, &args);
   // The cut depends on the shapes alone, and so do all sums.
   int64_t parts = lesser(greater(kUnits / greater(divide_up(args.outputs, kUnitBlocks * kConvOutputs), 1), 1), kMostParts);

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fm_fast import _backends, reference
 from fm_fast._ops import schemas
+from fm_fast._ops.convolutions import is_convolved_here
 from fm_fast._ops.guard import absent, needs_reference
 
 _conv_weight_grad = schemas.op("conv_weight_grad")
@@ -12,10 +13,6 @@ _conv_weight_grad = schemas.op("conv_weight_grad")
 OUTPUTS = 16  # the kernel's: a number of channels of y must be a multiple of it
 INPUTS = 16  # with fewer PyTorch's is as fast
 SIZES = (1, 3)
-PLAIN = (Tensor, torch.nn.Parameter)  # not tensors in shards, which raw ops would take for whole
-# Instruction sets with which the kernel was measured to be faster than oneDNN's, which PyTorch calls; not measured with avx512.
-FASTER_ON = ("avx2",)
-_ISA = _backends.cpu_isa()
 
 
 def conv_weight_grad_backend(x: Tensor, weight: Tensor) -> str:
@@ -23,13 +20,8 @@ def conv_weight_grad_backend(x: Tensor, weight: Tensor) -> str:
 
     The reference where PyTorch's kernel is as fast, or ours does not know the shape, layout, dtype or kind of tensor.
     """
-    if _ISA not in FASTER_ON or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
-        return "reference"
-    if type(x) is not Tensor or type(weight) not in PLAIN:
-        return "reference"
     outputs, inputs, size = weight.shape[:3]
-    known = outputs % OUTPUTS == 0 and inputs >= INPUTS and size in SIZES and x.dim() == 4
-    if not known or not x.is_contiguous(memory_format=torch.channels_last):
+    if not (outputs % OUTPUTS == 0 and inputs >= INPUTS and size in SIZES) or not is_convolved_here(x, weight):
         return "reference"
     return _backends.resolve("conv_weight_grad", x.device)
 

@@ -1,6 +1,6 @@
 """Convolutions of the U-Net: PyTorch's, without what they keep or emulate needlessly."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ class Convolution(nn.Conv2d):
     """nn.Conv2d, with three differences.
 
     Between 16-bit tensors on a CPU that has no 16-bit arithmetic it computes in float32, also under autocast. With its parameters
-    frozen it keeps no activation for the backward pass, which is half the memory that a divergence takes. And where the kernel of op
-    ``conv_weight_grad`` is faster than PyTorch's, that computes the parameters' gradients, unless ``fused`` is False.
+    frozen it keeps no activation for the backward pass, which is half the memory that a divergence takes. And where the kernels of ops
+    ``conv3x3`` and ``conv_weight_grad`` are faster than PyTorch's, they compute it and its gradients, unless ``fused`` is False.
     """
 
     fused = True
@@ -48,12 +48,44 @@ class Convolution(nn.Conv2d):
             return self._convolved(x.float(), self.weight.float(), bias).to(dtype)
 
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        kernels = _kernels(x, weight) if self.fused and self.keeps_size else PYTORCH
         if _is_only_differentiated_in(x, weight, bias):
-            return _FrozenConvolution.apply(x, weight, bias, self.stride, self.padding)
-        backend = _kernel_of_gradients(x, weight) if self.fused and self.keeps_size else None
-        if backend is None:
+            return _FrozenConvolution.apply(x, weight, bias, self.stride, self.padding, kernels)
+        if not _is_differentiated(x, weight, bias):
+            return _convolve(x, weight, bias, self.stride, self.padding, kernels)
+        if kernels.weight_grad == "reference" or not weight.requires_grad or x.is_inference():
             return F.conv2d(x, weight, bias, self.stride, self.padding)
-        return _TrainedConvolution.apply(x, weight.view_as(weight), None if bias is None else bias.view_as(bias), backend)
+        return _TrainedConvolution.apply(x, weight.view_as(weight), None if bias is None else bias.view_as(bias), kernels)
+
+
+class Kernels(NamedTuple):
+    """The backends of the ops of a convolution that keeps height and width; "reference" stands for PyTorch's."""
+
+    conv3x3: str
+    weight_grad: str
+
+
+PYTORCH = Kernels("reference", "reference")
+
+
+def _kernels(x: Tensor, weight: Tensor) -> Kernels:
+    """Those that are faster than PyTorch's; none where a compiler, a transform or autocast looks for PyTorch's own convolution."""
+    if x.device.type != "cpu" or not _modes.plainly_eager() or _modes.transforms_active() or torch.is_autocast_enabled("cpu"):
+        return PYTORCH
+    return Kernels(_ops.conv3x3_backend(x, weight), _ops.conv_weight_grad_backend(x, weight))
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, kernels: Kernels) -> Tensor:
+    """The convolution, where no gradient is recorded."""
+    if kernels.conv3x3 == "reference":
+        return F.conv2d(x, weight, bias, stride, padding)
+    return _ops.conv3x3(x, weight, bias, kernels.conv3x3)
+
+
+def _is_differentiated(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd will want any gradient."""
+    wanted = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return wanted and torch.is_grad_enabled()
 
 
 def _is_only_differentiated_in(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -63,14 +95,6 @@ def _is_only_differentiated_in(x: Tensor, weight: Tensor, bias: Tensor | None) -
     return not torch.is_autocast_enabled(x.device.type) and _modes.plainly_eager() and not _modes.transforms_active()
 
 
-def _kernel_of_gradients(x: Tensor, weight: Tensor) -> str | None:
-    """The backend of ``conv_weight_grad`` where autograd will want the gradient of the weight and a kernel is faster than PyTorch's."""
-    if not (torch.is_grad_enabled() and weight.requires_grad and _modes.plainly_eager()) or _modes.transforms_active() or x.is_inference():
-        return None
-    backend = _ops.conv_weight_grad_backend(x, weight)
-    return None if backend == "reference" or torch.is_autocast_enabled("cpu") else backend
-
-
 class _TrainedConvolution(torch.autograd.Function):
     """A convolution that keeps height and width, whose parameters' gradients come from op ``conv_weight_grad``.
 
@@ -78,49 +102,59 @@ class _TrainedConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.bias_sizes, ctx.backend = None if bias is None else [weight.shape[0]], backend
-        return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
+        ctx.bias_sizes, ctx.kernels = None if bias is None else [weight.shape[0]], kernels
+        return _convolve(x, weight, bias, 1, weight.shape[2] // 2, kernels)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad_y,), (x, weight) = grads, ctx.saved_tensors
         wants_x = ctx.needs_input_grad[0]
         wants_parameters = [node is not None and torch._C._will_engine_execute_node(node) for node, _ in ctx.next_functions[1:]]
-        ours = any(wants_parameters) and not (torch.is_grad_enabled() or _ops.is_batched(grad_y))
-        grad_x, grad_weight, grad_bias = None, None, None
-        if wants_x or not ours:
+        if torch.is_grad_enabled() or _ops.is_batched(grad_y):
             # Without a bias there is no third input of which autograd could tell.
-            wanted = (wants_x, False, False) if ours else (wants_x, *wants_parameters, False)[:3]
-            padding = (weight.shape[2] // 2,) * 2
-            grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-                grad_y, x, weight, ctx.bias_sizes, (1, 1), padding, (1, 1), False, (0, 0), 1, wanted
-            )
-        if ours:
-            grad_weight, grad_bias = _ops.conv_weight_grad(grad_y, x, weight, ctx.bias_sizes is not None, ctx.backend)
+            wanted = (wants_x, *wants_parameters, False)[:3]
+            return *_gradients(grad_y, x, weight, ctx.bias_sizes, wanted), None
+        grad_x, grad_weight, grad_bias = None, None, None
+        if wants_x:
+            grad_x = _gradient_of_input(grad_y, x, weight, (1, 1), (weight.shape[2] // 2,) * 2, ctx.kernels)
+        if any(wants_parameters):
+            grad_weight, grad_bias = _ops.conv_weight_grad(grad_y, x, weight, ctx.bias_sizes is not None, ctx.kernels.weight_grad)
         return grad_x, grad_weight, grad_bias, None
+
+
+def _gradients(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """PyTorch's, which can be differentiated again, of a convolution that keeps height and width."""
+    padding = (weight.shape[2] // 2,) * 2
+    return torch.ops.aten.convolution_backward(grad_y, x, weight, bias_sizes, (1, 1), padding, (1, 1), False, (0, 0), 1, wanted)
+
+
+def _gradient_of_input(grad_y: Tensor, x: Tensor, weight: Tensor, stride: Any, padding: Any, kernels: Kernels) -> Tensor:
+    if kernels.conv3x3 != "reference":
+        return _ops.conv3x3(grad_y, weight, None, kernels.conv3x3, transposed=True)
+    wanted = (True, False, False)
+    return torch.ops.aten.convolution_backward(grad_y, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, wanted)[0]
 
 
 class _FrozenConvolution(torch.autograd.Function):
     """A convolution that is differentiated in x alone: linear in x, so its derivative needs the weight and not x, which PyTorch's keeps."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.layout, ctx.stride, ctx.padding = (x.shape, x.stride()), stride, padding
-        return F.conv2d(x, weight, bias, stride, padding)
+        ctx.layout, ctx.stride, ctx.padding, ctx.kernels = (x.shape, x.stride()), stride, padding, kernels
+        return _convolve(x, weight, bias, stride, padding, kernels)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
+        (grad_y,), (weight,) = grads, ctx.saved_tensors
+        kernels = PYTORCH if torch.is_grad_enabled() or _ops.is_batched(grad_y) else ctx.kernels
         # The op asks for x to know its shape and memory format. It does not read it, so memory that nobody has written to costs little.
         x = weight.new_empty_strided(*ctx.layout)
-        wanted = (True, False, False)
-        gradient, _, _ = torch.ops.aten.convolution_backward(
-            grads[0], x, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, wanted
-        )
-        return gradient, None, None, None, None
+        return _gradient_of_input(grad_y, x, weight, ctx.stride, ctx.padding, kernels), None, None, None, None, None
 
 
 def _computed(x: Tensor) -> torch.dtype:

@@ -33,6 +33,7 @@ struct Isa {
   fm::GradientNormKernel norm;
   fm::AdamwKernel adamw;
   fm::ConvKernel conv, conv_sums;
+  fm::Conv3x3Kernel conv3x3_weights, conv3x3;
 };
 
 #define FM_KERNELS(isa)             \
@@ -48,7 +49,9 @@ struct Isa {
    fm::isa::adamw_ema_norm_units,   \
    fm::isa::adamw_ema_units,        \
    fm::isa::conv_weight_grad_units, \
-   fm::isa::conv_weight_grad_sums}
+   fm::isa::conv_weight_grad_sums,  \
+   fm::isa::conv3x3_weights,        \
+   fm::isa::conv3x3_units}
 
 inline std::vector<Isa> instruction_sets() {
   std::vector<Isa> found = {FM_KERNELS(portable)};

@@ -1,0 +1,241 @@
+// y[b, o, h, w] = bias[o] + sum_{c, i, j} W[o, c, i, j] x[b, c, h + i - 1, w + j - 1] of float32 tensors in channels_last, by Winograd's
+// minimal filtering F(2x2, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016): a tile of 2x2 results is
+// A' [sum_c (G W G') (B' x B)] A, whose 16 products an input channel stand for 36. With d the 4x4 inputs of a tile and g the 3x3 taps:
+//
+//   rows of B' d: d0 - d2, d1 + d2, d2 - d1, d1 - d3    rows of G g: g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2
+//   rows of A' m: m0 + m1 + m2, m1 - m2 - m3
+//
+// and the same along the columns. The sums over c are 16 matrix products of a block of tiles with the transformed weights.
+#include <string.h>
+
+#include "scratch.h"
+#include "tiling.h"
+#include "vector.h"
+
+namespace fm {
+namespace FM_ISA {
+namespace {
+
+constexpr int64_t kTileProducts = 16;                             // of a tile and an input channel
+constexpr int64_t kOutputVectors = kConvOutputs / kWidth<float>;  // of a block of outputs
+// Tiles whose sums stay in registers with a block of outputs: 12 registers of 16, or of 32.
+constexpr int64_t kTilesAbreast = 12 / kOutputVectors;
+
+using Floats = Vector<float>;
+
+// The transformed inputs [16, tiles, C] and the products [16, tiles, O] of a block of tiles, and C zeros for what lies beyond the border.
+struct TileBuffers {
+  float *inputs, *products;
+  const float* zeros;
+};
+
+// The first result of a tile.
+struct Corner {
+  int64_t sample, row, column;
+};
+
+FM_INLINE Corner corner_of(const Conv3x3Args& args, int64_t number) {
+  int64_t down = divide_up(args.height, 2), across = divide_up(args.width, 2);
+  return Corner{number / (down * across), number / across % down * 2, number % across * 2};
+}
+
+// --- weights -------------------------------------------------------------------------------------------------------------------------
+
+// Input channels whose weights are transformed together: a line of memory holds so many.
+constexpr int64_t kChannelGroup = kConvOutputs;
+constexpr int64_t kTaps = 9 * kConvOutputs;  // of an input channel and a block of outputs: [3, 3, kConvOutputs]
+
+// The taps of some input channels and a block of outputs, [kChannelGroup, 3, 3, kConvOutputs]; every line of memory is read once.
+FM_INLINE void gather_taps(const Conv3x3Args& args, int64_t block, int64_t channel, float* taps) {
+  const float* first = args.weight + block * kConvOutputs * args.output_stride + channel * args.input_stride;
+  for (int64_t i = 0; i < 3; ++i)
+    for (int64_t j = 0; j < 3; ++j) {
+      const float* from = first + i * args.tap_stride[0] + j * args.tap_stride[1];
+      float* to = taps + (i * 3 + j) * kConvOutputs;
+      if (args.output_stride == 1) {
+        for (int64_t c = 0; c < kChannelGroup; ++c) memcpy(to + c * kTaps, from + c * args.input_stride, kConvOutputs * sizeof(float));
+        continue;
+      }
+      for (int64_t o = 0; o < kConvOutputs; ++o)
+        for (int64_t c = 0; c < kChannelGroup; ++c) to[c * kTaps + o] = from[o * args.output_stride + c * args.input_stride];
+    }
+}
+
+FM_INLINE void transform_taps(const Floats g[3], Floats u[4]) {
+  Floats sum = 0.5f * (g[0] + g[2]), middle = 0.5f * g[1];
+  u[0] = g[0], u[1] = sum + middle, u[2] = sum - middle, u[3] = g[2];
+}
+
+// G g G' of one vector of outputs; the products lie `stride` apart.
+FM_INLINE void transform_weight(const float* taps, float* to, int64_t stride) {
+  Floats columns[3][4];
+#pragma GCC unroll 3
+  for (int64_t j = 0; j < 3; ++j) {
+    Floats g[3];
+#pragma GCC unroll 3
+    for (int64_t i = 0; i < 3; ++i) g[i] = load_whole(taps + (i * 3 + j) * kConvOutputs);
+    transform_taps(g, columns[j]);
+  }
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < 4; ++i) {
+    Floats g[3] = {columns[0][i], columns[1][i], columns[2][i]}, u[4];
+    transform_taps(g, u);
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) store_whole(to + (i * 4 + j) * stride, u[j]);
+  }
+}
+
+// --- inputs --------------------------------------------------------------------------------------------------------------------------
+
+// Where the channels of the 4x4 inputs of a tile begin.
+FM_INLINE void find_inputs(const Conv3x3Args& args, const Corner& corner, const float* zeros, const float* found[4][4]) {
+  const float* image = args.x + corner.sample * args.height * args.width * args.inputs;
+  for (int64_t i = 0; i < 4; ++i)
+    for (int64_t j = 0; j < 4; ++j) {
+      int64_t h = corner.row + i - 1, w = corner.column + j - 1;
+      bool inside = h >= 0 && h < args.height && w >= 0 && w < args.width;
+      found[i][j] = inside ? image + (h * args.width + w) * args.inputs : zeros;
+    }
+}
+
+FM_INLINE void transform_line(const Floats d[4], Floats v[4]) {
+  v[0] = d[0] - d[2], v[1] = d[1] + d[2], v[2] = d[2] - d[1], v[3] = d[1] - d[3];
+}
+
+// B' d B of one vector of channels; the products lie `stride` apart.
+FM_INLINE void transform_input(const float* const from[4][4], int64_t channel, float* to, int64_t stride) {
+  Floats rows[4][4];
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < 4; ++i) {
+    Floats d[4];
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) d[j] = load_whole(from[i][j] + channel);
+    transform_line(d, rows[i]);
+  }
+#pragma GCC unroll 4
+  for (int64_t j = 0; j < 4; ++j) {
+    Floats d[4] = {rows[0][j], rows[1][j], rows[2][j], rows[3][j]}, v[4];
+    transform_line(d, v);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 4; ++i) store_whole(to + (i * 4 + j) * stride, v[i]);
+  }
+}
+
+FM_INLINE void transform_inputs(const Conv3x3Args& args, int64_t first, int64_t count, const TileBuffers& buffers) {
+  for (int64_t t = 0; t < count; ++t) {
+    const float* from[4][4];
+    find_inputs(args, corner_of(args, first + t), buffers.zeros, from);
+    for (int64_t c = 0; c < args.inputs; c += kWidth<float>)
+      transform_input(from, c, buffers.inputs + t * args.inputs + c, args.unit_tiles * args.inputs);
+  }
+}
+
+// --- products ------------------------------------------------------------------------------------------------------------------------
+
+// to [kTiles, kConvOutputs] = v [kTiles, C] u [C, kConvOutputs]
+template <int kTiles>
+FM_INLINE void multiply(const Conv3x3Args& args, const float* v, const float* u, float* to) {
+  Floats sum[kTiles][kOutputVectors] = {};
+  for (int64_t c = 0; c < args.inputs; ++c, u += kConvOutputs) {
+    Floats weight[kOutputVectors];
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kOutputVectors; ++k) weight[k] = load_whole(u + k * kWidth<float>);
+#pragma GCC unroll 12
+    for (int64_t t = 0; t < kTiles; ++t) {
+      Floats value = all(v[t * args.inputs + c]);
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < kOutputVectors; ++k) sum[t][k] = fused(value, weight[k], sum[t][k]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int64_t t = 0; t < kTiles; ++t)
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kOutputVectors; ++k) store_whole(to + t * args.outputs + k * kWidth<float>, sum[t][k]);
+}
+
+// One of the 16 products of all tiles and one block of outputs.
+FM_INLINE void multiply_block(const Conv3x3Args& args, const float* v, const float* u, int64_t count, float* to) {
+  int64_t t = 0;
+  for (; t + kTilesAbreast <= count; t += kTilesAbreast) multiply<kTilesAbreast>(args, v + t * args.inputs, u, to + t * args.outputs);
+  for (; t + 2 <= count; t += 2) multiply<2>(args, v + t * args.inputs, u, to + t * args.outputs);
+  if (t < count) multiply<1>(args, v + t * args.inputs, u, to + t * args.outputs);
+}
+
+FM_INLINE void multiply_all(const Conv3x3Args& args, int64_t count, const TileBuffers& buffers) {
+  int64_t blocks = args.outputs / kConvOutputs;
+  for (int64_t product = 0; product < kTileProducts; ++product)
+    for (int64_t block = 0; block < blocks; ++block)
+      multiply_block(args, buffers.inputs + product * args.unit_tiles * args.inputs,
+                     args.transformed + (product * blocks + block) * args.inputs * kConvOutputs, count,
+                     buffers.products + product * args.unit_tiles * args.outputs + block * kConvOutputs);
+}
+
+// --- results -------------------------------------------------------------------------------------------------------------------------
+
+FM_INLINE void transform_products(const Floats m[4], Floats y[2]) { y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3]; }
+
+// A' m A of one vector of outputs; the products lie `stride` apart.
+FM_INLINE void transform_result(const float* from, int64_t stride, Floats y[2][2]) {
+  Floats rows[2][4];
+#pragma GCC unroll 4
+  for (int64_t j = 0; j < 4; ++j) {
+    Floats m[4], column[2];
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 4; ++i) m[i] = load_whole(from + (i * 4 + j) * stride);
+    transform_products(m, column);
+    rows[0][j] = column[0], rows[1][j] = column[1];
+  }
+  transform_products(rows[0], y[0]);
+  transform_products(rows[1], y[1]);
+}
+
+FM_INLINE void store_results(const Conv3x3Args& args, int64_t first, int64_t count, const float* bias, const TileBuffers& buffers) {
+  for (int64_t t = 0; t < count; ++t) {
+    Corner corner = corner_of(args, first + t);
+    float* to = args.y + ((corner.sample * args.height + corner.row) * args.width + corner.column) * args.outputs;
+    int64_t rows = lesser(2, args.height - corner.row), columns = lesser(2, args.width - corner.column);
+    for (int64_t o = 0; o < args.outputs; o += kWidth<float>) {
+      Floats y[2][2], offset = load_whole(bias + o);
+      transform_result(buffers.products + t * args.outputs + o, args.unit_tiles * args.outputs, y);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) store_whole(to + (i * args.width + j) * args.outputs + o, y[i][j] + offset);
+    }
+  }
+}
+
+FM_INLINE float* on_a_line(float* memory) { return memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64 / sizeof(float); }
+
+}  // namespace
+
+// A unit is the transformed weights of some input channels and one block of outputs.
+void conv3x3_weights(const Conv3x3Args& args, int64_t begin, int64_t end) {
+  int64_t groups = args.inputs / kChannelGroup, stride = args.outputs * args.inputs;
+  float taps[kChannelGroup * kTaps];
+  for (int64_t unit = begin; unit < end; ++unit) {
+    int64_t block = unit / groups, channel = unit % groups * kChannelGroup;
+    gather_taps(args, block, channel, taps);
+    float* to = args.transformed + (block * args.inputs + channel) * kConvOutputs;
+    for (int64_t c = 0; c < kChannelGroup; ++c)
+      for (int64_t o = 0; o < kConvOutputs; o += kWidth<float>) transform_weight(taps + c * kTaps + o, to + c * kConvOutputs + o, stride);
+  }
+}
+
+// A unit is `unit_tiles` tiles, of which the last unit may have fewer.
+void conv3x3_units(const Conv3x3Args& args, int64_t begin, int64_t end) {
+  int64_t tiles = args.batch * divide_up(args.height, 2) * divide_up(args.width, 2), each = kTileProducts * args.unit_tiles;
+  Scratch<float, 16> memory(each * (args.inputs + args.outputs) + args.inputs + args.outputs + 16);
+  float *inputs = on_a_line(memory.data()), *products = inputs + each * args.inputs, *bias = products + each * args.outputs;
+  float* zeros = bias + args.outputs;
+  memset(zeros, 0, static_cast<size_t>(args.inputs) * sizeof(float));
+  for (int64_t o = 0; o < args.outputs; ++o) bias[o] = args.bias ? args.bias[o * args.bias_stride] : 0.0f;
+  TileBuffers buffers = {inputs, products, zeros};
+  for (int64_t unit = begin; unit < end; ++unit) {
+    int64_t first = unit * args.unit_tiles, count = lesser(args.unit_tiles, tiles - first);
+    transform_inputs(args, first, count, buffers);
+    multiply_all(args, count, buffers);
+    store_results(args, first, count, bias, buffers);
+  }
+}
+
+}  // namespace FM_ISA
+}  // namespace fm

@@ -1,0 +1,249 @@
+"""conv3x3 against NumPy in float64: shapes, layouts, threads, errors; and the layer that uses it, in every mode of autograd."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from thread_counts import on_thread_counts
+
+import fm_fast as fm
+from fm_fast import _backends, _ops
+from fm_fast._ops import conv3x3 as function
+from fm_fast._ops import convolutions
+from fm_fast.nn import UNet, UNetConfig, convolution
+from fm_fast.nn.convolution import conv3x3
+
+REASON = _backends.why_not("conv3x3", "cpu", "cpp")
+needs_cpp = pytest.mark.skipif(REASON is not None, reason=f"the C++ backend cannot run: {REASON}")
+needs_default = pytest.mark.skipif(
+    REASON is not None or _backends.ENVIRONMENT_BACKEND not in (None, "cpp"), reason="the layer does not choose the kernel here"
+)
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+# batch, inputs, outputs, height, width
+SHAPES = [
+    (2, 16, 16, 4, 4), (1, 16, 32, 1, 1), (3, 48, 32, 5, 7), (1, 16, 16, 1, 100), (1, 32, 16, 99, 2), (70, 16, 16, 3, 3),
+    (2, 272, 48, 4, 6), (0, 16, 16, 3, 3), (3, 64, 160, 9, 8),
+]  # fmt: skip
+
+
+def draw(*shape, index):
+    return fm.noise(shape, seed=6, step=index).to(memory_format=torch.channels_last)
+
+
+def problem(batch, inputs, outputs, height, width, transposed=False):
+    """(x, weight, bias)"""
+    weight = draw(*((inputs, outputs) if transposed else (outputs, inputs)), 3, 3, index=2)
+    return draw(batch, inputs, height, width, index=1), weight, fm.noise((outputs,), seed=6, step=3)
+
+
+def exact(x, weight, bias, transposed):
+    """Tap by tap in float64, and the sum of the magnitudes, in which rounding errors are measured."""
+    w = weight.double().numpy()
+    w = w[:, :, ::-1, ::-1].swapaxes(0, 1) if transposed else w
+    height, width = x.shape[2:]
+    padded = np.pad(x.double().numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    found = np.zeros((len(x), len(w), height, width)) + bias.double().numpy()[:, None, None]
+    size = np.abs(found)
+    for i in range(3):
+        for j in range(3):
+            shifted = padded[:, :, i : i + height, j : j + width]
+            found += np.einsum("bchw,oc->bohw", shifted, w[:, :, i, j])
+            size += np.einsum("bchw,oc->bohw", abs(shifted), abs(w[:, :, i, j]))
+    return found, size
+
+
+def assert_exact(got, arguments, transposed=False):
+    """To a few roundings of the largest sum of magnitudes: the numbers of a tile are sums and differences of each other's."""
+    wanted, size = exact(*arguments, transposed)
+    error = np.abs(got.double().numpy() - wanted)
+    assert (error <= 4.0 * 2.0**-24 * size.max(initial=0.0)).all(), error.max()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_results_are_exact(shape, transposed, backend):
+    arguments = problem(*shape, transposed)
+    got = _ops.conv3x3(*arguments, backend, transposed)
+    assert_exact(got, arguments, transposed)
+    assert got.is_contiguous(memory_format=torch.channels_last) or backend == "reference"
+
+
+@needs_cpp
+@pytest.mark.parametrize("index", [3, 4])
+def test_rounding_errors_are_those_of_pytorch(index):
+    """The root mean square over a whole image, against float64."""
+    x, weight = draw(4, 64, 16, 16, index=index), draw(64, 64, 3, 3, index=index + 10)
+    wanted = F.conv2d(x.double(), weight.double(), padding=1)
+    ours, torchs = (
+        (y.double() - wanted).square().mean().sqrt() for y in (_ops.conv3x3(x, weight, None, "cpp"), F.conv2d(x, weight, padding=1))
+    )
+    assert ours < 1.5 * torchs and ours < 1e-5
+
+
+def test_the_transposed_is_the_gradient(backend):
+    x, weight, _ = problem(3, 32, 48, 5, 6)
+    grad_y = draw(3, 48, 5, 6, index=4)
+    point = x.double().requires_grad_()
+    (wanted,) = torch.autograd.grad(F.conv2d(point, weight.double(), padding=1), point, grad_y.double())
+    torch.testing.assert_close(_ops.conv3x3(grad_y, weight, None, backend, transposed=True).double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_layouts(backend):
+    """The weight and x may lie as they like."""
+    x, weight, bias = problem(*SHAPES[2])
+    expected = _ops.conv3x3(x, weight, bias, backend)
+    for placed in (
+        weight.contiguous(),
+        weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1),
+        torch.cat([weight, weight])[: len(weight)],
+    ):
+        torch.testing.assert_close(_ops.conv3x3(x, placed, bias, backend), expected, rtol=1e-5, atol=1e-5)
+        assert backend == "reference" or torch.equal(_ops.conv3x3(x, placed, bias, backend), expected)
+    strided = torch.stack([bias, bias], 1)[:, 0]
+    torch.testing.assert_close(_ops.conv3x3(x.contiguous(), weight, strided, backend), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(_ops.conv3x3(x, weight, None, backend), expected - bias[:, None, None], rtol=1e-4, atol=1e-4)
+
+
+@needs_cpp
+def test_results_depend_neither_on_the_threads_nor_on_the_batch():
+    x, weight, bias = problem(20, 32, 48, 6, 6)
+    first, *others = on_thread_counts(lambda: _ops.conv3x3(x, weight, bias, "cpp"))
+    assert all(torch.equal(first, other) for other in others)
+    assert torch.equal(_ops.conv3x3(x[7:9], weight, bias, "cpp"), first[7:9])
+
+
+@needs_cpp
+def test_nan_reaches_the_tiles_around_it_and_no_others():
+    x, weight, bias = problem(2, 16, 16, 12, 12)
+    x[0, 3, 5, 5] = float("nan")
+    y = _ops.conv3x3(x, weight, bias, "cpp")
+    assert torch.isnan(y[0, :, 4:7, 4:7]).all() and torch.isfinite(y[1]).all()
+    assert torch.isfinite(y[0, :, :2]).all() and torch.isfinite(y[0, :, 8:]).all()
+
+
+BAD = {
+    "float64 x": (lambda a: a.update(x=a["x"].double()), "x: expected float32"),
+    "contiguous x": (lambda a: a.update(x=a["x"].contiguous()), "x: expected channels_last"),
+    "contiguous y": (lambda a: a.update(y=a["y"].contiguous()), "y: expected channels_last"),
+    "other width": (lambda a: a.update(y=draw(2, 16, 4, 5, index=2)), "y: expected batch, height and width of x"),
+    "few outputs": (lambda a: a.update(y=draw(2, 8, 4, 4, index=1)), "y: expected a multiple of 16"),
+    "few inputs": (lambda a: a.update(x=draw(2, 8, 4, 4, index=1)), "x: expected a multiple of 16"),
+    "three dimensions": (lambda a: a.update(x=a["x"][0]), r"x: expected \[B, C, H, W\]"),
+    "size 5": (lambda a: a.update(weight=torch.empty(16, 16, 5, 5)), "weight: expected a size of 3"),
+    "other channels": (lambda a: a.update(weight=torch.empty(16, 32, 3, 3)), "weight: expected the channels"),
+    "float64 weight": (lambda a: a.update(weight=a["weight"].double()), "weight: expected float32"),
+    "short bias": (lambda a: a.update(bias=torch.empty(15)), "bias: expected float32"),
+    "a gradient": (lambda a: a["x"].requires_grad_(), "x: .*requires grad"),
+}  # fmt: skip
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_of_the_raw_op_are_named(name):
+    change, message = BAD[name]
+    x, weight, bias = problem(*SHAPES[0])
+    arguments = {"y": torch.empty_like(x), "x": x, "weight": weight, "bias": bias}
+    change(arguments)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fm_fast.conv3x3.default(*arguments.values(), False)
+
+
+@needs_cpp
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck(transposed):
+    x, weight, bias = problem(*SHAPES[0])
+    torch.library.opcheck(torch.ops.fm_fast.conv3x3.default, (torch.zeros_like(x), x, weight, bias, transposed))
+
+
+# The layer
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """The layer uses the kernel whatever the instruction set; whether each of its calls was the transposed one."""
+    calls, kernel = [], function.__globals__["_conv3x3"]["cpp"]
+    monkeypatch.setattr(convolutions, "FASTER_ON", (_backends.cpu_isa(),))
+    monkeypatch.setitem(function.__globals__["_conv3x3"], "cpp", lambda *arguments: calls.append(arguments[-1]) or kernel(*arguments))
+    return calls
+
+
+def plain(layer, x):
+    return F.conv2d(x, layer.weight, layer.bias, padding=1)
+
+
+def assert_close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_default
+def test_the_layer_is_pytorchs(chosen):
+    layer, x, grad_y = conv3x3(16, 32), draw(4, 16, 5, 4, index=3).requires_grad_(), draw(4, 32, 5, 4, index=4)
+    wanted = torch.autograd.grad(plain(layer, x), [x, *layer.parameters()], grad_y)
+    for got, expected in zip(torch.autograd.grad(layer(x), [x, *layer.parameters()], grad_y), wanted, strict=True):
+        assert_close(got, expected)
+    assert chosen == [False, True]
+    with torch.no_grad():
+        assert_close(layer(x), plain(layer, x))
+    with torch.inference_mode():
+        assert_close(layer(x), plain(layer, x))
+    assert_close(layer.requires_grad_(False)(x.detach()), plain(layer, x).detach())
+    assert chosen == [False, True, False, False, False]
+
+
+@needs_default
+def test_a_frozen_layer_is_differentiated_in_x_alone(chosen):
+    layer, x, grad_y = conv3x3(16, 32).requires_grad_(False), draw(4, 16, 5, 4, index=3).requires_grad_(), draw(4, 32, 5, 4, index=4)
+    y = layer(x)
+    assert_close(y, plain(layer, x))
+    (expected,) = torch.autograd.grad(plain(layer, x), x, grad_y)
+    assert_close(torch.autograd.grad(y, x, grad_y, retain_graph=True)[0], expected)
+    assert chosen == [False, True]
+    several = torch.stack([grad_y, 2.0 * grad_y])
+    (batched,) = torch.autograd.grad(y, x, several, is_grads_batched=True, retain_graph=True)
+    assert_close(batched, torch.stack([expected, 2.0 * expected]))
+    point = grad_y.clone().requires_grad_()
+    (first,) = torch.autograd.grad(y, x, point, create_graph=True)
+    (second,) = torch.autograd.grad(first, point, x.detach())
+    assert_close(second, F.conv2d(x, layer.weight, padding=1))
+    assert chosen == [False, True]
+
+
+@needs_default
+def test_where_the_kernel_does_not_run(chosen, monkeypatch):
+    """Few tiles, other layouts, types, shapes, transforms, compilers and autocast: PyTorch's convolution, without a word."""
+    monkeypatch.setattr(convolution, "EMULATED_ON_CPU", frozenset())  # or autocast would compute in float32
+    layer, x = conv3x3(16, 16).requires_grad_(False), draw(4, 16, 5, 4, index=3)
+    layer(x[:2])
+    layer(x.contiguous())
+    conv3x3(16, 16, stride=2)(x)
+    conv3x3(16, 24)(x)
+    conv3x3(8, 16)(x[:, :8].contiguous(memory_format=torch.channels_last))
+    conv3x3(16, 16).double()(x.double())
+    torch.func.vmap(lambda x: layer(x[None])[0])(x)
+    torch.func.jvp(layer, (x,), (x,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x)
+    torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    assert chosen == []
+    layer(x)
+    assert chosen == [False]
+
+
+@needs_default
+def test_plain_layers_stay_plain(chosen):
+    config = UNetConfig(8, 1, 0, channels=16, multipliers=(1, 2), blocks=1, attention_sizes=(), head_channels=8, groups=4)
+    x = draw(2, 1, 8, 8, index=3)
+    for fused in (True, False):
+        before = len(chosen)
+        UNet(config, fused=fused)(x, torch.tensor([0.2, 0.7])).sum().backward()
+        assert (len(chosen) > before) == fused
+
+
+@needs_default
+def test_the_choice_is_made_by_instruction_set_and_backend(chosen, monkeypatch):
+    x, weight, _ = problem(*SHAPES[5])
+    assert _ops.conv3x3_backend(x, weight) == _backends.resolve("conv3x3", x.device)
+    monkeypatch.setattr(_backends, "ENVIRONMENT_BACKEND", "reference")
+    assert _ops.conv3x3_backend(x, weight) == "reference"
+    monkeypatch.setattr(convolutions, "FASTER_ON", ())
+    assert _ops.conv3x3_backend(x, weight) == "reference"
