@@ -1,43 +1,24 @@
 // y[b, o, h, w] = bias[o] + sum_{c, i, j} W[o, c, i, j] x[b, c, h + i - 1, w + j - 1] of float32 tensors in channels_last, by Winograd's
-// minimal filtering F(2x2, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016): a tile of 2x2 results is
-// A' [sum_c (G W G') (B' x B)] A, whose 16 products an input channel stand for 36. With d the 4x4 inputs of a tile and g the 3x3 taps:
-//
-//   rows of B' d: d0 - d2, d1 + d2, d2 - d1, d1 - d3    rows of G g: g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2
-//   rows of A' m: m0 + m1 + m2, m1 - m2 - m3
-//
-// and the same along the columns. The sums over c are 16 matrix products of a block of tiles with the transformed weights.
+// algorithm (winograd.h). The sums over c are 16 matrix products of a block of tiles with the transformed weights.
 #include <string.h>
 
 #include "scratch.h"
-#include "tiling.h"
-#include "vector.h"
+#include "winograd.h"
 
 namespace fm {
 namespace FM_ISA {
 namespace {
 
-constexpr int64_t kTileProducts = 16;                             // of a tile and an input channel
-constexpr int64_t kOutputVectors = kConvOutputs / kWidth<float>;  // of a block of outputs
 // Tiles whose sums stay in registers with a block of outputs: 12 registers of 16, or of 32.
 constexpr int64_t kTilesAbreast = 12 / kOutputVectors;
 
-using Floats = Vector<float>;
-
-// The transformed inputs [16, tiles, C] and the products [16, tiles, O] of a block of tiles, and C zeros for what lies beyond the border.
+// The transformed inputs [16, tiles, C] and the products [16, tiles, O] of a block of tiles.
 struct TileBuffers {
-  float *inputs, *products;
-  const float* zeros;
+  const float* inputs;
+  float* products;
 };
 
-// The first result of a tile.
-struct Corner {
-  int64_t sample, row, column;
-};
-
-FM_INLINE Corner corner_of(const Conv3x3Args& args, int64_t number) {
-  int64_t down = divide_up(args.height, 2), across = divide_up(args.width, 2);
-  return Corner{number / (down * across), number / across % down * 2, number % across * 2};
-}
+FM_INLINE Images images_of(const Conv3x3Args& args) { return Images{args.x, args.height, args.width, args.inputs}; }
 
 // --- weights -------------------------------------------------------------------------------------------------------------------------
 
@@ -82,51 +63,6 @@ FM_INLINE void transform_weight(const float* taps, float* to, int64_t stride) {
     transform_taps(g, u);
 #pragma GCC unroll 4
     for (int64_t j = 0; j < 4; ++j) store_whole(to + (i * 4 + j) * stride, u[j]);
-  }
-}
-
-// --- inputs --------------------------------------------------------------------------------------------------------------------------
-
-// Where the channels of the 4x4 inputs of a tile begin.
-FM_INLINE void find_inputs(const Conv3x3Args& args, const Corner& corner, const float* zeros, const float* found[4][4]) {
-  const float* image = args.x + corner.sample * args.height * args.width * args.inputs;
-  for (int64_t i = 0; i < 4; ++i)
-    for (int64_t j = 0; j < 4; ++j) {
-      int64_t h = corner.row + i - 1, w = corner.column + j - 1;
-      bool inside = h >= 0 && h < args.height && w >= 0 && w < args.width;
-      found[i][j] = inside ? image + (h * args.width + w) * args.inputs : zeros;
-    }
-}
-
-FM_INLINE void transform_line(const Floats d[4], Floats v[4]) {
-  v[0] = d[0] - d[2], v[1] = d[1] + d[2], v[2] = d[2] - d[1], v[3] = d[1] - d[3];
-}
-
-// B' d B of one vector of channels; the products lie `stride` apart.
-FM_INLINE void transform_input(const float* const from[4][4], int64_t channel, float* to, int64_t stride) {
-  Floats rows[4][4];
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < 4; ++i) {
-    Floats d[4];
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < 4; ++j) d[j] = load_whole(from[i][j] + channel);
-    transform_line(d, rows[i]);
-  }
-#pragma GCC unroll 4
-  for (int64_t j = 0; j < 4; ++j) {
-    Floats d[4] = {rows[0][j], rows[1][j], rows[2][j], rows[3][j]}, v[4];
-    transform_line(d, v);
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < 4; ++i) store_whole(to + (i * 4 + j) * stride, v[i]);
-  }
-}
-
-FM_INLINE void transform_inputs(const Conv3x3Args& args, int64_t first, int64_t count, const TileBuffers& buffers) {
-  for (int64_t t = 0; t < count; ++t) {
-    const float* from[4][4];
-    find_inputs(args, corner_of(args, first + t), buffers.zeros, from);
-    for (int64_t c = 0; c < args.inputs; c += kWidth<float>)
-      transform_input(from, c, buffers.inputs + t * args.inputs + c, args.unit_tiles * args.inputs);
   }
 }
 
@@ -191,7 +127,7 @@ FM_INLINE void transform_result(const float* from, int64_t stride, Floats y[2][2
 
 FM_INLINE void store_results(const Conv3x3Args& args, int64_t first, int64_t count, const float* bias, const TileBuffers& buffers) {
   for (int64_t t = 0; t < count; ++t) {
-    Corner corner = corner_of(args, first + t);
+    Corner corner = corner_of(images_of(args), first + t);
     float* to = args.y + ((corner.sample * args.height + corner.row) * args.width + corner.column) * args.outputs;
     int64_t rows = lesser(2, args.height - corner.row), columns = lesser(2, args.width - corner.column);
     for (int64_t o = 0; o < args.outputs; o += kWidth<float>) {
@@ -202,8 +138,6 @@ FM_INLINE void store_results(const Conv3x3Args& args, int64_t first, int64_t cou
     }
   }
 }
-
-FM_INLINE float* on_a_line(float* memory) { return memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64 / sizeof(float); }
 
 }  // namespace
 
@@ -228,10 +162,10 @@ void conv3x3_units(const Conv3x3Args& args, int64_t begin, int64_t end) {
   float* zeros = bias + args.outputs;
   memset(zeros, 0, static_cast<size_t>(args.inputs) * sizeof(float));
   for (int64_t o = 0; o < args.outputs; ++o) bias[o] = args.bias ? args.bias[o * args.bias_stride] : 0.0f;
-  TileBuffers buffers = {inputs, products, zeros};
+  TileBuffers buffers = {inputs, products};
   for (int64_t unit = begin; unit < end; ++unit) {
     int64_t first = unit * args.unit_tiles, count = lesser(args.unit_tiles, tiles - first);
-    transform_inputs(args, first, count, buffers);
+    transform_inputs(images_of(args), first, count, zeros, inputs, args.unit_tiles * args.inputs);
     multiply_all(args, count, buffers);
     store_results(args, first, count, bias, buffers);
   }

@@ -133,13 +133,17 @@ struct ConvArgs {
   int64_t output_stride, input_stride, tap_stride[2];
   float* grad_bias;  // [O], or nullptr
   int64_t bias_stride;
-  float* partial;  // of `parts` parts of the batch and every block of outputs: [size, size, C, kConvOutputs], then the bias [kConvOutputs]
+  float* partial;  // of `parts` parts of the batch and every block of outputs: [products, C, kConvOutputs], then the bias [kConvOutputs]
   int64_t parts, samples_per_part, unit_blocks;
+  int64_t unit_tiles;  // of size 3, at a time
 };
 
 constexpr int64_t kConvOutputs = 16;  // of a block
 
-static inline int64_t conv_block_sums(const ConvArgs& args) { return (args.size * args.size * args.inputs + 1) * kConvOutputs; }
+// Sums of an input and an output channel: of size 3 those of Winograd's algorithm.
+static inline int64_t conv_products(const ConvArgs& args) { return args.size == 1 ? 1 : 16; }
+
+static inline int64_t conv_block_sums(const ConvArgs& args) { return (conv_products(args) * args.inputs + 1) * kConvOutputs; }
 
 // A convolution of size 3 that keeps height and width: x [B, H, W, C] to y [B, H, W, O], C and O multiples of kConvOutputs.
 struct Conv3x3Args {

@@ -27,4 +27,10 @@ inline float* bias_of(const abi::Tensor& bias, int64_t channels) {
   return static_cast<float*>(bias.data());
 }
 
+// Tiles of Winograd's algorithm whose transformed channels, all in all so many, stay in the second-level cache; kernels take 12 or 6.
+inline int64_t tiles_at_a_time(int64_t channels) {
+  constexpr int64_t kBytes = 200 << 10, kTileProducts = 16;
+  return greater(kBytes / (kTileProducts * greater(channels, 1) * static_cast<int64_t>(sizeof(float))) / 12, 1) * 12;
+}
+
 }  // namespace fm

@@ -7,7 +7,6 @@ namespace {
 using abi::Arguments;
 using abi::Tensor;
 
-constexpr int64_t kUnitBytes = 200 << 10;   // of the working memory of a unit, about: it stays in the second-level cache
 constexpr int64_t kInlineTransformed = 16;  // the transformed weights lie on the heap
 
 // `transposed`: y is of the channels that the weight calls its inputs, and the taps are turned round, as in the gradient of x.
@@ -21,11 +20,6 @@ void read_weight(const Tensor& weight, bool transposed, Conv3x3Args* args) {
   args->output_stride = stride[transposed];
   args->input_stride = stride[!transposed];
   for (int i = 0; i < 2; ++i) args->tap_stride[i] = transposed ? -stride[2 + i] : stride[2 + i];
-}
-
-int64_t unit_tiles(const Conv3x3Args& args) {
-  int64_t tile_bytes = 16 * (args.inputs + args.outputs) * static_cast<int64_t>(sizeof(float));
-  return greater(kUnitBytes / greater(tile_bytes, 1) / 12, 1) * 12;  // kernels take 12 or 6 tiles at a time
 }
 
 Conv3x3Args conv3x3_args(const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& bias, bool transposed) {
@@ -44,7 +38,7 @@ Conv3x3Args conv3x3_args(const Tensor& y, const Tensor& x, const Tensor& weight,
   read_weight(weight, transposed, &args);
   args.bias = bias_of(bias, args.outputs);
   args.bias_stride = args.bias ? bias.strides()[0] : 0;
-  args.unit_tiles = unit_tiles(args);
+  args.unit_tiles = tiles_at_a_time(args.inputs + args.outputs);
   return args;
 }
 

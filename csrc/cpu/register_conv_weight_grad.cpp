@@ -7,9 +7,10 @@ namespace {
 using abi::Arguments;
 using abi::Tensor;
 
-constexpr int64_t kUnitBlocks = 2;      // blocks of outputs of a unit
+constexpr int64_t kUnitBlocks = 4;      // blocks of outputs of a unit, for which the inputs are transformed anew
 constexpr int64_t kMostParts = 8;       // of a batch
-constexpr int64_t kUnits = 32;          // in all, about: work for that many threads, and few partial sums of many outputs
+constexpr int64_t kUnits = 16;          // in all, about: work for that many threads, and few partial sums of many outputs
+constexpr int64_t kLeastTiles = 256;    // of a part, or its sums would cost more than what is summed
 constexpr int64_t kInlinePartial = 16;  // the partial sums lie on the heap
 
 void read_weight(const Tensor& weight, const Tensor& bias, ConvArgs* args) {
@@ -18,6 +19,7 @@ void read_weight(const Tensor& weight, const Tensor& bias, ConvArgs* args) {
   const int64_t *n = weight.sizes(), *stride = weight.strides();
   if (n[0] != args->outputs || n[1] != args->inputs) weight.fail("expected the channels of grad_y and x");
   if (n[2] != n[3] || (n[2] != 1 && n[2] != 3)) weight.fail("expected a size of 1 or 3");
+  if (n[2] == 3 && n[1] % kConvOutputs) weight.fail("expected a multiple of 16 input channels for size 3");
   args->size = n[2];
   args->grad_weight = static_cast<float*>(weight.data());
   args->output_stride = stride[0];
@@ -26,6 +28,17 @@ void read_weight(const Tensor& weight, const Tensor& bias, ConvArgs* args) {
   args->tap_stride[1] = stride[3];
   args->grad_bias = bias_of(bias, args->outputs);
   args->bias_stride = args->grad_bias ? bias.strides()[0] : 0;
+}
+
+// Into parts of the batch and units. The cut depends on the shapes alone, and so do all sums.
+void cut(ConvArgs* args) {
+  int64_t units = greater(divide_up(args->outputs, kUnitBlocks * kConvOutputs), 1);
+  int64_t parts = lesser(greater(kUnits / units, 1), kMostParts);
+  int64_t tiles = greater(divide_up(args->height, 2) * divide_up(args->width, 2), 1);
+  args->samples_per_part = greater(divide_up(args->batch, parts), divide_up(kLeastTiles, tiles));
+  args->parts = divide_up(args->batch, args->samples_per_part);
+  args->unit_blocks = kUnitBlocks;
+  args->unit_tiles = tiles_at_a_time(args->inputs + lesser(args->outputs, kUnitBlocks * kConvOutputs));
 }
 
 ConvArgs conv_args(const Tensor& grad_weight, const Tensor& grad_bias, const Tensor& grad_y, const Tensor& x) {
@@ -41,11 +54,7 @@ ConvArgs conv_args(const Tensor& grad_weight, const Tensor& grad_bias, const Ten
   args.width = n[3];
   args.outputs = outputs[1];
   read_weight(grad_weight, grad_bias, &args);
-  // The cut depends on the shapes alone, and so do all sums.
-  int64_t parts = lesser(greater(kUnits / greater(divide_up(args.outputs, kUnitBlocks * kConvOutputs), 1), 1), kMostParts);
-  args.samples_per_part = greater(divide_up(args.batch, parts), 1);
-  args.parts = divide_up(args.batch, args.samples_per_part);
-  args.unit_blocks = kUnitBlocks;
+  cut(&args);
   return args;
 }
 
@@ -60,7 +69,7 @@ void conv_weight_grad(StableIValue* stack, uint64_t, uint64_t) {
   Scratch<float, kInlinePartial> partial(args.parts * blocks * conv_block_sums(args));
   args.partial = partial.data();
   run_units(kernels().conv_weight_grad, args, args.parts * divide_up(blocks, args.unit_blocks), 1);
-  run_units(kernels().conv_weight_grad_sums, args, blocks * (args.size * args.size + 1), 4);
+  run_units(kernels().conv_weight_grad_sums, args, blocks * (args.inputs + 1), 16);
 }
 
 }  // namespace fm

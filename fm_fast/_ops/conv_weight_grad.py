@@ -11,8 +11,7 @@ from fm_fast._ops.guard import absent, needs_reference
 _conv_weight_grad = schemas.op("conv_weight_grad")
 
 OUTPUTS = 16  # the kernel's: a number of channels of y must be a multiple of it
-INPUTS = 16  # with fewer PyTorch's is as fast
-SIZES = (1, 3)
+INPUTS = 16  # with fewer PyTorch's is as fast; of size 3 their number must be a multiple
 
 
 def conv_weight_grad_backend(x: Tensor, weight: Tensor) -> str:
@@ -21,7 +20,8 @@ def conv_weight_grad_backend(x: Tensor, weight: Tensor) -> str:
     The reference where PyTorch's kernel is as fast, or ours does not know the shape, layout, dtype or kind of tensor.
     """
     outputs, inputs, size = weight.shape[:3]
-    if not (outputs % OUTPUTS == 0 and inputs >= INPUTS and size in SIZES) or not is_convolved_here(x, weight):
+    known = (size == 1 and inputs >= INPUTS) or (size == 3 and inputs % INPUTS == 0)
+    if not known or outputs % OUTPUTS or not is_convolved_here(x, weight):
         return "reference"
     return _backends.resolve("conv_weight_grad", x.device)
 

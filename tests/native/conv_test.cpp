@@ -49,11 +49,12 @@ void check(const Isa& isa, const Case& c) {
   args.samples_per_part = fm::divide_up(c.batch, c.parts);
   args.parts = c.batch ? fm::divide_up(c.batch, args.samples_per_part) : 0;
   args.unit_blocks = c.unit_blocks;
+  args.unit_tiles = 12;
   std::vector<float> partial(static_cast<size_t>(args.parts * blocks * fm::conv_block_sums(args)), NAN);
   args.partial = partial.data();
   int64_t units = args.parts * fm::divide_up(blocks, c.unit_blocks);
   for (int64_t unit = 0; unit < units; ++unit) isa.conv(args, unit, unit + 1);
-  isa.conv_sums(args, 0, blocks * (taps + 1));
+  isa.conv_sums(args, 0, blocks * (c.inputs + 1));
   double tolerance = 2e-6 * std::sqrt(static_cast<double>(c.batch * c.height * c.width));
   std::string name =
       std::string(isa.name) + " convolution of " + std::to_string(c.inputs) + " to " + std::to_string(c.outputs) + " channels";
@@ -73,9 +74,10 @@ void check(const Isa& isa, const Case& c) {
 
 int main() {
   using namespace test;
-  const std::vector<Case> cases = {{0, 3, 3, 4, 16, 3, 2, 1},  {1, 1, 1, 1, 16, 1, 1, 1},   {1, 1, 1, 1, 16, 3, 1, 2},
-                                   {3, 5, 7, 17, 32, 3, 2, 1}, {2, 70, 2, 6, 16, 3, 8, 2},  {2, 3, 130, 5, 48, 3, 1, 2},
-                                   {5, 4, 4, 40, 16, 1, 3, 1}, {2, 9, 8, 29, 48, 3, 2, 12}, {4, 8, 8, 12, 32, 3, 4, 2}};
+  const std::vector<Case> cases = {{0, 3, 3, 16, 16, 3, 2, 1}, {1, 1, 1, 1, 16, 1, 1, 1},   {1, 1, 1, 16, 16, 3, 1, 2},
+                                   {3, 5, 7, 32, 32, 3, 2, 1}, {2, 70, 2, 16, 16, 3, 8, 2}, {2, 3, 130, 16, 48, 3, 1, 2},
+                                   {5, 4, 4, 40, 16, 1, 3, 1}, {2, 9, 8, 48, 48, 3, 2, 12}, {4, 8, 8, 16, 32, 3, 4, 2},
+                                   {3, 5, 7, 17, 48, 1, 2, 12}};
   for (const Isa& isa : instruction_sets()) {
     for (const Case& c : cases) check(isa, c);
     printf("%s\n", isa.name);
