@@ -127,9 +127,9 @@ class EmbeddedRungeKutta:
         error: one weight a stage: b less the weights of a method of another order. They sum to 0.
         order: of the table, by whose root the length of steps is controlled; beyond 4, which is as far as a table tells, taken as given.
         name: for messages.
-        dense: weights d of h theta^2 (1 - theta)^2 sum_i d_i k_i, the term that makes the cubic through both ends of a step accurate enough
-            to give the states within it, at t + theta h, without an evaluation. Without it methods of order 4 and more, and of order 3 with
-            no stage at the step's end, split a step where a state is asked for.
+        dense: weights d of h theta^2 (1 - theta)^2 sum_i d_i k_i, the term that makes the cubic through both ends of a step a quartic of
+            order 4: it gives the states within the step, at t + theta h, without an evaluation. Without it methods of order 4 and more,
+            and of order 3 with no stage at the step's end, split a step where a state is asked for.
 
     Raises ValueError for weights of the wrong number or sum, and an order that is not the table's.
 
@@ -162,7 +162,7 @@ class EmbeddedRungeKutta:
 
     @property
     def interpolates(self) -> bool:
-        """Whether states within a step are as accurate as its ends and cost no evaluation."""
+        """Whether states within a step cost no evaluation; their order is that of the step, or one less with ``dense``."""
         return bool(self.dense) or self.order <= (3 if self.first_same_as_last else 2)
 
     def weights_within(self, theta: float) -> tuple[float, ...]:

@@ -88,6 +88,16 @@ def test_shapes(shape):
     torch.testing.assert_close(found.x, solve("rk4", network, noise64(*shape), FINE), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "turn", [lambda x: torch.rot90(x, 1, (2, 3)), lambda x: x.transpose(2, 3), lambda x: x[:, :1].expand(-1, 3, -1, -1)]
+)
+def test_any_layout(turn):
+    noise = turn(noise64(2, 3, 4, 5))
+    found = fm.sample(lambda x, t: -x, noise, method="dopri5", rtol=1e-7, atol=1e-7, save=[0.5])
+    torch.testing.assert_close(found.x, math.exp(-1.0) * noise, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.saved[0], math.exp(-0.5) * noise, rtol=1e-5, atol=1e-5)
+
+
 def test_the_callers_noise_is_never_altered():
     before = X0.clone()
     found = fm.sample(lambda x, t: x, X0, method="dopri5")

@@ -241,6 +241,22 @@ def test_wrappers():
     assert torch.equal(ModelWrapper(Field())(x, t, scale=2.0), Field()(x, t, 2.0))
 
 
+def test_a_solver_is_a_module_and_a_scheduler_may_have_no_path():
+    class Own(schedulers.Scheduler):
+        def __init__(self):
+            super().__init__()
+
+        def __call__(self, t):
+            return schedulers.CondOTScheduler()(t)
+
+    solver = ODESolver(Field()).eval()
+    assert [name for name, _ in solver.named_parameters()] == ["velocity_model.rate"]
+    x_0, x_1, t = ends()
+    torch.testing.assert_close(paths.AffineProbPath(Own()).sample(x_0, x_1, t).x_t, paths.CondOTProbPath().sample(x_0, x_1, t).x_t)
+    with pytest.raises(NotImplementedError, match="Scheduler must have a path or a __call__ of its own"):
+        schedulers.Scheduler()(t)
+
+
 def solve(**changed):
     x_0, _, _ = ends()
     return ODESolver(Field()).sample(**{"x_init": x_0, "step_size": 0.1, **changed})

@@ -129,6 +129,29 @@ def test_a_subclass_may_change_any_part(name):
     torch.testing.assert_close(half[2], 0.5 * whole[2], rtol=1e-6, atol=1e-6)
 
 
+def test_a_width_of_ones_own_is_drawn_and_a_method_of_the_object_is_called():
+    class Narrowing(ours.ConditionalFlowMatcher):
+        def compute_sigma_t(self, t):
+            return 0.5 * (1.0 - t)
+
+    x0, x1 = pair()
+    t, xt, _, epsilon = seeded(Narrowing(0.0).sample_location_and_conditional_flow, x0, x1, return_noise=True)
+    torch.testing.assert_close(seeded(Narrowing(0.0).sample_location_and_conditional_flow, x0, x1)[1], xt)
+    column = t.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(xt, column * x1 + (1.0 - column) * x0 + 0.5 * (1.0 - column) * epsilon)
+    matcher = ours.TargetConditionalFlowMatcher(0.1)
+    matcher.compute_conditional_flow = lambda x0, x1, t, xt: torch.zeros_like(xt)
+    assert not seeded(matcher.sample_location_and_conditional_flow, x0, x1)[2].any()
+
+
+@pytest.mark.parametrize("name", MATCHERS)
+def test_given_times_stay_as_they_are(name):
+    x0, x1 = pair(torch.bfloat16)
+    times = torch.linspace(0.99, 1.0, 8)
+    t, xt, ut = seeded(getattr(ours, name)(0.5).sample_location_and_conditional_flow, x0, x1, t=times)
+    assert torch.equal(t, times) and xt.dtype == ut.dtype == torch.bfloat16 and bool(ut.isfinite().all())
+
+
 @pytest.mark.parametrize("name", PAIRED)
 def test_labels_stay_with_their_samples(name):
     x0, x1 = pair()

@@ -113,6 +113,54 @@ def test_nothing_is_recorded_without_gradients():
         assert not odeint(pull, Y0.clone().requires_grad_(), TIMES, method="rk4").requires_grad
 
 
+def test_a_field_may_keep_and_change_what_it_is_given():
+    for method in ("euler", "rk4", "dopri5"):
+        seen, expected = [], []
+
+        def field(t, y, seen=seen):
+            seen.append(y)
+            return y.mul_(-1.0).clone()
+
+        def plain(t, y, expected=expected):
+            expected.append(-y)
+            return -y
+
+        with torch.no_grad():
+            found, wanted = odeint(field, Y0, TIMES, method=method), odeint(plain, Y0, TIMES, method=method)
+        assert torch.equal(found, wanted) and torch.equal(torch.stack(seen), torch.stack(expected))
+
+
+def test_under_transforms():
+    times = torch.linspace(0.0, 1.0, 21, dtype=torch.float64)
+
+    def end(y, method="rk4"):
+        return odeint(lambda t, y: -(y**2), y, times, method=method)[-1]
+
+    start = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(torch.func.jacrev(end)(start), torch.diag(1.0 / (1.0 + start) ** 2), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.func.vmap(end)(start[:, None]), (start / (1.0 + start))[:, None], rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"method must be a fixed-step one under torch\.func"):
+        torch.func.jacrev(lambda y: end(y, "dopri5"))(start)
+
+
+def test_max_num_steps_holds_for_each_interval_on_average():
+    times, field = torch.linspace(0.0, 5.0, 50, dtype=torch.float64), lambda t, y: y * torch.cos(20.0 * t)
+    found = odeint(field, Y0, times, rtol=1e-6, atol=1e-6, options={"max_num_steps": 8})
+    torch.testing.assert_close(found[-1], Y0 * math.exp(math.sin(100.0) / 20.0), rtol=1e-4, atol=1e-4)
+
+
+def test_fixed_steps_look_at_no_tolerance():
+    assert torch.equal(odeint(pull, Y0, TIMES, method="euler", rtol=0.0), odeint(pull, Y0, TIMES, method="euler"))
+
+
+class WithCallback(torch.nn.Module):
+    def forward(self, t, y):
+        return -y
+
+    def callback_step(self, t, y, dt):
+        raise AssertionError
+
+
 WRONG = [
     ({"y0": (Y0, Y0)}, TypeError, "y0 must be a tensor, got a tuple"),
     ({"y0": Y0.long()}, TypeError, "y0 must be float64, float32, bfloat16 or float16, got torch.int64"),
@@ -132,7 +180,8 @@ WRONG = [
     ({"options": {"max_num_steps": 3}, "func": lambda t, y: torch.sin(300 * y)}, RuntimeError, "dopri5 did not reach the end"),
     ({"rtol": 0.0}, ValueError, "rtol must be positive"),
     ({"func": lambda t, y: y[0], "method": "euler"}, ValueError, r"must return the shape of its input, \(3, 4\), got \(4,\)"),
-    ({"func": lambda t, y: y.mul_(2.0), "method": "euler"}, RuntimeError, "must leave its input x as it is"),
+    ({"event_fn": lambda t, y: y.sum()}, ValueError, "event_fn must be None: events are not covered"),
+    ({"func": WithCallback()}, ValueError, "func must have none of torchdiffeq's callbacks, which are not covered, got callback_step"),
 ]
 
 

@@ -236,6 +236,18 @@ def test_fake_tensors_need_no_data():
         assert o.grad.shape == (4, 3, 8, 8)
 
 
+@pytest.mark.parametrize("method", ["rk4", "ab3"])
+def test_methods_that_keep_outputs_within_a_compiled_function(method):
+    """torch.compile puts a bounded deque together again with the wrong end."""
+
+    def solve(x):
+        return fm.sample(lambda x, t: -x * t[:, None], x, method=method, steps=3).x
+
+    torch._dynamo.reset()
+    x = torch.ones(2, 1)
+    torch.testing.assert_close(torch.compile(solve, backend="eager")(x), solve(x))
+
+
 def test_a_solve_within_a_compiled_function_runs_beside_the_graph():
     layer, x = torch.nn.Linear(3, 3), tensor(4, 3)
 

@@ -1,4 +1,4 @@
-"""States within the steps of adaptive methods: as accurate as the steps, without an evaluation of their own."""
+"""States within the steps of adaptive methods, which cost no evaluation of their own."""
 
 import dataclasses
 import itertools
@@ -60,7 +60,7 @@ def exact(direction):
 @pytest.mark.parametrize("grad", ["none", "direct"])
 @pytest.mark.parametrize("name", ADAPTIVE)
 @pytest.mark.parametrize("direction", ["sample", "encode"])
-def test_states_within_steps_are_as_accurate_as_the_end(direction, name, grad, backend):
+def test_states_within_steps(direction, name, grad, backend):
     tolerance = 1e-5 if ADAPTIVE[name].order == 2 else 1e-7
     found = getattr(fm, direction)(curved, POINTS, method=name, rtol=tolerance, atol=tolerance, save=TIMES, grad=grad, backend=backend)
     error = 1000 * tolerance if name == "fehlberg2" else 50 * tolerance  # its estimate is a two hundredth of Euler's

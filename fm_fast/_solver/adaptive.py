@@ -9,11 +9,11 @@ Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, 
 
 import itertools
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
 
+from fm_fast import _ops
 from fm_fast._solver.loop import unwritten
 from fm_fast._solver.trial import Derivative, Fused, Parts, Plain, Tolerance, Trial, largest_mean
 from fm_fast.solvers import EmbeddedRungeKutta
@@ -50,8 +50,9 @@ def solve_adaptive(
     if start[0].numel() == 0:
         return [start for _ in times], 0
     counted = _Counted(derivative, min(times), max(times))
-    arithmetic = Plain(start, method) if plain else Fused(start, method, backend)
-    begin = start if plain else tuple(part.clone() for part in start)  # the model is not to be given what is the caller's
+    # The model is not to be given what is the caller's.
+    begin = start if plain else tuple(_ops.native_layout(part).clone() for part in start)
+    arithmetic = Plain(begin, method) if plain else Fused(begin, method, backend)
     try:
         trial = Trial(counted, begin, times[0], method, arithmetic)
         states = _Control(trial, counted, method, tolerance, max_steps, after_step).through(times)
@@ -101,13 +102,13 @@ class _Control:
         if len(times) > 1:
             self._h = self._first_step(times[0], 1.0 if times[-1] > times[0] else -1.0)
         states = [self._trial.y]
-        passed = deque(times[1:-1] if self._interpolates else ())
+        passed = list(times[1:-1]) if self._interpolates else []
         for t, end in itertools.pairwise((times[0], *times[-1:]) if self._interpolates and len(times) > 1 else times):
             states += self._advance(t, end, passed)
             states.append(tuple(part.clone() for part in self._trial.y))
         return states
 
-    def _advance(self, t: float, end: float, passed: deque[float]) -> list[Parts]:
+    def _advance(self, t: float, end: float, passed: list[float]) -> list[Parts]:
         """From t to end; the states at the times that are passed. A step that is cut at the end does not shorten the one that follows."""
         states: list[Parts] = []
         while t != end:
@@ -127,12 +128,12 @@ class _Control:
                 self._h = h * self._factor(error)
         return states
 
-    def _within(self, t: float, reached: float, passed: deque[float]) -> list[Parts]:
+    def _within(self, t: float, reached: float, passed: list[float]) -> list[Parts]:
         """The states at the times of ``passed`` that the step from t has come to, which leave it."""
         states: list[Parts] = []
         while passed and (theta := (passed[0] - t) / (reached - t)) <= 1.0:
             states.append(self._trial.within(theta))
-            passed.popleft()
+            passed.pop(0)
         return states
 
     def _accept(self, t: float) -> None:

@@ -5,7 +5,6 @@ Two kinds of state share the loop. `FusedState` updates private buffers in place
 """
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -92,6 +91,17 @@ def all_stages(plan: Plan) -> list[Stage]:
     return [stage for segment in plan.segments for stage in segment.stages]
 
 
+class _History:
+    """The latest outputs of a solve. A list: torch.compile puts a bounded deque together again with the wrong end (torch 2.13)."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.newest_first = limit, list[Tensor]()
+
+    def add(self, output: Tensor) -> None:
+        self.newest_first.insert(0, output)
+        del self.newest_first[self.limit :]
+
+
 class FusedState:
     """Buffers that one op an evaluation updates in place.
 
@@ -102,7 +112,7 @@ class FusedState:
         self._step = _ops.linear_step(backend)
         self._scale = layout.scale
         self._none = x0.new_empty(0)
-        self._history: deque[Tensor] = deque(maxlen=plan.longest_lag + 1)
+        self._history = _History(plan.longest_lag + 1)
         self._writes = _Writes()
         self._allocate(x0, plan, layout)
         self.input = self._node_input
@@ -133,7 +143,7 @@ class FusedState:
         copy = self._node_copy if stage.ends_step else self._stage_copy
         plain = stage.lags == (0,) and stage.velocity is None and bool((stage.coefficients[:, 0] == 1.0).all())
         same_dtype = stage.ends_step or self._stage_x.dtype == self.x.dtype
-        return plain and same_dtype and copy is self._none and self._scale == 1.0 and self._history.maxlen == 1
+        return plain and same_dtype and copy is self._none and self._scale == 1.0 and self._history.limit == 1
 
     def _addition(self, stage: Stage) -> Callable[[int, Tensor], None]:
         x, factors, copies = self.x, stage.coefficients[:, 1].tolist(), self._copies
@@ -153,10 +163,10 @@ class FusedState:
         target, copy, following = self._destination(stage)
 
         def advance(row: int, output: Tensor) -> None:
-            if not history:
+            if not history.newest_first:
                 self._writes.watch(output)
-            history.appendleft(to_velocity(row, output))
-            outputs = [history[lag] for lag in lags]
+            history.add(to_velocity(row, output))
+            outputs = [history.newest_first[lag] for lag in lags]
             if len(outputs) > 1 and _share_memory(outputs):
                 self._writes.require_none(outputs)
             step(target, copy, x, outputs, table, row, scale)
@@ -231,7 +241,7 @@ class PlainState:
 
     def __init__(self, x0: Tensor, plan: Plan, layout: Layout) -> None:
         self._layout = layout
-        self._history: deque[Tensor] = deque(maxlen=plan.longest_lag + 1)
+        self._history = _History(plan.longest_lag + 1)
         self._writes = _Writes()
         self.x = x0.to(reference.accumulation_dtype(x0))
         self.input = self._as_input(self.x)
@@ -246,10 +256,10 @@ class PlainState:
         factors = None if stage.velocity is None else stage.velocity.tolist()
 
         def advance(row: int, output: Tensor) -> None:
-            if not self._history:
+            if not self._history.newest_first:
                 self._writes.watch(output)
-            self._history.appendleft(output if factors is None else reference.linear_step(self.x, [output], factors[row], scale))
-            outputs = [self._history[lag] for lag in stage.lags]
+            self._history.add(output if factors is None else reference.linear_step(self.x, [output], factors[row], scale))
+            outputs = [self._history.newest_first[lag] for lag in stage.lags]
             if len(outputs) > 1 and not _modes.transforms_active() and _share_memory(outputs):
                 self._writes.require_none(outputs)
             x = reference.linear_step(self.x, outputs, coefficients[row], scale)

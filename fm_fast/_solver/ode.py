@@ -1,6 +1,6 @@
 """dy/dt = f(t, y) of any field through any times: the solvers of :mod:`fm_fast.sampling` without a path, for ``fm_fast.compat``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from fm_fast._solver.evaluate import check_each, time_tensor
 from fm_fast._solver.field import check_output
 from fm_fast._solver.loop import Layout, make_state, run
 from fm_fast._solver.plan import ode_plan
+from fm_fast._solver.settings import check_transforms
 from fm_fast._solver.trial import Tolerance
 from fm_fast.solvers import EmbeddedRungeKutta, Table
 
@@ -25,7 +26,7 @@ class Stops:
     """The nodes of a solve, float64 and strictly monotone, and the positions in them of the states that are wanted."""
 
     nodes: np.ndarray
-    wanted: tuple[int, ...]
+    wanted: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ class Accuracy:
 def solve_ode(field: OdeField, y0: Tensor, stops: Stops, method: Table | EmbeddedRungeKutta, accuracy: Accuracy) -> Tensor:
     """[T, *y0.shape], the wanted states in y0's dtype; between them the state is float32 (float64 for float64).
 
-    Where gradients are enabled they are recorded, by plain PyTorch; else an evaluation costs one op.
+    Where gradients are enabled they are recorded, by plain PyTorch; else an evaluation costs one op and a copy of y, which the field may
+    keep and write to.
     """
+    check_transforms(method, "direct")
     start = y0 if y0.dim() else y0.reshape(1)
     shaped = field if y0.dim() else (lambda t, y: field(t, y.reshape(())).reshape(1))
     if isinstance(method, EmbeddedRungeKutta):
@@ -50,17 +53,26 @@ def solve_ode(field: OdeField, y0: Tensor, stops: Stops, method: Table | Embedde
     return torch.stack([state.to(y0.dtype) for state in states]).reshape(len(states), *y0.shape)
 
 
+def _own(y: Tensor) -> Tensor:
+    return y.clone()
+
+
+def _itself(y: Tensor) -> Tensor:
+    return y
+
+
 def _fixed(field: OdeField, y0: Tensor, stops: Stops, table: Table) -> list[Tensor]:
     plan = ode_plan(table, stops.nodes.tobytes())
-    times, states = time_tensor(plan, y0).to(y0.dtype).unbind(), {0: y0}
+    times, states, wanted = time_tensor(plan, y0).to(y0.dtype).unbind(), {0: y0}, frozenset(stops.wanted)
+    own = _own if not torch.is_grad_enabled() else _itself
 
     def evaluate(y: Tensor, number: int) -> Tensor:
-        slope = field(times[number], y)
+        slope = field(times[number], own(y))
         check_each(slope, y, y.shape, number)
         return _ops.native_layout(slope)
 
     def keep(step: int, y: Tensor) -> None:
-        if step in stops.wanted:
+        if step in wanted:
             states[step] = y.clone()
 
     backend = _backends.resolve("linear_step", y0.device, None)
@@ -71,7 +83,7 @@ def _fixed(field: OdeField, y0: Tensor, stops: Stops, table: Table) -> list[Tens
 
 def _adaptive(field: OdeField, y0: Tensor, stops: Stops, method: EmbeddedRungeKutta, accuracy: Accuracy) -> list[Tensor]:
     def derivative(t: float, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        y = parts[0].to(y0.dtype)
+        y = parts[0].to(y0.dtype, copy=not torch.is_grad_enabled())
         slope = field(torch.full((), t, dtype=y0.dtype, device=y0.device), y)
         check_output(slope, y)
         return (_ops.native_layout(slope),)

@@ -61,7 +61,7 @@ def make_settings(
     """The arguments of a solve, checked and with names resolved."""
     _checks.one_of("dtype", dtype, (None, *_checks.FLOATING))
     _checks.one_of("grad", grad, GRADIENTS)
-    _check_transforms(method, grad)
+    check_transforms(method, grad)
     _checks.positive_number("rtol", rtol)
     _checks.positive_number("atol", atol)
     _checks.count("max_steps", max_steps)
@@ -82,7 +82,7 @@ def make_settings(
     )
 
 
-def _check_transforms(method: object, grad: str) -> None:
+def check_transforms(method: object, grad: str) -> None:
     """What torch's transforms cannot go through, told before they say it in their own words."""
     if is_adaptive(method) and _modes.transforms_active():
         raise ValueError(

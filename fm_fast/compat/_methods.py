@@ -4,11 +4,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fm_fast import _checks
-from fm_fast._solver.ode import Stops
+from fm_fast._solver.ode import Accuracy, Stops
 from fm_fast._solver.trial import Tolerance
 from fm_fast.solvers import ADAPTIVE, METHODS, EmbeddedRungeKutta, RungeKutta, Table
 
@@ -30,10 +29,13 @@ def method_named(name: object) -> Table | EmbeddedRungeKutta:
     return FIXED[str(name)] if name in FIXED else ADAPTIVE[str(name)]
 
 
-def tolerance_of(rtol: float, atol: float) -> Tolerance:
+def accuracy_of(method: Table | EmbeddedRungeKutta, rtol: float, atol: float, max_steps: int = MAX_STEPS) -> Accuracy:
+    """The tolerances, looked at where the method does."""
+    if not isinstance(method, EmbeddedRungeKutta):
+        return Accuracy(Tolerance(1.0, 1.0), max_steps)
     _checks.positive_number("rtol", rtol)
     _checks.positive_number("atol", atol)
-    return Tolerance(rtol, atol)
+    return Accuracy(Tolerance(rtol, atol), max_steps)
 
 
 def times_of(name: str, t: object) -> np.ndarray:
@@ -44,7 +46,7 @@ def times_of(name: str, t: object) -> np.ndarray:
         raise ValueError(f"{name} must not require a gradient, which a solve does not give its times; use {name}.detach()")
     if t.dim() != 1 or len(t) < 2:
         raise ValueError(f"{name} must hold two or more times in one dimension, got shape {tuple(t.shape)}")
-    times = t.to(device="cpu", dtype=torch.float64).numpy().copy()
+    times = np.array(t.double().tolist())  # which transforms let through
     widths = np.diff(times)
     if not (np.all(widths > 0.0) or np.all(widths < 0.0)):
         raise ValueError(f"{name} must be strictly increasing or strictly decreasing, got {times.tolist()}")
@@ -63,7 +65,11 @@ def stops_at(times: np.ndarray, step_size: float | None, wanted: Sequence[int]) 
 
 def _merged(times: np.ndarray, others: np.ndarray, same: float, wanted: Sequence[int]) -> Stops:
     """Both together, where one of the others that rounding has moved off a time is that time."""
-    apart = np.abs(others[:, None] - times[None, :]).min(axis=1, initial=np.inf) > same
-    nodes = np.sort(np.concatenate([times, others[apart]]))
-    nodes = nodes if times[-1] > times[0] else nodes[::-1].copy()
-    return Stops(nodes, tuple(int(np.flatnonzero(nodes == times[position])[0]) for position in wanted))
+    rising = times if times[-1] > times[0] else times[::-1]
+    after = np.clip(np.searchsorted(rising, others), 1, len(rising) - 1)
+    apart = np.minimum(np.abs(others - rising[after - 1]), np.abs(others - rising[after])) > same
+    nodes = np.sort(np.concatenate([rising, others[apart]]))
+    places = np.searchsorted(nodes, times)
+    if rising is not times:
+        nodes, places = nodes[::-1].copy(), len(nodes) - 1 - places
+    return Stops(nodes, places[list(wanted)].tolist())

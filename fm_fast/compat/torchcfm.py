@@ -11,7 +11,7 @@ A seed of torch's generator gives torchcfm's numbers, up to rounding, on the CPU
 * ``TargetConditionalFlowMatcher`` and ``SchrodingerBridgeConditionalFlowMatcher`` take u_t from the noise that they drew. torchcfm divides
   it out of x_t, and what is left of it in 16 bits, or near the ends, is often not finite.
 * Optimal pairs are an assignment (:mod:`fm_fast.couplings`): each sample once, instead of draws with replacement from the plan.
-* Shapes, dtypes and devices of x0 and x1, and t, are checked.
+* Shapes, dtypes and devices of x0 and x1, and t, are checked. x_t and u_t have the dtype of x0, whatever that of t.
 
 Entropic, unbalanced and partial plans are not covered. :func:`fm_fast.flow_matching_loss` fuses noise, point, target and loss, which
 separate tensors cannot.
@@ -37,6 +37,7 @@ __all__ = [
 
 Draw = tuple[Tensor, Tensor, Tensor]
 DrawWithNoise = tuple[Tensor, Tensor, Tensor, Tensor]
+PARTS = ("compute_mu_t", "compute_sigma_t", "sample_xt", "compute_conditional_flow")
 TINY = 1e-8  # keeps quotients finite where a width is 0
 
 
@@ -58,7 +59,10 @@ class ConditionalFlowMatcher:
 
     def compute_mu_t(self, x0: Tensor, x1: Tensor, t: float | Tensor) -> Tensor:
         """The mean of x_t given both ends."""
-        return torch.lerp(x0, x1, pad_t_like_x(t, x0))
+        if not isinstance(t, Tensor) or t.dtype == x0.dtype:
+            return torch.lerp(x0, x1, pad_t_like_x(t, x0))
+        wide = torch.promote_types(t.dtype, x0.dtype)
+        return torch.lerp(x0.to(wide), x1.to(wide), pad_t_like_x(t.to(wide), x0))
 
     def compute_sigma_t(self, t: float | Tensor) -> float | Tensor:
         """The width of x_t around its mean."""
@@ -87,19 +91,19 @@ class ConditionalFlowMatcher:
         """(t [B], x_t, u_t), and the noise epsilon if ``return_noise``.
 
         Args:
-            x0, x1: source and data [B, ...], floating, of one shape, dtype and device.
-            t: [B] in [0, 1]; drawn uniformly if None.
+            x0, x1: source and data [B, ...], floating, of one shape, dtype and device, which x_t and u_t have too.
+            t: [B] in [0, 1], of any floating dtype; drawn uniformly in that of x0 if None.
         """
         _check_pair(x0, x1)
         times = _times(t, x0)
         epsilon = self.sample_noise_like(x0) if return_noise or self._is_wide() else None
-        xt = self.sample_xt(x0, x1, times, epsilon)
-        ut = self._flow(x0, x1, times, xt, epsilon)
+        xt = self.sample_xt(x0, x1, times, epsilon).to(x0.dtype)
+        ut = self._flow(x0, x1, times, xt, epsilon).to(x0.dtype)
         return (times, xt, ut) if not return_noise or epsilon is None else (times, xt, ut, epsilon)
 
     def _is_wide(self) -> bool:
-        """Whether x_t depends on the noise."""
-        return self.sigma != 0.0
+        """Whether x_t depends on the noise, as far as the width that it was made with tells."""
+        return self.sigma != 0.0 or not _are_its_own(self, ConditionalFlowMatcher, "compute_sigma_t", "sample_xt")
 
     def _flow(self, x0: Tensor, x1: Tensor, t: Tensor, xt: Tensor, epsilon: Tensor | None) -> Tensor:
         """The velocity at the point that was drawn with this noise; of a subclass, what its own methods make of the point."""
@@ -122,11 +126,8 @@ class TargetConditionalFlowMatcher(ConditionalFlowMatcher):
         """By a quotient, as equation 21 has it: not finite at t = 1 where sigma = 0."""
         return (x1 - (1.0 - self.sigma) * xt) / pad_t_like_x(self.compute_sigma_t(t), x1)
 
-    def _is_wide(self) -> bool:
-        return True
-
     def _flow(self, x0: Tensor, x1: Tensor, t: Tensor, xt: Tensor, epsilon: Tensor | None) -> Tensor:
-        if type(self) is not TargetConditionalFlowMatcher or epsilon is None:
+        if epsilon is None or not _are_its_own(self, TargetConditionalFlowMatcher, *PARTS):
             return super()._flow(x0, x1, t, xt, epsilon)
         return torch.sub(x1, epsilon, alpha=1.0 - self.sigma)
 
@@ -187,7 +188,7 @@ class SchrodingerBridgeConditionalFlowMatcher(ExactOptimalTransportConditionalFl
         return _pull(t, xt - self.compute_mu_t(x0, x1, t)) + (x1 - x0)
 
     def _flow(self, x0: Tensor, x1: Tensor, t: Tensor, xt: Tensor, epsilon: Tensor | None) -> Tensor:
-        if type(self) is not SchrodingerBridgeConditionalFlowMatcher or epsilon is None:
+        if epsilon is None or not _are_its_own(self, SchrodingerBridgeConditionalFlowMatcher, *PARTS):
             return super()._flow(x0, x1, t, xt, epsilon)
         return _pull(t, pad_t_like_x(self.compute_sigma_t(t), x0) * epsilon) + (x1 - x0)
 
@@ -197,6 +198,11 @@ def _pull(t: Tensor, offset: Tensor) -> Tensor:
     wide = torch.promote_types(offset.dtype, torch.float32)
     times = torch.as_tensor(pad_t_like_x(t, offset)).to(wide)
     return ((1.0 - 2.0 * times) / (2.0 * times * (1.0 - times) + TINY) * offset).to(offset.dtype)
+
+
+def _are_its_own(matcher: ConditionalFlowMatcher, owner: type, *names: str) -> bool:
+    """Whether these methods are those of the class ``owner``: neither a subclass nor the object itself has put others in their place."""
+    return all(getattr(getattr(matcher, name), "__func__", None) is getattr(owner, name) for name in names)
 
 
 def _check_pair(x0: object, x1: object) -> None:
@@ -213,4 +219,4 @@ def _times(t: Tensor | None, x0: Tensor) -> Tensor:
         return torch.rand(x0.shape[0], device=x0.device).to(x0.dtype)
     _checks.tensor("t", t)
     _checks.time(t, x0, "x0")
-    return t.expand(x0.shape[0]).to(x0.dtype)
+    return t.expand(x0.shape[0])

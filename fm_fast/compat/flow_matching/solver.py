@@ -6,7 +6,7 @@ On purpose it differs in this:
 * ``step_size``: a step that contains a time of ``time_grid`` is split there, instead of its ends being interpolated.
 * 16-bit states are float32 between evaluations.
 * ``compute_likelihood`` draws its probe afresh at every step, which lowers the variance, and takes samples of any shape with
-  ``exact_divergence``, float64, and fields that do not depend on x.
+  ``exact_divergence``, float64, and fields that do not depend on x. log p is float64, and ``enable_grad`` gives it a gradient.
 
 :func:`fm_fast.sample` and :func:`fm_fast.log_likelihood` have guidance, several probes with standard errors, and more solvers.
 """
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fm_fast import _checks
-from fm_fast._solver.ode import Accuracy, Stops, solve_ode
-from fm_fast.compat._methods import MAX_STEPS, method_named, stops_at, times_of, tolerance_of
+from fm_fast._solver.ode import Stops, solve_ode
+from fm_fast.compat._methods import MAX_STEPS, accuracy_of, method_named, stops_at, times_of
 from fm_fast.likelihood import log_likelihood
 from fm_fast.solvers import EmbeddedRungeKutta, Table
 
@@ -29,12 +29,13 @@ __all__ = ["ODESolver"]
 FORWARD, BACKWARD = torch.tensor([0.0, 1.0], device="cpu"), torch.tensor([1.0, 0.0], device="cpu")
 
 
-class ODESolver:
+class ODESolver(nn.Module):
     """Solves dx/dt = velocity_model(x=x, t=t, **extras), t without dimensions."""
 
     def __init__(self, velocity_model: Callable[..., Tensor]) -> None:
         if not callable(velocity_model):
             raise TypeError(f"velocity_model must be callable as velocity_model(x=x, t=t), got {type(velocity_model).__name__}")
+        super().__init__()
         self.velocity_model = velocity_model
 
     def sample(
@@ -70,7 +71,7 @@ class ODESolver:
         with torch.set_grad_enabled(enable_grad):
             states = solve_ode(
                 lambda t, x: self.velocity_model(x=x, t=t, **model_extras),
-                x_init, stops, chosen, Accuracy(tolerance_of(rtol, atol), MAX_STEPS),
+                x_init, stops, chosen, accuracy_of(chosen, rtol, atol),
             )  # fmt: skip
         return states if return_intermediates else states[-1]
 
@@ -139,4 +140,4 @@ def _stops(
         return stops_at(times, step_size, wanted)
     if step_size is not None:
         warnings.warn(f"step_size has no effect on the adaptive method {method!r}, whose steps follow atol and rtol", stacklevel=3)
-    return Stops(times, tuple(wanted))
+    return Stops(times, wanted)

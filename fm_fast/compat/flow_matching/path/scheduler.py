@@ -33,10 +33,12 @@ class SchedulerOutput:
 class Scheduler:
     """x_t = alpha_t x_1 + sigma_t x_0. A subclass may have a ``__call__`` of its own instead of a path."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self.path = path
 
     def __call__(self, t: Tensor) -> SchedulerOutput:
+        if self.path is None:
+            raise NotImplementedError(f"{type(self).__name__} must have a path or a __call__ of its own")
         return SchedulerOutput(*(value.to(t.dtype) for value in schedule(self.path, t.double())))
 
 
