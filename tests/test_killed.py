@@ -132,7 +132,7 @@ def test_a_signal_lets_the_step_finish_and_saves(number, code, tmp_path, monkeyp
     straight = train(tiny(out=str(tmp_path / "a"), **settings))
     with monkeypatch.context() as patch:
         signal_after(patch, 4, number)
-        patch.setattr("fm_fast.cli.config_from", lambda options: tiny(out=str(tmp_path / "b"), **settings))
+        patch.setattr("fm_fast.cli.train.config_from", lambda options: tiny(out=str(tmp_path / "b"), **settings))
         before = signal.getsignal(number)
         try:
             assert main(["train", "digits"]) == code
