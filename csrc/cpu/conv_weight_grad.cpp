@@ -1,8 +1,8 @@
 // dW[o, c, i, j] = sum_{b, h, w} dy[b, o, h, w] x[b, c, h + i - r, w + j - r], db[o] = sum_{b, h, w} dy[b, o, h, w]: the gradients of the
 // parameters of a convolution of size 1 or 3 = 2 r + 1 that keeps the height and width, of float32 tensors in channels_last.
 //
-// Size 1 is a matrix product over the positions. Size 3 is the transpose of Winograd's algorithm (winograd.h), G' [sum_t (A dy A') (B' d
-// B)] G with sums over the tiles: 16 matrix products over a fourth of the positions. Along each dimension
+// Size 1 is a matrix product over the positions. Size 3 is the transpose of Winograd's algorithm (winograd.h),
+// G' [sum_t (A dy A') (B' d B)] G with sums over the tiles: 16 matrix products over a fourth of the positions. Along each dimension
 //
 //   A dy: y0, y0 + y1, y0 - y1, -y1    G' u: u0 + (u1 + u2) / 2, (u1 - u2) / 2, (u1 + u2) / 2 + u3
 #include <string.h>
@@ -22,7 +22,7 @@ constexpr int64_t kChannelsAbreast = 12 / kOutputVectors;
 #endif
 constexpr int64_t kPositions = 64;  // of size 1, at a time: they fit the L1 cache
 
-// Points of channels, `stride` apart.
+// The channels of positions or tiles, which lie `stride` apart.
 struct Points {
   const float* data;
   int64_t stride;

@@ -53,21 +53,13 @@ def solve_ode(field: OdeField, y0: Tensor, stops: Stops, method: Table | Embedde
     return torch.stack([state.to(y0.dtype) for state in states]).reshape(len(states), *y0.shape)
 
 
-def _own(y: Tensor) -> Tensor:
-    return y.clone()
-
-
-def _itself(y: Tensor) -> Tensor:
-    return y
-
-
 def _fixed(field: OdeField, y0: Tensor, stops: Stops, table: Table) -> list[Tensor]:
     plan = ode_plan(table, stops.nodes.tobytes())
     times, states, wanted = time_tensor(plan, y0).to(y0.dtype).unbind(), {0: y0}, frozenset(stops.wanted)
-    own = _own if not torch.is_grad_enabled() else _itself
+    copies = not torch.is_grad_enabled()
 
     def evaluate(y: Tensor, number: int) -> Tensor:
-        slope = field(times[number], own(y))
+        slope = field(times[number], y.clone() if copies else y)
         check_each(slope, y, y.shape, number)
         return _ops.native_layout(slope)
 

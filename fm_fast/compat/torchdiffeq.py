@@ -6,8 +6,8 @@
 
 An evaluation costs one fused op and a copy beside the field. dopri5 and bosh3 take torchdiffeq's steps. On purpose it differs in this:
 
-* ``step_size``: a step that contains one of ``t`` is split there, instead of its ends being interpolated; dopri8 splits its steps too,
-  which costs evaluations where ``t`` is long: its polynomial in torchdiffeq is off by up to a thousand times the tolerance.
+* ``step_size``: a step that contains one of ``t`` is split there, instead of its ends being interpolated. dopri8 splits its steps too,
+  which costs evaluations where ``t`` is long.
 * fehlberg2 and adaptive_heun go on with the slope at the step's end.
 * 16-bit states are float32 between evaluations.
 * ``max_num_steps`` holds for all intervals of ``t`` together: as many times it as there are intervals.
