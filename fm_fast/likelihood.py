@@ -62,6 +62,7 @@ class Likelihood:
         x0: [B, ...], the noise that the data flows back to.
         nfe: calls of the model.
         nvjp: vector-Jacobian products.
+        nfe_of_each: int64 [B], calls of the model before the sample was at its end, where ``per_sample`` was asked for, else None.
     """
 
     logp: Tensor
@@ -70,6 +71,7 @@ class Likelihood:
     x0: Tensor
     nfe: int
     nvjp: int
+    nfe_of_each: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +83,7 @@ class SampleWithLogProb:
     std_err: Tensor | None
     nfe: int
     nvjp: int
+    nfe_of_each: Tensor | None = None
 
 
 def divergence(
@@ -109,7 +112,7 @@ def divergence(
         model, cond, path, objective, guidance: as in :func:`fm_fast.sample`. Unless ``create_graph``, the parameters of a module do not
             require gradients meanwhile, so another thread must not train the same module then: it would find no gradients.
         x: [B, ...], float64, float32, bfloat16 or float16: the model's input.
-        t: a number in [0, 1], a scalar tensor or [B]. With guidance, one time for the batch.
+        t: a number in [0, 1], a scalar tensor or [B].
         probes: probe vectors a sample and replicate.
         kind: "auto" (exact where a sample has at most max(4, probes) elements, else rademacher), "exact", "rademacher", "gaussian",
             "hadamard" or "coloured" (images; a power of two of probes, one for each colour); see ``fm_fast/_solver/probes.py``.
@@ -144,8 +147,8 @@ def divergence(
     estimator = Estimator(chosen, key, len(x), mode, memory_budget, create_graph, resolved)
     check_gradient(create_graph)
     with solving(model, create_graph):
-        times, guided = _as_times(t, x), _guided(guidance, t)
-        recorded = estimator.record(lambda given: field.checked_output_at(given, times, guided), x)
+        times, scale = _as_times(t, x), field.scale_at(t)
+        recorded = estimator.record(lambda given: field.checked_output_at(given, times, scale), x)
         estimator.add(recorded, 0, 0.0, 1.0)
         output = recorded.output if create_graph or _modes.transforms_active() else recorded.output.detach()
         v = field.velocity(x.to(times.dtype), times, output)
@@ -156,14 +159,6 @@ def _as_times(t: Tensor | float, x: Tensor) -> Tensor:
     wide = reference.accumulation_dtype(x)
     times = t.to(wide) if isinstance(t, Tensor) else torch.full((), t, dtype=wide, device=x.device)
     return times.expand(len(x))
-
-
-def _guided(guidance: Guidance | None, t: Tensor | float) -> bool:
-    if guidance is None:
-        return False
-    if isinstance(t, Tensor) and t.numel() != 1:
-        raise ValueError(f"t must be one number for the whole batch where guidance is given, got shape {tuple(t.shape)}")
-    return guidance.applies(float(t))
 
 
 def _divergence(estimator: Estimator, v: Tensor, factors: tuple[Tensor, Tensor]) -> Divergence:
@@ -190,6 +185,7 @@ def log_likelihood(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_steps: int = 10_000,
+    per_sample: bool = False,
     dtype: torch.dtype | None = None,
     probes: int = 1,
     kind: str = "auto",
@@ -211,7 +207,7 @@ def log_likelihood(
     Args:
         model, cond, path, objective, method, steps, grid, t0, t1, guidance: as in :func:`fm_fast.sample`; the parameters of a module are
             frozen as in :func:`fm_fast.divergence`, for other threads too.
-        rtol, atol, max_steps, dtype, on_nonfinite, progress, backend: as in :func:`fm_fast.sample`.
+        rtol, atol, max_steps, per_sample, dtype, on_nonfinite, progress, backend: as in :func:`fm_fast.sample`.
         x1: data [B, ...] in the model's space.
         probes, kind, mode, memory_budget, replicates, seed, step, sample_ids, create_graph: as in :func:`fm_fast.divergence`. Fixed-step
             methods draw new probes at every evaluation that counts, adaptive ones hold theirs for the whole solve.
@@ -237,7 +233,23 @@ def log_likelihood(
     """
     _checks.state("x1", x1)
     settings = make_settings(
-        x1, path, objective, method, steps, grid, t0, t1, None, rtol, atol, max_steps, dtype, "none", backend, reverse=True
+        x1,
+        path,
+        objective,
+        method,
+        steps,
+        grid,
+        t0,
+        t1,
+        None,
+        rtol,
+        atol,
+        max_steps,
+        per_sample,
+        dtype,
+        "none",
+        backend,
+        reverse=True,
     )
     _check_halving(settings.nodes, error_estimate, settings.adaptive)
     chosen = make_probes(kind, probes, replicates, tuple(x1.shape), x1.device)
@@ -247,6 +259,7 @@ def log_likelihood(
         probes=chosen,
         key=random.make_key(seed, step, sample_ids, len(x1), x1.device, not chosen.exact),
         mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
+        mark=on_nonfinite == "mark",
     )  # fmt: skip
     density = tried_prior(prior, x1)
     fine = integrate(task, x1, controlled=error_estimate and not task.probes.exact)
@@ -254,7 +267,7 @@ def log_likelihood(
         logp = log_prior(density, fine.x, settings.path) + fine.value
     check_finite(logp, "log-densities", settings, on_nonfinite)
     if not error_estimate:
-        return Likelihood(logp, standard_error(fine), None, fine.x, fine.nfe, fine.nvjp)
+        return Likelihood(logp, standard_error(fine), None, fine.x, fine.nfe, fine.nvjp, fine.nfe_of_each)
     coarse = integrate_coarsely(task, x1.detach())
     error = _discretisation_error(fine, coarse, density, settings)
     if _modes.worth_a_wait(error):
@@ -305,6 +318,7 @@ def sample_with_log_prob(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_steps: int = 10_000,
+    per_sample: bool = False,
     dtype: torch.dtype | None = None,
     probes: int = 1,
     kind: str = "auto",
@@ -330,7 +344,23 @@ def sample_with_log_prob(
     """
     _checks.state("noise", noise)
     settings = make_settings(
-        noise, path, objective, method, steps, grid, t0, t1, None, rtol, atol, max_steps, dtype, "none", backend, reverse=False
+        noise,
+        path,
+        objective,
+        method,
+        steps,
+        grid,
+        t0,
+        t1,
+        None,
+        rtol,
+        atol,
+        max_steps,
+        per_sample,
+        dtype,
+        "none",
+        backend,
+        reverse=False,
     )
     chosen = make_probes(kind, probes, replicates, tuple(noise.shape), noise.device)
     task = Task(
@@ -339,6 +369,7 @@ def sample_with_log_prob(
         probes=chosen,
         key=random.make_key(seed, step, sample_ids, len(noise), noise.device, not chosen.exact),
         mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
+        mark=on_nonfinite == "mark",
     )  # fmt: skip
     with torch.set_grad_enabled(create_graph):
         before = log_prior(as_prior(prior), noise.to(reference.accumulation_dtype(noise)), settings.path)
@@ -347,4 +378,4 @@ def sample_with_log_prob(
         logp = before - integral.value
     check_finite(integral.x, "samples", settings, on_nonfinite)
     check_finite(logp, "log-densities", settings, on_nonfinite)
-    return SampleWithLogProb(integral.x, logp, standard_error(integral), integral.nfe, integral.nvjp)
+    return SampleWithLogProb(integral.x, logp, standard_error(integral), integral.nfe, integral.nvjp, integral.nfe_of_each)

@@ -16,13 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from fm_fast import _checks, _modes, reference
 from fm_fast._solver.adaptive import solve_adaptive
 from fm_fast._solver.evaluate import make_evaluate, make_mixed
-from fm_fast._solver.field import Field, Model, combined, make_field
+from fm_fast._solver.field import Field, Model, Time, combined, make_field
 from fm_fast._solver.guidance import Guidance
 from fm_fast._solver.learned import plan_and_factors, velocities
 from fm_fast._solver.loop import AfterStep, Layout, make_state, run
+from fm_fast._solver.per_sample import Rules, solve_per_sample
 from fm_fast._solver.progress import step_counter
 from fm_fast._solver.settings import NONFINITE, Save, Settings, check_finite, make_settings
-from fm_fast._solver.trial import Tolerance
+from fm_fast._solver.trial import Parts, Tolerance
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective
 from fm_fast.paths import Path
@@ -43,6 +44,7 @@ class Sample:
         saved: [S, B, ...], the states that were asked for, or None.
         saved_t: their S times, or None.
         finite: bool [B], whether the sample is finite.
+        nfe_of_each: int64 [B], calls of the model before the sample was at its end, where ``per_sample`` was asked for, else None.
     """
 
     x: Tensor
@@ -50,6 +52,7 @@ class Sample:
     saved: Tensor | None
     saved_t: tuple[float, ...] | None
     finite: Tensor
+    nfe_of_each: Tensor | None = None
 
 
 def sample(
@@ -71,6 +74,7 @@ def sample(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_steps: int = 10_000,
+    per_sample: bool = False,
     dtype: torch.dtype | None = None,
     grad: str = "none",
     on_nonfinite: str = "raise",
@@ -93,10 +97,13 @@ def sample(
         save: None, "steps" (every state in the order of the solve, the first included), or times in [t0, t1]. A fixed step that contains
             such a time is split there, and so are the steps of dopri8. Other adaptive methods give states within their steps without an
             evaluation, by polynomials of an order less than the step's (4 for dopri5 and tsit5): errors may be tens of times larger there.
-        callback: called as ``callback(step, t, x)`` after each step that counts, with a copy of the state.
+        callback: called as ``callback(step, t, x)`` after each step that counts, with a copy of the state; not with ``per_sample``.
         progress: show a progress bar (needs tqdm; fixed-step methods).
-        rtol, atol, max_steps: of adaptive methods. The error's norm is over the whole batch, so a sample depends on its neighbours there;
-            max_steps counts the steps of a solve, those in vain too.
+        rtol, atol, max_steps: of adaptive methods. The error's norm is over the whole batch, so a sample depends on its neighbours there,
+            unless ``per_sample``; max_steps counts the steps of a solve, those in vain too.
+        per_sample: an adaptive method chooses the steps of each sample by itself: each has the accuracy asked for, whatever else is in the
+            batch. The model is called with times that differ, until the last sample is at its end. With ``on_nonfinite="mark"``, samples
+            whose solve fails become NaN instead of an error. Guidance is evaluated outside of its interval too, with a scale of 1.
         dtype: of the model's input; by default the noise's. The state is float32 (float64 for float64 noise) throughout, so a bfloat16
             model loses no accuracy to the solver.
         grad: "none" (nothing is recorded; refused under ``torch.func.grad``, which would find zero), "direct" (the whole graph is, with
@@ -117,7 +124,23 @@ def sample(
     """
     _checks.state("noise", noise)
     settings = make_settings(
-        noise, path, objective, method, steps, grid, t0, t1, save, rtol, atol, max_steps, dtype, grad, backend, reverse=False
+        noise,
+        path,
+        objective,
+        method,
+        steps,
+        grid,
+        t0,
+        t1,
+        save,
+        rtol,
+        atol,
+        max_steps,
+        per_sample,
+        dtype,
+        grad,
+        backend,
+        reverse=False,
     )
     field = make_field(model, settings.path, settings.objective, noise.shape[0], cond, guidance)
     return _solve(field, noise, settings, save, callback, progress, on_nonfinite)
@@ -142,6 +165,7 @@ def encode(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_steps: int = 10_000,
+    per_sample: bool = False,
     dtype: torch.dtype | None = None,
     grad: str = "none",
     on_nonfinite: str = "raise",
@@ -159,7 +183,23 @@ def encode(
     """
     _checks.state("x1", x1)
     settings = make_settings(
-        x1, path, objective, method, steps, grid, t0, t1, save, rtol, atol, max_steps, dtype, grad, backend, reverse=True
+        x1,
+        path,
+        objective,
+        method,
+        steps,
+        grid,
+        t0,
+        t1,
+        save,
+        rtol,
+        atol,
+        max_steps,
+        per_sample,
+        dtype,
+        grad,
+        backend,
+        reverse=True,
     )
     field = make_field(model, settings.path, settings.objective, x1.shape[0], cond, guidance)
     return _solve(field, x1, settings, save, callback, progress, on_nonfinite)
@@ -171,21 +211,26 @@ def _solve(
     _checks.one_of("on_nonfinite", on_nonfinite, NONFINITE)
     _check_callback(settings, callback, progress)
     _check_gradient(settings.grad)
+    nfe_of_each = None
     with torch.no_grad() if settings.grad == "none" else contextlib.nullcontext():
-        if settings.adaptive is not None:
+        if settings.per_sample:
+            x, saved, nfe, nfe_of_each = _per_sample(field, start, settings, mark=on_nonfinite == "mark")
+        elif settings.adaptive is not None:
             x, saved, nfe = _adaptive(field, start, settings, callback)
         else:
             x, saved, nfe = _fixed(field, start, settings, callback, progress)
     finite = check_finite(x, "samples", settings, on_nonfinite)
     if save is None:
-        return Sample(x, nfe, None, None, finite)
+        return Sample(x, nfe, None, None, finite, nfe_of_each)
     times = tuple(float(settings.nodes[position]) for position in settings.saved)
-    return Sample(x, nfe, saved if saved is not None else x.new_empty(0, *x.shape), times, finite)
+    return Sample(x, nfe, saved if saved is not None else x.new_empty(0, *x.shape), times, finite, nfe_of_each)
 
 
 def _check_callback(settings: Settings, callback: Callback | None, progress: bool) -> None:
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable as callback(step, t, x), got {type(callback).__name__}")
+    if settings.per_sample and callback is not None:
+        raise ValueError("callback needs steps that are the same for all samples; it cannot be called with per_sample=True")
     if settings.adaptive is not None and progress:
         raise ValueError(f"progress needs a fixed-step method, got {settings.adaptive.name!r}")
 
@@ -260,16 +305,27 @@ def _adaptive(field: Field, start: Tensor, settings: Settings, callback: Callbac
         lambda t, parts: (velocity(parts[0], t),), (x0,), settings.nodes.tolist(), settings.adaptive,
         Tolerance(settings.rtol, settings.atol), settings.max_steps, settings.backend, plain, after,
     )  # fmt: skip
-    saved = torch.stack([states[position][0] for position in settings.saved]) if settings.saved else None
-    return states[-1][0], saved, nfe
+    return states[-1][0], _saved(states, settings), nfe
 
 
-def _velocity(field: Field, settings: Settings) -> Callable[[Tensor, float], Tensor]:
+def _per_sample(field: Field, start: Tensor, settings: Settings, mark: bool) -> tuple[Tensor, Tensor | None, int, Tensor]:
+    assert settings.adaptive is not None
+    velocity, x0 = _velocity(field, settings), start.to(reference.accumulation_dtype(start))
+    rules = Rules(settings.adaptive, Tolerance(settings.rtol, settings.atol), settings.max_steps, mark)
+    plain = settings.grad != "none" and torch.is_grad_enabled()
+    solved = solve_per_sample(lambda t, parts: (velocity(parts[0], t),), (x0,), settings.nodes.tolist(), rules, settings.backend, plain)
+    return solved.states[-1][0], _saved(solved.states, settings), solved.nfe, solved.nfe_of_each
+
+
+def _saved(states: Sequence[Parts], settings: Settings) -> Tensor | None:
+    return torch.stack([states[position][0] for position in settings.saved]) if settings.saved else None
+
+
+def _velocity(field: Field, settings: Settings) -> Callable[[Tensor, Time], Tensor]:
     """The velocity at (x [B, ...], t) in x's dtype."""
 
-    def velocity(x: Tensor, t: float) -> Tensor:
-        times = torch.full((1,), t, dtype=x.dtype, device=x.device).expand(x.shape[0])
-        output = field.checked_output_at(x.to(settings.dtype), times, field.guided_at(t))
+    def velocity(x: Tensor, t: Time) -> Tensor:
+        output = field.checked_output_at(x.to(settings.dtype), field.times(t, x), field.scale_at(t))
         return combined(x, output, field.factors_at(t, x.device))
 
     if settings.grad == "checkpoint" and torch.is_grad_enabled():

@@ -6,14 +6,17 @@ fused op, so a table of your own (``RungeKutta(a=..., b=...)``) is as fast as th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from fm_fast import _checks
 
 HIGHEST_CHECKED_ORDER = 4
 TOLERANCE = 1e-10
+# Of the way through a step: a number, or one a sample
+Part = TypeVar("Part", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -165,14 +168,14 @@ class EmbeddedRungeKutta:
         """Whether states within a step cost no evaluation; their order is that of the step, or one less with ``dense``."""
         return bool(self.dense) or self.order <= (3 if self.first_same_as_last else 2)
 
-    def weights_within(self, theta: float) -> tuple[float, ...]:
+    def weights_within(self, theta: Part) -> tuple[Part, ...]:
         """Weights w of the state y + h sum_i w_i k_i a part theta of the way through a step, for a method that interpolates.
 
         Hermite's cubic through values and slopes of both ends, and ``dense`` beside it; without a slope at the end the parabola.
 
         Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, chapter II.6.
         """
-        first, last, rest = theta * (1.0 - theta), 0.0, theta**2
+        first, last, rest = theta * (1.0 - theta), 0.0 * theta, theta**2
         if self.first_same_as_last:
             first, last, rest = theta * (1.0 - theta) ** 2, theta**2 * (theta - 1.0), theta**2 * (3.0 - 2.0 * theta)
         weights = [rest * b for b in self.table.b]

@@ -10,14 +10,17 @@ Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, 
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from fm_fast import _ops
 from fm_fast._solver.loop import unwritten
 from fm_fast._solver.trial import Derivative, Fused, Parts, Plain, Tolerance, Trial, largest_mean
 from fm_fast.solvers import EmbeddedRungeKutta
 
+AnyTime = TypeVar("AnyTime", float, Tensor)
 # (number of the finished step, t, state)
 AfterStep = Callable[[int, float, Parts], None]
 SAFETY, SHORTEST, LONGEST = 0.9, 0.2, 10.0
@@ -49,7 +52,8 @@ def solve_adaptive(
     """
     if start[0].numel() == 0:
         return [start for _ in times], 0
-    counted = _Counted(derivative, min(times), max(times))
+    low, high = min(times), max(times)
+    counted = Counted(derivative, lambda t: min(max(t, low), high))
     # The model is not to be given what is the caller's.
     begin = start if plain else tuple(_ops.native_layout(part).clone() for part in start)
     arithmetic = Plain(begin, method) if plain else Fused(begin, method, backend)
@@ -69,15 +73,15 @@ def _explanation(method: str, reason: str, tolerance: Tolerance) -> str:
     )
 
 
-class _Counted:
+class Counted(Generic[AnyTime]):
     """The derivative within the times of the solve: rounding, and the guess of the first step, would else look outside."""
 
-    def __init__(self, derivative: Derivative, low: float, high: float) -> None:
-        self._derivative, self._low, self._high = derivative, low, high
+    def __init__(self, derivative: Callable[[AnyTime, Parts], Parts], within: Callable[[AnyTime], AnyTime]) -> None:
+        self._derivative, self._within = derivative, within
         self.evaluations = 0
 
-    def __call__(self, t: float, y: Parts) -> Parts:
-        t, self.evaluations = min(max(t, self._low), self._high), self.evaluations + 1
+    def __call__(self, t: AnyTime, y: Parts) -> Parts:
+        t, self.evaluations = self._within(t), self.evaluations + 1
         return self._derivative(t, y) if self.evaluations > 1 else unwritten(y[0], lambda: self._derivative(t, y))
 
 
@@ -87,7 +91,7 @@ class _Control:
     def __init__(
         self,
         trial: Trial,
-        derivative: Derivative,
+        derivative: Counted[float],
         method: EmbeddedRungeKutta,
         tolerance: Tolerance,
         max_steps: int,

@@ -24,10 +24,10 @@ def make_evaluate(field: Field, plan: Plan, start: Tensor, rerun: bool = False) 
 def make_mixed(field: Field, plan: Plan, start: Tensor, rerun: bool = False) -> Evaluate:
     """The same with guidance mixed in by plain PyTorch, so that inputs and outputs are single batches; differentiable."""
     views = time_views(time_tensor(plan, start), field.batch)
-    guided = [field.guided_at(t) for t in plan.times.tolist()]
+    scales = [field.scale_at(t) for t in plan.times.tolist()]
 
     def evaluate(x: Tensor, number: int) -> Tensor:
-        output = field.output_at(x, views[number], guided[number])
+        output = field.output_at(x, views[number], scales[number])
         check_each(output, x, x.shape, number)
         return _ops.native_layout(output)
 

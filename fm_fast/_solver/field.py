@@ -13,6 +13,8 @@ from fm_fast.objectives import Objective, is_built_in, velocity_factors
 from fm_fast.paths import Path
 
 Model = Callable[..., Tensor]
+# One time of the whole batch, or [B]
+Time = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -30,27 +32,29 @@ class Field:
     guidance: Guidance | None = None
     doubled: Mapping[str, Any] | None = None
 
-    def guided_at(self, t: float | Tensor) -> bool:
-        """Whether guidance applies at this time; a tensor is looked at only where there is guidance."""
+    def scale_at(self, t: Time) -> float | Tensor | None:
+        """The scale of guidance: None at one time that is not guided; only one time that may not be is looked at."""
         if self.guidance is None:
-            return False
-        return self.guidance.applies(float(t.detach()) if isinstance(t, Tensor) else t)
+            return None
+        if isinstance(t, Tensor) and t.numel() != 1:
+            return self.guidance.scale_of_each(t)
+        return self.guidance.scale if self.guidance.applies(float(t.detach()) if isinstance(t, Tensor) else t) else None
 
-    def output_at(self, x: Tensor, t: Tensor, guided: bool) -> Tensor:
-        """The model's output for x [B, ...] at t [B], with guidance mixed in by plain PyTorch if ``guided``; differentiable.
+    def output_at(self, x: Tensor, t: Tensor, scale: float | Tensor | None) -> Tensor:
+        """The model's output for x [B, ...] at t [B], with guidance mixed in by plain PyTorch unless ``scale`` is None; differentiable.
 
         A mix is float32 or float64: the difference of its halves, which the scale multiplies, would lose digits in 16 bits.
         """
-        if not guided or self.doubled is None or self.guidance is None:
+        if scale is None or self.doubled is None:
             return self.model(x, t, **self.cond)
         twice = torch.cat([x, x])
         both = self.model(twice, torch.cat([t, t]), **self.doubled)
         check_output(both, twice)
-        return reference.guided(both.to(reference.accumulation_dtype(both)), self.guidance.scale)
+        return reference.guided(both.to(reference.accumulation_dtype(both)), scale)
 
-    def checked_output_at(self, x: Tensor, t: Tensor, guided: bool) -> Tensor:
+    def checked_output_at(self, x: Tensor, t: Tensor, scale: float | Tensor | None) -> Tensor:
         """The same, checked, in a layout that the ops take."""
-        output = self.output_at(x, t, guided)
+        output = self.output_at(x, t, scale)
         check_output(output, x)
         return _ops.native_layout(output)
 
@@ -60,18 +64,23 @@ class Field:
         p, r = (reference.per_sample(values.to(x.dtype), x) for values in (p, r))
         return p * x + r * output.to(x.dtype)
 
-    def factors_at(self, t: float, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """(p, r) of the velocity p x + r o at one time; None where the output is the velocity."""
+    def factors_at(self, t: Time, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """(p, r) of the velocity p x + r o, float64; None where the output is the velocity."""
         if is_built_in(self.objective) and self.objective.name == "velocity":
             return None
-        return velocity_factors(self.path, self.objective, torch.full((), t, dtype=torch.float64, device=device))
+        times = t if isinstance(t, Tensor) else torch.full((), t, dtype=torch.float64, device=device)
+        return velocity_factors(self.path, self.objective, times)
+
+    def times(self, t: Time, x: Tensor) -> Tensor:
+        """t as the model is given it: [B] in the dtype of the state x."""
+        return t.to(x.dtype) if isinstance(t, Tensor) else torch.full((1,), t, dtype=x.dtype, device=x.device).expand(self.batch)
 
 
 def combined(x: Tensor, output: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
     """The velocity p x + r o in x's dtype; where it is the output, the output itself in its own."""
     if factors is None:
         return output
-    p, r = (factor.to(x.dtype) for factor in factors)
+    p, r = (reference.per_sample(factor.to(x.dtype), x) if factor.dim() else factor.to(x.dtype) for factor in factors)
     return p * x + r * output.to(x.dtype)
 
 

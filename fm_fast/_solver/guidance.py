@@ -55,6 +55,13 @@ class Guidance:
     def applies(self, t: float) -> bool:
         return self.interval[0] <= t <= self.interval[1]
 
+    def scale_of_each(self, t: Tensor) -> float | Tensor:
+        """The scale at times [B]: 1, which leaves the conditional model alone, outside of the interval."""
+        if tuple(self.interval) == (0.0, 1.0):
+            return self.scale
+        scale = self.scale if isinstance(self.scale, Tensor) else torch.full((), self.scale, dtype=torch.float64, device=t.device)
+        return torch.where((t >= self.interval[0]) & (t <= self.interval[1]), scale, torch.ones_like(scale))
+
 
 def _check_scale(scale: object) -> None:
     if not isinstance(scale, Tensor):

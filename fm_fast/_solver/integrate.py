@@ -1,6 +1,7 @@
 """A solve that carries the integral of the divergence along: what likelihoods are made of."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,15 +11,16 @@ from fm_fast import _modes, reference
 from fm_fast._solver.adaptive import solve_adaptive
 from fm_fast._solver.estimator import Estimator
 from fm_fast._solver.evaluate import make_mixed
-from fm_fast._solver.field import Field, combined
+from fm_fast._solver.field import Field, Time, combined
 from fm_fast._solver.learned import LearnedFactors, plan_and_factors, velocities
 from fm_fast._solver.loop import Evaluate, Layout, make_state, run
+from fm_fast._solver.per_sample import Rules, solve_per_sample
 from fm_fast._solver.plan import Plan
 from fm_fast._solver.probes import Probes, single_probe
 from fm_fast._solver.progress import step_counter
 from fm_fast._solver.recording import check_gradient, solving
 from fm_fast._solver.settings import Settings
-from fm_fast._solver.trial import Derivative, Parts, Tolerance
+from fm_fast._solver.trial import Parts, Tolerance
 from fm_fast.solvers import RungeKutta
 
 
@@ -34,6 +36,7 @@ class Task:
     memory_budget: int | None
     create_graph: bool
     progress: bool
+    mark: bool = False
 
     def estimator(self) -> Estimator:
         batch = self.field.batch
@@ -52,6 +55,8 @@ class Measure:
 class Integral:
     """x [B, ...] at the last node; the integral of div v dt over the nodes, float64 [B], and its variance from the probes.
 
+    nfe_of_each: as that of :class:`fm_fast.Sample`.
+
     The variance is None where the probes cannot tell. ``control`` is the same integral by the last measure's probes.
     """
 
@@ -61,6 +66,7 @@ class Integral:
     nfe: int
     nvjp: int
     control: Tensor
+    nfe_of_each: Tensor | None = None
 
 
 def integrate(task: Task, start: Tensor, controlled: bool = False) -> Integral:
@@ -153,27 +159,31 @@ def _adaptive(task: Task, start: Tensor) -> Integral:
     """x and the integral by each group of probes together; the probes are held, since fresh ones would enter the error control."""
     x0, estimator, settings = start.to(reference.accumulation_dtype(start)), task.estimator(), task.settings
     assert settings.adaptive is not None
-    parts = (x0, x0.new_zeros(estimator.group_count, len(start)))
-    states, nfe = solve_adaptive(
-        _derivative(task, estimator), parts, settings.nodes.tolist(), settings.adaptive, Tolerance(settings.rtol, settings.atol),
-        settings.max_steps, settings.backend, task.create_graph,
-    )  # fmt: skip
+    parts, times = (x0, x0.new_zeros(len(start), estimator.group_count)), settings.nodes.tolist()
+    derivative, tolerance, nfe_of_each = _derivative(task, estimator), Tolerance(settings.rtol, settings.atol), None
+    if settings.per_sample:
+        rules = Rules(settings.adaptive, tolerance, settings.max_steps, task.mark)
+        states, nfe, nfe_of_each = solve_per_sample(derivative, parts, times, rules, settings.backend, task.create_graph)
+    else:
+        states, nfe = solve_adaptive(
+            derivative, parts, times, settings.adaptive, tolerance, settings.max_steps, settings.backend, task.create_graph
+        )
     x, integrals = states[-1]
-    value, variance = reference.group_statistics(integrals.to(torch.float64), estimator.group_count)
-    return Integral(x, value, variance if task.probes.known_variance else None, nfe, estimator.products, value)
+    value, variance = reference.group_statistics(integrals.T.to(torch.float64), estimator.group_count)
+    return Integral(x, value, variance if task.probes.known_variance else None, nfe, estimator.products, value, nfe_of_each)
 
 
-def _derivative(task: Task, estimator: Estimator) -> Derivative:
+def _derivative(task: Task, estimator: Estimator) -> Callable[[Time, Parts], Parts]:
     field, settings = task.field, task.settings
 
-    def derivative(t: float, parts: Parts) -> Parts:
-        x, times = parts[0], torch.full((1,), t, dtype=parts[0].dtype, device=parts[0].device).expand(field.batch)
-        recorded = estimator.record(lambda given: field.checked_output_at(given, times, field.guided_at(t)), x.to(settings.dtype))
+    def derivative(t: Time, parts: Parts) -> Parts:
+        x, times, scale = parts[0], field.times(t, parts[0]), field.scale_at(t)
+        recorded = estimator.record(lambda given: field.checked_output_at(given, times, scale), x.to(settings.dtype))
         estimator.add(recorded, 0, 0.0, 1.0)
         output = recorded.output if task.create_graph else recorded.output.detach()
         factors, growth = field.factors_at(t, x.device), estimator.group_means()
         if factors is not None:
             growth = factors[0] * math.prod(x.shape[1:]) + factors[1] * growth
-        return combined(x, output, factors), growth
+        return combined(x, output, factors), growth.T
 
     return derivative

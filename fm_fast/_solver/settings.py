@@ -35,6 +35,7 @@ class Settings:
     rtol: float
     atol: float
     max_steps: int
+    per_sample: bool
     dtype: torch.dtype
     grad: str
     backend: str
@@ -56,7 +57,7 @@ def _known_plan(table: Table, nodes: bytes, path: Path, objective: str, folded: 
 def make_settings(
     start: Tensor, path: str | Path, objective: str | Objective, method: Method, steps: int | None,
     grid: str | Grid | Sequence[float], t0: float, t1: float, save: Save, rtol: float, atol: float, max_steps: int,
-    dtype: torch.dtype | None, grad: str, backend: str | None, reverse: bool,
+    per_sample: bool, dtype: torch.dtype | None, grad: str, backend: str | None, reverse: bool,
 ) -> Settings:  # fmt: skip
     """The arguments of a solve, checked and with names resolved."""
     _checks.one_of("dtype", dtype, (None, *_checks.FLOATING))
@@ -69,6 +70,7 @@ def make_settings(
     chosen_path, chosen_objective = as_path(path), as_objective(objective)
     chosen = as_method(method)
     table, adaptive = (None, chosen) if isinstance(chosen, EmbeddedRungeKutta) else (chosen, None)
+    _check_per_sample(per_sample, method, adaptive)
     interval = (t0, t1, chosen_path, velocity_range(chosen_path, chosen_objective))
     nodes = _fixed_nodes(grid, steps, *interval) if adaptive is None else _adaptive_nodes(adaptive.name, steps, grid, *interval)
     nodes, saved = _with_saved(nodes, save, adaptive is not None)
@@ -78,8 +80,16 @@ def make_settings(
     warn_if_ill_conditioned(chosen_path, chosen_objective, table, nodes)
     resolved = _backends.resolve("linear_step", start.device, backend)
     return Settings(
-        chosen_path, chosen_objective, table, adaptive, nodes, saved, rtol, atol, max_steps, dtype or start.dtype, grad, resolved
-    )
+        chosen_path, chosen_objective, table, adaptive, nodes, saved, rtol, atol, max_steps, per_sample,
+        dtype or start.dtype, grad, resolved,
+    )  # fmt: skip
+
+
+def _check_per_sample(per_sample: object, method: object, adaptive: EmbeddedRungeKutta | None) -> None:
+    if not isinstance(per_sample, bool):
+        raise TypeError(f"per_sample must be True or False, got {per_sample!r}")
+    if per_sample and adaptive is None:
+        raise ValueError(f"per_sample needs an adaptive method, whose steps may differ from sample to sample, got {method!r}")
 
 
 def check_transforms(method: object, grad: str) -> None:

@@ -53,20 +53,24 @@ class Arithmetic(Protocol):
         """A step of this length."""
         ...
 
-    def keep(self, number: int, slope: Parts) -> Parts:
-        """The slope of stage ``number`` as it can be kept until the step's end."""
+    def keep(self, number: int, slope: Parts, factors: Parts | None = None) -> Parts:
+        """The slope of stage ``number``, times the factors, as it can be kept until the step's end."""
         ...
 
     def combine(self, row: int, y: Parts, slopes: Sequence[Parts]) -> Parts:
         """The row's combination; that of the last but one is the step's end."""
         ...
 
-    def scaled_error(self, y: Parts, end: Parts, slopes: Sequence[Parts], tolerance: Tolerance) -> Tensor:
-        """The largest root mean square of any part of the error, beside the tolerance at the larger of y and end; a scalar."""
+    def error(self, y: Parts, end: Parts, slopes: Sequence[Parts]) -> tuple[Parts, Parts]:
+        """The error of a step, and the larger of |y| and |end|; both may be overwritten."""
         ...
 
     def interpolate(self, h: float, weights: Sequence[float], y: Parts, slopes: Sequence[Parts]) -> Parts:
         """y + h sum_j weights[j] slopes[j] in new memory."""
+        ...
+
+    def merge(self, chosen: Parts, new: Parts, old: Parts) -> Parts:
+        """new where chosen, else old, whose memory may be the result's."""
         ...
 
     def accept(self) -> None:
@@ -97,7 +101,8 @@ class Trial:
         if not self._goes_on:
             end = arithmetic.combine(len(self._nodes) - 1, self.y, slopes)
         self._end, self._slopes, self._h = end, slopes, h
-        return float(arithmetic.scaled_error(self.y, end, slopes, tolerance))
+        with torch.no_grad():
+            return float(largest_mean(*arithmetic.error(self.y, end, slopes), tolerance))
 
     def within(self, theta: float) -> Parts:
         """The state a part theta of the way through the step that was tried, of a method that interpolates."""
@@ -119,7 +124,9 @@ class Plain:
     def begin(self, h: float) -> None:
         self._h = h
 
-    def keep(self, number: int, slope: Parts) -> Parts:
+    def keep(self, number: int, slope: Parts, factors: Parts | None = None) -> Parts:
+        if factors is not None:
+            return tuple(part.to(dtype) * factor for part, factor, dtype in zip(slope, factors, self._dtypes, strict=True))
         return tuple(part.to(dtype, copy=True) for part, dtype in zip(slope, self._dtypes, strict=True))
 
     def combine(self, row: int, y: Parts, slopes: Sequence[Parts]) -> Parts:
@@ -133,11 +140,12 @@ class Plain:
     def interpolate(self, h: float, weights: Sequence[float], y: Parts, slopes: Sequence[Parts]) -> Parts:
         return self._combine(_row(1.0, weights), h, y, slopes)
 
-    @torch.no_grad()
-    def scaled_error(self, y: Parts, end: Parts, slopes: Sequence[Parts], tolerance: Tolerance) -> Tensor:
+    def error(self, y: Parts, end: Parts, slopes: Sequence[Parts]) -> tuple[Parts, Parts]:
         errors = self.combine(len(self._rows) - 1, y, slopes)
-        sizes = (torch.maximum(a.abs(), b.abs()) for a, b in zip(y, end, strict=True))
-        return largest_mean(errors, sizes, tolerance)
+        return errors, tuple(torch.maximum(a.abs(), b.abs()) for a, b in zip(y, end, strict=True))
+
+    def merge(self, chosen: Parts, new: Parts, old: Parts) -> Parts:
+        return tuple(torch.where(*parts) for parts in zip(chosen, new, old, strict=True))
 
     def accept(self) -> None:
         pass
@@ -160,10 +168,11 @@ class Fused:
     def begin(self, h: float) -> None:
         self._tables.write(h)
 
-    def keep(self, number: int, slope: Parts) -> Parts:
-        for kept, new in zip(self._slopes[number], slope, strict=True):
-            kept.copy_(new)
-        return self._slopes[number]
+    def keep(self, number: int, slope: Parts, factors: Parts | None = None) -> Parts:
+        kept = self._slopes[number]
+        for i, (target, new) in enumerate(zip(kept, slope, strict=True)):
+            target.copy_(new) if factors is None else torch.mul(new, factors[i], out=target)
+        return kept
 
     def combine(self, row: int, y: Parts, slopes: Sequence[Parts]) -> Parts:
         ends = row == len(self._rows) - 2
@@ -179,12 +188,16 @@ class Fused:
         tables.write(h)
         return self._combine(row.used, tables[0], _alike(y), y, slopes)
 
-    def scaled_error(self, y: Parts, end: Parts, slopes: Sequence[Parts], tolerance: Tolerance) -> Tensor:
+    def error(self, y: Parts, end: Parts, slopes: Sequence[Parts]) -> tuple[Parts, Parts]:
         for size, spare, a, b in zip(self._input, self._error, y, end, strict=True):
             torch.maximum(torch.abs(a, out=size), torch.abs(b, out=spare), out=size)
         row = len(self._rows) - 1
-        errors = self._combine(self._rows[row].used, self._tables[row], self._error, y, slopes)
-        return largest_mean(errors, self._input, tolerance)
+        return self._combine(self._rows[row].used, self._tables[row], self._error, y, slopes), self._input
+
+    def merge(self, chosen: Parts, new: Parts, old: Parts) -> Parts:
+        for mask, one, other in zip(chosen, new, old, strict=True):
+            torch.where(mask, one, other, out=other)
+        return old
 
     def accept(self) -> None:
         self._end, self._other_end = self._other_end, self._end
@@ -217,8 +230,17 @@ def _alike(y: Parts) -> Parts:
 
 def largest_mean(values: Iterable[Tensor], sizes: Iterable[Tensor], tolerance: Tolerance) -> Tensor:
     """The largest root mean square of values / (atol + rtol sizes) of any part; overwrites both."""
-    means = [
-        torch.linalg.vector_norm(value.div_(size.mul_(tolerance.rtol).add_(tolerance.atol))) / value.numel() ** 0.5
-        for value, size in zip(values, sizes, strict=True)
-    ]
+    pairs = zip(values, sizes, strict=True)
+    means = [torch.linalg.vector_norm(_beside(tolerance, value, size)) / value.numel() ** 0.5 for value, size in pairs]
     return torch.stack(means).max()
+
+
+def mean_of_each(values: Iterable[Tensor], sizes: Iterable[Tensor], tolerance: Tolerance) -> Tensor:
+    """The same of each sample, float64 [B]."""
+    ratios = [_beside(tolerance, value, size).unsqueeze(-1) for value, size in zip(values, sizes, strict=True)]
+    norms = [torch.linalg.vector_norm(ratio, dim=tuple(range(1, ratio.dim()))) / ratio[0].numel() ** 0.5 for ratio in ratios]
+    return torch.stack(norms).amax(0).to(torch.float64)
+
+
+def _beside(tolerance: Tolerance, value: Tensor, size: Tensor) -> Tensor:
+    return value.div_(size.mul_(tolerance.rtol).add_(tolerance.atol))
