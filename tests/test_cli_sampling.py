@@ -22,9 +22,9 @@ SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels"
 RUN = ["train", "digits", "--steps", "8", "--batch-size", "32", "--learning-rate", "0.02", "--warmup", "1", "--ema-decay", "0"]
 RUN += ["--no-evaluate", *SMALL]
 OPTIONS = {
-    "sample": "weights seed batch-size device classes data count out images guidance method steps grid rtol atol t0 t1",
-    "likelihood": "weights seed batch-size device data limit unconditional method steps grid rtol atol t0 t1 probes kind replicates draws"
-    " json progress",
+    "sample": "weights seed batch-size device classes data count out images guidance method steps grid rtol atol per-sample t0 t1",
+    "likelihood": "weights seed batch-size device data limit unconditional method steps grid rtol atol per-sample t0 t1 probes kind"
+    " replicates draws json progress",
 }
 
 
@@ -224,6 +224,14 @@ def test_adaptive_and_fixed_steps_agree(run, tmp_path):
     assert adaptive["steps"] is None and 3 < adaptive["nfe"] < 100
 
 
+def test_steps_of_each_images_own(run, tmp_path):
+    options = ["--method", "bosh3", "--rtol", "0.01", "--atol", "0.01", "--kind", "exact", "--limit", "3"]
+    each, together = record_of(run, tmp_path, "--per-sample", *options), record_of(run, tmp_path, *options)
+    assert (each["per_sample"], together["per_sample"]) == (True, False)
+    assert each["bits_per_dim_of_images"] == pytest.approx(together["bits_per_dim_of_images"], abs=0.01)
+    assert each["bits_per_dim_of_images"] != together["bits_per_dim_of_images"]
+
+
 def test_defaults_need_no_option(run, tmp_path):
     record = record_of(run, tmp_path, "--limit", "2")
     assert (record["method"], record["steps"], record["probes"], record["nfe"], record["nvjp"]) == ("midpoint", 100, 1, 200, 100)
@@ -276,6 +284,7 @@ def test_wrong_command_lines(arguments, message, capsys):
         (["sample", "RUN", "--method", "dopri5", "--grid", "karras"], "grid: expected none for the adaptive method dopri5, which places"),
         (["sample", "RUN", "--rtol", "1e-3"], "rtol: expected none for the fixed-step method midpoint, which has no tolerance, got 0.001"),
         (["sample", "RUN", "--method", "rk4", "--atol", "1e-5"], "atol: expected none for the fixed-step method rk4"),
+        (["sample", "RUN", "--per-sample"], "per_sample: expected none for the fixed-step method midpoint, which takes the same"),
         (["likelihood", "RUN", "--atol", "1e-5"], "atol: expected none for the fixed-step method midpoint"),
         (["likelihood", "RUN", "--method", "dopri5", "--grid", "shift"], "grid: expected none for the adaptive method dopri5"),
         (["sample", "RUN", "--t1", "1.5"], "<= t0 < t1 <= 1, got 0.0 and 1.5; t0 is the noise's end of every solve"),

@@ -192,6 +192,20 @@ def test_channels_last_images_give_the_same_estimate(backend):
     torch.testing.assert_close(plain.div, other.div, rtol=1e-12, atol=1e-12)
 
 
+def test_guidance_at_times_of_each_sample():
+    x, shift = torch.randn(3, 4, dtype=torch.float64), torch.tensor([[0.5], [1.0], [-1.0]], dtype=torch.float64)
+    times, guidance = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), fm.Guidance(2.5, {"shift": 0.0}, interval=(0.3, 0.7))
+
+    def model(y, t, shift):
+        return torch.sin(y + shift) * t[:, None]
+
+    together = fm.divergence(model, x, times, cond={"shift": shift}, guidance=guidance, kind="exact")
+    for i, t in enumerate(times.tolist()):
+        row = slice(i, i + 1)
+        alone = fm.divergence(model, x[row], t, cond={"shift": shift[row]}, guidance=guidance, kind="exact")
+        torch.testing.assert_close((alone.v[0], alone.div[0]), (together.v[i], together.div[i]), rtol=1e-12, atol=1e-12)
+
+
 def test_guidance_mixes_the_divergences():
     x, model = inputs((3, 6))
     shift = torch.tensor([[0.3], [0.5], [0.7]], dtype=torch.float64)

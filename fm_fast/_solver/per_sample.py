@@ -60,10 +60,11 @@ class _Trials:
 
     def __init__(self, derivative: Derivative, y: Parts, t: Tensor, rules: Rules, arithmetic: Arithmetic) -> None:
         self._derivative, self._arithmetic, self._rules = derivative, arithmetic, rules
-        self._nodes, self._goes_on, self._known = rules.method.table.c, rules.method.first_same_as_last, True
+        self._goes_on, self._known = rules.method.first_same_as_last, True
         arithmetic.begin(1.0)
         self.y = self._end = y
         self._h, self._slopes = torch.ones_like(t), [arithmetic.keep(0, derivative(t, y))]
+        self._c = torch.tensor(rules.method.table.c, dtype=torch.float64, device=t.device).unsqueeze(1)
 
     @property
     def slope(self) -> Parts:
@@ -72,21 +73,21 @@ class _Trials:
 
     def step(self, t: Tensor, h: Tensor) -> Tensor:
         """Try a step of each sample; their errors float64 [B], of which up to 1 is tolerated."""
-        arithmetic, factors = self._arithmetic, self._shaped(h)
-        end, slopes = self.y, [self._first_slope(t, h)]
-        for stage, c in enumerate(self._nodes[1:], 1):
+        arithmetic, factors, times = self._arithmetic, self._shaped(h), torch.addcmul(t, self._c, h).unbind()
+        end, slopes = self.y, [self._first_slope(times[0], h, factors)]
+        for stage in range(1, len(times)):
             end = arithmetic.combine(stage - 1, self.y, slopes)
-            slopes.append(arithmetic.keep(stage, self._derivative(t + c * h, end), factors))
+            slopes.append(arithmetic.keep(stage, self._derivative(times[stage], end), factors))
         if not self._goes_on:
-            end = arithmetic.combine(len(self._nodes) - 1, self.y, slopes)
+            end = arithmetic.combine(len(times) - 1, self.y, slopes)
         self._end, self._slopes, self._h, self._known = end, slopes, h, self._goes_on
         with torch.no_grad():
             return mean_of_each(*arithmetic.error(self.y, end, slopes), self._rules.tolerance)
 
-    def _first_slope(self, t: Tensor, h: Tensor) -> Parts:
+    def _first_slope(self, t: Tensor, h: Tensor, factors: Parts) -> Parts:
         if not self._known:
-            return self._arithmetic.keep(0, self._derivative(t, self.y), self._shaped(h))
-        ratio = torch.where(self._h == 0.0, 0.0, h / self._h)
+            return self._arithmetic.keep(0, self._derivative(t, self.y), factors)
+        ratio = (h / self._h).nan_to_num_(0.0)  # 0 / 0 of those that are at their ends
         return self._arithmetic.keep(0, self._slopes[0], self._shaped(ratio))
 
     def within(self, samples: Tensor, theta: Tensor) -> Parts:
@@ -164,33 +165,35 @@ class _Control:
         self._derivative, self._passed, self._rules = derivative, passed, rules
         self._exponent, self._tried = -1.0 / rules.method.order, 0
         self._t = passed.times[0].repeat(len(start[0]))
-        self._running = torch.ones_like(self._t, dtype=torch.bool)
-        self._failed, self._nfe = torch.zeros_like(self._running), torch.zeros_like(self._t, dtype=torch.int64)
+        self._running, self._zero = torch.ones_like(self._t, dtype=torch.bool), torch.zeros_like(self._t)
         self._trials = _Trials(derivative, start, self._t, rules, arithmetic)
         self._h = self._first_step()
+        self._nfe = torch.full_like(self._running, derivative.evaluations, dtype=torch.int64)
 
     def to_the_end(self) -> tuple[Parts, Tensor]:
-        """The states at the end, and the evaluations of each sample."""
+        """The states at the end, NaN where a sample has not come there, and the evaluations of each sample."""
         while self._goes_on():
+            before = self._derivative.evaluations
+            running = self._running
             self._attempt()
-        ends = self._trials.y
+            self._nfe.add_(running, alpha=self._derivative.evaluations - before)
+        ends, there = self._trials.y, self._t == self._passed.times[-1]
         if self._rules.mark:
-            ends = tuple(torch.where(reference.per_sample(self._failed, part), torch.nan, part) for part in ends)
+            ends = tuple(torch.where(reference.per_sample(there, part), part, torch.nan) for part in ends)
         return ends, self._nfe
 
     def _goes_on(self) -> bool:
         """Whether a sample is not yet at its end, once those whose steps are too short to be one are given up. Waits for the device."""
-        self._fail(self._running & (self._t + self._h == self._t))
-        running, failed = torch.stack([self._running.sum(), self._failed.sum()]).tolist()
+        lost = self._running & (self._t + self._h == self._t)
+        self._running = self._running ^ lost
+        running, failed = torch.stack([self._running, lost]).sum(1).tolist()
         if failed and not self._rules.mark:
             raise RuntimeError(self._sentence("failed", failed, "; their velocity is not finite, or too rough for rtol={} and atol={}"))
-        if running and self._tried == self._rules.max_steps:
-            if not self._rules.mark:
-                steps = f"did not reach the end of the solve in max_steps={self._tried} steps"
-                raise RuntimeError(self._sentence(steps, running, "; raise max_steps, or rtol={} and atol={}"))
-            self._fail(self._running)
-            return False
-        return running > 0
+        exhausted = running > 0 and self._tried == self._rules.max_steps
+        if exhausted and not self._rules.mark:
+            steps = f"did not reach the end of the solve in max_steps={self._tried} steps"
+            raise RuntimeError(self._sentence(steps, running, "; raise max_steps, or rtol={} and atol={}"))
+        return running > 0 and not exhausted
 
     def _sentence(self, what: str, count: int, why: str) -> str:
         tolerance = self._rules.tolerance
@@ -200,44 +203,35 @@ class _Control:
         self._tried += 1
         t, stops = self._t, self._passed.stops()
         left = stops - t
-        cut = self._h.abs() >= left.abs()
-        h = torch.where(self._running, torch.where(cut, left, self._h), 0.0)
+        cut = self._h >= left if self._passed.forward else self._h <= left
+        h = torch.where(self._running, torch.where(cut, left, self._h), self._zero)
         error = self._trials.step(t, h)
         accepted, reached = self._running & (error <= 1.0), torch.where(cut, stops, t + h)
         self._passed.within(accepted, t, reached, h, self._trials)
         self._trials.accept(accepted)
-        self._t = torch.where(accepted, reached, t)
-        self._h = self._next_length(h, error, accepted & cut)
-        self._leave(self._passed.at_stops(accepted & cut, self._trials.y))
+        arrived = accepted & cut
+        self._t, self._h = torch.where(accepted, reached, t), self._next_length(h, error, arrived)
+        self._running = self._running ^ self._passed.at_stops(arrived, self._trials.y)
 
     def _next_length(self, h: Tensor, error: Tensor, arrived: Tensor) -> Tensor:
         """A step that was cut at a stop does not shorten the one that follows."""
-        least = torch.where(error < 1.0, 1.0, SHORTEST)
-        factor = torch.minimum(torch.maximum(SAFETY * error**self._exponent, least), torch.full_like(error, LONGEST))
-        longer = h * torch.where(error.isfinite(), factor, SHORTEST)
-        return torch.where(arrived & (self._h.abs() > longer.abs()), self._h, longer)
-
-    def _fail(self, which: Tensor) -> None:
-        self._failed = self._failed | which
-        self._leave(which)
-
-    def _leave(self, which: Tensor) -> None:
-        self._nfe = torch.where(which, self._derivative.evaluations, self._nfe)
-        self._running = self._running & ~which
+        factor = (error.nan_to_num(torch.inf) ** self._exponent).mul_(SAFETY).clamp_(SHORTEST, LONGEST)
+        longer = h * torch.where(error < 1.0, factor.clamp(min=1.0), factor)
+        furthest = torch.maximum if self._passed.forward else torch.minimum
+        return torch.where(arrived, furthest(self._h, longer), longer)
 
     @torch.no_grad()
     def _first_step(self) -> Tensor:
-        """Steps whose errors are about a hundredth of the tolerance, by the size of the slopes and of their change."""
+        """Steps whose errors are about a hundredth of the tolerance, by the size of the slopes and of their change; 0 if not finite."""
         y, slope, direction = self._trials.y, self._trials.slope, 1.0 if self._passed.forward else -1.0
         state, speed = self._norm(y), self._norm(slope)
-        self._fail(~(state.isfinite() & speed.isfinite()))
         h = torch.where((state < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * state / speed)
         ahead = tuple(part + reference.per_sample((direction * h).to(part.dtype), part) * k for part, k in zip(y, slope, strict=True))
         slopes = self._derivative(self._t + direction * h, ahead)
         change = self._norm(tuple(a.to(b.dtype) - b for a, b in zip(slopes, slope, strict=True))) / h
         steepest = torch.maximum(speed, change)
         guess = torch.where(~change.isfinite() | (steepest <= 1e-15), (h * 1e-3).clamp(min=1e-6), (0.01 / steepest) ** -self._exponent)
-        return direction * torch.minimum(100.0 * h, guess)
+        return direction * torch.where(state.isfinite() & speed.isfinite(), torch.minimum(100.0 * h, guess), self._zero)
 
     def _norm(self, values: Parts) -> Tensor:
         """Beside the tolerance at the state, float64 [B]."""

@@ -16,6 +16,8 @@ from fm_fast.train.weights import AVERAGE
 
 SPLITS = ("train", "test")
 TOLERANCE = 1e-5
+# Why fixed-step methods refuse what only adaptive ones take
+NOT_FOR_FIXED_STEPS = {"rtol": "has no tolerance", "atol": "has no tolerance", "per_sample": "takes the same steps for all samples"}
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,8 @@ def add_solver(parser: argparse.ArgumentParser, steps_help: str, steps: int | No
     tolerance = f"tolerance of an adaptive method [{TOLERANCE:g}]"
     parser.add_argument("--rtol", type=float, metavar="FLOAT", help=f"relative {tolerance}")
     parser.add_argument("--atol", type=float, metavar="FLOAT", help=f"absolute {tolerance}")
+    parser.add_argument("--per-sample", action="store_true",
+                        help="an adaptive method chooses the steps of each sample by itself, not of a batch together")  # fmt: skip
     add_ends(parser)
 
 
@@ -76,15 +80,15 @@ def require_target(name: str, file: Path) -> None:
 def solver_of(options: argparse.Namespace, method: str, steps: int) -> dict[str, Any]:
     """The solve that was asked for, where no steps were given with so many. Raises ValueError for options that the method has not."""
     adaptive = is_adaptive(method)
-    refused = {"steps": None, "grid": "uniform"} if adaptive else {"rtol": None, "atol": None}
+    refused = {"steps": None, "grid": "uniform"} if adaptive else {"rtol": None, "atol": None, "per_sample": False}
     for name, left_out in refused.items():
         value = getattr(options, name)
         if value != left_out:
-            kind, reason = ("adaptive", "places its own steps") if adaptive else ("fixed-step", "has no tolerance")
+            kind, reason = ("adaptive", "places its own steps") if adaptive else ("fixed-step", NOT_FOR_FIXED_STEPS[name])
             raise ValueError(f"{name}: expected none for the {kind} method {method}, which {reason}, got {value}")
     tolerances = {name: TOLERANCE if getattr(options, name) is None else getattr(options, name) for name in ("rtol", "atol")}
-    ends = {"t0": options.t0, "t1": options.t1}
-    return {"method": method, "steps": None if adaptive else options.steps or steps, "grid": options.grid, **tolerances, **ends}
+    rest = {name: getattr(options, name) for name in ("grid", "per_sample", "t0", "t1")}
+    return {"method": method, "steps": None if adaptive else options.steps or steps, **tolerances, **rest}
 
 
 def held_out_data(source: str | None, limit: int | None, config: TrainConfig) -> Dataset:
