@@ -24,7 +24,7 @@ from fm_fast._solver.integrate import Integral, Task, integrate, integrate_coars
 from fm_fast._solver.prior import Prior, as_prior, log_prior, tried_prior
 from fm_fast._solver.probes import make_probes
 from fm_fast._solver.recording import check_gradient, solving
-from fm_fast._solver.settings import Settings, check_finite, make_settings
+from fm_fast._solver.settings import PerSample, Settings, check_finite, make_settings
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective, as_objective, velocity_factors
 from fm_fast.paths import Path, as_path
@@ -185,7 +185,7 @@ def log_likelihood(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_steps: int = 10_000,
-    per_sample: bool = False,
+    per_sample: PerSample = False,
     dtype: torch.dtype | None = None,
     probes: int = 1,
     kind: str = "auto",
@@ -318,7 +318,7 @@ def sample_with_log_prob(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_steps: int = 10_000,
-    per_sample: bool = False,
+    per_sample: PerSample = False,
     dtype: torch.dtype | None = None,
     probes: int = 1,
     kind: str = "auto",

@@ -22,7 +22,7 @@ from fm_fast._solver.learned import plan_and_factors, velocities
 from fm_fast._solver.loop import AfterStep, Layout, make_state, run
 from fm_fast._solver.per_sample import Rules, solve_per_sample
 from fm_fast._solver.progress import step_counter
-from fm_fast._solver.settings import NONFINITE, Save, Settings, check_finite, make_settings
+from fm_fast._solver.settings import NONFINITE, PerSample, Save, Settings, check_finite, make_settings
 from fm_fast._solver.trial import Parts, Tolerance
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective
@@ -74,7 +74,7 @@ def sample(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_steps: int = 10_000,
-    per_sample: bool = False,
+    per_sample: PerSample = False,
     dtype: torch.dtype | None = None,
     grad: str = "none",
     on_nonfinite: str = "raise",
@@ -104,6 +104,9 @@ def sample(
         per_sample: an adaptive method chooses the steps of each sample by itself: each has the accuracy asked for, whatever else is in the
             batch. The model is called with times that differ, until the last sample is at its end. With ``on_nonfinite="mark"``, samples
             whose solve fails become NaN instead of an error. Guidance is evaluated outside of its interval too, with a scale of 1.
+            "shrink": the same, and samples at their ends leave the batch, so that the model computes less. It must find what belongs to a
+            sample in ``cond`` alone, where every tensor whose first size is the batch's is taken to have one entry a sample, but for those
+            that ``guidance`` names as shared.
         dtype: of the model's input; by default the noise's. The state is float32 (float64 for float64 noise) throughout, so a bfloat16
             model loses no accuracy to the solver.
         grad: "none" (nothing is recorded; refused under ``torch.func.grad``, which would find zero), "direct" (the whole graph is, with
@@ -165,7 +168,7 @@ def encode(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_steps: int = 10_000,
-    per_sample: bool = False,
+    per_sample: PerSample = False,
     dtype: torch.dtype | None = None,
     grad: str = "none",
     on_nonfinite: str = "raise",
@@ -310,10 +313,16 @@ def _adaptive(field: Field, start: Tensor, settings: Settings, callback: Callbac
 
 def _per_sample(field: Field, start: Tensor, settings: Settings, mark: bool) -> tuple[Tensor, Tensor | None, int, Tensor]:
     assert settings.adaptive is not None
-    velocity, x0 = _velocity(field, settings), start.to(reference.accumulation_dtype(start))
-    rules = Rules(settings.adaptive, Tolerance(settings.rtol, settings.atol), settings.max_steps, mark)
-    plain = settings.grad != "none" and torch.is_grad_enabled()
-    solved = solve_per_sample(lambda t, parts: (velocity(parts[0], t),), (x0,), settings.nodes.tolist(), rules, settings.backend, plain)
+    backend = None if settings.grad != "none" and torch.is_grad_enabled() else settings.backend
+    rules = Rules(settings.adaptive, Tolerance(settings.rtol, settings.atol), settings.max_steps, mark, backend)
+
+    def derivative(of: Field) -> Callable[[Tensor, Parts], Parts]:
+        velocity = _velocity(of, settings)
+        return lambda t, parts: (velocity(parts[0], t),)
+
+    narrowed = (lambda samples: derivative(field.of(samples))) if settings.per_sample == "shrink" else None
+    x0, times = start.to(reference.accumulation_dtype(start)), settings.nodes.tolist()
+    solved = solve_per_sample(derivative(field), (x0,), times, rules, narrowed)
     return solved.states[-1][0], _saved(solved.states, settings), solved.nfe, solved.nfe_of_each
 
 

@@ -225,9 +225,9 @@ def test_adaptive_and_fixed_steps_agree(run, tmp_path):
 
 
 def test_steps_of_each_images_own(run, tmp_path):
-    options = ["--method", "bosh3", "--rtol", "0.01", "--atol", "0.01", "--kind", "exact", "--limit", "3"]
+    options = ["--method", "bosh3", "--rtol", "0.1", "--atol", "0.1", "--limit", "3"]
     each, together = record_of(run, tmp_path, "--per-sample", *options), record_of(run, tmp_path, *options)
-    assert (each["per_sample"], together["per_sample"]) == (True, False)
+    assert (each["per_sample"], together["per_sample"]) == ("shrink", False)
     assert each["bits_per_dim_of_images"] == pytest.approx(together["bits_per_dim_of_images"], abs=0.01)
     assert each["bits_per_dim_of_images"] != together["bits_per_dim_of_images"]
 

@@ -236,7 +236,7 @@ def test_fake_tensors_need_no_data():
         assert o.grad.shape == (4, 3, 8, 8)
 
 
-@pytest.mark.parametrize("method", ["rk4", "ab3"])
+@pytest.mark.parametrize("method", [pytest.param("rk4", marks=pytest.mark.slow), "ab3"])
 def test_methods_that_keep_outputs_within_a_compiled_function(method):
     """torch.compile puts a bounded deque together again with the wrong end."""
 

@@ -15,7 +15,7 @@ from fm_fast.solvers import ADAPTIVE
 X0 = noise64(3, 2, 4)
 TIGHT = {"rtol": 1e-8, "atol": 1e-8}
 FINE = np.arange(201) / 200
-STIFFNESS = torch.tensor([1.0, 30.0, 300.0, 3.0], dtype=torch.float64)
+STIFFNESS = torch.tensor([1.0, 20.0, 60.0, 3.0], dtype=torch.float64)
 
 
 def oscillation(x, t, speed=STIFFNESS):
@@ -175,6 +175,78 @@ def test_any_layout(turn):
     assert torch.equal(noise, before)
 
 
+# Samples that leave the batch
+
+
+@pytest.mark.parametrize("direction", ["sample", "encode"])
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "adaptive_heun"])
+def test_a_batch_that_shrinks_gives_the_same(method, direction):
+    error = 1e-6 if method != "adaptive_heun" else 1e-2
+    cond = {"speed": STIFFNESS.clone(), "same": torch.ones(3), "more": {"list": [STIFFNESS, "text"], "pair": (1.0, STIFFNESS[:, None])}}
+
+    def model(x, t, speed, same, more):
+        assert same.shape == (3,) and more["list"][1] == "text" and more["pair"][0] == 1.0
+        assert torch.equal(speed, more["list"][0]) and torch.equal(speed, more["pair"][1][:, 0])
+        return oscillation(x, t, speed)
+
+    runs, x0 = [Counted(model), Counted(model)], noise64(4, 2)
+    options = {"cond": cond, "method": method, "save": [0.3, 0.8], "rtol": error, "atol": error}
+    whole, shrunk = (getattr(fm, direction)(m, x0, per_sample=p, **options) for m, p in zip(runs, (True, "shrink"), strict=True))
+    torch.testing.assert_close(shrunk.x, whole.x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(shrunk.saved, whole.saved, rtol=1e-9, atol=1e-9)
+    assert torch.equal(shrunk.nfe_of_each, whole.nfe_of_each) and shrunk.nfe == whole.nfe
+    assert set(runs[0].batches) == {4} and sorted(set(runs[1].batches)) == [1, 2, 3, 4]
+    assert sum(runs[1].batches) <= int(shrunk.nfe_of_each.sum()) + 4 * len(ADAPTIVE[method].table.b)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.6)])
+def test_a_batch_that_shrinks_with_guidance(interval):
+    """Scales, null values and what belongs to samples are those of the samples that are left; what is shared stays."""
+    scale = torch.tensor([0.5, 2.5, 4.0, 1.5], dtype=torch.float64)
+    cond = {"y": STIFFNESS.clone(), "table": torch.arange(4.0).double()}
+    guidance = fm.Guidance(scale, {"y": STIFFNESS / 2}, interval, shared=("table",))
+
+    def model(x, t, y, table):
+        return oscillation(x, t, y) + table.sum() * x
+
+    options = {"cond": cond, "guidance": guidance, "method": "dopri5", "rtol": 1e-5, "atol": 1e-5}
+    whole, shrunk = (fm.sample(model, noise64(4, 2), per_sample=p, **options) for p in (True, "shrink"))
+    torch.testing.assert_close(shrunk.x, whole.x, rtol=1e-7, atol=1e-7)
+    assert torch.equal(shrunk.nfe_of_each, whole.nfe_of_each)
+
+
+@pytest.mark.parametrize("kind", ["exact", "rademacher", "hadamard"])
+@pytest.mark.parametrize("ids", [None, 7, torch.tensor([5, 3, 8, 1])], ids=["none", "first", "listed"])
+def test_log_densities_of_a_batch_that_shrinks(kind, ids):
+    x1, model = noise64(4, 2), Counted(lambda x, t, speed: oscillation(x, t, speed) + torch.sin(x))
+    probes = {} if kind == "exact" else {"probes": 2, "replicates": 2}
+    options = {"cond": {"speed": STIFFNESS}, "method": "dopri5", "kind": kind, "seed": 3, "sample_ids": ids, "rtol": 1e-4, "atol": 1e-4}
+    whole, shrunk = (fm.log_likelihood(model, x1, per_sample=p, **options, **probes) for p in (True, "shrink"))
+    for name in ("logp", "std_err", "x0"):
+        torch.testing.assert_close(getattr(shrunk, name), getattr(whole, name), rtol=1e-8, atol=1e-8)
+    assert torch.equal(shrunk.nfe_of_each, whole.nfe_of_each) and (shrunk.nfe, shrunk.nvjp) == (whole.nfe, whole.nvjp)
+    assert 1 in model.batches
+
+
+def test_failures_and_gradients_of_a_batch_that_shrinks():
+    options = {"method": "dopri5", "rtol": 1e-5, "atol": 1e-5, "save": [0.5]}
+    found, grads = [], []
+    for per_sample in (True, "shrink"):
+        noise = noise64(4, 2).requires_grad_()
+        speed = STIFFNESS.clone().requires_grad_()
+        run = fm.sample(oscillation, noise, cond={"speed": speed}, per_sample=per_sample, grad="direct", **options)
+        (run.x.sum() + run.saved.square().sum()).backward()
+        grads.append((noise.grad, speed.grad))
+        failing = {"good": torch.tensor([1.0, math.nan, 1.0, 1.0])}
+        marked = fm.sample(
+            lambda x, t, good: good[:, None] * x, noise64(4, 2), cond=failing, per_sample=per_sample, on_nonfinite="mark", **options
+        )
+        found.append(marked)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=1e-6)
+    assert found[0].finite.tolist() == found[1].finite.tolist() == [True, False, True, True]
+    torch.testing.assert_close(found[0].x, found[1].x, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
 # Solves that cannot succeed
 
 
@@ -216,8 +288,8 @@ def test_noise_that_is_not_finite():
 
 
 def test_too_many_steps():
-    options = {"method": "dopri5", "max_steps": 40, "per_sample": True, "rtol": 1e-6, "atol": 1e-6}
-    message = r"dopri5 did not reach the end of the solve in max_steps=40 steps for 2 of 4 samples; raise max_steps, or rtol=1e-06"
+    options = {"method": "dopri5", "max_steps": 30, "per_sample": True, "rtol": 1e-6, "atol": 1e-6}
+    message = r"dopri5 did not reach the end of the solve in max_steps=30 steps for 2 of 4 samples; raise max_steps, or rtol=1e-06"
     with pytest.raises(RuntimeError, match=message):
         fm.sample(oscillation, noise64(4, 2), **options)
     found = fm.sample(oscillation, noise64(4, 2), on_nonfinite="mark", **options)
@@ -228,7 +300,7 @@ def test_too_many_steps():
 def test_what_does_not_go_together():
     with pytest.raises(ValueError, match=r"per_sample needs an adaptive method, .* got 'midpoint'"):
         fm.sample(network, X0, steps=4, per_sample=True)
-    with pytest.raises(TypeError, match="per_sample must be True or False, got 1"):
+    with pytest.raises(ValueError, match='per_sample must be True, False or "shrink", got 1'):
         fm.sample(network, X0, method="dopri5", per_sample=1)
     with pytest.raises(ValueError, match="callback needs steps that are the same for all samples"):
         fm.sample(network, X0, method="dopri5", per_sample=True, callback=print)
@@ -243,7 +315,8 @@ def test_what_does_not_go_together():
 @pytest.mark.parametrize("method", ["dopri5", "adaptive_heun"])
 def test_gradients(grad, method):
     model, results = nn.Linear(4, 4).double(), []
-    adaptive = {"method": method, "grad": grad, "per_sample": True, "save": [0.5], "rtol": 1e-7, "atol": 1e-7}
+    error = 1e-7 if method == "dopri5" else 1e-5
+    adaptive = {"method": method, "grad": grad, "per_sample": True, "save": [0.5], "rtol": error, "atol": error}
     for arguments in (adaptive, {"method": "rk4", "steps": 100, "grad": "direct", "save": [0.5]}):
         model.zero_grad()
         noise = X0.clone().requires_grad_()
@@ -251,7 +324,7 @@ def test_gradients(grad, method):
         (found.x.square().sum() + found.saved.sum()).backward()
         results.append((noise.grad, model.weight.grad.clone(), model.bias.grad.clone()))
     for one, two in zip(*results, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one, two, rtol=1e3 * error, atol=1e3 * error)
 
 
 def test_nothing_is_recorded_unasked():

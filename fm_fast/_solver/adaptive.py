@@ -80,6 +80,10 @@ class Counted(Generic[AnyTime]):
         self._derivative, self._within = derivative, within
         self.evaluations = 0
 
+    def change(self, derivative: Callable[[AnyTime, Parts], Parts]) -> None:
+        """Go on with another derivative."""
+        self._derivative = derivative
+
     def __call__(self, t: AnyTime, y: Parts) -> Parts:
         t, self.evaluations = self._within(t), self.evaluations + 1
         return self._derivative(t, y) if self.evaluations > 1 else unwritten(y[0], lambda: self._derivative(t, y))

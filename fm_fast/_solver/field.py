@@ -1,14 +1,14 @@
 """The network as a solver sees it: conditions bound, guided where asked for, its output checked once."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fm_fast import _checks, _ops, reference
-from fm_fast._solver.guidance import Guidance, doubled_conditions
+from fm_fast._solver.guidance import Guidance, doubled_conditions, of_samples
 from fm_fast.objectives import Objective, is_built_in, velocity_factors
 from fm_fast.paths import Path
 
@@ -31,6 +31,14 @@ class Field:
     cond: Mapping[str, Any]
     guidance: Guidance | None = None
     doubled: Mapping[str, Any] | None = None
+
+    def of(self, samples: Tensor) -> "Field":
+        """The field of some samples [n] of the batch."""
+        guidance = self.guidance
+        cond, doubled = of_samples(self.cond, self.doubled, samples, self.batch, guidance.shared if guidance else ())
+        if guidance is not None and isinstance(guidance.scale, Tensor):
+            guidance = replace(guidance, scale=guidance.scale[samples])
+        return replace(self, batch=len(samples), cond=cond, doubled=doubled, guidance=guidance)
 
     def scale_at(self, t: Time) -> float | Tensor | None:
         """The scale of guidance: None at one time that is not guided; only one time that may not be is looked at."""

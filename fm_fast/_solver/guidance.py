@@ -105,6 +105,24 @@ def doubled_conditions(guidance: Guidance, given: Mapping[str, Any], batch: int)
     }
 
 
+def of_samples(given: Any, doubled: Any, samples: Tensor, batch: int, shared: tuple[str, ...] = ()) -> tuple[Any, Any]:
+    """The conditions of some samples of a batch, and of their double batch (None without guidance).
+
+    Tensors whose first size is that of the batch have one entry a sample, also within dicts, lists and tuples, but for the named ones.
+    """
+    if isinstance(given, Mapping):
+        halves = doubled or dict.fromkeys(given)
+        parts = {k: (v, halves[k]) if k in shared else of_samples(v, halves[k], samples, batch) for k, v in given.items()}
+        return {k: one for k, (one, _) in parts.items()}, {k: two for k, (_, two) in parts.items()} if doubled is not None else None
+    if isinstance(given, (list, tuple)):
+        pairs = [of_samples(*pair, samples, batch) for pair in zip(given, doubled or [None] * len(given), strict=True)]
+        one, two = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        return (one, two) if isinstance(given, list) else (_as_tuple(given, one), _as_tuple(given, two))
+    if not isinstance(given, Tensor) or given.dim() == 0 or given.shape[0] != batch:
+        return given, doubled
+    return given[samples], None if doubled is None else doubled[torch.cat([samples, samples + batch])]
+
+
 def _require_known(what: str, names: Iterable[str], given: Mapping[str, Any]) -> None:
     unknown = set(names) - set(given)
     if unknown:

@@ -38,6 +38,12 @@ class Task:
     progress: bool
     mark: bool = False
 
+    def of(self, samples: Tensor) -> "Task":
+        """The task of some samples [n] of the batch."""
+        batch = self.field.batch
+        ids = self.key[2:] if len(self.key) == 2 + batch else self.key[2] + torch.arange(batch, device=self.key.device)
+        return replace(self, field=self.field.of(samples), key=torch.cat([self.key[:2], ids[samples]]))
+
     def estimator(self) -> Estimator:
         batch = self.field.batch
         return Estimator(self.probes, self.key, batch, self.mode, self.memory_budget, self.create_graph, self.settings.backend)
@@ -157,20 +163,39 @@ def _measured(task: Task, plan: Plan, start: Tensor, measures: list[Measure], fa
 
 def _adaptive(task: Task, start: Tensor) -> Integral:
     """x and the integral by each group of probes together; the probes are held, since fresh ones would enter the error control."""
-    x0, estimator, settings = start.to(reference.accumulation_dtype(start)), task.estimator(), task.settings
+    estimators, x0 = [task.estimator()], start.to(reference.accumulation_dtype(start))
+    groups = estimators[0].group_count
+    solve = _per_sample if task.settings.per_sample else _together
+    (x, integrals), nfe, nfe_of_each = solve(task, (x0, x0.new_zeros(len(start), groups)), estimators)
+    value, variance = reference.group_statistics(integrals.T.to(torch.float64), groups)
+    nvjp = sum(estimator.products for estimator in estimators)
+    return Integral(x, value, variance if task.probes.known_variance else None, nfe, nvjp, value, nfe_of_each)
+
+
+def _together(task: Task, start: Parts, estimators: list[Estimator]) -> tuple[Parts, int, Tensor | None]:
+    settings = task.settings
     assert settings.adaptive is not None
-    parts, times = (x0, x0.new_zeros(len(start), estimator.group_count)), settings.nodes.tolist()
-    derivative, tolerance, nfe_of_each = _derivative(task, estimator), Tolerance(settings.rtol, settings.atol), None
-    if settings.per_sample:
-        rules = Rules(settings.adaptive, tolerance, settings.max_steps, task.mark)
-        states, nfe, nfe_of_each = solve_per_sample(derivative, parts, times, rules, settings.backend, task.create_graph)
-    else:
-        states, nfe = solve_adaptive(
-            derivative, parts, times, settings.adaptive, tolerance, settings.max_steps, settings.backend, task.create_graph
-        )
-    x, integrals = states[-1]
-    value, variance = reference.group_statistics(integrals.T.to(torch.float64), estimator.group_count)
-    return Integral(x, value, variance if task.probes.known_variance else None, nfe, estimator.products, value, nfe_of_each)
+    states, nfe = solve_adaptive(
+        _derivative(task, estimators[0]), start, settings.nodes.tolist(), settings.adaptive, Tolerance(settings.rtol, settings.atol),
+        settings.max_steps, settings.backend, task.create_graph,
+    )  # fmt: skip
+    return states[-1], nfe, None
+
+
+def _per_sample(task: Task, start: Parts, estimators: list[Estimator]) -> tuple[Parts, int, Tensor | None]:
+    settings = task.settings
+    assert settings.adaptive is not None
+    backend = None if task.create_graph else settings.backend
+    rules = Rules(settings.adaptive, Tolerance(settings.rtol, settings.atol), settings.max_steps, task.mark, backend)
+
+    def narrowed(samples: Tensor) -> Callable[[Tensor, Parts], Parts]:
+        part = task.of(samples)
+        estimators.append(part.estimator())
+        return _derivative(part, estimators[-1])
+
+    shrinks, times = settings.per_sample == "shrink", settings.nodes.tolist()
+    solved = solve_per_sample(_derivative(task, estimators[0]), start, times, rules, narrowed if shrinks else None)
+    return solved.states[-1], solved.nfe, solved.nfe_of_each
 
 
 def _derivative(task: Task, estimator: Estimator) -> Callable[[Time, Parts], Parts]:

@@ -1,8 +1,8 @@
 """Adaptive solves in which each sample has times and step lengths of its own, so that none depends on its neighbours in the batch.
 
 The rules are those of ``adaptive.py``, for every sample by itself. All samples are evaluated together, each at its own time, until the
-last one is at its end; those that are there take steps of length 0. Times and lengths stay on the device: the host reads two numbers
-for a step that is tried. Slopes are kept times the step's length, so that its coefficients are the same for all samples.
+last one is at its end; those that are there take steps of length 0, or leave the batch. Times and lengths stay on the device: the host
+reads two numbers for a step that is tried. Slopes are kept times the step's length, so that its coefficients are the same for all samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +18,26 @@ from fm_fast.solvers import EmbeddedRungeKutta
 
 # (t float64 [B], parts of the state) -> their derivatives, as those of `adaptive.Derivative`
 Derivative = Callable[[Tensor, Parts], Parts]
+# The derivative of some samples [n] of the batch
+Narrowed = Callable[[Tensor], Derivative]
+MOST_RUNNING = 0.75  # of a batch that is narrowed to the samples that are not at their ends
 
 
 class Rules(NamedTuple):
-    """What a solve keeps to. mark: samples that cannot go on become NaN, and are no error."""
+    """What a solve keeps to. mark: samples that cannot go on become NaN, and are no error. backend: of the arithmetic, None for plain
+    PyTorch, which gradients follow.
+    """
 
     method: EmbeddedRungeKutta
     tolerance: Tolerance
     max_steps: int
     mark: bool
+    backend: str | None
+
+    def arithmetic(self, y: Parts) -> Arithmetic:
+        chosen = Plain(y, self.method) if self.backend is None else Fused(y, self.method, self.backend)
+        chosen.begin(1.0)
+        return chosen
 
 
 class Solved(NamedTuple):
@@ -37,8 +48,12 @@ class Solved(NamedTuple):
     nfe_of_each: Tensor
 
 
-def solve_per_sample(derivative: Derivative, start: Parts, times: Sequence[float], rules: Rules, backend: str, plain: bool) -> Solved:
+def solve_per_sample(
+    derivative: Derivative, start: Parts, times: Sequence[float], rules: Rules, narrowed: Narrowed | None = None
+) -> Solved:
     """As :func:`fm_fast._solver.adaptive.solve_adaptive`, for parts [B, ...] and at least two times.
+
+    narrowed: samples that are at their ends leave the batch, when they are a quarter of it.
 
     Raises RuntimeError unless ``rules.mark``: a sample's field is not finite, its step becomes too short to be one, or ``max_steps``
     steps that were tried do not bring it to the end.
@@ -46,24 +61,22 @@ def solve_per_sample(derivative: Derivative, start: Parts, times: Sequence[float
     if start[0].numel() == 0:
         return Solved([start for _ in times], 0, torch.zeros(len(start[0]), dtype=torch.int64, device=start[0].device))
     # The model is not to be given what is the caller's.
-    begin = start if plain else tuple(_ops.native_layout(part).clone() for part in start)
-    arithmetic = Plain(begin, rules.method) if plain else Fused(begin, rules.method, backend)
+    begin = start if rules.backend is None else tuple(_ops.native_layout(part).clone() for part in start)
     low, high = min(times), max(times)
     counted = Counted(derivative, lambda t: t.clamp(low, high))
     passed = _Passed(begin, times, rules.method)
-    end, nfe_of_each = _Control(counted, begin, passed, rules, arithmetic).to_the_end()
+    end, nfe_of_each = _Control(counted, begin, passed, rules, narrowed).to_the_end()
     return Solved([start, *passed.states(), end], counted.evaluations, nfe_of_each)
 
 
 class _Trials:
     """The accepted states of all samples, their slopes times the length of a step, and steps tried from there."""
 
-    def __init__(self, derivative: Derivative, y: Parts, t: Tensor, rules: Rules, arithmetic: Arithmetic) -> None:
-        self._derivative, self._arithmetic, self._rules = derivative, arithmetic, rules
+    def __init__(self, derivative: Derivative, y: Parts, t: Tensor, rules: Rules) -> None:
+        self._derivative, self._arithmetic, self._rules = derivative, rules.arithmetic(y), rules
         self._goes_on, self._known = rules.method.first_same_as_last, True
-        arithmetic.begin(1.0)
         self.y = self._end = y
-        self._h, self._slopes = torch.ones_like(t), [arithmetic.keep(0, derivative(t, y))]
+        self._h, self._slopes = torch.ones_like(t), [self._arithmetic.keep(0, derivative(t, y))]
         self._c = torch.tensor(rules.method.table.c, dtype=torch.float64, device=t.device).unsqueeze(1)
 
     @property
@@ -109,6 +122,12 @@ class _Trials:
         if self._goes_on:
             self._slopes[0] = self._arithmetic.merge(chosen, self._slopes[-1], self._slopes[0])
 
+    def narrow(self, samples: Tensor) -> None:
+        """Go on with some samples alone."""
+        self.y, slope = (tuple(part[samples] for part in parts) for parts in (self.y, self._slopes[0]))
+        self._arithmetic, self._h = self._rules.arithmetic(self.y), self._h[samples]
+        self._slopes = [self._arithmetic.keep(0, slope)]
+
     def _shaped(self, values: Tensor) -> Parts:
         return tuple(reference.per_sample(values.to(part.dtype), part) for part in self.y)
 
@@ -125,6 +144,11 @@ class _Passed:
         self.forward, self._interpolates = times[-1] > times[0], method.interpolates
         self._states = [torch.full((inner, *part.shape), torch.nan, dtype=part.dtype, device=device) for part in start] if inner else []
         self._next = torch.ones(batch, dtype=torch.int64, device=device)
+        self.numbers = torch.arange(batch, device=device)  # in the whole batch
+
+    def narrow(self, samples: Tensor) -> None:
+        """Go on with some samples alone."""
+        self._next, self.numbers = self._next[samples], self.numbers[samples]
 
     def stops(self) -> Tensor:
         """[B], where each sample's steps have to end next."""
@@ -151,24 +175,33 @@ class _Passed:
 
     def _note(self, samples: Tensor, states: Parts) -> None:
         for kept, state in zip(self._states, states, strict=True):
-            kept[self._next[samples] - 1, samples] = state
+            kept[self._next[samples] - 1, self.numbers[samples]] = state
         self._next[samples] += 1
 
     def states(self) -> list[Parts]:
         return list(zip(*self._states, strict=True))
 
 
+class _Ends(NamedTuple):
+    """Results of samples, by their numbers in the batch."""
+
+    numbers: Tensor
+    y: Parts
+    nfe: Tensor
+
+
 class _Control:
     """The length of every sample's steps, whose sign is the direction of the solve."""
 
-    def __init__(self, derivative: Counted[Tensor], start: Parts, passed: _Passed, rules: Rules, arithmetic: Arithmetic) -> None:
-        self._derivative, self._passed, self._rules = derivative, passed, rules
-        self._exponent, self._tried = -1.0 / rules.method.order, 0
+    def __init__(self, derivative: Counted[Tensor], start: Parts, passed: _Passed, rules: Rules, narrowed: Narrowed | None) -> None:
+        self._derivative, self._passed, self._rules, self._narrowed = derivative, passed, rules, narrowed
+        self._exponent, self._tried, self._batch = -1.0 / rules.method.order, 0, len(start[0])
         self._t = passed.times[0].repeat(len(start[0]))
         self._running, self._zero = torch.ones_like(self._t, dtype=torch.bool), torch.zeros_like(self._t)
-        self._trials = _Trials(derivative, start, self._t, rules, arithmetic)
+        self._trials = _Trials(derivative, start, self._t, rules)
         self._h = self._first_step()
         self._nfe = torch.full_like(self._running, derivative.evaluations, dtype=torch.int64)
+        self._left = list[_Ends]()
 
     def to_the_end(self) -> tuple[Parts, Tensor]:
         """The states at the end, NaN where a sample has not come there, and the evaluations of each sample."""
@@ -177,10 +210,30 @@ class _Control:
             running = self._running
             self._attempt()
             self._nfe.add_(running, alpha=self._derivative.evaluations - before)
-        ends, there = self._trials.y, self._t == self._passed.times[-1]
+        if not self._left:
+            last = self._ends(slice(None))
+            return last.y, last.nfe
+        ends = [*self._left, self._ends(slice(None))]
+        order = torch.cat([each.numbers for each in ends]).argsort()
+        parts = zip(*(each.y for each in ends), strict=True)
+        return tuple(torch.cat(part)[order] for part in parts), torch.cat([each.nfe for each in ends])[order]
+
+    def _ends(self, samples: Tensor | slice) -> "_Ends":
+        """The results of samples that are not on their way any more."""
+        y, there = tuple(part[samples] for part in self._trials.y), self._t[samples] == self._passed.times[-1]
         if self._rules.mark:
-            ends = tuple(torch.where(reference.per_sample(there, part), part, torch.nan) for part in ends)
-        return ends, self._nfe
+            y = tuple(torch.where(reference.per_sample(there, part), part, torch.nan) for part in y)
+        return _Ends(self._passed.numbers[samples], y, self._nfe[samples])
+
+    def _narrow(self, narrowed: Narrowed) -> None:
+        """Go on with those that are on their way."""
+        self._left.append(self._ends((~self._running).nonzero().squeeze(1)))
+        samples = self._running.nonzero().squeeze(1)
+        numbers = (self._t, self._h, self._running, self._zero, self._nfe)
+        self._t, self._h, self._running, self._zero, self._nfe = (values[samples] for values in numbers)
+        self._trials.narrow(samples)
+        self._passed.narrow(samples)
+        self._derivative.change(narrowed(self._passed.numbers))
 
     def _goes_on(self) -> bool:
         """Whether a sample is not yet at its end, once those whose steps are too short to be one are given up. Waits for the device."""
@@ -193,11 +246,13 @@ class _Control:
         if exhausted and not self._rules.mark:
             steps = f"did not reach the end of the solve in max_steps={self._tried} steps"
             raise RuntimeError(self._sentence(steps, running, "; raise max_steps, or rtol={} and atol={}"))
+        if self._narrowed is not None and 0 < running <= MOST_RUNNING * len(self._t) and not exhausted:
+            self._narrow(self._narrowed)
         return running > 0 and not exhausted
 
     def _sentence(self, what: str, count: int, why: str) -> str:
         tolerance = self._rules.tolerance
-        return f"{self._rules.method.name} {what} for {count} of {len(self._t)} samples{why.format(tolerance.rtol, tolerance.atol)}"
+        return f"{self._rules.method.name} {what} for {count} of {self._batch} samples{why.format(tolerance.rtol, tolerance.atol)}"
 
     def _attempt(self) -> None:
         self._tried += 1

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from fm_fast.objectives import OBJECTIVES, Objective, as_objective, is_built_in,
 from fm_fast.paths import Path, as_path, kernel_form
 from fm_fast.solvers import EmbeddedRungeKutta, Method, Table, as_method, is_adaptive
 
+PerSample = bool | Literal["shrink"]
 Save = None | str | Sequence[float]
 GRADIENTS = ("none", "direct", "checkpoint")
 NONFINITE = ("raise", "mark")
@@ -35,7 +37,7 @@ class Settings:
     rtol: float
     atol: float
     max_steps: int
-    per_sample: bool
+    per_sample: PerSample
     dtype: torch.dtype
     grad: str
     backend: str
@@ -57,7 +59,7 @@ def _known_plan(table: Table, nodes: bytes, path: Path, objective: str, folded: 
 def make_settings(
     start: Tensor, path: str | Path, objective: str | Objective, method: Method, steps: int | None,
     grid: str | Grid | Sequence[float], t0: float, t1: float, save: Save, rtol: float, atol: float, max_steps: int,
-    per_sample: bool, dtype: torch.dtype | None, grad: str, backend: str | None, reverse: bool,
+    per_sample: PerSample, dtype: torch.dtype | None, grad: str, backend: str | None, reverse: bool,
 ) -> Settings:  # fmt: skip
     """The arguments of a solve, checked and with names resolved."""
     _checks.one_of("dtype", dtype, (None, *_checks.FLOATING))
@@ -86,8 +88,8 @@ def make_settings(
 
 
 def _check_per_sample(per_sample: object, method: object, adaptive: EmbeddedRungeKutta | None) -> None:
-    if not isinstance(per_sample, bool):
-        raise TypeError(f"per_sample must be True or False, got {per_sample!r}")
+    if not isinstance(per_sample, bool) and per_sample != "shrink":
+        raise ValueError(f'per_sample must be True, False or "shrink", got {per_sample!r}')
     if per_sample and adaptive is None:
         raise ValueError(f"per_sample needs an adaptive method, whose steps may differ from sample to sample, got {method!r}")
 

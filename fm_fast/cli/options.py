@@ -87,8 +87,9 @@ def solver_of(options: argparse.Namespace, method: str, steps: int) -> dict[str,
             kind, reason = ("adaptive", "places its own steps") if adaptive else ("fixed-step", NOT_FOR_FIXED_STEPS[name])
             raise ValueError(f"{name}: expected none for the {kind} method {method}, which {reason}, got {value}")
     tolerances = {name: TOLERANCE if getattr(options, name) is None else getattr(options, name) for name in ("rtol", "atol")}
-    rest = {name: getattr(options, name) for name in ("grid", "per_sample", "t0", "t1")}
-    return {"method": method, "steps": None if adaptive else options.steps or steps, **tolerances, **rest}
+    rest = {name: getattr(options, name) for name in ("grid", "t0", "t1")}
+    steps_of = {"steps": None if adaptive else options.steps or steps, "per_sample": "shrink" if options.per_sample else False}
+    return {"method": method, **steps_of, **tolerances, **rest}
 
 
 def held_out_data(source: str | None, limit: int | None, config: TrainConfig) -> Dataset:
