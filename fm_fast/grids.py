@@ -213,9 +213,9 @@ def with_times(nodes: Times, wanted: Sequence[float]) -> tuple[Times, list[int]]
     """
     given = _times("save", wanted)
     extra = np.clip(given, nodes[0], nodes[-1])
-    outside = given[abs(given - extra) > 2.0 * EDGE]
-    if outside.size:
-        raise ValueError(f"save must lie inside the solve, [{nodes[0]}, {nodes[-1]}], got {outside.tolist()}")
+    outside = np.abs(given - extra) > 2.0 * EDGE
+    if outside.any():  # not the size of given[outside], which torch.compile takes for true where there are none
+        raise ValueError(f"save must lie inside the solve, [{nodes[0]}, {nodes[-1]}], got {given[outside].tolist()}")
     merged = nodes
     for time in np.sort(extra):
         if np.abs(merged - time).min() > SAME_TIME:

@@ -248,6 +248,15 @@ def test_methods_that_keep_outputs_within_a_compiled_function(method):
     torch.testing.assert_close(torch.compile(solve, backend="eager")(x), solve(x))
 
 
+@pytest.mark.parametrize("arguments", [{"steps": 4}, pytest.param({"method": "dopri5"}, marks=pytest.mark.slow)], ids=["fixed", "adaptive"])
+def test_states_that_are_saved_within_a_compiled_function(arguments):
+    def solve(x):
+        return fm.sample(lambda x, t: -x * t[:, None], x, save=[0.25, 0.6], **arguments).saved + 1
+
+    x = torch.ones(2, 1)
+    torch.testing.assert_close(torch.compile(solve, backend="eager")(x), solve(x))
+
+
 def test_a_solve_within_a_compiled_function_runs_beside_the_graph():
     layer, x = torch.nn.Linear(3, 3), tensor(4, 3)
 

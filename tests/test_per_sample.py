@@ -247,6 +247,19 @@ def test_failures_and_gradients_of_a_batch_that_shrinks():
     torch.testing.assert_close(found[0].x, found[1].x, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
+@pytest.mark.parametrize("per_sample", [pytest.param(True, marks=pytest.mark.slow), "shrink"])
+def test_in_inference_mode_and_within_a_compiled_function(per_sample):
+    x0, cond = noise64(4, 2), {"speed": torch.tensor([1.0, 2.0, 8.0, 1.0], dtype=torch.float64)}
+
+    def solve(x):
+        return fm.sample(oscillation, x, cond=cond, method="dopri5", per_sample=per_sample, save=[0.5], rtol=1e-3, atol=1e-3).x + 1.0
+
+    expected = solve(x0)
+    with torch.inference_mode():
+        assert torch.equal(solve(x0.clone()), expected)
+    assert torch.equal(torch.compile(solve, backend="eager")(x0), expected)
+
+
 # Solves that cannot succeed
 
 

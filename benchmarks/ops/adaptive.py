@@ -63,8 +63,8 @@ def inputs(setting: Setting) -> Tensor:
 # Providers
 
 
-def _ours(method: str) -> Solve:
-    return lambda model, noise: fm.sample(model, noise, method=method, rtol=TOLERANCE, atol=TOLERANCE).x
+def _ours(method: str, per_sample: bool = False) -> Solve:
+    return lambda model, noise: fm.sample(model, noise, method=method, rtol=TOLERANCE, atol=TOLERANCE, per_sample=per_sample).x
 
 
 def _odeint(odeint: Callable[..., Tensor], method: str) -> Solve:
@@ -96,7 +96,8 @@ PEERS = {"torchdiffeq": _torchdiffeq, "flow_matching": _flow_matching}
 
 
 def providers(setting: Setting) -> list[Provider]:
-    solves = {"fm_fast": _ours(setting.mode), "fm_fast.compat: odeint": _odeint(odeint, setting.mode)}
+    solves = {"fm_fast": _ours(setting.mode), "fm_fast: per_sample": _ours(setting.mode, per_sample=True)}
+    solves["fm_fast.compat: odeint"] = _odeint(odeint, setting.mode)
     solves |= {name: PEERS[name](setting.mode) for name in PEERS if peers.available(name)}
     return [Provider(name, _build(solve)) for name, solve in solves.items()]
 
