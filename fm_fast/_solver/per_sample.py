@@ -280,13 +280,14 @@ class _Control:
         """Steps whose errors are about a hundredth of the tolerance, by the size of the slopes and of their change; 0 if not finite."""
         y, slope, direction = self._trials.y, self._trials.slope, 1.0 if self._passed.forward else -1.0
         state, speed = self._norm(y), self._norm(slope)
-        h = torch.where((state < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * state / speed)
+        finite = state.isfinite() & speed.isfinite()
+        h = torch.where((state < 1e-5) | (speed < 1e-5), 1e-6, torch.where(finite, 0.01 * state / speed, self._zero))
         ahead = tuple(part + reference.per_sample((direction * h).to(part.dtype), part) * k for part, k in zip(y, slope, strict=True))
         slopes = self._derivative(self._t + direction * h, ahead)
         change = self._norm(tuple(a.to(b.dtype) - b for a, b in zip(slopes, slope, strict=True))) / h
         steepest = torch.maximum(speed, change)
         guess = torch.where(~change.isfinite() | (steepest <= 1e-15), (h * 1e-3).clamp(min=1e-6), (0.01 / steepest) ** -self._exponent)
-        return direction * torch.where(state.isfinite() & speed.isfinite(), torch.minimum(100.0 * h, guess), self._zero)
+        return direction * torch.where(finite, torch.minimum(100.0 * h, guess), self._zero)
 
     def _norm(self, values: Parts) -> Tensor:
         """Beside the tolerance at the state, float64 [B]."""
