@@ -110,7 +110,8 @@ def sample(
         dtype: of the model's input; by default the noise's. The state is float32 (float64 for float64 noise) throughout, so a bfloat16
             model loses no accuracy to the solver.
         grad: "none" (nothing is recorded; refused under ``torch.func.grad``, which would find zero), "direct" (the whole graph is, with
-            the path's own parameters), "checkpoint" (the model runs again in backward; not under torch.func transforms).
+            the path's own parameters), "checkpoint" (the model runs again in backward; not under torch.func transforms). With
+            ``per_sample`` the graph holds the steps in vain too, and where the velocity is not finite there, gradients are not either.
         on_nonfinite: "raise" a FloatingPointError if a sample is not finite at the end, or "mark" it in the result. Inside torch.compile,
             torch.func transforms and the capture of a CUDA graph samples are only marked.
         backend: as in :func:`fm_fast.flow_matching_loss`.
