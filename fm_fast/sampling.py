@@ -128,24 +128,9 @@ def sample(
     """
     _checks.state("noise", noise)
     settings = make_settings(
-        noise,
-        path,
-        objective,
-        method,
-        steps,
-        grid,
-        t0,
-        t1,
-        save,
-        rtol,
-        atol,
-        max_steps,
-        per_sample,
-        dtype,
-        grad,
-        backend,
-        reverse=False,
-    )
+        noise, path, objective, method, steps, grid, t0, t1, save, rtol,
+        atol, max_steps, per_sample, dtype, grad, backend, reverse=False,
+    )  # fmt: skip
     field = make_field(model, settings.path, settings.objective, noise.shape[0], cond, guidance)
     return _solve(field, noise, settings, save, callback, progress, on_nonfinite)
 
@@ -187,24 +172,9 @@ def encode(
     """
     _checks.state("x1", x1)
     settings = make_settings(
-        x1,
-        path,
-        objective,
-        method,
-        steps,
-        grid,
-        t0,
-        t1,
-        save,
-        rtol,
-        atol,
-        max_steps,
-        per_sample,
-        dtype,
-        grad,
-        backend,
-        reverse=True,
-    )
+        x1, path, objective, method, steps, grid, t0, t1, save, rtol,
+        atol, max_steps, per_sample, dtype, grad, backend, reverse=True,
+    )  # fmt: skip
     field = make_field(model, settings.path, settings.objective, x1.shape[0], cond, guidance)
     return _solve(field, x1, settings, save, callback, progress, on_nonfinite)
 

@@ -1,4 +1,4 @@
-"""Adaptive solves in which each sample has times and step lengths of its own, so that none depends on its neighbours in the batch.
+"""Adaptive solves in which each sample has times and step lengths of its own, so that its accuracy does not depend on the batch.
 
 The rules are those of ``adaptive.py``, for every sample by itself. All samples are evaluated together, each at its own time, until the
 last one is at its end; those that are there take steps of length 0, or leave the batch. Times and lengths stay on the device: the host
@@ -16,7 +16,7 @@ from fm_fast._solver.adaptive import LONGEST, SAFETY, SHORTEST, Counted
 from fm_fast._solver.trial import Arithmetic, Fused, Parts, Plain, Tolerance, mean_of_each
 from fm_fast.solvers import EmbeddedRungeKutta
 
-# (t float64 [B], parts of the state) -> their derivatives, as those of `adaptive.Derivative`
+# (t float64 [B], parts of the state) -> their derivatives, as those of `trial.Derivative`
 Derivative = Callable[[Tensor, Parts], Parts]
 # The derivative of some samples [n] of the batch
 Narrowed = Callable[[Tensor], Derivative]
