@@ -75,6 +75,17 @@ struct StepCall {
   bool wide;
 };
 
+// means[b]: the mean over sample b of (e / (atol + rtol max(|y|, |end|)))^2 for e = sum_j c_j k_j. Every k_j is a view of its own.
+struct ErrorCall {
+  Shape shape;
+  View y, end;
+  const double* coefficients;  // c_1, ..., c_count, in memory of the op's device
+  int64_t count;
+  double rtol, atol;
+  double* means;
+  bool wide;
+};
+
 // Probes first, first + 1, ... of stream "probe".
 struct ProbeCall {
   Shape shape;
@@ -106,6 +117,7 @@ constexpr const char* kPathSampleArguments = "TTTTTTiffiifffffffb";
 constexpr const char* kPathLossArguments = "TTTTTTTTiffbO";
 constexpr const char* kPathLossBackwardArguments = "TTTTTTTTiffbb";
 constexpr const char* kLinearStepArguments = "TTTLTif";
+constexpr const char* kStepErrorArguments = "TTTLTff";
 constexpr const char* kProbeArguments = "TTTTiii";
 constexpr const char* kDivergenceStepArguments = "TTTTTTiiiiiff";
 

@@ -38,6 +38,7 @@ OPS = (
     "path_sample",
     "path_loss",
     "linear_step",
+    "step_error",
     "probe",
     "divergence_step",
     "adamw_ema",
@@ -45,7 +46,8 @@ OPS = (
     "conv3x3",
     "conv_weight_grad",
 )
-CUDA_OPS = ("noise", "path_sample", "path_loss", "linear_step", "probe", "divergence_step")  # those with a kernel in csrc/cuda
+# Those with a kernel in csrc/cuda.
+CUDA_OPS = ("noise", "path_sample", "path_loss", "linear_step", "step_error", "probe", "divergence_step")
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 _SERVES = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}

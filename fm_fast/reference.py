@@ -164,6 +164,20 @@ def linear_step(x: Tensor, outputs: Sequence[Tensor], coefficients: Sequence[flo
     return result
 
 
+def step_error(
+    y: Tensor, end: Tensor, outputs: Sequence[Tensor], coefficients: Sequence[float | Tensor], rtol: float, atol: float
+) -> Tensor:
+    """Mean squares of the samples' (e / (atol + rtol max(|y|, |end|))), float64 [B], for e = sum_j coefficients[j] outputs[j].
+
+    How large the error of a step from y to end is beside what is tolerated (Hairer, Nørsett and Wanner, equations II.4.10 and II.4.11).
+    """
+    wide = accumulation_dtype(y, end)
+    error = sum(output.to(wide) * coefficient for output, coefficient in zip(outputs, coefficients, strict=True))
+    size = torch.maximum(y.abs(), end.abs()).to(wide)
+    ratio = (error / (atol + rtol * size)).to(torch.float64)
+    return ratio.square().unsqueeze(-1).flatten(1).mean(1)
+
+
 def mixed(output: Tensor, x: Tensor, guidance: float) -> Tensor:
     """An output of x's shape itself, or the guided mix of one [2B, ...]; ValueError for any other shape, which must not be broadcast."""
     if output.shape == x.shape:

@@ -165,6 +165,16 @@ def elementwise_plan(batch: int, shape: Sequence[int], tensors: Mapping[str, Ten
     return _plan((batch, channels, positions), all_strides, half, tiles=1, device=device)
 
 
+def sample_plan(like: Tensor, **tensors: Tensor) -> Plan:
+    """The geometry of sums over samples without noise, for tensors of ``like``'s shape: samples that lie alike are rows."""
+    batch, channels, positions = logical_shape(like.shape)
+    if not _lie_alike(list(tensors.values())):
+        return plan(like, **tensors)
+    count = channels * positions
+    row = [(count, count, 1) for _ in tensors]
+    return _plan((batch, 1, count), row, _all_half(tensors.values()), tiles=tiles_of(count), device=like.device)
+
+
 def _lie_alike(tensors: Sequence[Tensor]) -> bool:
     """Whether all tensors are contiguous, or all channels last."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -75,6 +75,15 @@ def write(pointer, value, inside, MASKED: tl.constexpr):
 
 
 @triton.jit
+def read_numbers(pointer, COUNT: tl.constexpr, COMPUTE: tl.constexpr):
+    """A tuple of numbers that follow each other."""
+    found = (tl.load(pointer).to(COMPUTE),)
+    for j in tl.static_range(1, COUNT):
+        found += (tl.load(pointer + j).to(COMPUTE),)
+    return found
+
+
+@triton.jit
 def mirror(position, identity, step, seed, flip, WIDTH: tl.constexpr):
     """Positions read along the last dimension backwards if this sample is flipped. WIDTH 0: never."""
     if WIDTH == 0:

@@ -15,16 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fm_fast.kernels import _launch
-from fm_fast.kernels._tile import offset, place, read, sample_and_chunk, write
-
-
-@triton.jit
-def _coefficients(row_ptr, COUNT: tl.constexpr, COMPUTE: tl.constexpr):
-    """A tuple of one row of the table: the coefficient of x, then those of the terms."""
-    row = (tl.load(row_ptr).to(COMPUTE),)
-    for j in tl.static_range(1, COUNT):
-        row += (tl.load(row_ptr + j).to(COMPUTE),)
-    return row
+from fm_fast.kernels._tile import offset, place, read, read_numbers, sample_and_chunk, write
 
 
 @triton.jit
@@ -77,7 +68,7 @@ def linear_step_kernel(
         return
     sample = sample.to(tl.int64)
     TERMS: tl.constexpr = len(k_ptrs)
-    coefficients = _coefficients(table_ptr + row.to(tl.int64) * (1 + TERMS), 1 + TERMS, COMPUTE)
+    coefficients = read_numbers(table_ptr + row.to(tl.int64) * (1 + TERMS), 1 + TERMS, COMPUTE)
     scale = tl.full((), guidance, COMPUTE)
     for i in range(TILES):
         _, channel, position, inside = place(chunk * TILES + i, channels, positions, ROWS, BLOCKS, FLAT, CHANNEL_FAST, WIDE)

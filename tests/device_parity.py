@@ -256,6 +256,39 @@ def check_linear_step_in_mixed_layouts(place, dtype):
     assert torch.equal(step(place, state, [term.to(memory_format=last) for term in k], row, out=state), wanted)
 
 
+def error_norm(place, y, end, k, coefficients, rtol=0.5, atol=0.25):
+    means = torch.full(y.shape[:1], float("nan"), dtype=torch.float64, device=place.device)
+    with torch.no_grad():
+        _ops.step_error(place.backend)(means, y, end, k, torch.tensor(coefficients, dtype=torch.float64, device=place.device), rtol, atol)
+    return means
+
+
+def check_step_error(place, shape, dtype, terms, layout=torch.contiguous_format):
+    """Of slopes in ``dtype`` and in a layout of their own, and of float64 states for float64 slopes."""
+    coefficients = [-0.5, 0.3, 1.25, -2.0, 0.01, 3.0, 0.5, -1.5, 0.125][:terms]
+    wide = dtype == torch.float64
+    y, end = (data(place, shape, dtype if wide else torch.float32, seed=seed) for seed in (1, 2))
+    k = [data(place, shape, dtype, seed=3 + j) for j in range(terms)]
+    moved = [x.to(memory_format=layout) for x in k] if len(shape) == 4 else k
+    wanted, growth = oracle.step_error(array(y), array(end), [array(x) for x in k], coefficients, 0.5, 0.25)
+    found = error_norm(place, y, end, moved, coefficients)
+    rounding = 2.0**-53 if wide else 2.0**-24
+    np.testing.assert_array_less(np.abs(array(found) - wanted), rounding * (100 * growth + 100 * wanted) + 1e-300)
+    assert torch.equal(error_norm(place, y[:1], end[:1], [x[:1] for x in moved], coefficients), found[:1])
+    together = [x.to(memory_format=layout) if len(shape) == 4 else x for x in (y, end)]
+    np.testing.assert_allclose(array(error_norm(place, *together, moved, coefficients)), array(found), rtol=100 * rounding)
+
+
+def check_step_error_of_what_is_not_finite(place):
+    y, end, k = (data(place, (6, 3, 5, 7), seed=seed) for seed in range(3))
+    for sample, tensor in ((1, y), (2, end), (3, k)):
+        tensor[sample, 1, 2, 3] = float("nan")
+    k[4, 2, 4, 6] = float("inf")
+    found = error_norm(place, y, end, [k, k], [1.0, 1.0])
+    assert found.isnan().tolist() == [False, True, True, True, False, False]
+    assert found.isinf().tolist() == [False, False, False, False, True, False]
+
+
 def probe_set(place, kind, shape, total, share=1):
     words = torch.randint(2**62, (int(np.prod(shape[1:])) + total,), generator=torch.Generator().manual_seed(3)).to(place.device)
     codes, rows = words.split([len(words) - total, total]) if kind == "hadamard" else (words[:0], words[:0])

@@ -154,6 +154,16 @@ def linear_step(x, outputs, coefficients, guidance=1.0):
     return total, size
 
 
+def step_error(y, end, outputs, coefficients, rtol, atol):
+    """(mean squares of a sample's errors beside the tolerance, how much those grow with the relative error of the errors' terms)."""
+    error, size = np.zeros_like(y), np.zeros_like(y)
+    for output, c in zip(outputs, coefficients, strict=True):
+        error, size = error + c * output, size + abs(c) * np.abs(output)
+    tolerated = atol + rtol * np.maximum(np.abs(y), np.abs(end))
+    mean = lambda values: values.reshape(len(y), -1).mean(1)  # noqa: E731
+    return mean((error / tolerated) ** 2), mean(2 * np.abs(error) * size / tolerated**2)
+
+
 def hadamard_sign(codes, row):
     """(-1)^(number of ones that code and row have in common), one number a code."""
     return np.array([-1.0 if bin(int(code) & int(row) & (2**64 - 1)).count("1") % 2 else 1.0 for code in codes])

@@ -130,6 +130,23 @@ def test_linear_step_refuses_more_terms_than_it_can_hold():
         parity.step(PLACE, x, [x] * 33, [1.0] * 34)
 
 
+@pytest.mark.parametrize("shape", [(5,), (200, 2), (2, 4100), (2, 3, 33, 33)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("terms", [1, 6])
+def test_step_error(shape, dtype, terms):
+    parity.check_step_error(PLACE, shape, dtype, terms, torch.channels_last)
+
+
+def test_step_error_of_what_is_not_finite():
+    parity.check_step_error_of_what_is_not_finite(PLACE)
+
+
+def test_step_error_refuses_more_terms_than_it_can_hold():
+    x = torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="argument k: expected at most 32 tensors"):
+        parity.error_norm(PLACE, x, x, [x] * 33, [1.0] * 33)
+
+
 @pytest.mark.parametrize("shape", [(4, 2), (2, 3, 33, 33), (2, 2, 16, 24)], ids=str)
 @pytest.mark.parametrize("kind", ["rademacher", "hadamard"])
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -163,6 +180,7 @@ for shape in ((4, 2), (2, 4099), (2, 3, 33, 33), (3, 3, 16, 16), (300, 8)):
         for reduction in ("mean", "none"):
             parity.check_training_ops(place, shape, dtype, reduction)
         parity.check_linear_step(place, shape, dtype, 3)
+        parity.check_step_error(place, shape, dtype, 6)
         for kind in ("rademacher", "hadamard", "gaussian"):
             parity.check_divergence_step(place, shape, kind, dtype, times=0)
     for kind in ("rademacher", "hadamard"):

@@ -124,6 +124,18 @@ def test_linear_step_in_mixed_layouts_matches_itself(place, dtype):
 
 
 @pytest.mark.parametrize("shape", parity.SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("terms", [1, 6])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_step_error_matches_the_model(place, shape, dtype, terms, layout):
+    parity.check_step_error(place, shape, dtype, terms, layout)
+
+
+def test_step_error_of_what_is_not_finite(place):
+    parity.check_step_error_of_what_is_not_finite(place)
+
+
+@pytest.mark.parametrize("shape", parity.SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["rademacher", "hadamard"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_probe_matches_the_model(place, shape, kind, channels_last):

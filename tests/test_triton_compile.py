@@ -76,6 +76,21 @@ class StepCase:
 
 
 @dataclass(frozen=True)
+class ErrorCase:
+    """A launch of step_error on a float32 state and what it may cost."""
+
+    terms: int
+    instructions: int
+    dtype: torch.dtype = FLOAT32  # of the slopes
+    layout: torch.memory_format = torch.contiguous_format
+    registers: int = 40
+    shared: int = 16
+
+    def __str__(self):
+        return f"step_error {self.terms} terms {self.dtype} {self.layout}".replace("torch.", "")
+
+
+@dataclass(frozen=True)
 class ProbeCase:
     """A launch of probe or divergence_step and what it may cost; all sums of a sample cross the warps in 256 bytes of shared memory."""
 
@@ -100,6 +115,7 @@ STEP_CASES = [
     StepCase(1, 21, BFLOAT16, copy=True, doubled=True),
     StepCase(2, 17, BFLOAT16, BFLOAT16),
 ]
+ERROR_CASES = [ErrorCase(4, 36), ErrorCase(6, 41)]
 STRIDED_STEP = StepCase(2, 65, k_layout=torch.channels_last, registers=64, shared=4096)
 PROBE_CASES = [
     ProbeCase("probe", FLOAT32, 14),
@@ -223,6 +239,18 @@ def record_step(case, monkeypatch):
     return recorder
 
 
+def record_error(case, monkeypatch):
+    from fm_fast.kernels import _combine, step_error
+
+    recorder = Recorder(step_error.step_error_kernel)
+    monkeypatch.setattr(step_error, "step_error_kernel", recorder)
+    monkeypatch.setattr(_combine, "combine_kernel", Recorder(_combine.combine_kernel))
+    y, doubles = empty(*SHAPE), torch.float64
+    k = [empty(*SHAPE, dtype=case.dtype).to(memory_format=case.layout) for _ in range(case.terms)]
+    step_error.launch(empty(SHAPE[0], dtype=doubles), y, y, k, empty(case.terms, dtype=doubles), 1e-3, 1e-3)
+    return recorder
+
+
 def record_probes(case, monkeypatch):
     """Every kernel that the launch runs, by name."""
     from fm_fast.kernels import _combine, _probes, divergence_step, probe
@@ -282,6 +310,12 @@ def assert_wide_step(built, case):
     assert built.count("LDG") == built.count("LDG.E.64", "LDG.E.128")
 
 
+def assert_wide_error(built, case):
+    assert built.count("LDG.E.128") == built.elements_per_thread * 4 / 16 * (2 + case.terms)
+    assert built.count("LDG.E.64") == case.terms, "the coefficients"
+    assert built.count("LDG") == built.count("LDG.E.64", "LDG.E.128")
+
+
 def assert_wide_probe(built, case):
     accesses = built.elements_per_thread * case.dtype.itemsize / 16
     assert built.count("STG.E.128" if case.op == "probe" else "LDG.E.128") == accesses
@@ -293,6 +327,13 @@ def test_linear_step_on_sm_90(case, monkeypatch, tmp_path):
     built = built_for(record_step(case, monkeypatch), 90, monkeypatch, tmp_path)
     assert_cost(built, case)
     assert_wide_step(built, case)
+
+
+@pytest.mark.parametrize("case", ERROR_CASES, ids=str)
+def test_step_error_on_sm_90(case, monkeypatch, tmp_path):
+    built = built_for(record_error(case, monkeypatch), 90, monkeypatch, tmp_path)
+    assert_cost(built, case)
+    assert_wide_error(built, case)
 
 
 @pytest.mark.parametrize("case", PROBE_CASES, ids=str)

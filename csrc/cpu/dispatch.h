@@ -13,6 +13,7 @@ struct KernelTable {
   SampleKernel path_sample;
   LossKernel path_loss;
   StepKernel linear_step;
+  ErrorKernel step_error;
   ParityKernel parity;
   ProbeKernel probe;
   DivergenceKernel divergence_step;

@@ -40,6 +40,13 @@ struct StepArgs : StepCall {
   double coefficient;  // of x
 };
 
+struct ErrorArgs {
+  StepArgs error;  // without `out` and `copy`
+  View y, end;
+  double rtol, atol;
+  double* partial;  // [B, tiles of a sample] sums of squares
+};
+
 // Bit p % 128 of block c * ceil(P / 128) + p / 128 of a probe: the parity of codes[c * P + p] & its row.
 struct ParityArgs {
   const int64_t *codes, *rows;
@@ -162,6 +169,7 @@ using ScheduleKernel = void (*)(const ScheduleArgs&, int64_t begin, int64_t end)
 using SampleKernel = void (*)(const SampleArgs&, int64_t begin, int64_t end);
 using LossKernel = void (*)(const LossArgs&, int64_t begin, int64_t end);
 using StepKernel = void (*)(const StepArgs&, int64_t begin, int64_t end);
+using ErrorKernel = void (*)(const ErrorArgs&, int64_t begin, int64_t end);
 using ParityKernel = void (*)(const ParityArgs&, int64_t begin, int64_t end);
 using ProbeKernel = void (*)(const ProbeArgs&, int64_t begin, int64_t end);
 using DivergenceKernel = void (*)(const DivergenceArgs&, int64_t begin, int64_t end);
@@ -179,6 +187,7 @@ using Conv3x3Kernel = void (*)(const Conv3x3Args&, int64_t begin, int64_t end);
   void path_sample_units(const SampleArgs& args, int64_t begin, int64_t end);                \
   void path_loss_units(const LossArgs& args, int64_t begin, int64_t end);                    \
   void linear_step_units(const StepArgs& args, int64_t begin, int64_t end);                  \
+  void step_error_units(const ErrorArgs& args, int64_t begin, int64_t end);                  \
   void parity_units(const ParityArgs& args, int64_t begin, int64_t end);                     \
   void probe_units(const ProbeArgs& args, int64_t begin, int64_t end);                       \
   void divergence_step_units(const DivergenceArgs& args, int64_t begin, int64_t end);        \

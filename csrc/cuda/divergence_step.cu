@@ -1,17 +1,14 @@
 // z . (J^T z) of each probe and sample (Hutchinson's estimate of the divergence, paper eq. 34), with the probes z drawn again, not read.
+#include "chunk_sums.h"
 #include "kernels.h"
-#include "reduce.h"
 #include "signs.h"
 
 namespace fm {
 namespace cuda {
 namespace {
 
-// Each chunk's sum is handed in by the first thread of its team.
 __device__ __forceinline__ void put_sum(const SignLaunch& launch, const Run& run, uint32_t chunk, double sum) {
-  const Geometry& g = launch.geometry;
-  sum = sum_team(sum, g.team);
-  if (run.lane == 0 && run.sample < g.batch) launch.partial[run.sample * g.chunks + chunk] = sum;
+  put_chunk(launch.geometry, run, chunk, sum, launch.partial);
 }
 
 template <class S>
@@ -99,21 +96,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks) normals_kernel(const SignLa
   });
 }
 
-struct DotsLaunch {
-  const double* partial;
-  double* dots;
-  int64_t entries, chunks;
-};
-
-// The chunks of each probe and sample, added by one warp.
-__global__ void __launch_bounds__(kThreads) dots_kernel(const DotsLaunch launch) {
-  constexpr int kWarps = kThreads / kWarp;
-  for (int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; i < launch.entries; i += int64_t(gridDim.x) * kWarps) {
-    double sum = sum_partials_of_warp(launch.partial + i * launch.chunks, launch.chunks);
-    if (threadIdx.x % kWarp == 0) launch.dots[i] = sum;
-  }
-}
-
 __global__ void __launch_bounds__(kThreads) finish_kernel(const Evaluation evaluation) {
   for (int64_t b = int64_t(blockIdx.x) * kThreads + threadIdx.x; b < evaluation.batch; b += int64_t(gridDim.x) * kThreads)
     finish_evaluation(evaluation, b);
@@ -149,18 +131,13 @@ SignLaunch launch_of(const DivergenceCall& call, const uint32_t* parities) {
 
 }  // namespace
 
-int64_t divergence_scratch(const DivergenceCall& call) {
-  const Geometry g = launch_of(call, nullptr).geometry;
-  return g.chunks > 1 ? g.batch * g.chunks : 0;
-}
+int64_t divergence_scratch(const DivergenceCall& call) { return chunk_scratch(launch_of(call, nullptr).geometry); }
 
 void divergence_step(const DivergenceCall& call, const uint32_t* parities, double* scratch, void* stream) {
   SignLaunch args = launch_of(call, parities);
-  bool direct = args.geometry.chunks == 1;
-  args.partial = direct ? call.dots : scratch;
+  args.partial = partial_of(args.geometry, scratch, call.dots);
   if (args.geometry.batch > 0) launch(kernel_of(call), blocks_of(args.geometry, kBlocks), stream, args);
-  DotsLaunch dots = {scratch, call.dots, args.geometry.batch, args.geometry.chunks};
-  if (!direct && dots.entries > 0) launch(dots_kernel, at_most((dots.entries + 3) / 4), stream, dots);
+  add_chunks(args.geometry, scratch, call.dots, stream);
   if (call.last && call.evaluation.batch > 0)
     launch(finish_kernel, at_most((call.evaluation.batch + kThreads - 1) / kThreads), stream, call.evaluation);
 }

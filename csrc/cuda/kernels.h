@@ -16,6 +16,10 @@ int64_t path_loss_scratch(const LossCall& call);
 constexpr int64_t kMostTerms = 32;
 void linear_step(const StepCall& call, const StepTerm* terms, void* stream);
 
+// `terms` as above; `scratch` holds step_error_scratch(call) doubles.
+void step_error(const ErrorCall& call, const View* terms, double* scratch, void* stream);
+int64_t step_error_scratch(const ErrorCall& call);
+
 // The words by which structured probes turn the random signs: none where the probes are not structured.
 int64_t parity_words(const ProbeCall& call);
 void fill_parities(const ProbeCall& call, uint32_t* parities, void* stream);

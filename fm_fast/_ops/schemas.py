@@ -27,6 +27,7 @@ SCHEMAS = {
         "float flip, float levels, bool dequantise, bool finished=False) -> ()"
     ),
     "linear_step": "(Tensor(a!) out, Tensor(b!) copy, Tensor x, Tensor[] k, Tensor table, int row, float guidance) -> ()",
+    "step_error": "(Tensor(a!) means, Tensor y, Tensor end, Tensor[] k, Tensor coefficients, float rtol, float atol) -> ()",
     "probe": "(Tensor(a!) out, Tensor key, Tensor codes, Tensor rows, int index, int first, int share) -> ()",
     "divergence_step": (
         "(Tensor(a!) sums, Tensor(b!) dots, Tensor g, Tensor key, Tensor codes, Tensor rows, int kind, int index, int first, int share, "

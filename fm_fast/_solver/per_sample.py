@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fm_fast import _ops, reference
 from fm_fast._solver.adaptive import LONGEST, SAFETY, SHORTEST, Counted
-from fm_fast._solver.trial import Arithmetic, Fused, Parts, Plain, Tolerance, mean_of_each
+from fm_fast._solver.trial import Arithmetic, Fused, Parts, Plain, Tolerance, norm_of_each, size
 from fm_fast.solvers import EmbeddedRungeKutta
 
 # (t float64 [B], parts of the state) -> their derivatives, as those of `trial.Derivative`
@@ -95,7 +95,7 @@ class _Trials:
             end = arithmetic.combine(len(times) - 1, self.y, slopes)
         self._end, self._slopes, self._h, self._known = end, slopes, h, self._goes_on
         with torch.no_grad():
-            return mean_of_each(*arithmetic.error(self.y, end, slopes), self._rules.tolerance)
+            return norm_of_each(arithmetic.error(self.y, end, slopes, self._rules.tolerance))
 
     def _first_slope(self, t: Tensor, h: Tensor, factors: Parts) -> Parts:
         if not self._known:
@@ -291,4 +291,4 @@ class _Control:
 
     def _norm(self, values: Parts) -> Tensor:
         """Beside the tolerance at the state, float64 [B]."""
-        return mean_of_each((value.clone() for value in values), (part.abs() for part in self._trials.y), self._rules.tolerance)
+        return norm_of_each(size(values, self._trials.y, self._rules.tolerance))

@@ -28,22 +28,33 @@ class Tolerance(NamedTuple):
 
 
 class Row(NamedTuple):
-    """state y + h sum_j weights[j] slopes[used[j]]; state is 1, or 0 for the error."""
+    """h sum_j weights[j] slopes[used[j]], beside y or alone."""
 
-    state: float
     used: tuple[int, ...]
     weights: tuple[float, ...]
 
+    def steps(self, h: float) -> list[float]:
+        return [h * weight for weight in self.weights]
 
-def rows_of(method: EmbeddedRungeKutta) -> list[Row]:
-    """The combinations of a step in order: inputs of all stages but the first, the end unless it is the last of these, the error."""
+
+class Rows(NamedTuple):
+    """What a step adds to y, in order: for the inputs of all stages but the first, and for the end unless it is the last of these. And
+    the step's error.
+    """
+
+    updates: tuple[Row, ...]
+    error: Row
+
+
+def rows_of(method: EmbeddedRungeKutta) -> Rows:
+    """The combinations of a step of this method."""
     ends = [] if method.first_same_as_last else [method.table.b]
-    return [_row(1.0, weights) for weights in (*method.table.a[1:], *ends)] + [_row(0.0, method.error)]
+    return Rows(tuple(_row(weights) for weights in (*method.table.a[1:], *ends)), _row(method.error))
 
 
-def _row(state: float, weights: Sequence[float]) -> Row:
+def _row(weights: Sequence[float]) -> Row:
     used = tuple(j for j, weight in enumerate(weights) if weight != 0.0) or (0,)
-    return Row(state, used, tuple(weights[j] for j in used))
+    return Row(used, tuple(weights[j] for j in used))
 
 
 class Arithmetic(Protocol):
@@ -58,11 +69,11 @@ class Arithmetic(Protocol):
         ...
 
     def combine(self, row: int, y: Parts, slopes: Sequence[Parts]) -> Parts:
-        """The row's combination; that of the last but one is the step's end."""
+        """y and the row's update; that of the last is the step's end."""
         ...
 
-    def error(self, y: Parts, end: Parts, slopes: Sequence[Parts]) -> tuple[Parts, Parts]:
-        """The error of a step, and the larger of |y| and |end|; both may be overwritten."""
+    def error(self, y: Parts, end: Parts, slopes: Sequence[Parts], tolerance: Tolerance) -> Tensor:
+        """Mean squares of the error of a step beside the tolerance, of each part and sample: float64 [parts, B]."""
         ...
 
     def interpolate(self, h: float, weights: Sequence[float], y: Parts, slopes: Sequence[Parts]) -> Parts:
@@ -102,7 +113,7 @@ class Trial:
             end = arithmetic.combine(len(self._nodes) - 1, self.y, slopes)
         self._end, self._slopes, self._h = end, slopes, h
         with torch.no_grad():
-            return float(largest_mean(*arithmetic.error(self.y, end, slopes), tolerance))
+            return float(norm(arithmetic.error(self.y, end, slopes, tolerance)))
 
     def within(self, theta: float) -> Parts:
         """The state a part theta of the way through the step that was tried, of a method that interpolates."""
@@ -130,19 +141,21 @@ class Plain:
         return tuple(part.to(dtype, copy=True) for part, dtype in zip(slope, self._dtypes, strict=True))
 
     def combine(self, row: int, y: Parts, slopes: Sequence[Parts]) -> Parts:
-        return self._combine(self._rows[row], self._h, y, slopes)
+        return self._combine(self._rows.updates[row], self._h, y, slopes)
 
     @staticmethod
     def _combine(row: Row, h: float, y: Parts, slopes: Sequence[Parts]) -> Parts:
-        coefficients = [row.state, *(h * weight for weight in row.weights)]
+        coefficients = [1.0, *row.steps(h)]
         return tuple(reference.linear_step(part, [slopes[j][i] for j in row.used], coefficients) for i, part in enumerate(y))
 
     def interpolate(self, h: float, weights: Sequence[float], y: Parts, slopes: Sequence[Parts]) -> Parts:
-        return self._combine(_row(1.0, weights), h, y, slopes)
+        return self._combine(_row(weights), h, y, slopes)
 
-    def error(self, y: Parts, end: Parts, slopes: Sequence[Parts]) -> tuple[Parts, Parts]:
-        errors = self.combine(len(self._rows) - 1, y, slopes)
-        return errors, tuple(torch.maximum(a.abs(), b.abs()) for a, b in zip(y, end, strict=True))
+    def error(self, y: Parts, end: Parts, slopes: Sequence[Parts], tolerance: Tolerance) -> Tensor:
+        row = self._rows.error
+        steps, used = row.steps(self._h), [slopes[j] for j in row.used]
+        pairs = enumerate(zip(y, end, strict=True))
+        return torch.stack([reference.step_error(a, b, [slope[i] for slope in used], steps, *tolerance) for i, (a, b) in pairs])
 
     def merge(self, chosen: Parts, new: Parts, old: Parts) -> Parts:
         return tuple(torch.where(*parts) for parts in zip(chosen, new, old, strict=True))
@@ -152,18 +165,20 @@ class Plain:
 
 
 class Fused:
-    """Buffers that op ``linear_step`` fills: y and the end in turn, one stage's input, a slope for each stage, and two for the error.
+    """Buffers that op ``linear_step`` fills: y and the end in turn, one stage's input, and a slope for each stage. Op ``step_error``
+    reads them.
 
     The coefficients of a whole step go to the device in one copy, which nothing waits for: it is over when the error is read.
     """
 
     def __init__(self, y: Parts, method: EmbeddedRungeKutta, backend: str) -> None:
-        self._rows, self._step = rows_of(method), _ops.linear_step(backend)
+        self._rows, self._step, self._step_error = rows_of(method), _ops.linear_step(backend), _ops.step_error(backend)
         self._swaps = method.first_same_as_last
         self._none = y[0].new_empty(0)
-        self._end, self._other_end, self._input, self._error = (_alike(y) for _ in range(4))
+        self._end, self._other_end, self._input = (_alike(y) for _ in range(3))
         self._slopes = [_alike(y) for _ in method.table.b]
-        self._tables = _Tables(self._rows, y[0].device)
+        self._tables = _Tables(self._rows.updates, self._rows.error, y[0].device)
+        self._means = torch.empty(len(y), len(y[0]), dtype=torch.float64, device=y[0].device)
 
     def begin(self, h: float) -> None:
         self._tables.write(h)
@@ -175,8 +190,8 @@ class Fused:
         return kept
 
     def combine(self, row: int, y: Parts, slopes: Sequence[Parts]) -> Parts:
-        ends = row == len(self._rows) - 2
-        return self._combine(self._rows[row].used, self._tables[row], self._end if ends else self._input, y, slopes)
+        ends = row == len(self._rows.updates) - 1
+        return self._combine(self._rows.updates[row].used, self._tables.update(row), self._end if ends else self._input, y, slopes)
 
     def _combine(self, used: Sequence[int], table: Tensor, targets: Parts, y: Parts, slopes: Sequence[Parts]) -> Parts:
         for i, (target, part) in enumerate(zip(targets, y, strict=True)):
@@ -184,15 +199,15 @@ class Fused:
         return targets
 
     def interpolate(self, h: float, weights: Sequence[float], y: Parts, slopes: Sequence[Parts]) -> Parts:
-        tables = _Tables([row := _row(1.0, weights)], y[0].device)
+        tables = _Tables([row := _row(weights)], None, y[0].device)
         tables.write(h)
-        return self._combine(row.used, tables[0], _alike(y), y, slopes)
+        return self._combine(row.used, tables.update(0), _alike(y), y, slopes)
 
-    def error(self, y: Parts, end: Parts, slopes: Sequence[Parts]) -> tuple[Parts, Parts]:
-        for size, spare, a, b in zip(self._input, self._error, y, end, strict=True):
-            torch.maximum(torch.abs(a, out=size), torch.abs(b, out=spare), out=size)
-        row = len(self._rows) - 1
-        return self._combine(self._rows[row].used, self._tables[row], self._error, y, slopes), self._input
+    def error(self, y: Parts, end: Parts, slopes: Sequence[Parts], tolerance: Tolerance) -> Tensor:
+        used = [slopes[j] for j in self._rows.error.used]
+        for i, means in enumerate(self._means.unbind()):
+            self._step_error(means, y[i], end[i], [slope[i] for slope in used], self._tables.error, *tolerance)
+        return self._means
 
     def merge(self, chosen: Parts, new: Parts, old: Parts) -> Parts:
         for mask, one, other in zip(chosen, new, old, strict=True):
@@ -208,15 +223,18 @@ class Fused:
 class _Tables:
     """Coefficients of every row for steps of one length: views of one float64 tensor on the device."""
 
-    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
-        self._fixed = np.concatenate([[row.state, *[0.0] * len(row.weights)] for row in rows])
-        self._weights = np.concatenate([[0.0, *row.weights] for row in rows])
+    def __init__(self, updates: Sequence[Row], error: Row | None, device: torch.device) -> None:
+        alone = () if error is None else error.weights
+        self._fixed = np.concatenate([*([1.0, *[0.0] * len(row.weights)] for row in updates), [0.0] * len(alone)])
+        self._weights = np.concatenate([*([0.0, *row.weights] for row in updates), alone])
         self._host = torch.empty(len(self._fixed), dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
         self._device = self._host if device.type == "cpu" else torch.empty_like(self._host, device=device)
-        self._views = [view.unsqueeze(0) for view in self._device.split([1 + len(row.weights) for row in rows])]
+        *self._updates, self.error = self._device.split([*(1 + len(row.weights) for row in updates), len(alone)])
+        self._updates = [view.unsqueeze(0) for view in self._updates]
 
-    def __getitem__(self, row: int) -> Tensor:
-        return self._views[row]
+    def update(self, row: int) -> Tensor:
+        """[1, 1 + slopes of the row], with the coefficient of y."""
+        return self._updates[row]
 
     def write(self, h: float) -> None:
         self._host.copy_(torch.from_numpy(self._fixed + h * self._weights))
@@ -228,19 +246,17 @@ def _alike(y: Parts) -> Parts:
     return tuple(torch.empty_like(part) for part in y)
 
 
-def largest_mean(values: Iterable[Tensor], sizes: Iterable[Tensor], tolerance: Tolerance) -> Tensor:
-    """The largest root mean square of values / (atol + rtol sizes) of any part; overwrites both."""
-    pairs = zip(values, sizes, strict=True)
-    means = [torch.linalg.vector_norm(_beside(tolerance, value, size)) / value.numel() ** 0.5 for value, size in pairs]
-    return torch.stack(means).max()
+def size(values: Parts, y: Parts, tolerance: Tolerance) -> Tensor:
+    """Mean squares of values beside the tolerance at y, of each part and sample: float64 [parts, B]."""
+    pairs = zip(values, y, strict=True)
+    return torch.stack([reference.step_error(part, part, [value], [1.0], *tolerance) for value, part in pairs])
 
 
-def mean_of_each(values: Iterable[Tensor], sizes: Iterable[Tensor], tolerance: Tolerance) -> Tensor:
+def norm(means: Tensor) -> Tensor:
+    """The largest root mean square of a part, over all samples."""
+    return means.mean(1).amax().sqrt()
+
+
+def norm_of_each(means: Tensor) -> Tensor:
     """The same of each sample, float64 [B]."""
-    ratios = [_beside(tolerance, value, size).unsqueeze(-1) for value, size in zip(values, sizes, strict=True)]
-    norms = [torch.linalg.vector_norm(ratio, dim=tuple(range(1, ratio.dim()))) / ratio[0].numel() ** 0.5 for ratio in ratios]
-    return torch.stack(norms).amax(0).to(torch.float64)
-
-
-def _beside(tolerance: Tolerance, value: Tensor, size: Tensor) -> Tensor:
-    return value.div_(size.mul_(tolerance.rtol).add_(tolerance.atol))
+    return means.amax(0).sqrt()

@@ -27,6 +27,7 @@ struct Isa {
   fm::SampleKernel sample;
   fm::LossKernel loss;
   fm::StepKernel step;
+  fm::ErrorKernel error;
   fm::ParityKernel parity;
   fm::ProbeKernel probe;
   fm::DivergenceKernel divergence;
@@ -43,6 +44,7 @@ struct Isa {
    fm::isa::path_sample_units,      \
    fm::isa::path_loss_units,        \
    fm::isa::linear_step_units,      \
+   fm::isa::step_error_units,       \
    fm::isa::parity_units,           \
    fm::isa::probe_units,            \
    fm::isa::divergence_step_units,  \

@@ -105,6 +105,56 @@ void check_step_ranges(const Isa& isa, const Shape& shape) {
       [&](int64_t i, int64_t c, int64_t p, float& y) { expect(y == pieces.out.at(i, c, p), "single units of a step"); });
 }
 
+// The error is the combination of a StepProblem, x its first slope; y and end in layouts of their own.
+template <class T>
+struct ErrorProblem {
+  StepProblem<T> slopes;
+  Tensor<T> y, end;
+  std::vector<double> partial;
+
+  ErrorProblem(const Shape& s, int layout) : slopes(s, layout), y(s, kLayouts[(layout + 1) % 4], 2), end(s, kLayouts[layout], 1) {
+    y.fill(20);
+    end.fill(21);
+  }
+
+  fm::ErrorArgs args(int count) {
+    fm::ErrorArgs a = {slopes.args(count, false), y.view(), end.view(), 0.5, 0.25, nullptr};
+    a.error.shape = slopes.shape;
+    a.error.x = slopes.x.view();
+    for (int j = 0; j < count; ++j) slopes.terms[static_cast<size_t>(j)].k = whole(slopes.k[static_cast<size_t>(j)].view());
+    std::vector<View*> views = {&a.y, &a.end, &a.error.x};
+    for (fm::StepTerm& term : slopes.terms) views.push_back(&term.k.first);
+    a.error.tiling = fm::plan_samples(&a.error.shape, fm::Views{views.data(), static_cast<int64_t>(views.size())});
+    partial.assign(static_cast<size_t>(slopes.shape.batch * fm::tiles_per_sample(a.error.tiling)), std::nan(""));
+    a.partial = partial.data();
+    return a;
+  }
+
+  double square(int count, int64_t b, int64_t c, int64_t p) {
+    double size = std::fmax(std::fabs(y.at(b, c, p)), std::fabs(end.at(b, c, p)));
+    double ratio = slopes.expected(count, false, b, c, p) / (0.25 + 0.5 * size);
+    return ratio * ratio;
+  }
+};
+
+template <class T>
+void check_error(const Isa& isa, const Shape& shape, int layout, int count) {
+  ErrorProblem<T> problem(shape, layout);
+  fm::ErrorArgs args = problem.args(count);
+  isa.error(args, 0, args.error.tiling.units);
+  int64_t tiles = fm::tiles_per_sample(args.error.tiling);
+  for (int64_t b = 0; b < shape.batch; ++b) {
+    double sum = 0, expected = 0;
+    for (int64_t i = 0; i < tiles; ++i) sum += problem.partial[static_cast<size_t>(b * tiles + i)];
+    for (int64_t c = 0; c < shape.channels; ++c)
+      for (int64_t p = 0; p < shape.positions; ++p) expected += problem.square(count, b, c, p);
+    expect(close(sum, expected, sizeof(T) == 8 ? 1e-13 : 2e-5), "error " + describe(isa, shape, layout));
+  }
+  std::vector<double> all = problem.partial;
+  for (int64_t unit = args.error.tiling.units; unit-- > 0;) isa.error(args, unit, unit + 1);
+  expect(memcmp(all.data(), problem.partial.data(), all.size() * sizeof(double)) == 0, "single units of an error");
+}
+
 void check_merging() {
   View a = {nullptr, Dtype::float32, 6, 2, 1}, b = a;
   View* both[] = {&a, &b};
@@ -219,6 +269,8 @@ int main() {
       for (int layout = 0; layout < 4; ++layout) {
         for (int count = 1; count <= StepProblem<float>::kTerms; ++count) check_step<float>(isa, shape, layout, count, count % 2 == 0);
         check_step<double>(isa, shape, layout, 5, true);
+        for (int count : {0, 1, 4, 6}) check_error<float>(isa, shape, layout, count);
+        check_error<double>(isa, shape, layout, 5);
         for (bool structured : {false, true}) {
           check_probe(isa, shape, layout, structured);
           check_divergence<float>(isa, shape, layout, structured, false);

@@ -9,3 +9,4 @@
 #include "cpu/path_sample.cpp"
 #include "cpu/probe.cpp"
 #include "cpu/schedule.cpp"
+#include "cpu/step_error.cpp"
