@@ -62,6 +62,17 @@ def _linear_step(backend: str, shape: tuple[int, ...]) -> Step:
     return step
 
 
+def _step_error(backend: str, shape: tuple[int, ...]) -> Step:
+    y, end, *slopes = (_data(*shape, seed=i) for i in range(8))
+    means, coefficients = torch.empty(shape[0], dtype=torch.float64), torch.arange(1.0, 7.0, dtype=torch.float64)
+
+    def step() -> Tensor:
+        _ops.step_error(backend)(means, y, end, slopes, coefficients, 1e-3, 1e-3)
+        return means
+
+    return step
+
+
 def _probe_set(batch: int) -> _ops.ProbeSet:
     words = torch.empty(0, dtype=torch.int64)
     return _ops.ProbeSet(make_key(0, 1, None, batch, CPU), words, words, 0, PROBES, 1, normal=False)
@@ -116,6 +127,7 @@ CASES = {
     "path_sample": Case(_path_sample),
     "path_loss": Case(_path_loss),
     "linear_step": Case(_linear_step),
+    "step_error": Case(_step_error),
     "divergence_step": Case(_divergence_step),
     "probe": Case(_probe),
     "group_norm_silu": Case(_group_norm_silu, ((64, 128, 8, 8), (64, 32, 32, 32))),

@@ -18,7 +18,7 @@ from fm_fast import _backends, _ops
 CPU = torch.device("cpu")
 # A benchmark of one name times both.
 WITH_THEIR_FORWARD = {"path_loss_backward", "group_norm_silu_backward", "adamw_ema_norm"}
-SINGLE_OPS = ("noise", "path_sample", "linear_step", "probe", "divergence_step", "conv3x3", "conv_weight_grad")
+SINGLE_OPS = ("noise", "path_sample", "linear_step", "step_error", "probe", "divergence_step", "conv3x3", "conv_weight_grad")
 TINY = {"path_sample": (64, 3, 5, 7), "probe": (16, 33), "conv3x3": (3, 16, 32, 5), "conv_weight_grad": (3, 16, 32, 5)}
 PROBLEMS = [(name, mode) for name in SINGLE_OPS for mode in registry.find(name).modes]
 
@@ -44,7 +44,7 @@ def test_every_eager_provider_passes(name, mode, dtype):
     assert next(iter(steps)).startswith("fm_fast") and len(steps) >= 4
 
 
-@pytest.mark.parametrize("name", ["noise", "path_sample", "linear_step", "probe"])
+@pytest.mark.parametrize("name", ["noise", "path_sample", "linear_step", "step_error", "probe"])
 def test_compiled_providers_pass(name):
     op = registry.find(name)
     assert any("compile" in step for step in run.gate(op, setting_of(name, op.modes[-1]), ["compile"]).steps)

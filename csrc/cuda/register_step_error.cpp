@@ -13,8 +13,7 @@ void step_error(StableIValue* stack, uint64_t, uint64_t) {
   ErrorReader reader(&in);
   const ErrorCall& call = reader.call();
   View terms[kMostTerms];
-  if (call.count > kMostTerms)
-    throw std::runtime_error("fm_fast: argument k: expected at most " + std::to_string(kMostTerms) + " tensors");
+  if (call.count > kMostTerms) throw std::runtime_error("fm_fast: argument k: expected at most " + std::to_string(kMostTerms) + " tensors");
   for (int64_t j = 0; j < call.count; ++j) terms[j] = reader.term(j);
   step_error(call, terms, session.scratch<double>(step_error_scratch(call)), session.stream());
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fm_fast import _ops
 from fm_fast._solver.loop import unwritten
-from fm_fast._solver.trial import Derivative, Fused, Parts, Plain, Tolerance, Trial, norm, size
+from fm_fast._solver.trial import Derivative, Fused, Parts, Plain, Tolerance, Trial, mean_squares, norm
 from fm_fast.solvers import EmbeddedRungeKutta
 
 AnyTime = TypeVar("AnyTime", float, Tensor)
@@ -182,4 +182,4 @@ class _Control:
 
     def _norm(self, values: Parts) -> float:
         """Beside the tolerance at the state."""
-        return float(norm(size(values, self._trial.y, self._tolerance)))
+        return float(norm(mean_squares(values, self._trial.y, self._tolerance)))

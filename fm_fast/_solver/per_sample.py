@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fm_fast import _ops, reference
 from fm_fast._solver.adaptive import LONGEST, SAFETY, SHORTEST, Counted
-from fm_fast._solver.trial import Arithmetic, Fused, Parts, Plain, Tolerance, norm_of_each, size
+from fm_fast._solver.trial import Arithmetic, Fused, Parts, Plain, Tolerance, mean_squares, norm_of_each
 from fm_fast.solvers import EmbeddedRungeKutta
 
 # (t float64 [B], parts of the state) -> their derivatives, as those of `trial.Derivative`
@@ -291,4 +291,4 @@ class _Control:
 
     def _norm(self, values: Parts) -> Tensor:
         """Beside the tolerance at the state, float64 [B]."""
-        return norm_of_each(size(values, self._trials.y, self._rules.tolerance))
+        return norm_of_each(mean_squares(values, self._trials.y, self._rules.tolerance))

@@ -5,7 +5,7 @@ step. `Fused` computes in private buffers, one op and the fewest memory passes a
 PyTorch, which gradients follow; the length of a step has none.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -246,7 +246,7 @@ def _alike(y: Parts) -> Parts:
     return tuple(torch.empty_like(part) for part in y)
 
 
-def size(values: Parts, y: Parts, tolerance: Tolerance) -> Tensor:
+def mean_squares(values: Parts, y: Parts, tolerance: Tolerance) -> Tensor:
     """Mean squares of values beside the tolerance at y, of each part and sample: float64 [parts, B]."""
     pairs = zip(values, y, strict=True)
     return torch.stack([reference.step_error(part, part, [value], [1.0], *tolerance) for value, part in pairs])

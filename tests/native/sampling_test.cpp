@@ -152,7 +152,7 @@ void check_error(const Isa& isa, const Shape& shape, int layout, int count) {
   }
   std::vector<double> all = problem.partial;
   for (int64_t unit = args.error.tiling.units; unit-- > 0;) isa.error(args, unit, unit + 1);
-  expect(memcmp(all.data(), problem.partial.data(), all.size() * sizeof(double)) == 0, "single units of an error");
+  expect(all == problem.partial, "single units of an error");
 }
 
 void check_merging() {
