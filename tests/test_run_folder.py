@@ -1,7 +1,6 @@
 """The folder of a run: numbered checkpoints, the newest valid one, old ones deleted, and no run in another's way."""
 
 import json
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from copies import run_python
 from trainer_helpers import assert_same_state, cut, flat, tiny
 
 from fm_fast.train import train
@@ -191,12 +191,10 @@ def test_images_in_other_than_one_or_three_channels_are_drawn_in_part(channels, 
 def test_two_processes_never_write_into_one_folder(tmp_path):
     """The second is refused while the first lives; the system lets go of the folder with the process."""
     code = "import sys, pathlib; from fm_fast.train.files import only_writer\nwith only_writer(pathlib.Path(sys.argv[1])): input()"
-    setup = f"import sys; sys.path[:0] = {[*sys.path]!r}\n"
     with only_writer(tmp_path), pytest.raises(FileExistsError, match="another run is writing into this folder"):
         run(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    holder = subprocess.run([sys.executable, "-c", setup + code, str(tmp_path)], input="\n", text=True, timeout=60)
-    assert holder.returncode == 0
+    assert run_python(code, tmp_path, path=sys.path, typed="\n").returncode == 0
     with only_writer(tmp_path):
         pass
 
