@@ -1,11 +1,14 @@
-"""Python code in a process of its own, without the seconds that it takes to import torch: a copy of one that has imported nothing else."""
+"""Python code in a process of its own, without the seconds that it takes to import torch: a copy of one that has imported it."""
 
 import functools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+
+import torch
 
 DEADLINE = 600  # seconds, so that code that hangs fails its test
 COPIES = """
@@ -48,3 +51,9 @@ def run_python(code, *arguments, folder=".", path=(), typed="", **environment) -
         print(json.dumps(task), file=_original().stdin, flush=True)
         code = int(_original().stdout.readline())
         return subprocess.CompletedProcess(arguments, code, *(open(file).read() for file in streams[1:]))
+
+
+def two_processes(work, arguments):
+    """work(rank, *arguments) in each of two processes."""
+    multiprocessing.set_forkserver_preload(["torch", "torch._dynamo"])
+    torch.multiprocessing.start_processes(work, arguments, nprocs=2, start_method="forkserver")
