@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 
@@ -51,15 +52,14 @@ def _original() -> subprocess.Popen[str]:
 def run_python(code, *arguments, folder=".", path=(), typed="", **environment) -> subprocess.CompletedProcess[str]:
     """Run code with sys.argv[1:] = arguments, ``path`` before sys.path, further variables, and what is typed on stdin."""
     with tempfile.TemporaryDirectory() as place:
-        streams = [os.path.join(place, name) for name in ("stdin", "stdout", "stderr")]
+        streams = [Path(place, name) for name in ("stdin", "stdout", "stderr")]
         for file, text in zip(streams, (typed, "", ""), strict=True):
-            with open(file, "w") as stream:
-                stream.write(text)
-        task = {"code": code, "arguments": [str(argument) for argument in arguments], "streams": streams, "deadline": DEADLINE}
+            file.write_text(text)
+        task = {"code": code, "arguments": [*map(str, arguments)], "streams": [*map(str, streams)], "deadline": DEADLINE}
         task |= {"folder": os.path.abspath(folder), "path": list(path), "environment": {**os.environ, **environment}}
         print(json.dumps(task), file=_original().stdin, flush=True)
-        code = int(_original().stdout.readline())
-        return subprocess.CompletedProcess(arguments, code, *(open(file).read() for file in streams[1:]))
+        status = int(_original().stdout.readline())
+        return subprocess.CompletedProcess(arguments, status, *(file.read_text() for file in streams[1:]))
 
 
 def two_processes(work, arguments):
