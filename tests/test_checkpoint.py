@@ -17,14 +17,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("objective", ["fm-ot", "scoreflow"])
 def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, objective):
     config, data = tiny(objective=objective), digits()
-    straight, first, second = trained(config, data, 20), trained(config, data, 10), new_state(config, CPU)
+    straight, first, second = trained(config, data, 8), trained(config, data, 4), new_state(config, CPU)
     checkpoint.save_checkpoint(tmp_path / "c.pt", first.state_dict(), config)
     checkpoint.resume(tmp_path / "c.pt", second, config)
     assert_same_state(first, second)
     assert len(moments(second)) == 5 * len(list(second.model.parameters()))
-    losses = advance(second, config, data, 10)
+    losses = advance(second, config, data, 4)
     assert_same_state(straight, second)
-    assert torch.equal(torch.stack(losses), torch.stack(advance(trained(config, data, 10), config, data, 10)))
+    assert torch.equal(torch.stack(losses), torch.stack(advance(trained(config, data, 4), config, data, 4)))
 
 
 def trained(config, data, steps):

@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+from copies import run_python
 
 import fm_fast
 from fm_fast.cli import main, parser
@@ -246,7 +245,7 @@ main(["sample", "out"])
 
 def test_training_asks_for_nothing_that_windows_lacks(tmp_path):
     command = ["train", "digits", "--steps", "2", "--out", "out", "--no-evaluate", "--device", "cpu", *SMALL]
-    subprocess.run([sys.executable, "-c", WITHOUT_UNIX, *command], cwd=tmp_path, check=True)
+    run_python(WITHOUT_UNIX, *command, folder=tmp_path).check_returncode()
     assert {"checkpoint-00000002.pt", "log.jsonl", "samples.png"} <= {file.name for file in (tmp_path / "out").iterdir()}
     assert (tmp_path / "samples.png").is_file()
 
@@ -258,5 +257,5 @@ def test_version(capsys):
 
 
 def test_info_in_a_fresh_process():
-    answer = subprocess.run([sys.executable, "-m", "fm_fast", "info"], capture_output=True, text=True, check=True)
+    answer = run_python("import runpy; runpy.run_module('fm_fast', run_name='__main__')", "info")
     assert "fm_fast" in answer.stdout and "backends" in answer.stdout

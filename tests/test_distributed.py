@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from copies import two_processes
 from torch.nn.parallel import DistributedDataParallel
 
 import fm_fast as fm
@@ -38,7 +39,7 @@ def ranks(tmp_path_factory):
     store = tmp_path_factory.mktemp("gloo") / "store"
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
-        torch.multiprocessing.spawn(work, (store, results), nprocs=2)
+        two_processes(work, (store, results))
         return [[torch.tensor(value) for value in results[rank]] for rank in range(2)]
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from copies import run_python
 from document_code import blocks
 from test_packaging import ENVIRONMENT_VARIABLES
 
@@ -56,15 +57,19 @@ images_uint8 = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
 """
 
 
-def run_documents(folder: Path, python: str = sys.executable) -> dict[str, list[tuple[str, Any]]]:
+def run_documents(folder: Path, run: Callable[..., subprocess.CompletedProcess[str]]) -> dict[str, list[tuple[str, Any]]]:
     """What each document's code assigned, by its name; run in a scratch folder by one process of its own."""
     for document in DOCUMENTS:
         (folder / f"{document.stem}.setup").write_text(DOCUMENTS[document].setup, encoding="utf-8")
-    command = [python, str(ROOT / "tests" / "document_code.py"), *map(str, DOCUMENTS)]
-    # One thread: the networks are tiny, and threads only make them slower on a busy machine.
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = run(folder, ROOT / "tests" / "document_code.py", *DOCUMENTS)
     assert result.returncode == 0, result.stdout + result.stderr
     return {document.name: torch.load(folder / f"{document.stem}.results", weights_only=False) for document in DOCUMENTS}
+
+
+def by_a_copy(folder: Path, script: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
+    # One thread: the networks are tiny, and threads only make them slower on a busy machine.
+    code = f"import runpy, torch; torch.set_num_threads(1); runpy.run_path({str(script)!r}, run_name='__main__')"
+    return run_python(code, *arguments, folder=folder, path=sys.path)
 
 
 def values(results: list[tuple[str, Any]], kind: str | type) -> list[Any]:
@@ -151,7 +156,7 @@ DOCUMENTS = {ROOT / "README.md": Document(README_SETUP, check_readme), DOCS / "q
 
 
 def test_code_of_the_documents(tmp_path: Path) -> None:
-    results = run_documents(tmp_path)
+    results = run_documents(tmp_path, by_a_copy)
     for path, document in DOCUMENTS.items():
         document.check(results[path.name])
 
@@ -169,7 +174,11 @@ def test_code_of_the_documents_in_a_clean_environment(tmp_path: Path) -> None:
         pytest.skip("no package index")
     assert installed.returncode == 0, installed.stdout + installed.stderr
     scratch.mkdir()
-    results = run_documents(scratch, python)
+
+    def by_the_environment(folder: Path, *command: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([python, *command], capture_output=True, text=True, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    results = run_documents(scratch, by_the_environment)
     for path, document in DOCUMENTS.items():
         document.check(results[path.name])
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import killed_run
 import pytest
 import torch
+from copies import run_python
 from thread_counts import threads
 from torch.utils import _pytree as pytree
 from trainer_helpers import tiny
@@ -62,11 +63,16 @@ def kill_at_random(folder, delay):
     return last_logged(folder)
 
 
+def run(folder, *arguments):
+    """killed_run.py to its end."""
+    code = f"import runpy; runpy.run_path({killed_run.__file__!r}, run_name='__main__')"
+    return run_python(code, folder, *arguments, path=sys.path)
+
+
 def finish(folder, keep):
-    with running(folder, "--keep", str(keep)) as process:
-        output, _ = process.communicate(timeout=DEADLINE)
-        assert process.returncode == 0, output
-    return torch.load(keep, weights_only=True), output
+    done = run(folder, "--keep", keep)
+    assert done.returncode == 0, done.stderr
+    return torch.load(keep, weights_only=True), done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +89,7 @@ def assert_same_values(one, two):
 
 
 def test_killed_while_writing_a_checkpoint(uninterrupted, tmp_path):
-    with running(tmp_path, "--kill-at-save", "4") as process:
-        process.communicate(timeout=DEADLINE)
-        assert process.returncode == -signal.SIGKILL
+    assert run(tmp_path, "--kill-at-save", 4).returncode == -signal.SIGKILL
     written = {file.name for file in tmp_path.glob("checkpoint*.pt")}
     assert written == {"checkpoint-00000006.pt", "checkpoint-00000009.pt"} and last_logged(tmp_path) == 12
     assert [file.stat().st_size > 20_000 for file in tmp_path.glob("*.tmp")] == [True], "it was in the middle of the fourth"

@@ -12,6 +12,7 @@ import types
 from contextlib import nullcontext
 from pathlib import Path
 
+import copies
 import pytest
 import torch
 
@@ -41,8 +42,7 @@ needs_native = pytest.mark.skipif(native_reason is not None, reason=f"no C++ lib
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, cwd=Path(sys.prefix))
+    return copies.run_python(code, folder=sys.prefix, **environment)
 
 
 def installed_files() -> list[Path]:
@@ -138,11 +138,19 @@ int cuInit(unsigned flags) { abort(); }
 def test_asking_for_the_drivers_version_does_not_start_it(tmp_path: Path) -> None:
     """A driver that was started before a fork is lost to the child."""
     (tmp_path / "driver.c").write_text(FAKE_DRIVER)
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"], check=True)
-    code = "from fm_fast import _backends; print(_backends._driver_version())"
-    assert run_python(code, LD_LIBRARY_PATH=str(tmp_path)).stdout == "12080\n"
-    (tmp_path / "libcuda.so.1").write_text("no library")
-    assert run_python(code, LD_LIBRARY_PATH=str(tmp_path)).stdout == "0\n"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "driver.so", tmp_path / "driver.c"], check=True)
+    library = tmp_path / "libcuda.so.1"
+    library.write_text("no library")
+    code = f"""
+import os
+from fm_fast import _backends
+print(_backends._driver_version())
+os.replace({str(tmp_path / "driver.so")!r}, {str(library)!r})
+print(_backends._driver_version())
+"""
+    variables = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, cwd=Path(sys.prefix))
+    assert done.stdout == "0\n12080\n", done.stderr
     in_runtime = [file for file in (ROOT / "csrc").rglob("*.c*") if "cudaDriverGetVersion" in file.read_text()]
     assert in_runtime == [], "it starts the driver"
 

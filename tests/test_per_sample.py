@@ -1,5 +1,6 @@
 """Adaptive steps of each sample's own: the same rules as for one sample alone, whatever else is in the batch."""
 
+import functools
 import math
 
 import numpy as np
@@ -31,6 +32,12 @@ def turned(x, t):
     return torch.stack([cos * x[:, 0] - sin * x[:, 1], sin * x[:, 0] + cos * x[:, 1]], 1)
 
 
+@functools.cache
+def fine(start, end):
+    """The network's solution from X0, by many small steps."""
+    return solve("rk4", network, X0, np.linspace(start, end, 201))
+
+
 def tolerances(method):
     return {"rtol": 1e-5, "atol": 1e-5} if method in ("adaptive_heun", "fehlberg2") else TIGHT
 
@@ -40,7 +47,7 @@ def tolerances(method):
 def test_every_method_and_its_count(method, direction):
     model = Counted()
     found = getattr(fm, direction)(model, X0, method=method, per_sample=True, **tolerances(method))
-    expected = solve("rk4", network, X0, FINE if direction == "sample" else FINE[::-1])
+    expected = fine(0.0, 1.0) if direction == "sample" else fine(1.0, 0.0)
     error = 1000 * tolerances(method)["rtol"]
     torch.testing.assert_close(found.x, expected, rtol=error, atol=error)
     assert found.nfe == len(model.times) == int(found.nfe_of_each.max()) and set(model.batches) == {3}
@@ -96,8 +103,7 @@ def test_states_on_the_way(method, direction):
     assert found.saved_t == tuple(times) and found.saved.shape == (6, *X0.shape)
     error = 1e-6 if method != "fehlberg2" else 1e-2
     for time, state in zip(times, found.saved, strict=True):
-        nodes = np.linspace(0.0 if direction == "sample" else 1.0, time, 201)
-        torch.testing.assert_close(state, solve("rk4", network, X0, nodes), rtol=error, atol=error)
+        torch.testing.assert_close(state, fine(0.0 if direction == "sample" else 1.0, time), rtol=error, atol=error)
     assert torch.equal(found.saved[-1 if direction == "sample" else 4], found.x)
 
 
@@ -153,7 +159,7 @@ def test_the_state_and_its_times_are_wide_whatever_the_model(dtype):
 
     found = fm.sample(model, X0.float(), method="dopri5", dtype=dtype, rtol=3e-3, atol=3e-3, per_sample=True)
     assert inputs == {(dtype, torch.float32, (3,))} and found.x.dtype == torch.float32
-    torch.testing.assert_close(found.x.double(), solve("rk4", network, X0, FINE), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(found.x.double(), fine(0.0, 1.0), rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("shape", [(4,), (0, 3), (2, 0), (2, 3, 4, 4)], ids=str)
@@ -209,18 +215,22 @@ def test_a_batch_that_shrinks_with_guidance(interval):
     def model(x, t, y, table):
         return oscillation(x, t, y) + table.sum() * x
 
-    options = {"cond": cond, "guidance": guidance, "method": "dopri5", "rtol": 1e-5, "atol": 1e-5}
+    options = {"cond": cond, "guidance": guidance, "method": "dopri5", "rtol": 1e-4, "atol": 1e-4}
     whole, shrunk = (fm.sample(model, noise64(4, 2), per_sample=p, **options) for p in (True, "shrink"))
     torch.testing.assert_close(shrunk.x, whole.x, rtol=1e-7, atol=1e-7)
     assert torch.equal(shrunk.nfe_of_each, whole.nfe_of_each)
 
 
-@pytest.mark.parametrize("kind", ["exact", "rademacher", "hadamard"])
-@pytest.mark.parametrize("ids", [None, 7, torch.tensor([5, 3, 8, 1])], ids=["none", "first", "listed"])
+LISTED = torch.tensor([5, 3, 8, 1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "ids"), [("exact", None), ("rademacher", None), ("rademacher", 7), ("rademacher", LISTED), ("hadamard", LISTED)], ids=str
+)
 def test_log_densities_of_a_batch_that_shrinks(kind, ids):
     x1, model = noise64(4, 2), Counted(lambda x, t, speed: oscillation(x, t, speed) + torch.sin(x))
     probes = {} if kind == "exact" else {"probes": 2, "replicates": 2}
-    options = {"cond": {"speed": STIFFNESS}, "method": "dopri5", "kind": kind, "seed": 3, "sample_ids": ids, "rtol": 1e-4, "atol": 1e-4}
+    options = {"cond": {"speed": STIFFNESS}, "method": "dopri5", "kind": kind, "seed": 3, "sample_ids": ids, "rtol": 1e-3, "atol": 1e-3}
     whole, shrunk = (fm.log_likelihood(model, x1, per_sample=p, **options, **probes) for p in (True, "shrink"))
     for name in ("logp", "std_err", "x0"):
         torch.testing.assert_close(getattr(shrunk, name), getattr(whole, name), rtol=1e-8, atol=1e-8)
@@ -229,7 +239,7 @@ def test_log_densities_of_a_batch_that_shrinks(kind, ids):
 
 
 def test_failures_and_gradients_of_a_batch_that_shrinks():
-    options = {"method": "dopri5", "rtol": 1e-5, "atol": 1e-5, "save": [0.5]}
+    options = {"method": "dopri5", "rtol": 1e-4, "atol": 1e-4, "save": [0.5]}
     found, grads = [], []
     for per_sample in (True, "shrink"):
         noise = noise64(4, 2).requires_grad_()
@@ -383,7 +393,7 @@ def test_samples_with_their_log_densities():
 
 
 def test_log_densities_that_fail_are_marked():
-    options = {"method": "dopri5", "kind": "exact", "per_sample": True, "rtol": 1e-6, "atol": 1e-6}
+    options = {"method": "dopri5", "kind": "exact", "per_sample": True, "rtol": 1e-4, "atol": 1e-4}
     x1 = noise64(3, 2)
 
     def model(x, t):

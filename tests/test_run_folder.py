@@ -1,7 +1,7 @@
 """The folder of a run: numbered checkpoints, the newest valid one, old ones deleted, and no run in another's way."""
 
 import json
-import subprocess
+import shutil
 import sys
 import warnings
 from dataclasses import replace
@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from copies import run_python
+from thread_counts import threads
 from trainer_helpers import assert_same_state, cut, flat, tiny
 
 from fm_fast.train import train
@@ -74,6 +76,14 @@ def newer_version(file):
     torch.save({**read_checkpoint(file), "version": 99}, file)
 
 
+@pytest.fixture(scope="module")
+def with_three_checkpoints(tmp_path_factory):
+    """The folder of a run, and what the run ended with."""
+    folder = tmp_path_factory.mktemp("run")
+    with threads(1):
+        return folder, run(folder, keep_checkpoints=3)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -85,8 +95,9 @@ def newer_version(file):
         (newer_version, "expected checkpoint version 2, got 99"),
     ],
 )
-def test_the_checkpoint_before_a_damaged_one_is_used(damage, message, tmp_path, capsys):
-    straight = run(tmp_path, keep_checkpoints=3)
+def test_the_checkpoint_before_a_damaged_one_is_used(damage, message, with_three_checkpoints, tmp_path, capsys):
+    folder, straight = with_three_checkpoints
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     damaged = [tmp_path / f"checkpoint-{step:08d}.pt" for step in (6, 8)]
     for file in damaged:
         damage(file)
@@ -145,7 +156,8 @@ def test_a_new_run_that_fails_early_deletes_nothing(changes, error, message, tmp
 
 
 def test_the_log_of_a_new_run_is_its_own(tmp_path):
-    run(tmp_path, steps=8, log_every=1, quality_every=8)
+    run(tmp_path, steps=4, log_every=1)
+    RunFolder(tmp_path).quality.touch()
     run(tmp_path, overwriting=True, steps=4, log_every=2)
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [2, 4]
     assert not (tmp_path / "quality.jsonl").exists()
@@ -191,12 +203,10 @@ def test_images_in_other_than_one_or_three_channels_are_drawn_in_part(channels, 
 def test_two_processes_never_write_into_one_folder(tmp_path):
     """The second is refused while the first lives; the system lets go of the folder with the process."""
     code = "import sys, pathlib; from fm_fast.train.files import only_writer\nwith only_writer(pathlib.Path(sys.argv[1])): input()"
-    setup = f"import sys; sys.path[:0] = {[*sys.path]!r}\n"
     with only_writer(tmp_path), pytest.raises(FileExistsError, match="another run is writing into this folder"):
         run(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    holder = subprocess.run([sys.executable, "-c", setup + code, str(tmp_path)], input="\n", text=True, timeout=60)
-    assert holder.returncode == 0
+    assert run_python(code, tmp_path, path=sys.path, typed="\n").returncode == 0
     with only_writer(tmp_path):
         pass
 

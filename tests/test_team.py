@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from copies import two_processes
 from thread_counts import threads
 from torch.nn.parallel import DistributedDataParallel
 from trainer_helpers import CPU, tiny
@@ -113,7 +114,7 @@ def of_two(place, alone, scenarios):
             copy_middle(alone, place / f"resumed-{parallel}")
         if scenario is begun:
             shutil.copytree(alone, place / "source")
-    torch.multiprocessing.spawn(work, (scenarios, free_ports(len(scenarios)), place), nprocs=2)
+    two_processes(work, (scenarios, free_ports(len(scenarios)), place))
     return place
 
 

@@ -73,11 +73,12 @@ def test_first_loss_is_the_second_moment_of_the_target():
 
 @pytest.mark.parametrize("objective", list(RECIPES))
 def test_loss_falls_for_every_objective(objective):
-    config = tiny(objective=objective, steps=60, batch_size=32, learning_rate=4e-3)
-    losses = torch.stack(advance(new_state(config, CPU), config, digits(), 60))
-    assert torch.isfinite(losses).all()
     # Close to the data the noise cannot be predicted, and ScoreFlow's weight dwells there: its loss has a high floor.
-    assert losses[-20:].mean() < (0.95 if objective == "scoreflow" else 0.85) * losses[:5].mean()
+    steps, rate, floor = (60, 4e-3, 0.95) if objective == "scoreflow" else (30, 8e-3, 0.85)
+    config = tiny(objective=objective, steps=steps, batch_size=32, learning_rate=rate)
+    losses = torch.stack(advance(new_state(config, CPU), config, digits(), steps))
+    assert torch.isfinite(losses).all()
+    assert losses[-steps // 3 :].mean() < floor * losses[:5].mean()
 
 
 def test_recipes_are_the_rows_of_table_1_and_three_more():

@@ -58,11 +58,11 @@ def assert_same(tensors, state, others, other_state, tolerance):
 def check_steps_equal_torch_in_float64():
     tensors = parameters(torch.float64)
     state, model = state_of(tensors), TorchSteps(parameters(torch.float64), torch.float64)
-    for n in range(4):
+    for n in range(3):
         grads = gradients(tensors, n)
         total = triton_step(tensors, grads, state)
         model.step(grads)
-        assert float(total) == pytest.approx(math.fsum(float(x) ** 2 for g in grads for x in g.flatten()), rel=1e-13)
+        assert float(total) == pytest.approx(math.fsum(x**2 for g in grads for x in g.flatten().tolist()), rel=1e-13)
     for i, (p, q) in enumerate(zip(tensors, model.parameters, strict=True)):
         torch.testing.assert_close(p, q.detach(), rtol=1e-12, atol=1e-14)
         for k, average in enumerate(model.averages):
@@ -73,7 +73,7 @@ def check_steps_equal_torch_in_float64():
 def check_float32_weights_and_gradients_of_any_dtype(dtype):
     tensors, others = parameters(), parameters()
     state, other_state = state_of(tensors), state_of(others)
-    for n in range(3):
+    for n in range(2):
         grads = gradients(tensors, n, dtype)
         if n == 1:
             grads[5] = grads[5].float()  # two kinds of launches
@@ -108,7 +108,7 @@ def check_aligned_memory(aligned, monkeypatch):
     assert seen == [aligned, aligned]
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
 def check_steps_that_are_not_finite_are_only_counted(bad):
     tensors, others = parameters(), parameters()
     state, other_state = state_of(tensors), state_of(others)
@@ -135,12 +135,15 @@ def check_groups_missing_gradients_and_numbers_of_averages():
         assert_same(tensors, state, others, other_state, 2e-6)
 
 
-def check_bias_is_corrected_by_a_parameters_own_updates():
+def check_bias_is_corrected_by_a_parameters_own_updates(monkeypatch):
     """More parameters than numbers_kernel takes at once; gradients come late, stay away for a step, or are not finite."""
-    tensors, others = [data((5,), i) for i in range(150)], [data((5,), i) for i in range(150)]
+    from fm_fast.kernels import adamw_ema
+
+    monkeypatch.setattr(adamw_ema, "MOST_PARAMETERS", 8)
+    tensors, others = [data((5,), i) for i in range(18)], [data((5,), i) for i in range(18)]
     state, other_state = state_of(tensors), state_of(others)
     for n in range(4):
-        grads = [torch.empty(0) if i % 4 > n or (i % 7 == 0 and n == 2) else data((5,), 10 * n + i) for i in range(150)]
+        grads = [torch.empty(0) if i % 4 > n or (i % 7 == 0 and n == 2) else data((5,), 10 * n + i) for i in range(18)]
         if n == 1:
             grads[0] = torch.full((5,), math.inf)
         triton_step(tensors, grads, state)

@@ -41,6 +41,11 @@ class Case:
         return f"{self.op} {self.dtype}{x1}{'' if self.draw else ' x0 given'} path {self.path[0]} {self.shape}".replace("torch.", "")
 
 
+def fast(cases, *others):
+    """The cases, those of the other numbers among the slow tests: the same kernel as one that stays, for another dtype or path."""
+    return [pytest.param(case, marks=[pytest.mark.slow] * (i in others)) for i, case in enumerate(cases)]
+
+
 # The sums of a program cross its warps in 16 bytes of shared memory. More would be a change of layout between load and store.
 CASES = [
     Case("path_loss", FLOAT32, 55, shared=16),
@@ -190,7 +195,7 @@ def test_the_registered_op_refuses_gradients(argument, monkeypatch):
         kernels._lazily("linear_step")(*arguments)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", fast(CASES, 6, 9), ids=str)
 def test_contiguous_kernels_on_sm_90(case, monkeypatch, tmp_path):
     built = binary(case, 90, monkeypatch, tmp_path)
     assert_within_budget(built, case)
@@ -336,7 +341,7 @@ def test_step_error_on_sm_90(case, monkeypatch, tmp_path):
     assert_wide_error(built, case)
 
 
-@pytest.mark.parametrize("case", PROBE_CASES, ids=str)
+@pytest.mark.parametrize("case", fast(PROBE_CASES, 1, 5), ids=str)
 def test_probes_on_sm_90(case, monkeypatch, tmp_path):
     built = built_for(record_probe(case, monkeypatch), 90, monkeypatch, tmp_path)
     assert_cost(built, case)

@@ -40,8 +40,8 @@ class Case:
 
 CASES = [
     Case(BFLOAT16, "NHWC", SMALL, (46, 112, 1024), (134, 128, 512)),
-    Case(FLOAT32, "NHWC", SMALL, (38, 88, 1024), (106, 96, 512)),
     Case(BFLOAT16, "NCHW", SMALL, (44, 48, 64), (80, 72, 64)),
+    Case(FLOAT32, "NHWC", SMALL, (38, 88, 1024), (106, 96, 512)),
     Case(FLOAT32, "NCHW", SMALL, (50, 56, 64), (88, 72, 64)),
     Case(BFLOAT16, "NHWC", LARGE, (102, 80, 512), (134, 128, 512)),
     Case(BFLOAT16, "NCHW", LARGE, (60, 56, 64), (106, 72, 64)),
@@ -107,13 +107,13 @@ def assert_wide_accesses(built, case, elements):
     assert built.count("LDG.E.U8", "LDG.E.U16", "LDG.E.S16", "STG.E.U16", "STG.E.U8") == 0
 
 
-@pytest.mark.parametrize("case", CASES[:3], ids=str)
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
 def test_norms_on_sm_90(case, monkeypatch, tmp_path):
     assert_cost(case, 90, monkeypatch, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [*CASES[3:], DROPOUT], ids=str)
+@pytest.mark.parametrize("case", [*CASES[2:], DROPOUT], ids=str)
 def test_more_norms_on_sm_90(case, monkeypatch, tmp_path):
     assert_cost(case, 90, monkeypatch, tmp_path)
 

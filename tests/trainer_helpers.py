@@ -21,7 +21,7 @@ def flat(module):
 
 
 def moments(state):
-    return {f"{number}.{name}": value for number, entry in state.optimiser.state.items() for name, value in entry.items()}
+    return {f"{number}.{name}": value for number, entry in enumerate(state.optimiser.state.values()) for name, value in entry.items()}
 
 
 def assert_same_state(one, two):

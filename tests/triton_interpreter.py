@@ -4,8 +4,6 @@ The interpreter is chosen when a kernel's module is imported (TRITON_INTERPRET=1
 A test file calls :func:`run_checks` on itself; its functions named ``check_*`` are then collected there, with the fixtures of this file.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from copies import run_python
 
 POISON = float("nan")
 OPTIONS = ("-q", "-p", "no:cacheprovider", "-p", "triton_interpreter", "-o", "python_functions=check_*")
@@ -21,9 +20,8 @@ OPTIONS = ("-q", "-p", "no:cacheprovider", "-p", "triton_interpreter", "-o", "py
 def run_checks(file):
     """Run the ``check_*`` functions of a test file in the interpreter, and show their report if one fails."""
     pytest.importorskip("triton", reason="triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "pytest", *OPTIONS, file]
-    done = subprocess.run(command, env=environment, cwd=Path(file).parent, capture_output=True, text=True, check=False)
+    code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    done = run_python(code, *OPTIONS, file, folder=Path(file).parent, path=sys.path, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
