@@ -45,6 +45,7 @@ OPS = (
     "group_norm_silu",
     "conv3x3",
     "conv_weight_grad",
+    "assignment",
 )
 # Those with a kernel in csrc/cuda.
 CUDA_OPS = ("noise", "path_sample", "path_loss", "linear_step", "step_error", "probe", "divergence_step")
@@ -318,3 +319,8 @@ def info() -> Info:
         environment={"FM_FAST_BACKEND": ENVIRONMENT_BACKEND, "FM_FAST_CPU": ENVIRONMENT_CPU},
         backends=tuple(_op_backend(op, device) for op in OPS for device in _PREFERENCE),
     )
+
+
+def resolve_on_host(op: str) -> str:
+    """The backend for the host's part of an op whose data may be anywhere: FM_FAST_BACKEND counts where it names one of the host's."""
+    return resolve(op, torch.device("cpu"), "reference" if ENVIRONMENT_BACKEND == "reference" else _AUTOMATIC[op, "cpu"])

@@ -6,6 +6,7 @@ the least sum of squared distances
     sum_i |x1_i - x0_order(i)|^2 = sum_i |x1_i|^2 + sum_i |x0_i|^2 - 2 sum_i <x1_i, x0_order(i)>,
 
 of which only the last sum depends on the order: one matrix of products, whatever the data map's scale and the width of the path's noise.
+What is left is an assignment problem, which op ``assignment`` solves on the host.
 
 Noise is a function of (seed, step, sample id), so a pairing is an order of the sample ids. A training step that is given these ids draws
 its noise in the kernels as ever, and the pairing can be found anywhere: on another device, in a worker of the DataLoader, steps ahead.
@@ -14,16 +15,13 @@ its noise in the kernels as ever, and the pairing can be found anywhere: on anot
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fm_fast import _checks, _modes, random
+from fm_fast import _checks, _modes, _ops, random
 from fm_fast.random import Whole
 
 __all__ = ["optimal_ids", "optimal_order"]
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def optimal_ids(
@@ -54,7 +52,7 @@ def optimal_ids(
         flip: that of the loss; the noise that goes with a mirrored sample is paired as such.
 
     Returns:
-        int64 [B] on the device of x1, an order of the ids. The assignment is solved on the host, by SciPy: a GPU is waited for.
+        int64 [B] on the device of x1, an order of the ids. The assignment is solved on the host: a GPU is waited for.
 
     Raises:
         ValueError, TypeError: for any argument out of range or of wrong shape, dtype or device, and for data that are not finite.
@@ -99,15 +97,15 @@ def optimal_order(x0: Tensor, x1: Tensor, *, labels: Tensor | None = None) -> Te
     _checks.like("x0", x0, x1)
     if not _modes.worth_a_wait(x1):
         raise RuntimeError("a coupling looks at values: find it outside torch.compile, torch.func transforms and CUDA graphs")
-    products = _products(x0.detach(), x1.detach())
+    costs, guess = _costs(x0.detach(), x1.detach())
     if labels is None:
-        return torch.from_numpy(_assign(products)).to(x1.device)
+        return _ops.assignment(costs, guess).to(x1.device)
     classes = _classes(labels, x1)
-    order = np.arange(len(classes))
-    for label in np.unique(classes):
-        members = np.flatnonzero(classes == label)
-        order[members] = members[_assign(products[np.ix_(members, members)])]
-    return torch.from_numpy(order).to(x1.device)
+    order = torch.empty_like(classes)
+    for label in classes.unique():
+        members = (classes == label).nonzero().squeeze(1)
+        order[members] = members[_ops.assignment(costs[members][:, members], guess[members])]
+    return order.to(x1.device)
 
 
 def _all_ids(sample_ids: Whole | None, x1: Tensor) -> Tensor:
@@ -119,15 +117,21 @@ def _all_ids(sample_ids: Whole | None, x1: Tensor) -> Tensor:
     return torch.arange(batch, device=x1.device) + (0 if sample_ids is None else sample_ids)
 
 
-def _products(x0: Tensor, x1: Tensor) -> Array:
-    """<x1_i, x0_j> [B, B] on the host. The mean of the data is the same in every pairing, and takes digits from the rest."""
+def _costs(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+    """-<x1_i, x0_j> [B, B] about the means, which every pairing has in common, and a guess of what x0_j is worth [B], on the host.
+
+    Between Gaussians of widths s1 and s0 the optimal map is x0 -> (s1 / s0) x0, whose potential is (s1 / s0) |x0|^2 / 2.
+    """
     dtype = torch.promote_types(torch.promote_types(x0.dtype, x1.dtype), torch.float32)
-    data, source = (_rows(x).to(dtype) for x in (x1, x0))
+    data, source = (rows - rows.mean(0) for rows in (_rows(x1).to(dtype), _rows(x0).to(dtype)))
     with torch.autocast(x1.device.type, enabled=False):
-        products = (data - data.mean(0)) @ source.T
-    if not bool(products.isfinite().all()):
+        costs = data @ -source.T
+    norms = source.square().sum(1)
+    widths = (data.square().sum() / norms.sum()).sqrt().nan_to_num(0.0, 0.0)
+    costs, guess = torch.cat([costs, (norms * (-0.5 * widths))[None]]).cpu().split([len(norms), 1])
+    if not bool(costs.isfinite().all()):
         raise ValueError("x0 and x1 must be finite, got values that are not, or whose products are not")
-    return products.cpu().numpy()
+    return costs, guess[0].nan_to_num().to(torch.float64)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -135,17 +139,10 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
-def _assign(products: Array) -> Array:
-    """The column of each row, such that the sum of the products is the greatest."""
-    from scipy.optimize import linear_sum_assignment  # comes with torchdiffeq; slow to import
-
-    return np.asarray(linear_sum_assignment(products, maximize=True)[1])
-
-
-def _classes(labels: Tensor, x1: Tensor) -> Array:
+def _classes(labels: Tensor, x1: Tensor) -> Tensor:
     _checks.tensor("labels", labels)
     if labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"labels must be whole numbers, got {labels.dtype}")
     if labels.shape != x1.shape[:1]:
         raise ValueError(f"labels must have shape [{len(x1)}], got {tuple(labels.shape)}")
-    return labels.cpu().numpy()
+    return labels.to("cpu", torch.int64)

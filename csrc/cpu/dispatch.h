@@ -23,6 +23,7 @@ struct KernelTable {
   NormGradKernel group_norm_silu_backward;
   ConvKernel conv_weight_grad, conv_weight_grad_sums;
   Conv3x3Kernel conv3x3_weights, conv3x3;
+  AssignmentKernel assignment;
 };
 
 // The best this CPU can run, or what fm_fast_cpu_select chose.

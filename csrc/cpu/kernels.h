@@ -163,6 +163,18 @@ struct Conv3x3Args {
   int64_t unit_tiles;  // of 2x2 positions of y
 };
 
+// A different column for each row, such that the sum of the costs is the least.
+struct AssignmentArgs {
+  const void* costs;  // [n, n], float32 or float64, finite
+  bool wide;
+  int64_t n;
+  const double* guess;  // of the columns' prices up to a factor
+  int64_t* columns;     // of each row: the result
+  // Working memory, n numbers each:
+  double *prices, *shifted, *distances, *settled_distances;
+  int64_t *rows, *parents, *settled, *waiting;
+};
+
 // Run units begin <= i < end.
 using NoiseKernel = void (*)(const NoiseArgs&, int64_t begin, int64_t end);
 using ScheduleKernel = void (*)(const ScheduleArgs&, int64_t begin, int64_t end);
@@ -178,6 +190,7 @@ using AdamwKernel = void (*)(const AdamwArgs&, int64_t begin, int64_t end);
 using NormKernel = void (*)(const NormArgs&, int64_t begin, int64_t end);
 using NormGradKernel = void (*)(const NormGradArgs&, int64_t begin, int64_t end);
 using ConvKernel = void (*)(const ConvArgs&, int64_t begin, int64_t end);
+using AssignmentKernel = void (*)(const AssignmentArgs&);
 using Conv3x3Kernel = void (*)(const Conv3x3Args&, int64_t begin, int64_t end);
 
 #define FM_DECLARE_KERNELS(isa)                                                              \
@@ -199,6 +212,7 @@ using Conv3x3Kernel = void (*)(const Conv3x3Args&, int64_t begin, int64_t end);
   void conv_weight_grad_sums(const ConvArgs& args, int64_t begin, int64_t end);              \
   void conv3x3_weights(const Conv3x3Args& args, int64_t begin, int64_t end);                 \
   void conv3x3_units(const Conv3x3Args& args, int64_t begin, int64_t end);                   \
+  void assignment(const AssignmentArgs& args);                                               \
   }
 FM_DECLARE_KERNELS(portable)
 #if defined(__x86_64__)

@@ -1,6 +1,7 @@
 """The ops as the modules above see them: tensors in, tensors out, plain PyTorch wherever the guard says so. A file an op."""
 
 from fm_fast._ops.adamw_ema import AdamwState, adamw_ema, adamw_ema_norm
+from fm_fast._ops.assignment import assignment
 from fm_fast._ops.conv3x3 import conv3x3, conv3x3_backend
 from fm_fast._ops.conv_weight_grad import conv_weight_grad, conv_weight_grad_backend
 from fm_fast._ops.divergence_step import divergence_step
@@ -22,6 +23,7 @@ __all__ = [
     "ProbeSet",
     "adamw_ema",
     "adamw_ema_norm",
+    "assignment",
     "conv3x3",
     "conv3x3_backend",
     "conv_weight_grad",

@@ -48,6 +48,7 @@ SCHEMAS = {
         "Tensor bias, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, Tensor key, int groups, bool activation, float dropout, "
         "int index) -> ()"
     ),
+    "assignment": "(Tensor(a!) columns, Tensor costs, Tensor guess) -> ()",
     "conv3x3": "(Tensor(a!) y, Tensor x, Tensor weight, Tensor bias, bool transposed) -> ()",
     "conv_weight_grad": "(Tensor(a!) grad_weight, Tensor(b!) grad_bias, Tensor grad_y, Tensor x) -> ()",
 }

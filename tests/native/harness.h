@@ -35,6 +35,7 @@ struct Isa {
   fm::AdamwKernel adamw;
   fm::ConvKernel conv, conv_sums;
   fm::Conv3x3Kernel conv3x3_weights, conv3x3;
+  fm::AssignmentKernel assignment;
 };
 
 #define FM_KERNELS(isa)             \
@@ -53,7 +54,8 @@ struct Isa {
    fm::isa::conv_weight_grad_units, \
    fm::isa::conv_weight_grad_sums,  \
    fm::isa::conv3x3_weights,        \
-   fm::isa::conv3x3_units}
+   fm::isa::conv3x3_units,          \
+   fm::isa::assignment}
 
 inline std::vector<Isa> instruction_sets() {
   std::vector<Isa> found = {FM_KERNELS(portable)};

@@ -46,7 +46,16 @@ def run(command: list[str]) -> bytes:
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The test programs, each linked with the sanitized kernels of all instruction sets."""
     folder = tmp_path_factory.mktemp("native")
-    mains = ("kernels_test", "sampling_test", "training_test", "conv_test", "conv3x3_test", "formats_test", "print_normals")
+    mains = (
+        "kernels_test",
+        "sampling_test",
+        "training_test",
+        "assignment_test",
+        "conv_test",
+        "conv3x3_test",
+        "formats_test",
+        "print_normals",
+    )
     with ThreadPoolExecutor(2) as pool:
         kernels = [
             pool.submit(compile_object, HERE / "units.cpp", folder / f"{isa}.o", *SANITIZERS, *flags, f"-DFM_ISA={isa}")
@@ -60,7 +69,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kernels_test", "sampling_test", "training_test", "conv_test", "conv3x3_test", "formats_test"])
+@pytest.mark.parametrize(
+    "name", ["kernels_test", "sampling_test", "training_test", "assignment_test", "conv_test", "conv3x3_test", "formats_test"]
+)
 def test_program(programs: dict[str, Path], name: str) -> None:
     printed = run([str(programs[name])]).decode().split()
     assert printed[0] == "portable"

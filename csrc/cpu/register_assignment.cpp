@@ -1,0 +1,49 @@
+// assignment, from torch's arguments to its kernel.
+#include <math.h>
+
+#include "../unbox.h"
+#include "dispatch.h"
+#include "ops.h"
+#include "scratch.h"
+
+namespace fm {
+namespace {
+
+using abi::Arguments;
+using abi::Tensor;
+
+constexpr double kLargest = 1e300;  // sums of a few of them are finite
+constexpr int64_t kInlineNumbers = 1024;
+
+void check_finite(const Tensor& tensor, const void* data, Dtype dtype, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (!(fabs(number_at(data, dtype, i)) < kLargest)) tensor.fail("expected finite numbers");
+}
+
+}  // namespace
+
+void assignment(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments in(stack, "TTT");
+  Tensor columns = in.tensor("columns"), costs = in.tensor("costs"), guess = in.tensor("guess");
+  int64_t n = columns.dim() == 1 ? columns.sizes()[0] : 0;
+  if (costs.dim() != 2 || costs.sizes()[0] != n || costs.sizes()[1] != n) costs.fail("expected a row and a column for each of columns");
+  AssignmentArgs args = {};
+  args.costs = dense_floats(costs, n * n);
+  args.wide = is_wide(costs);
+  args.n = n;
+  args.guess = dense_doubles(guess, n);
+  args.columns = const_cast<int64_t*>(dense_integers(columns));
+  check_finite(costs, args.costs, dtype_of(costs), n * n);
+  check_finite(guess, args.guess, Dtype::float64, n);
+  Scratch<double, kInlineNumbers> numbers(4 * n);
+  Scratch<int64_t, kInlineNumbers> places(4 * n);
+  double** doubles[] = {&args.prices, &args.shifted, &args.distances, &args.settled_distances};
+  int64_t** integers[] = {&args.rows, &args.parents, &args.settled, &args.waiting};
+  for (int64_t i = 0; i < 4; ++i) {
+    *doubles[i] = numbers.data() + i * n;
+    *integers[i] = places.data() + i * n;
+  }
+  kernels().assignment(args);
+}
+
+}  // namespace fm
