@@ -118,20 +118,35 @@ def _all_ids(sample_ids: Whole | None, x1: Tensor) -> Tensor:
 
 
 def _costs(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
-    """-<x1_i, x0_j> [B, B] about the means, which every pairing has in common, and a guess of what x0_j is worth [B], on the host.
+    """-<x1_i, x0_j> [B, B] and a guess of what x0_j is worth [B], on the host.
 
-    Between Gaussians of widths s1 and s0 the optimal map is x0 -> (s1 / s0) x0, whose potential is (s1 / s0) |x0|^2 / 2.
+    The mean of the data is the same in every pairing, and would take digits from the rest.
     """
     dtype = torch.promote_types(torch.promote_types(x0.dtype, x1.dtype), torch.float32)
-    data, source = (rows - rows.mean(0) for rows in (_rows(x1).to(dtype), _rows(x0).to(dtype)))
+    data, source = (_rows(x).to(dtype) for x in (x1, x0))
+    negated = data.mean(0) - data
     with torch.autocast(x1.device.type, enabled=False):
-        costs = data @ -source.T
-    norms = source.square().sum(1)
-    widths = (data.square().sum() / norms.sum()).sqrt().nan_to_num(0.0, 0.0)
-    costs, guess = torch.cat([costs, (norms * (-0.5 * widths))[None]]).cpu().split([len(norms), 1])
-    if not bool(costs.isfinite().all()):
+        costs = negated @ source.T
+        guess = _guess(negated, source)
+    costs, guess = torch.cat([costs, guess[None]]).cpu().split([len(guess), 1])
+    if not math.isfinite(costs.sum()):
         raise ValueError("x0 and x1 must be finite, got values that are not, or whose products are not")
-    return costs, guess[0].nan_to_num().to(torch.float64)
+    return costs, guess[0].to(torch.float64)
+
+
+def _guess(data: Tensor, source: Tensor) -> Tensor:
+    """Between Gaussians of widths s1 and s0 the optimal map is x0 -> (s1 / s0) x0, whose potential is (s1 / s0) |x0|^2 / 2.
+
+    Nothing where a batch is thin in the space of its samples, and such prices worth little. data: about their mean.
+    """
+    batch, size = source.shape
+    if size >= batch:
+        return source.new_zeros(batch)
+    mean = source.mean(0)
+    # About the mean, but for what all have in common.
+    squares = torch.linalg.vecdot(source, source) - 2.0 * (source @ mean)
+    width = (squares.sum() + batch * torch.dot(mean, mean)).sqrt()
+    return (squares * (-0.5 * torch.linalg.vector_norm(data) / width)).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -136,7 +136,14 @@ class Solver {
     return prices + sum * (static_cast<double>(args_.n) / static_cast<double>(count));
   }
 
+  bool is_guessed() const {
+    for (int64_t j = 0; j < args_.n; ++j)
+      if (args_.guess[j] != 0) return true;
+    return false;
+  }
+
   void choose_prices() const {
+    if (!is_guessed()) return void(set_prices(0));
     double best = kMultiples[0], highest = -kFar;
     for (double multiple : kMultiples) {
       double bound = lower_bound(multiple);

@@ -15,9 +15,15 @@ using abi::Tensor;
 constexpr double kLargest = 1e300;  // sums of a few of them are finite
 constexpr int64_t kInlineNumbers = 1024;
 
-void check_finite(const Tensor& tensor, const void* data, Dtype dtype, int64_t count) {
-  for (int64_t i = 0; i < count; ++i)
-    if (!(fabs(number_at(data, dtype, i)) < kLargest)) tensor.fail("expected finite numbers");
+template <class T>
+bool are_finite(const void* data, int64_t count) {
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) finite &= fabs(static_cast<double>(static_cast<const T*>(data)[i])) < kLargest;
+  return finite;
+}
+
+void check_finite(const Tensor& tensor, const void* data, int64_t count) {
+  if (!(is_wide(tensor) ? are_finite<double>(data, count) : are_finite<float>(data, count))) tensor.fail("expected finite numbers");
 }
 
 }  // namespace
@@ -33,8 +39,8 @@ void assignment(StableIValue* stack, uint64_t, uint64_t) {
   args.n = n;
   args.guess = dense_doubles(guess, n);
   args.columns = const_cast<int64_t*>(dense_integers(columns));
-  check_finite(costs, args.costs, dtype_of(costs), n * n);
-  check_finite(guess, args.guess, Dtype::float64, n);
+  check_finite(costs, args.costs, n * n);
+  check_finite(guess, args.guess, n);
   Scratch<double, kInlineNumbers> numbers(4 * n);
   Scratch<int64_t, kInlineNumbers> places(4 * n);
   double** doubles[] = {&args.prices, &args.shifted, &args.distances, &args.settled_distances};
