@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fm_fast import _ops
 from fm_fast._solver.loop import unwritten
-from fm_fast._solver.trial import Derivative, Fused, Parts, Plain, Tolerance, Trial, mean_squares, norm
+from fm_fast._solver.trial import Derivative, Fused, Parts, Plain, Tolerance, Trial
 from fm_fast.solvers import EmbeddedRungeKutta
 
 AnyTime = TypeVar("AnyTime", float, Tensor)
@@ -168,18 +168,15 @@ class _Control:
         """A step whose error is about a hundredth of the tolerance, by the size of the slope and of its change."""
         y, slope = self._trial.y, self._trial.slope
         assert slope is not None
-        state, speed = self._norm(y), self._norm(slope)
+        state, speed = (self._trial.size(values, self._tolerance) for values in (y, slope))
         if not math.isfinite(state) or not math.isfinite(speed):
             raise StepFailed(f"the state or its slope is not finite at t = {t:.6g}")
         h = 1e-6 if state < 1e-5 or speed < 1e-5 else 0.01 * state / speed
         ahead = self._derivative(t + direction * h, tuple(part + direction * h * k for part, k in zip(y, slope, strict=True)))
-        change = self._norm(tuple(a.to(b.dtype) - b for a, b in zip(ahead, slope, strict=True))) / h
+        difference = tuple(a.to(b.dtype) - b for a, b in zip(ahead, slope, strict=True))
+        change = self._trial.size(difference, self._tolerance) / h
         if not math.isfinite(change) or max(speed, change) <= 1e-15:
             guess = max(1e-6, h * 1e-3)
         else:
             guess = (0.01 / max(speed, change)) ** -self._exponent
         return direction * min(100.0 * h, guess)
-
-    def _norm(self, values: Parts) -> float:
-        """Beside the tolerance at the state."""
-        return float(norm(mean_squares(values, self._trial.y, self._tolerance)))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fm_fast import _ops, reference
 from fm_fast._solver.adaptive import LONGEST, SAFETY, SHORTEST, Counted
-from fm_fast._solver.trial import Arithmetic, Fused, Parts, Plain, Tolerance, mean_squares, norm_of_each
+from fm_fast._solver.trial import Arithmetic, Fused, Parts, Plain, Tolerance, norm_of_each
 from fm_fast.solvers import EmbeddedRungeKutta
 
 # (t float64 [B], parts of the state) -> their derivatives, as those of `trial.Derivative`
@@ -83,6 +83,10 @@ class _Trials:
     def slope(self) -> Parts:
         """The slope at y, before the first step."""
         return self._slopes[0]
+
+    def size(self, values: Parts) -> Tensor:
+        """The norms of values beside the tolerance at y, float64 [B]."""
+        return norm_of_each(self._arithmetic.size(values, self.y, self._rules.tolerance))
 
     def step(self, t: Tensor, h: Tensor) -> Tensor:
         """Try a step of each sample; their errors float64 [B], of which up to 1 is tolerated."""
@@ -279,16 +283,12 @@ class _Control:
     def _first_step(self) -> Tensor:
         """Steps whose errors are about a hundredth of the tolerance, by the size of the slopes and of their change; 0 if not finite."""
         y, slope, direction = self._trials.y, self._trials.slope, 1.0 if self._passed.forward else -1.0
-        state, speed = self._norm(y), self._norm(slope)
+        state, speed = self._trials.size(y), self._trials.size(slope)
         finite = state.isfinite() & speed.isfinite()
         h = torch.where((state < 1e-5) | (speed < 1e-5), 1e-6, torch.where(finite, 0.01 * state / speed, self._zero))
         ahead = tuple(part + reference.per_sample((direction * h).to(part.dtype), part) * k for part, k in zip(y, slope, strict=True))
         slopes = self._derivative(self._t + direction * h, ahead)
-        change = self._norm(tuple(a.to(b.dtype) - b for a, b in zip(slopes, slope, strict=True))) / h
+        change = self._trials.size(tuple(a.to(b.dtype) - b for a, b in zip(slopes, slope, strict=True))) / h
         steepest = torch.maximum(speed, change)
         guess = torch.where(~change.isfinite() | (steepest <= 1e-15), (h * 1e-3).clamp(min=1e-6), (0.01 / steepest) ** -self._exponent)
         return direction * torch.where(finite, torch.minimum(100.0 * h, guess), self._zero)
-
-    def _norm(self, values: Parts) -> Tensor:
-        """Beside the tolerance at the state, float64 [B]."""
-        return norm_of_each(mean_squares(values, self._trials.y, self._rules.tolerance))

@@ -76,6 +76,10 @@ class Arithmetic(Protocol):
         """Mean squares of the error of a step beside the tolerance, of each part and sample: float64 [parts, B]."""
         ...
 
+    def size(self, values: Parts, y: Parts, tolerance: Tolerance) -> Tensor:
+        """The same of values beside the tolerance at y."""
+        ...
+
     def interpolate(self, h: float, weights: Sequence[float], y: Parts, slopes: Sequence[Parts]) -> Parts:
         """y + h sum_j weights[j] slopes[j] in new memory."""
         ...
@@ -98,6 +102,10 @@ class Trial:
         self.y = self._end = y
         self.slope: Parts | None = arithmetic.keep(0, derivative(t, y))
         self._slopes, self._h = [self.slope], 0.0
+
+    def size(self, values: Parts, tolerance: Tolerance) -> float:
+        """The norm of values beside the tolerance at y."""
+        return float(norm(self._arithmetic.size(values, self.y, tolerance)))
 
     def step(self, t: float, h: float, tolerance: Tolerance) -> float:
         """Try a step; its error, of which up to 1 is tolerated. Reads one number from the device."""
@@ -157,6 +165,10 @@ class Plain:
         pairs = enumerate(zip(y, end, strict=True))
         return torch.stack([reference.step_error(a, b, [slope[i] for slope in used], steps, *tolerance) for i, (a, b) in pairs])
 
+    def size(self, values: Parts, y: Parts, tolerance: Tolerance) -> Tensor:
+        pairs = zip(values, y, strict=True)
+        return torch.stack([reference.step_error(part, part, [value], [1.0], *tolerance) for value, part in pairs])
+
     def merge(self, chosen: Parts, new: Parts, old: Parts) -> Parts:
         return tuple(torch.where(*parts) for parts in zip(chosen, new, old, strict=True))
 
@@ -209,6 +221,12 @@ class Fused:
             self._step_error(means, y[i], end[i], [slope[i] for slope in used], self._tables.error, *tolerance)
         return self._means
 
+    def size(self, values: Parts, y: Parts, tolerance: Tolerance) -> Tensor:
+        means, one = torch.empty_like(self._means), self._means.new_ones(1)
+        for row, value, part in zip(means.unbind(), values, y, strict=True):
+            self._step_error(row, part, part, [value], one, *tolerance)
+        return means
+
     def merge(self, chosen: Parts, new: Parts, old: Parts) -> Parts:
         for mask, one, other in zip(chosen, new, old, strict=True):
             torch.where(mask, one, other, out=other)
@@ -244,12 +262,6 @@ class _Tables:
 
 def _alike(y: Parts) -> Parts:
     return tuple(torch.empty_like(part) for part in y)
-
-
-def mean_squares(values: Parts, y: Parts, tolerance: Tolerance) -> Tensor:
-    """Mean squares of values beside the tolerance at y, of each part and sample: float64 [parts, B]."""
-    pairs = zip(values, y, strict=True)
-    return torch.stack([reference.step_error(part, part, [value], [1.0], *tolerance) for value, part in pairs])
 
 
 def norm(means: Tensor) -> Tensor:
