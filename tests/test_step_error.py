@@ -38,9 +38,9 @@ def check(found, y, end, k, coefficients=COEFFICIENTS, rtol=RTOL, atol=ATOL):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("terms", range(1, 11))
-def test_sizes_and_numbers_of_terms(shape, terms, backend):
-    for dtype in (torch.float32, torch.float64):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sizes_and_numbers_of_terms(shape, dtype, backend):
+    for terms in range(1, 11):
         y, end, *k = (data(shape, seed, dtype) for seed in range(2 + terms))
         check(norm(y, end, k, backend), y, end, k)
 
