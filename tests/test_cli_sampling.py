@@ -21,10 +21,10 @@ SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels"
 # A few large steps: the network's output must matter to what is compared.
 RUN = ["train", "digits", "--steps", "8", "--batch-size", "32", "--learning-rate", "0.02", "--warmup", "1", "--ema-decay", "0"]
 RUN += ["--no-evaluate", *SMALL]
+SOLVER = "method steps grid rtol atol max-steps per-sample t0 t1"
 OPTIONS = {
-    "sample": "weights seed batch-size device classes data count out images guidance method steps grid rtol atol per-sample t0 t1",
-    "likelihood": "weights seed batch-size device data limit unconditional method steps grid rtol atol per-sample t0 t1 probes kind"
-    " replicates draws json progress",
+    "sample": f"weights seed batch-size device classes data count out images guidance {SOLVER}",
+    "likelihood": f"weights seed batch-size device data limit unconditional {SOLVER} probes kind replicates draws json progress",
 }
 
 
@@ -296,6 +296,7 @@ def test_wrong_command_lines(arguments, message, capsys):
         (["sample", "RUN", "--method", "dopri5", "--grid", "karras"], "grid: expected none for the adaptive method dopri5, which places"),
         (["sample", "RUN", "--rtol", "1e-3"], "rtol: expected none for the fixed-step method midpoint, which has no tolerance, got 0.001"),
         (["sample", "RUN", "--method", "rk4", "--atol", "1e-5"], "atol: expected none for the fixed-step method rk4"),
+        (["sample", "RUN", "--max-steps", "9"], "max_steps: expected none for the fixed-step method midpoint, which takes as many"),
         (["sample", "RUN", "--per-sample"], "per_sample: expected none for the fixed-step method midpoint, which takes the same"),
         (["likelihood", "RUN", "--atol", "1e-5"], "atol: expected none for the fixed-step method midpoint"),
         (["likelihood", "RUN", "--method", "dopri5", "--grid", "shift"], "grid: expected none for the adaptive method dopri5"),
@@ -317,6 +318,7 @@ def test_wrong_command_lines(arguments, message, capsys):
         (["likelihood", "RUN", "--kind", "exact", "--probes", "3"], "probes: expected none with --kind exact, which computes the"),
         (["likelihood", "RUN", "--kind", "exact", "--replicates", "2"], "replicates: expected none with --kind exact"),
         (["likelihood", "RUN", "--json", "no/such.json"], "no/such.json: there is no folder no"),
+        (["sample", "RUN", "--method", "dopri5", "--max-steps", "1"], "did not reach the end of the solve in max_steps=1 steps"),
         (["likelihood", "RUN", "--rtol", "0", "--method", "dopri5"], "rtol must be positive, got 0.0"),
         (["sample", "no/such/run"], "no/such/run: no such checkpoint"),
         (["likelihood", "no/such/run"], "no/such/run: no such checkpoint"),

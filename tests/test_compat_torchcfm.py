@@ -51,6 +51,36 @@ def closed_form(name, sigma, x0, x1, t, epsilon):
     return mean + sigma * epsilon, x1 - x0
 
 
+def test_the_plan_is_torchcfms():
+    x0, x1 = pair()
+    plan = pytest.importorskip("torchcfm.optimal_transport", exc_type=ImportError).OTPlanSampler("exact").get_map(x0, x1)
+    torch.testing.assert_close(ours.OTPlanSampler("exact").get_map(x0, x1), plan, rtol=1e-12, atol=1e-12)
+
+
+def test_every_pair_once_with_its_labels():
+    x0, x1 = pair()
+    paired = ours.OTPlanSampler().sample_plan_with_labels(x0, x1, ORDER.argsort(), 10 * torch.arange(8))
+    assert torch.equal(paired[0], x0[ORDER]) and torch.equal(paired[1], x1)
+    assert paired[2].tolist() == list(range(8)) and paired[3].tolist() == [10 * i for i in range(8)]
+    assert ours.OTPlanSampler().sample_plan_with_labels(x0, x1)[2:] == (None, None)
+
+
+def test_pairs_drawn_with_replacement():
+    x0, x1 = pair()
+    paired = [seeded(ours.OTPlanSampler().sample_plan, x0, x1, replace=True) for _ in range(2)]
+    assert torch.equal(paired[0][0], paired[1][0]) and torch.equal(paired[0][1], paired[1][1]), "torch's generator draws them"
+    place = torch.cdist(paired[0][1].flatten(1), x1.flatten(1)).argmin(1)
+    assert torch.equal(paired[0][0], x0[ORDER[place]]) and len(place.unique()) < 8
+
+
+def test_a_sampler_of_other_plans_is_refused():
+    with pytest.raises(ValueError, match="method must be one of exact, got 'sinkhorn'"):
+        ours.OTPlanSampler("sinkhorn")
+    x0, x1 = pair()
+    with pytest.raises(ValueError, match="x0 must have the shape of x1"):
+        ours.OTPlanSampler().sample_plan(x0[:5], x1)
+
+
 @pytest.mark.parametrize("sigma", [0.0, 0.3])
 @pytest.mark.parametrize("name", MATCHERS)
 def test_closed_forms(name, sigma):

@@ -16,8 +16,14 @@ from fm_fast.train.weights import AVERAGE
 
 SPLITS = ("train", "test")
 TOLERANCE = 1e-5
+MAX_STEPS = 10_000
 # Why fixed-step methods refuse what only adaptive ones take
-NOT_FOR_FIXED_STEPS = {"rtol": "has no tolerance", "atol": "has no tolerance", "per_sample": "takes the same steps for all samples"}
+NOT_FOR_FIXED_STEPS = {
+    "rtol": "has no tolerance",
+    "atol": "has no tolerance",
+    "max_steps": "takes as many as --steps says",
+    "per_sample": "takes the same steps for all samples",
+}
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +43,7 @@ def add_solver(parser: argparse.ArgumentParser, steps_help: str, steps: int | No
     tolerance = f"tolerance of an adaptive method [{TOLERANCE:g}]"
     parser.add_argument("--rtol", type=float, metavar="FLOAT", help=f"relative {tolerance}")
     parser.add_argument("--atol", type=float, metavar="FLOAT", help=f"absolute {tolerance}")
+    parser.add_argument("--max-steps", type=positive, metavar="INT", help=f"an adaptive method gives up after so many [{MAX_STEPS}]")
     parser.add_argument("--per-sample", action="store_true",
                         help="an adaptive method chooses the steps of each sample by itself, not of a batch together")  # fmt: skip
     add_ends(parser)
@@ -80,7 +87,7 @@ def require_target(name: str, file: Path) -> None:
 def solver_of(options: argparse.Namespace, method: str, steps: int) -> dict[str, Any]:
     """The solve that was asked for, where no steps were given with so many. Raises ValueError for options that the method has not."""
     adaptive = is_adaptive(method)
-    refused = {"steps": None, "grid": "uniform"} if adaptive else {"rtol": None, "atol": None, "per_sample": False}
+    refused = {"steps": None, "grid": "uniform"} if adaptive else {**dict.fromkeys(NOT_FOR_FIXED_STEPS), "per_sample": False}
     for name, left_out in refused.items():
         value = getattr(options, name)
         if value != left_out:
@@ -88,8 +95,8 @@ def solver_of(options: argparse.Namespace, method: str, steps: int) -> dict[str,
             raise ValueError(f"{name}: expected none for the {kind} method {method}, which {reason}, got {value}")
     tolerances = {name: TOLERANCE if getattr(options, name) is None else getattr(options, name) for name in ("rtol", "atol")}
     rest = {name: getattr(options, name) for name in ("grid", "t0", "t1")}
-    steps_of = {"steps": None if adaptive else options.steps or steps, "per_sample": "shrink" if options.per_sample else False}
-    return {"method": method, **steps_of, **tolerances, **rest}
+    steps_of = {"steps": None if adaptive else options.steps or steps, "max_steps": options.max_steps or MAX_STEPS}
+    return {"method": method, **steps_of, "per_sample": "shrink" if options.per_sample else False, **tolerances, **rest}
 
 
 def held_out_data(source: str | None, limit: int | None, config: TrainConfig) -> Dataset:

@@ -1,4 +1,4 @@
-"""The matchers of torchcfm, for loops that compute their own loss from (t, x_t, u_t).
+"""The matchers of torchcfm, for loops that compute their own loss from (t, x_t, u_t), and its sampler of optimal pairs.
 
 ::
 
@@ -10,7 +10,8 @@ A seed of torch's generator gives torchcfm's numbers, up to rounding, on the CPU
 * Times are drawn on the device of x0; torchcfm draws them on the CPU and waits for the copy.
 * ``TargetConditionalFlowMatcher`` and ``SchrodingerBridgeConditionalFlowMatcher`` take u_t from the noise that they drew. torchcfm divides
   it out of x_t, and what is left of it in 16 bits, or near the ends, is often not finite.
-* Optimal pairs are an assignment (:mod:`fm_fast.couplings`): each sample once, instead of draws with replacement from the plan.
+* Optimal pairs are an assignment (:mod:`fm_fast.couplings`): each sample once, instead of draws with replacement from the plan, which
+  ``OTPlanSampler`` makes where ``replace=True`` asks for them.
 * Shapes, dtypes and devices of x0 and x1, and t, are checked. x_t and u_t have the dtype of x0, whatever that of t.
 
 Entropic, unbalanced and partial plans are not covered. :func:`fm_fast.flow_matching_loss` fuses noise, point, target and loss, which
@@ -19,7 +20,9 @@ separate tensors cannot.
 
 import math
 import warnings
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +32,7 @@ from fm_fast.couplings import optimal_order
 __all__ = [
     "ConditionalFlowMatcher",
     "ExactOptimalTransportConditionalFlowMatcher",
+    "OTPlanSampler",
     "SchrodingerBridgeConditionalFlowMatcher",
     "TargetConditionalFlowMatcher",
     "VariancePreservingConditionalFlowMatcher",
@@ -168,6 +172,42 @@ class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
         order = optimal_order(x0, x1)
         draw = super().sample_location_and_conditional_flow(x0[order], x1, t, return_noise)
         return (*draw[:3], None if y0 is None else y0[order], y1, *draw[3:])
+
+
+class OTPlanSampler:
+    """Pairs of least squared distance of two batches of one shape (Tong et al. 2023, Pooladian et al. 2023).
+
+    method: "exact". Of torchcfm's sampler it has no plans between batches of different sizes and no trajectories.
+    """
+
+    def __init__(self, method: str = "exact") -> None:
+        _checks.one_of("method", method, ("exact",))
+
+    def get_map(self, x0: Tensor, x1: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The plan [B, B]: 1 / B for x0_i and x1_j that are a pair, else 0."""
+        order = self._order(x0, x1).cpu()
+        plan = np.zeros((len(order), len(order)))
+        plan[order, np.arange(len(order))] = 1.0 / max(len(order), 1)
+        return plan
+
+    def sample_plan(self, x0: Tensor, x1: Tensor, replace: bool = False) -> tuple[Tensor, Tensor]:
+        """x0 and x1 in an order in which they are pairs: every pair once, in the order of x1, or as many drawn with replacement."""
+        x0, x1, _, _ = self.sample_plan_with_labels(x0, x1, replace=replace)
+        return x0, x1
+
+    def sample_plan_with_labels(
+        self, x0: Tensor, x1: Tensor, y0: Tensor | None = None, y1: Tensor | None = None, replace: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """As :meth:`sample_plan`, and the labels y0 [B, ...] and y1 [B, ...] that go with them."""
+        i, j = self._order(x0, x1), torch.arange(len(x1), device=x1.device)
+        if replace:
+            j = torch.randint(max(len(x1), 1), (len(x1),), device=x1.device)
+            i = i[j]
+        return x0[i], x1[j], None if y0 is None else y0[i], None if y1 is None else y1[j]
+
+    def _order(self, x0: Tensor, x1: Tensor) -> Tensor:
+        _check_pair(x0, x1)
+        return optimal_order(x0, x1)
 
 
 class SchrodingerBridgeConditionalFlowMatcher(ExactOptimalTransportConditionalFlowMatcher):
