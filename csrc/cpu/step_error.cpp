@@ -1,30 +1,17 @@
 // The error of a step beside what is tolerated: of each sample the sum of (e / (atol + rtol max(|y|, |end|)))^2, e = sum_j c_j k_j
 // (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, equations II.4.10 and II.4.11).
+#include "../step_error.h"
 #include "weighted_sum.h"
 
 namespace fm {
 namespace FM_ISA {
 namespace {
 
-// NaN if one of them is.
-template <class T>
-FM_INLINE T larger(T a, T b) {
-  return a > b || a != a ? a : b;
-}
-
-template <class T>
-FM_INLINE T magnitude(T a) {
-  return a < 0 ? -a : a;
-}
-
 // Errors become the squares of their ratios to what is tolerated.
 template <class T>
 FM_INLINE void square_ratios(const T* y, const T* end, T rtol, T atol, int64_t count, T* errors) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) {
-    T ratio = errors[i] / multiply_add(rtol, larger(magnitude(y[i]), magnitude(end[i])), atol);
-    errors[i] = ratio * ratio;
-  }
+  for (int64_t i = 0; i < count; ++i) errors[i] = square_of_ratio(errors[i], y[i], end[i], rtol, atol);
 }
 
 // Sixteen sums side by side: the compiler makes vectors of them, and their order is the same for every instruction set.

@@ -1,6 +1,7 @@
 // The error of a step beside what is tolerated: of each sample the mean of (e / (atol + rtol max(|y|, |end|)))^2, e = sum_j c_j k_j
 // (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, equations II.4.10 and II.4.11).
 #include "../merge.h"
+#include "../step_error.h"
 #include "chunk_sums.h"
 #include "kernels.h"
 #include "samples.h"
@@ -21,23 +22,6 @@ struct ErrorLaunch {
 };
 
 struct NoRecord {};
-
-// NaN if one of them is.
-template <class T>
-FM_HD T larger(T a, T b) {
-  return a > b || a != a ? a : b;
-}
-
-template <class T>
-FM_HD T magnitude(T a) {
-  return a < 0 ? -a : a;
-}
-
-template <class T>
-FM_HD T square_of_ratio(const ErrorCall& call, T error, T y, T end) {
-  T ratio = error / multiply_add(static_cast<T>(call.rtol), larger(magnitude(y), magnitude(end)), static_cast<T>(call.atol));
-  return ratio * ratio;
-}
 
 // The errors of a pack: the loads of some terms come first, beside each other.
 template <int kWidth>
@@ -62,6 +46,7 @@ __device__ __forceinline__ void errors_of(const ErrorLaunch& launch, int64_t off
 // Samples that are rows of float32 packs.
 __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const ErrorLaunch launch) {
   using P = Packs<float>;
+  const float rtol = static_cast<float>(launch.call.rtol), atol = static_cast<float>(launch.call.atol);
   const auto nothing = [](int64_t, bool) { return NoRecord{}; };
   walk<NoRecord>(launch.geometry, nothing, [&](const NoRecord&, const Run& run) {
     for (uint32_t chunk = run.first_chunk; chunk < run.stop_chunk; ++chunk) {
@@ -77,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const ErrorLa
         errors_of(launch, at, errors);
         widen_pack(y_pack, y);
         widen_pack(end_pack, end);
-        for (int j = 0; j < P::kWidth; ++j) sum += square_of_ratio(launch.call, errors[j], y[j], end[j]);
+        for (int j = 0; j < P::kWidth; ++j) sum += square_of_ratio(errors[j], y[j], end[j], rtol, atol);
       }
       put_chunk(launch.geometry, run, chunk, static_cast<double>(sum) * launch.share, launch.partial);
     }
@@ -89,6 +74,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks) strided_kernel(const ErrorLaunch launch) {
   const ErrorCall& call = launch.call;
   const Geometry& g = launch.geometry;
+  const T rtol = static_cast<T>(call.rtol), atol = static_cast<T>(call.atol);
   const auto nothing = [](int64_t, bool) { return NoRecord{}; };
   walk<NoRecord>(g, nothing, [&](const NoRecord&, const Run& run) {
     for (uint32_t chunk = run.first_chunk; chunk < run.stop_chunk; ++chunk) {
@@ -104,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) strided_kernel(const ErrorL
         }
         T y = load_any<T>(call.y, offset_of(call.y, run.sample, channel, position));
         T end = load_any<T>(call.end, offset_of(call.end, run.sample, channel, position));
-        sum += square_of_ratio(call, error, y, end);
+        sum += square_of_ratio(error, y, end, rtol, atol);
       }
       put_chunk(g, run, chunk, static_cast<double>(sum) * launch.share, launch.partial);
     }

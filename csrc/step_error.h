@@ -1,0 +1,26 @@
+// One element of step_error, for every backend.
+#pragma once
+
+#include "hd.h"
+
+namespace fm {
+
+template <class T>
+FM_HD T magnitude(T a) {
+  return a < 0 ? -a : a;
+}
+
+// NaN if one of them is.
+template <class T>
+FM_HD T larger(T a, T b) {
+  return a > b || a != a ? a : b;
+}
+
+// Of an error to what is tolerated in a step from y to end.
+template <class T>
+FM_HD T square_of_ratio(T error, T y, T end, T rtol, T atol) {
+  T ratio = error / multiply_add(rtol, larger(magnitude(y), magnitude(end)), atol);
+  return ratio * ratio;
+}
+
+}  // namespace fm
