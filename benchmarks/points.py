@@ -206,6 +206,16 @@ def with_ours(setting: Setting, op: str, ours: Callable[[str], Any], others: Map
     ]
 
 
+def copying(bytes_moved: Callable[[Setting], int]) -> Callable[[Any, Setting], Callable[[], object]]:
+    """Builds a bound: the bytes that must be read and written, by one plain copy."""
+
+    def build(given: Any, setting: Setting) -> Callable[[], object]:
+        source, target = torch.zeros(2, bytes_moved(setting) // 2, dtype=torch.uint8, device=setting.device)
+        return lambda: target.copy_(source)
+
+    return build
+
+
 # Correctness
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.op import Op, Provider, Setting, bytes_of_shape
-from benchmarks.points import GPU_SIZES, SIZES, check_close, with_ours
+from benchmarks.points import GPU_SIZES, SIZES, check_close, copying, with_ours
 from fm_fast import _ops
 
 GUIDANCE = 3.0
@@ -97,15 +97,9 @@ def _ours(backend: str) -> Callable[[Inputs, Setting], Step]:
     return build
 
 
-def _memory_floor(given: Inputs, setting: Setting) -> Callable[[], object]:
-    """The bytes that must move, by one plain copy."""
-    source, target = torch.zeros(2, bytes_moved(setting) // 2, dtype=torch.uint8, device=setting.device)
-    return lambda: target.copy_(source)
-
-
 def providers(setting: Setting) -> list[Provider]:
     others = {"naive eager": _naive, "best eager": _best, "torch.compile": _compiled}
-    return with_ours(setting, "linear_step", _ours, others, _memory_floor)
+    return with_ours(setting, "linear_step", _ours, others, copying(bytes_moved))
 
 
 def check(given: Inputs, setting: Setting, step: Step) -> None:
