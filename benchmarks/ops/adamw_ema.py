@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.op import Op, Provider, Setting
-from benchmarks.points import check_close
+from benchmarks.points import check_close, copying
 from fm_fast.nn import UNet, UNetConfig
 from fm_fast.train.averaging import fixed_decay
 from fm_fast.train.optimiser import AdamWEMA
@@ -120,19 +120,13 @@ def _loop(averages: Sequence[Tensor], weights: Sequence[Tensor], rate: float) ->
         average.mul_(1.0 - rate).add_(weight, alpha=rate)
 
 
-def _memory_floor(given: Inputs, setting: Setting) -> Callable[[], None]:
-    """The bytes that the two passes cannot avoid, by one plain copy, and no arithmetic."""
-    source, target = torch.zeros(2, bytes_moved(setting) // 2, dtype=torch.uint8, device=setting.device)
-    return lambda: target.copy_(source)
-
-
 def providers(setting: Setting) -> list[Provider]:
     return [
         Provider("fm_fast", _ours),
         Provider("clip, fused AdamW, foreach EMA", _torch("fused", _foreach)),
         Provider("clip, foreach AdamW, foreach EMA", _torch("foreach", _foreach)),
         Provider("clip, loop AdamW, loop EMA", _torch("loop", _loop)),
-        Provider("memory floor", _memory_floor, gated=False),
+        Provider("memory floor", copying(bytes_moved), gated=False),
     ]
 
 
