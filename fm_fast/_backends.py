@@ -323,4 +323,6 @@ def info() -> Info:
 
 def resolve_on_host(op: str) -> str:
     """The backend for the host's part of an op whose data may be anywhere: FM_FAST_BACKEND counts where it names one of the host's."""
-    return resolve(op, torch.device("cpu"), "reference" if ENVIRONMENT_BACKEND == "reference" else _AUTOMATIC[op, "cpu"])
+    chosen = ENVIRONMENT_BACKEND
+    serves_host = chosen is not None and _SERVES.get(chosen, "cpu") == "cpu"
+    return resolve(op, torch.device("cpu"), chosen if serves_host else _AUTOMATIC[op, "cpu"])

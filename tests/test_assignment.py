@@ -96,6 +96,19 @@ def test_the_same_every_time():
     assert torch.equal(_ops.assignment(costs, guess), _ops.assignment(costs, guess))
 
 
+@pytest.mark.parametrize("chosen", [None, "cuda", "triton"])
+def test_a_choice_of_a_devices_backend_says_nothing_about_the_host(chosen, monkeypatch):
+    monkeypatch.setattr(_backends, "ENVIRONMENT_BACKEND", chosen)
+    assert_optimal(random(40, 40))
+
+
+def test_a_chosen_backend_that_cannot_run_is_an_error(monkeypatch):
+    monkeypatch.setitem(_backends._REASONS, ("assignment", "cpu", "cpp"), "not built: a test")
+    monkeypatch.setattr(_backends, "ENVIRONMENT_BACKEND", "cpp")
+    with pytest.raises(RuntimeError, match="can't run assignment on cpu: not built: a test"):
+        _ops.assignment(random(3, 3), random(3))
+
+
 WRONG = {
     "argument costs: expected a row and a column": {"costs": torch.zeros(3, 2)},
     "argument costs: expected float32 or float64": {"costs": torch.zeros(3, 3, dtype=torch.float16)},
