@@ -247,10 +247,12 @@ def test_solver_and_divergence_neither_wait_nor_resist_a_graph(place):
     table = parity.table_of(place, [1.0, 0.5])
     copy, dots = torch.empty(16, *shape[1:], dtype=torch.bfloat16, device="cuda"), torch.empty(4, 8, dtype=torch.float64, device="cuda")
     sums = torch.zeros(2, 8, dtype=torch.float64, device="cuda")
+    end, means = data(place, shape, seed=3), torch.zeros(8, dtype=torch.float64, device="cuda")
 
     def once():
         with torch.no_grad():
             _ops.linear_step(place.backend)(x, copy, x, k, table, 0, 1.5)
+            _ops.step_error(place.backend)(means, x, end, [x, end], table[0], 0.5, 0.25)
             z = _ops.probe(x, probes, 0, 4, place.backend)
             _ops.divergence_step(sums, dots, z, probes, 0, 0.0, 1.0, place.backend)
 
@@ -263,7 +265,7 @@ def test_solver_and_divergence_neither_wait_nor_resist_a_graph(place):
         torch.cuda.set_sync_debug_mode("default")
     start = x.clone()
     once()
-    wanted = x.clone(), copy.clone()
+    wanted = x.clone(), copy.clone(), means.clone()
     assert torch.equal(dots, torch.full_like(dots, 3072.0))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -271,7 +273,7 @@ def test_solver_and_divergence_neither_wait_nor_resist_a_graph(place):
     x.copy_(start)
     before = sums.clone()
     graph.replay()
-    assert torch.equal(x, wanted[0]) and torch.equal(copy, wanted[1])
+    assert torch.equal(x, wanted[0]) and torch.equal(copy, wanted[1]) and torch.equal(means, wanted[2])
     assert torch.equal(sums[0], before[0] + 3072.0)
 
 
