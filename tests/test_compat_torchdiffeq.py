@@ -153,6 +153,65 @@ def test_fixed_steps_look_at_no_tolerance():
     assert torch.equal(odeint(pull, Y0, TIMES, method="euler", rtol=0.0), odeint(pull, Y0, TIMES, method="euler"))
 
 
+PARTS = (Y0, torch.tensor([0.5, -2.0], dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64))
+
+
+def pull_each(t, parts):
+    """Parts that need steps of different lengths, one of which is driven by another."""
+    y, pair, number = parts
+    return pull(t, y), torch.sin(8.0 * pair) + y.mean(), -number * t
+
+
+def solved_in_parts(by, times, method, tolerance):
+    """(states, evaluations)."""
+    calls = 0
+
+    def func(t, parts):
+        nonlocal calls
+        calls += 1
+        return pull_each(t, parts)
+
+    with torch.no_grad():
+        return by(func, PARTS, times, method=method, rtol=tolerance, atol=tolerance), calls
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("method", [*FIXED, *SAME_STEPS])
+def test_a_state_of_several_tensors(method, backwards):
+    """As of one: equal with fixed steps; adaptive ones are the same but for the last."""
+    times = TIMES.flip(0) if backwards else TIMES
+    found, calls = solved_in_parts(odeint, times, method, 1e-6)
+    expected, others = solved_in_parts(torchdiffeq.odeint, times, method, 1e-6)
+    precise, _ = solved_in_parts(odeint, times, "dopri8", 1e-11)
+    assert [tuple(part.shape) for part in found] == [(5, 3, 4), (5, 2), (5,)]
+    assert abs(calls - others) <= (0 if method in FIXED else 8)
+    error = 1e-12 if method in FIXED else 2e-3
+    for ours, theirs, exact in zip(found, expected, precise, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=error, atol=error)
+        if method in SAME_STEPS:
+            torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_gradients_of_a_state_of_several_tensors(method):
+    def gradients(by):
+        start = [part.clone().requires_grad_() for part in PARTS]
+        ends = by(pull_each, tuple(start), TIMES, method=method, rtol=1e-9, atol=1e-11)
+        return torch.autograd.grad(sum((part[-1] ** 2).sum() for part in ends), start)
+
+    for ours, theirs in zip(gradients(odeint), gradients(torchdiffeq.odeint), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["midpoint", "bosh3"])
+def test_parts_of_16_bits(method):
+    parts = (Y0.bfloat16(), Y0[0].bfloat16())
+    with torch.no_grad():
+        found = odeint(lambda t, y: (-y[0], y[1]), parts, TIMES, method=method, rtol=1e-4, atol=1e-4, options=None)
+    assert [part.dtype for part in found] == [torch.bfloat16] * 2
+    torch.testing.assert_close(found[1][-1].double(), Y0[0] * math.exp(2.0), rtol=0.3 if method == "midpoint" else 0.02, atol=0.02)
+
+
 class WithCallback(torch.nn.Module):
     def forward(self, t, y):
         return -y
@@ -162,7 +221,17 @@ class WithCallback(torch.nn.Module):
 
 
 WRONG = [
-    ({"y0": (Y0, Y0)}, TypeError, "y0 must be a tensor, got a tuple"),
+    ({"y0": ()}, ValueError, "y0 must hold at least one tensor, got an empty tuple"),
+    ({"y0": (Y0, 1.0)}, TypeError, r"y0\[1\] must be a torch.Tensor, got float"),
+    (
+        {"y0": (Y0, Y0.float())},
+        ValueError,
+        r"y0\[1\] must have elements, of torch.float64 on cpu as y0\[0\] is, got .* torch.float32 on cpu",
+    ),
+    ({"y0": (Y0, Y0[:0])}, ValueError, r"y0\[1\] must have elements, .* got \(0, 4\) of torch.float64"),
+    ({"y0": (Y0, Y0[0]), "func": lambda t, y: y[0]}, ValueError, r"func must return a tuple of tensors of the shapes .* got Tensor"),
+    ({"y0": (Y0, Y0[0]), "func": lambda t, y: y[::-1]}, ValueError, r"shapes \[\(3, 4\), \(4,\)\], got \[\(4,\), \(3, 4\)\]"),
+    ({"y0": (Y0, Y0[0]), "rtol": (1e-3, 1e-4)}, TypeError, "rtol must be"),
     ({"y0": Y0.long()}, TypeError, "y0 must be float64, float32, bfloat16 or float16, got torch.int64"),
     ({"t": [0.0, 1.0]}, TypeError, "t must be a torch.Tensor, got list"),
     ({"t": torch.zeros(1)}, ValueError, r"t must hold two or more times in one dimension, got shape \(1,\)"),

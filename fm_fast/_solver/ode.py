@@ -14,11 +14,13 @@ from fm_fast._solver.field import check_output
 from fm_fast._solver.loop import Layout, make_state, run
 from fm_fast._solver.plan import ode_plan
 from fm_fast._solver.settings import check_transforms
-from fm_fast._solver.trial import Tolerance
+from fm_fast._solver.trial import Parts, Tolerance
 from fm_fast.solvers import EmbeddedRungeKutta, Table
 
 # (t without dimensions, y) -> dy/dt, both in y's dtype
 OdeField = Callable[[Tensor, Tensor], Tensor]
+# The same of a state in parts
+PartsField = Callable[[Tensor, Parts], Parts]
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,28 @@ def solve_ode(field: OdeField, y0: Tensor, stops: Stops, method: Table | Embedde
     start = y0 if y0.dim() else y0.reshape(1)
     shaped = field if y0.dim() else (lambda t, y: field(t, y.reshape(())).reshape(1))
     if isinstance(method, EmbeddedRungeKutta):
-        states = _adaptive(shaped, start, stops, method, accuracy)
+        states = [state for (state,) in _adaptive(lambda t, parts: (shaped(t, parts[0]),), (start,), stops, method, accuracy)]
     else:
         states = _fixed(shaped, start, stops, method)
     return torch.stack([state.to(y0.dtype) for state in states]).reshape(len(states), *y0.shape)
+
+
+def solve_ode_in_parts(field: PartsField, y0: Parts, stops: Stops, method: Table | EmbeddedRungeKutta, accuracy: Accuracy) -> Parts:
+    """As :func:`solve_ode` for a state of several tensors [...] of one dtype; of their errors the largest norm counts."""
+    check_transforms(method, "direct")
+    rows, counts = tuple(part.reshape(1, -1) for part in y0), [part.numel() for part in y0]
+
+    def of_rows(t: Tensor, parts: Parts) -> Parts:
+        slopes = field(t, tuple(part.reshape(like.shape) for part, like in zip(parts, y0, strict=True)))
+        return tuple(slope.reshape(1, -1) for slope in slopes)
+
+    if isinstance(method, EmbeddedRungeKutta):
+        states = _adaptive(of_rows, rows, stops, method, accuracy)
+    else:
+        together = _fixed(lambda t, y: torch.cat(of_rows(t, y.split(counts, 1)), 1), torch.cat(rows, 1), stops, method)
+        states = [state.split(counts, 1) for state in together]
+    by_part = zip(y0, zip(*states, strict=True), strict=True)
+    return tuple(torch.cat(part).to(like.dtype).reshape(len(part), *like.shape) for like, part in by_part)
 
 
 def _fixed(field: OdeField, y0: Tensor, stops: Stops, table: Table) -> list[Tensor]:
@@ -73,17 +93,20 @@ def _fixed(field: OdeField, y0: Tensor, stops: Stops, table: Table) -> list[Tens
     return [states[position] for position in stops.wanted]
 
 
-def _adaptive(field: OdeField, y0: Tensor, stops: Stops, method: EmbeddedRungeKutta, accuracy: Accuracy) -> list[Tensor]:
-    def derivative(t: float, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        y = parts[0].to(y0.dtype, copy=not torch.is_grad_enabled())
-        slope = field(torch.full((), t, dtype=y0.dtype, device=y0.device), y)
-        check_output(slope, y)
-        return (_ops.native_layout(slope),)
+def _adaptive(field: PartsField, y0: Parts, stops: Stops, method: EmbeddedRungeKutta, accuracy: Accuracy) -> list[Parts]:
+    like, copies = y0[0], not torch.is_grad_enabled()
 
-    start = (y0.to(reference.accumulation_dtype(y0)),)
+    def derivative(t: float, parts: Parts) -> Parts:
+        y = tuple(part.to(like.dtype, copy=copies) for part in parts)
+        slopes = field(torch.full((), t, dtype=like.dtype, device=like.device), y)
+        for slope, part in zip(slopes, y, strict=True):
+            check_output(slope, part)
+        return tuple(_ops.native_layout(slope) for slope in slopes)
+
+    start = tuple(part.to(reference.accumulation_dtype(part)) for part in y0)
     times = [float(stops.nodes[position]) for position in stops.wanted]
-    backend = _backends.resolve("linear_step", y0.device, None)
+    backend = _backends.resolve("linear_step", like.device, None)
     states, _ = solve_adaptive(
         derivative, start, times, method, accuracy.tolerance, accuracy.max_steps, backend, plain=torch.is_grad_enabled()
     )
-    return [state for (state,) in states]
+    return states

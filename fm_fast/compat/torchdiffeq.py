@@ -13,27 +13,57 @@ An evaluation costs one fused op and a copy beside the field. dopri5 and bosh3 t
 * ``max_num_steps`` holds for all intervals of ``t`` together: as many times it as there are intervals.
 * Gradients are recorded where they are enabled, as there, but not of ``t``; sampling belongs under ``torch.no_grad()``.
 
-Tuples of tensors, events, callbacks, adjoints and implicit, Adams and SciPy's methods are not covered, and say so.
+Tolerances of each part of a tuple, events, callbacks, adjoints and implicit, Adams and SciPy's methods are not covered, and say so.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
 from fm_fast import _checks
-from fm_fast._solver.ode import Stops, solve_ode
+from fm_fast._solver.ode import Stops, solve_ode, solve_ode_in_parts
 from fm_fast.compat._methods import MAX_STEPS, accuracy_of, method_named, stops_at, times_of
 from fm_fast.solvers import EmbeddedRungeKutta
 
 __all__ = ["odeint"]
 
+Tensors = tuple[Tensor, ...]
+
 CALLBACKS = [f"callback_{event}{adjoint}" for event in ("step", "accept_step", "reject_step") for adjoint in ("", "_adjoint")]
 
 
+@overload
 def odeint(
     func: Callable[[Tensor, Tensor], Tensor],
     y0: Tensor,
+    t: Tensor,
+    *,
+    rtol: float = ...,
+    atol: float = ...,
+    method: str | None = ...,
+    options: Mapping[str, Any] | None = ...,
+    event_fn: None = ...,
+) -> Tensor: ...
+
+
+@overload
+def odeint(
+    func: Callable[[Tensor, Tensors], Tensors],
+    y0: Tensors,
+    t: Tensor,
+    *,
+    rtol: float = ...,
+    atol: float = ...,
+    method: str | None = ...,
+    options: Mapping[str, Any] | None = ...,
+    event_fn: None = ...,
+) -> Tensors: ...
+
+
+def odeint(
+    func: Callable[[Tensor, Any], Any],
+    y0: Tensor | Tensors,
     t: Tensor,
     *,
     rtol: float = 1e-7,
@@ -41,20 +71,20 @@ def odeint(
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     event_fn: None = None,
-) -> Tensor:
+) -> Tensor | Tensors:
     """The states at the times ``t`` of dy/dt = func(t, y) from y0.
 
     Args:
         func: called as ``func(t, y)`` with t without dimensions, in y's dtype.
-        y0: a floating tensor of any shape.
+        y0: a floating tensor of any shape, or a tuple of some of one dtype, as func then takes and returns them.
         t: [T], strictly increasing or decreasing; y0 is the state at the first.
-        rtol, atol: of adaptive methods; the error's norm is over the whole state.
+        rtol, atol: of adaptive methods; the error's norm is over the whole state, or the largest of a tuple's.
         method: "dopri5" (default), "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "tsit5"; with fixed steps "euler", "midpoint", "heun2",
             "heun3", "rk4" (the 3/8 rule).
         options: "step_size" of fixed steps, which are else the intervals of ``t``; "max_num_steps" of adaptive ones.
 
     Returns:
-        [T, *y0.shape], in y0's dtype.
+        [T, *y0.shape], in y0's dtype; of a tuple a tuple of these.
 
     Raises:
         ValueError, TypeError: for any argument out of range or of wrong shape or dtype, naming it.
@@ -70,15 +100,36 @@ def odeint(
         stops, max_steps = Stops(times, wanted), given * (len(times) - 1)
     else:
         stops, max_steps = stops_at(times, _options(options, str(method), "step_size", None), wanted), MAX_STEPS
-    return solve_ode(func, y0, stops, chosen, accuracy_of(chosen, rtol, atol, max_steps))
+    accuracy = accuracy_of(chosen, rtol, atol, max_steps)
+    if isinstance(y0, Tensor):
+        return solve_ode(func, y0, stops, chosen, accuracy)
+    return solve_ode_in_parts(lambda t, y: _checked(func(t, y), y), y0, stops, chosen, accuracy)
 
 
 def _check_state(y0: object) -> None:
-    if isinstance(y0, tuple):
-        raise TypeError("y0 must be a tensor, got a tuple; concatenate its parts")
-    _checks.tensor("y0", y0)
-    assert isinstance(y0, Tensor)
-    _checks.floating("y0", y0)
+    parts = {f"y0[{i}]": part for i, part in enumerate(y0)} if isinstance(y0, tuple) else {"y0": y0}
+    if not parts:
+        raise ValueError("y0 must hold at least one tensor, got an empty tuple")
+    for name, part in parts.items():
+        _checks.tensor(name, part)
+        assert isinstance(part, Tensor)
+        _checks.floating(name, part)
+        if isinstance(y0, tuple) and (part.numel() == 0 or part.dtype != y0[0].dtype or part.device != y0[0].device):
+            expected = f"elements, of {y0[0].dtype} on {y0[0].device} as y0[0] is"
+            raise ValueError(f"{name} must have {expected}, got {tuple(part.shape)} of {part.dtype} on {part.device}")
+
+
+def _checked(slopes: Any, y: Tensors) -> Tensors:
+    shapes = [tuple(part.shape) for part in y]
+    if not isinstance(slopes, tuple | list) or [tuple(slope.shape) for slope in slopes if isinstance(slope, Tensor)] != shapes:
+        raise ValueError(f"func must return a tuple of tensors of the shapes {shapes}, got {_described(slopes)}")
+    return tuple(slopes)
+
+
+def _described(slopes: Any) -> str:
+    if not isinstance(slopes, tuple | list):
+        return type(slopes).__name__
+    return str([tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__ for slope in slopes])
 
 
 def _check_covered(func: object, event_fn: object) -> None:
