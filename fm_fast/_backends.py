@@ -49,6 +49,7 @@ OPS = (
 )
 # Those with a kernel in csrc/cuda.
 CUDA_OPS = ("noise", "path_sample", "path_loss", "linear_step", "step_error", "probe", "divergence_step")
+HOST_OPS = ("assignment",)  # the host's work, wherever the data are
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 _SERVES = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
@@ -298,7 +299,7 @@ def _devices() -> tuple[str, ...]:
 
 def _op_backend(op: str, device: str) -> OpBackend:
     try:
-        chosen = resolve(op, torch.device(device))
+        chosen = resolve_on_host(op) if op in HOST_OPS else resolve(op, torch.device(device))
     except RuntimeError as error:
         chosen = f"none: {error}"
     reasons = {name: why_not(op, device, name) for name in BACKENDS}
@@ -317,7 +318,7 @@ def info() -> Info:
         cpu_isa=cpu_isa(),
         build=build_info(),
         environment={"FM_FAST_BACKEND": ENVIRONMENT_BACKEND, "FM_FAST_CPU": ENVIRONMENT_CPU},
-        backends=tuple(_op_backend(op, device) for op in OPS for device in _PREFERENCE),
+        backends=tuple(_op_backend(op, device) for op in OPS for device in _PREFERENCE if device == "cpu" or op not in HOST_OPS),
     )
 
 

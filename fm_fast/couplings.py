@@ -23,6 +23,8 @@ from fm_fast.random import Whole
 
 __all__ = ["optimal_ids", "optimal_order"]
 
+LARGEST = 1e300  # products whose sums are finite
+
 
 def optimal_ids(
     x1: Tensor,
@@ -129,8 +131,8 @@ def _costs(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
         costs = negated @ source.T
         guess = _guess(negated, source)
     costs, guess = torch.cat([costs, guess[None]]).cpu().split([len(guess), 1])
-    if not math.isfinite(costs.sum()):
-        raise ValueError("x0 and x1 must be finite, got values that are not, or whose products are not")
+    if costs.numel() and not float(torch.linalg.vector_norm(costs, math.inf)) < LARGEST:
+        raise ValueError(f"x0 and x1 must be finite, and their products below {LARGEST:g}, got values that are not")
     return costs, guess[0].to(torch.float64)
 
 

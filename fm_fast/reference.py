@@ -174,8 +174,8 @@ def step_error(
     wide = accumulation_dtype(y, end)
     error = sum(output.to(wide) * coefficient for output, coefficient in zip(outputs, coefficients, strict=True))
     size = torch.maximum(y.abs(), end.abs()).to(wide)
-    ratio = (error / (atol + rtol * size)).to(torch.float64)
-    return ratio.square().unsqueeze(-1).flatten(1).mean(1)
+    squares = (error / (atol + rtol * size)).square().to(torch.float64)
+    return squares.unsqueeze(-1).flatten(1).mean(1)
 
 
 def mixed(output: Tensor, x: Tensor, guidance: float) -> Tensor:

@@ -79,6 +79,8 @@ def test_a_sampler_of_other_plans_is_refused():
     x0, x1 = pair()
     with pytest.raises(ValueError, match="x0 must have the shape of x1"):
         ours.OTPlanSampler().sample_plan(x0[:5], x1)
+    with pytest.raises(ValueError, match=r"y0 must have a label for each of the 8 samples, got shape \(3,\)"):
+        ours.OTPlanSampler().sample_plan_with_labels(x0, x1, torch.arange(3))
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.3])

@@ -231,6 +231,11 @@ WRONG = [
     ({"y0": (Y0, Y0[:0])}, ValueError, r"y0\[1\] must have elements, .* got \(0, 4\) of torch.float64"),
     ({"y0": (Y0, Y0[0]), "func": lambda t, y: y[0]}, ValueError, r"func must return a tuple of tensors of the shapes .* got Tensor"),
     ({"y0": (Y0, Y0[0]), "func": lambda t, y: y[::-1]}, ValueError, r"shapes \[\(3, 4\), \(4,\)\], got \[\(4,\), \(3, 4\)\]"),
+    (
+        {"y0": (Y0, Y0[0]), "func": lambda t, y: (y[0], y[1].long()), "method": "euler"},
+        TypeError,
+        r"func must return floating tensors on cpu, got torch.int64 on cpu for y\[1\]",
+    ),
     ({"y0": (Y0, Y0[0]), "rtol": (1e-3, 1e-4)}, TypeError, "rtol must be"),
     ({"y0": Y0.long()}, TypeError, "y0 must be float64, float32, bfloat16 or float16, got torch.int64"),
     ({"t": [0.0, 1.0]}, TypeError, "t must be a torch.Tensor, got list"),

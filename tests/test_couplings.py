@@ -48,6 +48,20 @@ def test_no_permutation_is_better(shape, dtype):
     assert cost(x1, x0[order]) == pytest.approx(least_cost(x1, x0), rel=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 3e18), (torch.float64, 1e140), (torch.float32, 1e-18)])
+def test_huge_and_tiny_data(dtype, scale):
+    x1, x0 = (scale * random_images(shape, dtype) for shape in ((200, 3), (200, 3)))
+    x0 = x0.flip(0)
+    order = fm.couplings.optimal_order(x0, x1)
+    assert torch.equal(order, torch.arange(199, -1, -1))
+
+
+def test_data_whose_products_are_too_large_are_refused():
+    x1 = 1e151 * random_images((20, 3), torch.float64)
+    with pytest.raises(ValueError, match=r"x0 and x1 must be finite, and their products below 1e\+300, got values that are not"):
+        fm.couplings.optimal_order(x1.flip(0), x1)
+
+
 def test_points_on_a_line_are_paired_in_their_order():
     x1 = random_images((300, 1))
     ids = fm.couplings.optimal_ids(x1, seed=0, step=9)

@@ -116,6 +116,7 @@ class Solver {
     for (int64_t i = 0; i < args_.n; ++i) args_.rows[i] = args_.columns[i] = -1;
     choose_prices();
     int64_t waiting = after_bids(after_first_choices());
+    list_free_columns();
     for (int64_t i = 0; i < waiting; ++i) augment(args_.waiting[i]);
   }
 
@@ -201,25 +202,50 @@ class Solver {
     return left;
   }
 
+  void list_free_columns() {
+    for (int64_t j = 0; j < args_.n; ++j)
+      if (args_.rows[j] < 0) args_.free_columns[free_++] = j;
+  }
+
+  // Of columns at the same distance, one that nobody has ends the path: where many costs are equal it would else visit them all.
+  int64_t place_of(const Least& nearest) const {
+    if (args_.rows[nearest.place] < 0) return nearest.place;
+    int64_t place = args_.n;
+    for (int64_t i = 0; i < free_; ++i) {
+      int64_t column = args_.free_columns[i];
+      if (args_.distances[column] == nearest.first && column < place) place = column;
+    }
+    return place < args_.n ? place : nearest.place;
+  }
+
+  void take(int64_t column) {
+    int64_t i = 0;
+    while (args_.free_columns[i] != column) ++i;
+    args_.free_columns[i] = args_.free_columns[--free_];
+  }
+
   // The shortest path from a row to a column that nobody has; every row on it takes the next column (Dijkstra's algorithm).
-  void augment(int64_t start) const {
+  void augment(int64_t start) {
     for (int64_t j = 0; j < args_.n; ++j) {
       args_.shifted[j] = args_.prices[j];
       args_.distances[j] = kFar;
     }
     int64_t settled = 0;
     Least nearest = reach(costs_of(start), args_, 0.0, start);
-    while (args_.rows[nearest.place] >= 0) {
-      int64_t column = nearest.place, row = args_.rows[column];
+    int64_t column = place_of(nearest);
+    while (args_.rows[column] >= 0) {
+      int64_t row = args_.rows[column];
       args_.settled[settled] = column;
       args_.settled_distances[settled++] = nearest.first;
       double base = nearest.first - (static_cast<double>(costs_of(row)[column]) - args_.shifted[column]);
       args_.distances[column] = kFar;
       args_.shifted[column] = -kFar;  // nothing is nearer than what is settled
       nearest = reach(costs_of(row), args_, base, row);
+      column = place_of(nearest);
     }
     for (int64_t i = 0; i < settled; ++i) args_.prices[args_.settled[i]] += args_.settled_distances[i] - nearest.first;
-    turn_over(start, nearest.place);
+    take(column);
+    turn_over(start, column);
   }
 
   void turn_over(int64_t start, int64_t column) const {
@@ -233,6 +259,7 @@ class Solver {
 
   const AssignmentArgs& args_;
   const T* costs_;
+  int64_t free_ = 0;  // columns that nobody has
 };
 
 }  // namespace

@@ -172,7 +172,7 @@ struct AssignmentArgs {
   int64_t* columns;     // of each row: the result
   // Working memory, n numbers each:
   double *prices, *shifted, *distances, *settled_distances;
-  int64_t *rows, *parents, *settled, *waiting;
+  int64_t *rows, *parents, *settled, *waiting, *free_columns;
 };
 
 // Run units begin <= i < end.

@@ -23,7 +23,8 @@ bool are_finite(const void* data, int64_t count) {
 }
 
 void check_finite(const Tensor& tensor, const void* data, int64_t count) {
-  if (!(is_wide(tensor) ? are_finite<double>(data, count) : are_finite<float>(data, count))) tensor.fail("expected finite numbers");
+  if (!(is_wide(tensor) ? are_finite<double>(data, count) : are_finite<float>(data, count)))
+    tensor.fail("expected finite numbers below 1e300");
 }
 
 }  // namespace
@@ -42,13 +43,11 @@ void assignment(StableIValue* stack, uint64_t, uint64_t) {
   check_finite(costs, args.costs, n * n);
   check_finite(guess, args.guess, n);
   Scratch<double, kInlineNumbers> numbers(4 * n);
-  Scratch<int64_t, kInlineNumbers> places(4 * n);
+  Scratch<int64_t, kInlineNumbers> places(5 * n);
   double** doubles[] = {&args.prices, &args.shifted, &args.distances, &args.settled_distances};
-  int64_t** integers[] = {&args.rows, &args.parents, &args.settled, &args.waiting};
-  for (int64_t i = 0; i < 4; ++i) {
-    *doubles[i] = numbers.data() + i * n;
-    *integers[i] = places.data() + i * n;
-  }
+  int64_t** integers[] = {&args.rows, &args.parents, &args.settled, &args.waiting, &args.free_columns};
+  for (int64_t i = 0; i < 4; ++i) *doubles[i] = numbers.data() + i * n;
+  for (int64_t i = 0; i < 5; ++i) *integers[i] = places.data() + i * n;
   kernels().assignment(args);
 }
 

@@ -51,6 +51,8 @@ void step_error(StableIValue* stack, uint64_t, uint64_t) {
   args.partial = tiles > 1 ? partial.data() : call.means;
   run_units(kernels().step_error, args, args.error.tiling.units, kGrain);
   for (int64_t b = 0; tiles > 1 && b < batch; ++b) call.means[b] = sum_in_order(args.partial + b * tiles, tiles);
+  if (call.shape.channels * call.shape.positions == 0)  // no unit ran
+    for (int64_t b = 0; b < batch; ++b) call.means[b] = 0;
   double elements = static_cast<double>(call.shape.channels * call.shape.positions);
   for (int64_t b = 0; b < batch; ++b) call.means[b] /= elements;
 }

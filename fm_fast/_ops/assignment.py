@@ -12,8 +12,8 @@ _assignment = schemas.op("assignment")
 def assignment(costs: Tensor, guess: Tensor) -> Tensor:
     """int64 [n]: a column for each row of finite costs [n, n], each once, such that the sum of the costs is the least.
 
-    costs are float32 or float64 in contiguous memory of the host. guess float64 [n]: something near a multiple of the columns' prices,
-    which the pairing does not depend on, but how soon it is found.
+    costs are float32 or float64 in contiguous memory of the host. guess float64 [n]: something near a multiple of the columns' prices. How
+    soon a pairing is found depends on it, and which of those that cost the same.
     """
     columns = torch.empty(len(costs), dtype=torch.int64, device="cpu")
     backend = _backends.resolve_on_host("assignment")

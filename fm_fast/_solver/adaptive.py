@@ -170,7 +170,7 @@ class _Control:
         assert slope is not None
         state, speed = (self._trial.size(values, self._tolerance) for values in (y, slope))
         if not math.isfinite(state) or not math.isfinite(speed):
-            raise StepFailed(f"the state or its slope is not finite at t = {t:.6g}")
+            raise StepFailed(f"the state or its slope, or its size beside the tolerance, is not finite at t = {t:.6g}")
         h = 1e-6 if state < 1e-5 or speed < 1e-5 else 0.01 * state / speed
         ahead = self._derivative(t + direction * h, tuple(part + direction * h * k for part, k in zip(y, slope, strict=True)))
         difference = tuple(a.to(b.dtype) - b for a, b in zip(ahead, slope, strict=True))

@@ -169,15 +169,17 @@ class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
     ) -> tuple[Tensor | None, ...]:
         """(t, x_t, u_t, y0, y1), and the noise: the labels y0 [B, ...] in the order of x0, y1 as they are."""
         _check_pair(x0, x1)
+        _check_labels(x1, y0=y0)
         order = optimal_order(x0, x1)
         draw = super().sample_location_and_conditional_flow(x0[order], x1, t, return_noise)
-        return (*draw[:3], None if y0 is None else y0[order], y1, *draw[3:])
+        return (*draw[:3], None if y0 is None else y0[order.to(y0.device)], y1, *draw[3:])
 
 
 class OTPlanSampler:
     """Pairs of least squared distance of two batches of one shape (Tong et al. 2023, Pooladian et al. 2023).
 
-    method: "exact". Of torchcfm's sampler it has no plans between batches of different sizes and no trajectories.
+    method: "exact", without torchcfm's further settings. There are no plans between batches of different sizes, no draws from a plan
+    (``sample_map``) and no trajectories.
     """
 
     def __init__(self, method: str = "exact") -> None:
@@ -200,10 +202,11 @@ class OTPlanSampler:
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """As :meth:`sample_plan`, and the labels y0 [B, ...] and y1 [B, ...] that go with them."""
         i, j = self._order(x0, x1), torch.arange(len(x1), device=x1.device)
+        _check_labels(x1, y0=y0, y1=y1)
         if replace:
             j = torch.randint(max(len(x1), 1), (len(x1),), device=x1.device)
             i = i[j]
-        return x0[i], x1[j], None if y0 is None else y0[i], None if y1 is None else y1[j]
+        return x0[i], x1[j], None if y0 is None else y0[i.to(y0.device)], None if y1 is None else y1[j.to(y1.device)]
 
     def _order(self, x0: Tensor, x1: Tensor) -> Tensor:
         _check_pair(x0, x1)
@@ -243,6 +246,14 @@ def _pull(t: Tensor, offset: Tensor) -> Tensor:
 def _are_its_own(matcher: ConditionalFlowMatcher, owner: type, *names: str) -> bool:
     """Whether these methods are those of the class ``owner``: neither a subclass nor the object itself has put others in their place."""
     return all(getattr(getattr(matcher, name), "__func__", None) is getattr(owner, name) for name in names)
+
+
+def _check_labels(x1: Tensor, **labels: Tensor | None) -> None:
+    for name, y in labels.items():
+        if y is not None:
+            _checks.tensor(name, y)
+            if y.shape[:1] != x1.shape[:1]:
+                raise ValueError(f"{name} must have a label for each of the {len(x1)} samples, got shape {tuple(y.shape)}")
 
 
 def _check_pair(x0: object, x1: object) -> None:

@@ -123,6 +123,9 @@ def _checked(slopes: Any, y: Tensors) -> Tensors:
     shapes = [tuple(part.shape) for part in y]
     if not isinstance(slopes, tuple | list) or [tuple(slope.shape) for slope in slopes if isinstance(slope, Tensor)] != shapes:
         raise ValueError(f"func must return a tuple of tensors of the shapes {shapes}, got {_described(slopes)}")
+    for i, (slope, part) in enumerate(zip(slopes, y, strict=True)):
+        if not slope.is_floating_point() or slope.device != part.device:
+            raise TypeError(f"func must return floating tensors on {part.device}, got {slope.dtype} on {slope.device} for y[{i}]")
     return tuple(slopes)
 
 

@@ -33,7 +33,7 @@ struct Problem {
   std::vector<int64_t> columns, places;
 
   Problem(int64_t size, int dimensions)
-      : n(size), costs(costs_of<T>(size, dimensions)), guess(at(size)), numbers(at(4 * size)), columns(at(size)), places(at(4 * size)) {
+      : n(size), costs(costs_of<T>(size, dimensions)), guess(at(size)), numbers(at(4 * size)), columns(at(size)), places(at(5 * size)) {
     uint32_t state = 7;
     for (double& price : guess) price = weyl(&state);
   }
@@ -44,7 +44,7 @@ struct Problem {
     double* d = numbers.data();
     int64_t* p = places.data();
     isa.assignment(fm::AssignmentArgs{costs.data(), sizeof(T) == 8, n, guess.data(), columns.data(), d, d + n, d + 2 * n, d + 3 * n, p,
-                                      p + n, p + 2 * n, p + 3 * n});
+                                      p + n, p + 2 * n, p + 3 * n, p + 4 * n});
   }
 
   double cost(int64_t i, int64_t j) const { return static_cast<double>(costs[at(i * n + j)]); }
