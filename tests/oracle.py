@@ -160,8 +160,8 @@ def step_error(y, end, outputs, coefficients, rtol, atol):
     for output, c in zip(outputs, coefficients, strict=True):
         error, size = error + c * output, size + abs(c) * np.abs(output)
     tolerated = atol + rtol * np.maximum(np.abs(y), np.abs(end))
-    mean = lambda values: values.reshape(len(y), -1).mean(1)  # noqa: E731
-    return mean((error / tolerated) ** 2), mean(2 * np.abs(error) * size / tolerated**2)
+    squares, growth = (error / tolerated) ** 2, 2 * np.abs(error) * size / tolerated**2
+    return squares.reshape(len(y), -1).mean(1), growth.reshape(len(y), -1).mean(1)
 
 
 def hadamard_sign(codes, row):

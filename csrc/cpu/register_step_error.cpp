@@ -46,15 +46,13 @@ void step_error(StableIValue* stack, uint64_t, uint64_t) {
   Terms terms(call.count);
   ErrorArgs args = {error_of(reader, &terms), call.y, call.end, call.rtol, call.atol, nullptr};
   plan_error(&args, &terms);
-  int64_t tiles = tiles_per_sample(args.error.tiling), batch = call.shape.batch;
+  int64_t tiles = tiles_per_sample(args.error.tiling), batch = call.shape.batch, elements = call.shape.channels * call.shape.positions;
   Scratch<double, kInlineSums> partial(tiles > 1 ? batch * tiles : 0);
   args.partial = tiles > 1 ? partial.data() : call.means;
   run_units(kernels().step_error, args, args.error.tiling.units, kGrain);
   for (int64_t b = 0; tiles > 1 && b < batch; ++b) call.means[b] = sum_in_order(args.partial + b * tiles, tiles);
-  if (call.shape.channels * call.shape.positions == 0)  // no unit ran
-    for (int64_t b = 0; b < batch; ++b) call.means[b] = 0;
-  double elements = static_cast<double>(call.shape.channels * call.shape.positions);
-  for (int64_t b = 0; b < batch; ++b) call.means[b] /= elements;
+  for (int64_t b = 0; elements == 0 && b < batch; ++b) call.means[b] = 0;  // no unit ran
+  for (int64_t b = 0; b < batch; ++b) call.means[b] /= static_cast<double>(elements);
 }
 
 }  // namespace fm

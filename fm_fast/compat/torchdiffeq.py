@@ -17,7 +17,7 @@ Tolerances of each part of a tuple, events, callbacks, adjoints and implicit, Ad
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, overload
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -29,41 +29,14 @@ from fm_fast.solvers import EmbeddedRungeKutta
 __all__ = ["odeint"]
 
 Tensors = tuple[Tensor, ...]
+State = TypeVar("State", Tensor, Tensors)
 
 CALLBACKS = [f"callback_{event}{adjoint}" for event in ("step", "accept_step", "reject_step") for adjoint in ("", "_adjoint")]
 
 
-@overload
 def odeint(
-    func: Callable[[Tensor, Tensor], Tensor],
-    y0: Tensor,
-    t: Tensor,
-    *,
-    rtol: float = ...,
-    atol: float = ...,
-    method: str | None = ...,
-    options: Mapping[str, Any] | None = ...,
-    event_fn: None = ...,
-) -> Tensor: ...
-
-
-@overload
-def odeint(
-    func: Callable[[Tensor, Tensors], Tensors],
-    y0: Tensors,
-    t: Tensor,
-    *,
-    rtol: float = ...,
-    atol: float = ...,
-    method: str | None = ...,
-    options: Mapping[str, Any] | None = ...,
-    event_fn: None = ...,
-) -> Tensors: ...
-
-
-def odeint(
-    func: Callable[[Tensor, Any], Any],
-    y0: Tensor | Tensors,
+    func: Callable[[Tensor, State], State],
+    y0: State,
     t: Tensor,
     *,
     rtol: float = 1e-7,
@@ -71,7 +44,7 @@ def odeint(
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     event_fn: None = None,
-) -> Tensor | Tensors:
+) -> State:
     """The states at the times ``t`` of dy/dt = func(t, y) from y0.
 
     Args:
@@ -101,9 +74,10 @@ def odeint(
     else:
         stops, max_steps = stops_at(times, _options(options, str(method), "step_size", None), wanted), MAX_STEPS
     accuracy = accuracy_of(chosen, rtol, atol, max_steps)
+    field: Any = func
     if isinstance(y0, Tensor):
-        return solve_ode(func, y0, stops, chosen, accuracy)
-    return solve_ode_in_parts(lambda t, y: _checked(func(t, y), y), y0, stops, chosen, accuracy)
+        return solve_ode(field, y0, stops, chosen, accuracy)
+    return solve_ode_in_parts(lambda t, y: _checked(field(t, y), y), y0, stops, chosen, accuracy)
 
 
 def _check_state(y0: object) -> None:
