@@ -86,6 +86,23 @@ struct ErrorCall {
   bool wide;
 };
 
+// The steps of samples, each of a length of its own. All memory is dense and the op's device's; rows hold a number a sample.
+struct ControlCall {
+  int64_t batch, parts, stop_count, stages;
+  double* numbers;    // t, the length of the next step before it is cut at a stop, and after
+  int64_t* counts;    // the number of the next stop, evaluations so far, the Status of step_control.h
+  int64_t* totals;    // three numbers that are added to: samples on the way, given up now, accepted now
+  uint8_t* accepted;  // of the steps that were tried
+  double* times;      // of the next step's evaluations, a row a stage
+  void* factors;      // the next step's length, and that over the length before; float64 where `wide`, else float32
+  bool wide;
+  const double* means;  // mean squares of the errors, a row a part of the state; without parts no step was tried
+  const double* stops;  // where the solve begins, and the times at which steps end
+  const double* nodes;  // one a stage
+  double order;
+  int64_t evaluations;  // of the step that was tried
+};
+
 // Probes first, first + 1, ... of stream "probe".
 struct ProbeCall {
   Shape shape;
@@ -108,6 +125,7 @@ NoiseCall read_noise(abi::Arguments* in);
 SampleCall read_path_sample(abi::Arguments* in);
 LossCall read_path_loss(abi::Arguments* in);
 LossCall read_path_loss_backward(abi::Arguments* in);
+ControlCall read_step_control(abi::Arguments* in);
 ProbeCall read_probe(abi::Arguments* in);
 DivergenceCall read_divergence_step(abi::Arguments* in);
 
@@ -118,6 +136,7 @@ constexpr const char* kPathLossArguments = "TTTTTTTTiffbO";
 constexpr const char* kPathLossBackwardArguments = "TTTTTTTTiffbb";
 constexpr const char* kLinearStepArguments = "TTTLTif";
 constexpr const char* kStepErrorArguments = "TTTLTff";
+constexpr const char* kStepControlArguments = "TTTTTTTTTii";
 constexpr const char* kProbeArguments = "TTTTiii";
 constexpr const char* kDivergenceStepArguments = "TTTTTTiiiiiff";
 

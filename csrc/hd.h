@@ -23,6 +23,17 @@ FM_HD To bit_cast(From value) {
   return result;
 }
 
+template <class T>
+FM_HD T magnitude(T a) {
+  return a < 0 ? -a : a;
+}
+
+// NaN if one of them is.
+template <class T>
+FM_HD T larger(T a, T b) {
+  return a > b || a != a ? a : b;
+}
+
 // One rounding where the hardware has it. A library fma on a CPU without the instruction would cost hundreds of cycles.
 FM_HD float multiply_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)

@@ -5,17 +5,6 @@
 
 namespace fm {
 
-template <class T>
-FM_HD T magnitude(T a) {
-  return a < 0 ? -a : a;
-}
-
-// NaN if one of them is.
-template <class T>
-FM_HD T larger(T a, T b) {
-  return a > b || a != a ? a : b;
-}
-
 // Of an error to what is tolerated in a step from y to end.
 template <class T>
 FM_HD T square_of_ratio(T error, T y, T end, T rtol, T atol) {

@@ -149,12 +149,20 @@ View float_view_or_absent(const abi::Tensor& tensor, const abi::Tensor& like) {
   return float_view(tensor, like);
 }
 
-void* dense_floats(const abi::Tensor& tensor, int64_t numel) {
+namespace {
+
+void* dense_data(const abi::Tensor& tensor, int64_t numel) {
   check_device(tensor);
-  Dtype dtype = dtype_of(tensor);
-  if (dtype != Dtype::float32 && dtype != Dtype::float64) tensor.fail("expected float32 or float64");
   if (tensor.numel() != numel || !is_dense(tensor)) tensor.fail("expected a contiguous tensor of " + std::to_string(numel) + " elements");
   return tensor.data();
+}
+
+}  // namespace
+
+void* dense_floats(const abi::Tensor& tensor, int64_t numel) {
+  Dtype dtype = dtype_of(tensor);
+  if (dtype != Dtype::float32 && dtype != Dtype::float64) tensor.fail("expected float32 or float64");
+  return dense_data(tensor, numel);
 }
 
 double* dense_doubles(const abi::Tensor& tensor, int64_t numel) {
@@ -162,10 +170,14 @@ double* dense_doubles(const abi::Tensor& tensor, int64_t numel) {
   return static_cast<double*>(dense_floats(tensor, numel));
 }
 
-const int64_t* dense_integers(const abi::Tensor& tensor) {
-  check_device(tensor);
+int64_t* dense_integers(const abi::Tensor& tensor) {
   if (dtype_of(tensor) != Dtype::int64 || !is_dense(tensor)) tensor.fail("expected a contiguous int64 tensor");
-  return static_cast<const int64_t*>(tensor.data());
+  return static_cast<int64_t*>(dense_data(tensor, tensor.numel()));
+}
+
+uint8_t* dense_bytes(const abi::Tensor& tensor, int64_t numel) {
+  if (dtype_of(tensor) != Dtype::uint8) tensor.fail("expected uint8");
+  return static_cast<uint8_t*>(dense_data(tensor, numel));
 }
 
 KeyWords key_words(const abi::Tensor& key, int64_t batch) {

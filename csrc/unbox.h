@@ -42,7 +42,8 @@ HalvedView halved_view(const abi::Tensor& tensor, const abi::Tensor& like);
 void* dense_floats(const abi::Tensor& tensor, int64_t numel);
 
 double* dense_doubles(const abi::Tensor& tensor, int64_t numel);
-const int64_t* dense_integers(const abi::Tensor& tensor);
+int64_t* dense_integers(const abi::Tensor& tensor);
+uint8_t* dense_bytes(const abi::Tensor& tensor, int64_t numel);
 
 // (seed, step, first id) or (seed, step, one id a sample).
 KeyWords key_words(const abi::Tensor& key, int64_t batch);

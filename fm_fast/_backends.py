@@ -39,6 +39,7 @@ OPS = (
     "path_loss",
     "linear_step",
     "step_error",
+    "step_control",
     "probe",
     "divergence_step",
     "adamw_ema",
@@ -48,7 +49,7 @@ OPS = (
     "assignment",
 )
 # Those with a kernel in csrc/cuda.
-CUDA_OPS = ("noise", "path_sample", "path_loss", "linear_step", "step_error", "probe", "divergence_step")
+CUDA_OPS = ("noise", "path_sample", "path_loss", "linear_step", "step_error", "step_control", "probe", "divergence_step")
 HOST_OPS = ("assignment",)  # the host's work, wherever the data are
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}

@@ -5,6 +5,7 @@ These functions are differentiable in all their tensors and work under every ``t
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from fm_fast.time_samplers import Stratified, TimeSampler, Uniform
 
 NORM_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 REDUCTIONS = ("mean", "sum", "none")
+SAFETY, SHORTEST, LONGEST = 0.9, 0.2, 10.0  # factors of a step's length
+AT_THE_END, ON_THE_WAY, GIVEN_UP = range(3)
 Draw = Callable[..., Tensor]
 
 
@@ -176,6 +179,59 @@ def step_error(
     size = torch.maximum(y.abs(), end.abs()).to(wide)
     squares = (error / (atol + rtol * size)).square().to(torch.float64)
     return squares.unsqueeze(-1).flatten(1).mean(1)
+
+
+class StepControl(NamedTuple):
+    """How the steps of all samples go on, see :func:`step_control`."""
+
+    numbers: Tensor  # float64 [3, B]: t, the length of the next step before it is cut at a stop, and after
+    counts: (
+        Tensor  # int64 [3, B]: the number of the next stop, evaluations so far, and whether on the way (1), at the end (0), given up (2)
+    )
+    totals: Tensor  # int64 [3]: how many are on the way, were given up now, were accepted now
+    accepted: Tensor  # bool [B]: whether the step that was tried counts
+    times: Tensor  # float64 [S, B], of the next step's evaluations
+    factors: Tensor  # float64 [2, B]: the next step's length, and that over the length before
+
+
+def step_control(numbers: Tensor, counts: Tensor, means: Tensor, stops: Tensor, nodes: Tensor, order: int, evaluations: int) -> StepControl:
+    """Accept or refuse the step that each sample has tried, and plan its next one.
+
+    means [P, B]: what :func:`step_error` told of each part of the state; with P = 0 no step was tried. stops [T >= 2]: where the solve
+    begins, and the times at which steps have to end. nodes [S]: of the method. order: of the method, in whose root of the error the
+    length grows (Hairer, Nørsett and Wanner, equation II.4.13). evaluations: that the step took.
+    """
+    (t, length, tried), (stop, spent, status) = numbers, counts
+    running, accepted = status == ON_THE_WAY, torch.zeros_like(status, dtype=torch.bool)
+    if len(means):
+        square, cut = means.amax(0), length.abs() >= (stops[stop] - t).abs()
+        accepted = running & (square <= 1.0)
+        arrived = accepted & cut
+        longer = tried * _growth(square, order)
+        # A step that was cut at a stop does not shorten the one that follows.
+        length = torch.where(~running | (arrived & (length.abs() > longer.abs())), length, longer)
+        t = torch.where(accepted, torch.where(cut, stops[stop], t + tried), t)
+        ended, spent = arrived & (stop == len(stops) - 1), spent + evaluations * running
+        status, stop = status.masked_fill(ended, AT_THE_END), stop + (arrived & ~ended)
+    lost = (status == ON_THE_WAY) & (t + length == t)
+    status = status.masked_fill(lost, GIVEN_UP)
+    running, left = status == ON_THE_WAY, stops[stop] - t
+    following = torch.where(running, torch.where(length.abs() >= left.abs(), left, length), 0.0)
+    low, high = torch.minimum(stops[0], stops[-1]), torch.maximum(stops[0], stops[-1])
+    return StepControl(
+        torch.stack([t, length, following]),
+        torch.stack([stop, spent, status]),
+        torch.stack([running.sum(), lost.sum(), accepted.sum()]),
+        accepted,
+        (t + nodes.unsqueeze(1) * following).clamp(low, high),
+        torch.stack([following, torch.where(tried == 0.0, 0.0, following / tried)]),
+    )
+
+
+def _growth(square: Tensor, order: int) -> Tensor:
+    """How much longer the next step is, for the mean square of an error; a step that counted is not followed by a shorter one."""
+    factor = (SAFETY * square.nan_to_num(torch.inf).pow(-0.5 / order)).clamp(SHORTEST, LONGEST)
+    return torch.where(square < 1.0, factor.clamp(min=1.0), factor)
 
 
 def mixed(output: Tensor, x: Tensor, guidance: float) -> Tensor:

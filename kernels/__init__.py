@@ -18,6 +18,7 @@ LAUNCHERS = {
     "path_loss_backward": ("path_loss", "launch_backward"),
     "linear_step": ("linear_step", "launch"),
     "step_error": ("step_error", "launch"),
+    "step_control": ("step_control", "launch"),
     "probe": ("probe", "launch"),
     "divergence_step": ("divergence_step", "launch"),
     "adamw_ema_norm": ("adamw_ema", "launch_norm"),

@@ -6,6 +6,7 @@ A ``place`` is the device of the data and the backend.
 
 from dataclasses import dataclass
 
+import control_cases
 import numpy as np
 import oracle
 import torch
@@ -287,6 +288,10 @@ def check_step_error_of_what_is_not_finite(place):
     found = error_norm(place, y, end, [k, k], [1.0, 1.0])
     assert found.isnan().tolist() == [False, True, True, True, False, False]
     assert found.isinf().tolist() == [False, False, False, False, True, False]
+
+
+def check_step_control(place, name, dtype):
+    control_cases.check(_ops.step_control(place.backend), control_cases.CASES[name], dtype, place.device)
 
 
 def probe_set(place, kind, shape, total, share=1):

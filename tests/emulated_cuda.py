@@ -16,7 +16,17 @@ FLAGS = (
     "-std=c++17", "-O0", "-fPIC", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-math-errno", f"-I{SOURCES}",
     f"-I{HERE / 'native'}", "-DFM_EMULATE_CUDA", f'-DFM_NAMESPACE="{NAMESPACE}"', '-DFM_DISPATCH_KEY="CPU"',
 )  # fmt: skip
-EMULATED = ("noise", "path_sample", "path_loss", "path_loss_backward", "linear_step", "step_error", "probe", "divergence_step")
+EMULATED = (
+    "noise",
+    "path_sample",
+    "path_loss",
+    "path_loss_backward",
+    "linear_step",
+    "step_error",
+    "step_control",
+    "probe",
+    "divergence_step",
+)
 SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 

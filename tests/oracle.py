@@ -3,6 +3,8 @@
 It shares no code with fm_fast: Philox in uint64, library logarithm, sine and cosine, and the paper's formulas typed in again.
 """
 
+import math
+
 import numpy as np
 
 M32 = np.uint64(0xFFFFFFFF)
@@ -162,6 +164,35 @@ def step_error(y, end, outputs, coefficients, rtol, atol):
     tolerated = atol + rtol * np.maximum(np.abs(y), np.abs(end))
     squares, growth = (error / tolerated) ** 2, 2 * np.abs(error) * size / tolerated**2
     return squares.reshape(len(y), -1).mean(1), growth.reshape(len(y), -1).mean(1)
+
+
+def step_control(numbers, counts, means, stops, nodes, order, evaluations):
+    """One sample after the other: (numbers, counts, totals, accepted, times, factors), as the op leaves them if the totals were 0."""
+    columns = [_controlled(*column, stops, nodes, order, evaluations) for column in zip(numbers.T, counts.T, means.T, strict=True)]
+    widths = (3, 3, 1, len(nodes), 2, 1)
+    rows = [np.array([column[i] for column in columns]).reshape(len(columns), width).T for i, width in enumerate(widths)]
+    numbers, counts, accepted, times, factors, lost = rows
+    return numbers, counts, np.array([(counts[2] == 1).sum(), lost.sum(), accepted.sum()]), accepted[0], times, factors
+
+
+def _controlled(numbers, counts, means, stops, nodes, order, evaluations):
+    (t, length, tried), (stop, spent, status) = (float(x) for x in numbers), (int(n) for n in counts)
+    before, accepted, lost = tried, False, False
+    if len(means) and status == 1:
+        square, left = max((float(m) for m in means), key=lambda m: (math.isnan(m), m)), float(stops[stop]) - t
+        factor = 0.2 if not math.isfinite(square) else 10.0 if square == 0.0 else min(10.0, max(0.2, 0.9 * square ** (-0.5 / order)))
+        factor = max(factor, 1.0) if square < 1.0 else factor
+        cut, accepted, spent = abs(length) >= abs(left), square <= 1.0, spent + evaluations
+        if accepted:
+            t = float(stops[stop]) if cut else t + tried
+        length = length if accepted and cut and abs(length) > abs(tried * factor) else tried * factor
+        if accepted and cut:
+            stop, status = (stop, 0) if stop == len(stops) - 1 else (stop + 1, 1)
+    if status == 1 and t + length == t:
+        status, lost = 2, True
+    tried = (length if abs(length) < abs(stops[stop] - t) else float(stops[stop]) - t) if status == 1 else 0.0
+    times = [min(max(t + c * tried, min(stops[0], stops[-1])), max(stops[0], stops[-1])) for c in nodes]
+    return (t, length, tried), (stop, spent, status), accepted, times, (tried, tried / before if before else 0.0), lost
 
 
 def hadamard_sign(codes, row):

@@ -19,7 +19,13 @@ CPU = torch.device("cpu")
 # A benchmark of one name times both; that of couplings times their assignment.
 WITH_OTHERS = {"path_loss_backward", "group_norm_silu_backward", "adamw_ema_norm", "assignment"}
 SINGLE_OPS = ("noise", "path_sample", "linear_step", "step_error", "probe", "divergence_step", "conv3x3", "conv_weight_grad")
-TINY = {"path_sample": (64, 3, 5, 7), "probe": (16, 33), "conv3x3": (3, 16, 32, 5), "conv_weight_grad": (3, 16, 32, 5)}
+TINY = {
+    "path_sample": (64, 3, 5, 7),
+    "step_control": (64,),
+    "probe": (16, 33),
+    "conv3x3": (3, 16, 32, 5),
+    "conv_weight_grad": (3, 16, 32, 5),
+}
 PROBLEMS = [(name, mode) for name in SINGLE_OPS for mode in registry.find(name).modes]
 
 
@@ -44,6 +50,11 @@ def test_every_eager_provider_passes(name, mode, dtype):
     assert next(iter(steps)).startswith("fm_fast") and len(steps) >= 4
 
 
+def test_the_providers_of_step_control_pass():
+    for mode in registry.find("step_control").modes:
+        assert len(run.gate(registry.find("step_control"), setting_of("step_control", mode), ["eager", "compile"]).steps) == 3
+
+
 @pytest.mark.parametrize("name", ["noise", "path_sample", "linear_step", "step_error", "probe"])
 def test_compiled_providers_pass(name):
     op = registry.find(name)
@@ -61,7 +72,7 @@ def _spoiled(kernel, number):
 
 
 @pytest.mark.skipif(_backends.resolve("path_sample", CPU) == "reference", reason="no kernel runs here")
-@pytest.mark.parametrize(("name", "mode"), PROBLEMS)
+@pytest.mark.parametrize(("name", "mode"), [*PROBLEMS, ("step_control", "one part")])
 def test_a_wrong_kernel_stops_the_run(name, mode, monkeypatch):
     kernels = getattr(sys.modules[f"fm_fast._ops.{name}"], f"_{name}")
     for backend in list(kernels):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import control_cases
 import device_parity as parity
 import emulated_cuda
 import pytest
@@ -141,6 +142,12 @@ def test_step_error_of_what_is_not_finite():
     parity.check_step_error_of_what_is_not_finite(PLACE)
 
 
+@pytest.mark.parametrize("name", control_cases.CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_step_control(name, dtype):
+    parity.check_step_control(PLACE, name, dtype)
+
+
 def test_step_error_refuses_more_terms_than_it_can_hold():
     x = torch.ones(2, 3)
     with pytest.raises(RuntimeError, match="argument k: expected at most 32 tensors"):
@@ -171,7 +178,7 @@ def test_divergence_step_on_all_sizes(shape, kind, dtype):
 
 SANITIZED = """
 import pathlib, pytest, torch
-import device_parity as parity, emulated_cuda
+import control_cases, device_parity as parity, emulated_cuda
 library = emulated_cuda.load(pathlib.Path({library!r}))
 emulated_cuda.install(pytest.MonkeyPatch())
 place = parity.Place("cpu", "cuda")
@@ -186,6 +193,8 @@ for shape in ((4, 2), (2, 4099), (2, 3, 33, 33), (3, 3, 16, 16), (300, 8)):
     for kind in ("rademacher", "hadamard"):
         parity.check_probe(place, shape, kind, True)
 parity.check_data_map(place, torch.uint8, torch.bfloat16, (5, 3, 16, 16), flip=0.5, levels=17, dequantise=True)
+for name in control_cases.CASES:
+    parity.check_step_control(place, name, torch.float32)
 parity.check_noise(place)
 print("clean")
 """

@@ -4,6 +4,7 @@ import itertools
 import sys
 import warnings
 
+import control_cases
 import device_parity as parity
 import pytest
 import torch
@@ -133,6 +134,12 @@ def test_step_error_matches_the_model(place, shape, dtype, terms, layout):
 
 def test_step_error_of_what_is_not_finite(place):
     parity.check_step_error_of_what_is_not_finite(place)
+
+
+@pytest.mark.parametrize("name", control_cases.CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_step_control_matches_the_model(place, name, dtype):
+    parity.check_step_control(place, name, dtype)
 
 
 @pytest.mark.parametrize("shape", parity.SHAPES, ids=str)

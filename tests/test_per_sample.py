@@ -1,5 +1,6 @@
 """Adaptive steps of each sample's own: the same rules as for one sample alone, whatever else is in the batch."""
 
+import collections
 import functools
 import math
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from flows import mixture
 from sampling_helpers import Counted, network, noise64, schedule, solve
+from test_sampling_budgets import NATIVE, SIZE, Counter
 from torch import nn
 
 import fm_fast as fm
@@ -160,6 +162,18 @@ def test_the_state_and_its_times_are_wide_whatever_the_model(dtype):
     found = fm.sample(model, X0.float(), method="dopri5", dtype=dtype, rtol=3e-3, atol=3e-3, per_sample=True)
     assert inputs == {(dtype, torch.float32, (3,))} and found.x.dtype == torch.float32
     torch.testing.assert_close(found.x.double(), fine(0.0, 1.0), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_model_may_write_into_its_times(dtype):
+    def careless(x, t):
+        output = network(x, t)
+        t.fill_(math.nan)
+        return output
+
+    options = {"path": "vp", "objective": "noise", "method": "dopri5", "t0": 0.1, "t1": 0.9, "per_sample": True, "rtol": 1e-4, "atol": 1e-4}
+    careful, found = (fm.sample(model, X0.to(dtype), **options) for model in (network, careless))
+    assert torch.equal(found.x, careful.x) and found.nfe == careful.nfe
 
 
 @pytest.mark.parametrize("shape", [(4,), (0, 3), (2, 0), (2, 3, 4, 4)], ids=str)
@@ -360,6 +374,26 @@ def test_gradients(grad, method):
 
 def test_nothing_is_recorded_unasked():
     assert not fm.sample(network, X0.clone().requires_grad_(), method="dopri5", per_sample=True).x.requires_grad
+
+
+# Costs
+
+
+@pytest.mark.skipif(NATIVE is not None, reason=f"the C++ backend cannot run: {NATIVE}")
+def test_ops_and_passes_of_a_step():
+    """One more step of dopri5, which all samples accept: the passes of a whole batch's step, and two to scale the first slope anew."""
+    costs = []
+    for steps in (5, 6):
+        with Counter() as counter:
+            options = {"per_sample": True, "on_nonfinite": "mark", "max_steps": steps, "rtol": 1e-7, "atol": 1e-7}
+            found = fm.sample(counter.model, torch.ones(16, 3, 8, 8), method="dopri5", backend="cpp", **options)
+        costs.append((collections.Counter(counter.ops), counter.bytes, found.nfe))
+    (short, short_bytes, short_nfe), (long, long_bytes, long_nfe) = costs
+    assert long_nfe - short_nfe == 6, "one step"
+    ops = {name.split(".")[1]: count for name, count in (long - short).items()}
+    assert ops.pop("new_empty") == 3, "no kernels"
+    assert ops == {"linear_step": 6, "step_error": 1, "step_control": 1, "mul": 7, "_to_copy": 6}
+    assert (long_bytes - short_bytes) / (4 * SIZE) == 32 + 12 + 8 + 2
 
 
 # Likelihoods

@@ -341,6 +341,19 @@ def test_step_error_on_sm_90(case, monkeypatch, tmp_path):
     assert_wide_error(built, case)
 
 
+def test_step_control_on_sm_90(monkeypatch, tmp_path):
+    """A number a sample: what counts is one launch, and that nothing spills."""
+    from fm_fast.kernels import step_control
+
+    recorder = Recorder(step_control.step_control_kernel)
+    monkeypatch.setattr(step_control, "step_control_kernel", recorder)
+    whole, doubles = {"dtype": torch.int64}, {"dtype": torch.float64}
+    state = (empty(3, 256, **doubles), empty(3, 256, **whole), empty(3, **whole), empty(256, dtype=torch.uint8), empty(7, 256, **doubles))
+    step_control.launch(*state, empty(2, 256), empty(1, 256, **doubles), empty(2, **doubles), empty(7, **doubles), 5, 6)
+    built = built_for(recorder, 90, monkeypatch, tmp_path)
+    assert (built.stack, built.local, built.count("LDL", "STL")) == (0, 0, 0) and built.registers <= 72
+
+
 @pytest.mark.parametrize("case", fast(PROBE_CASES, 1, 5), ids=str)
 def test_probes_on_sm_90(case, monkeypatch, tmp_path):
     built = built_for(record_probe(case, monkeypatch), 90, monkeypatch, tmp_path)

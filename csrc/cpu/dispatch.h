@@ -14,6 +14,7 @@ struct KernelTable {
   LossKernel path_loss;
   StepKernel linear_step;
   ErrorKernel step_error;
+  ControlKernel step_control;
   ParityKernel parity;
   ProbeKernel probe;
   DivergenceKernel divergence_step;

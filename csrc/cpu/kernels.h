@@ -163,6 +163,8 @@ struct Conv3x3Args {
   int64_t unit_tiles;  // of 2x2 positions of y
 };
 
+constexpr int64_t kControlSamples = 16;  // a unit of step_control
+
 // A different column for each row, such that the sum of the costs is the least.
 struct AssignmentArgs {
   const void* costs;  // [n, n], float32 or float64, finite
@@ -182,6 +184,7 @@ using SampleKernel = void (*)(const SampleArgs&, int64_t begin, int64_t end);
 using LossKernel = void (*)(const LossArgs&, int64_t begin, int64_t end);
 using StepKernel = void (*)(const StepArgs&, int64_t begin, int64_t end);
 using ErrorKernel = void (*)(const ErrorArgs&, int64_t begin, int64_t end);
+using ControlKernel = void (*)(const ControlCall&, int64_t begin, int64_t end);
 using ParityKernel = void (*)(const ParityArgs&, int64_t begin, int64_t end);
 using ProbeKernel = void (*)(const ProbeArgs&, int64_t begin, int64_t end);
 using DivergenceKernel = void (*)(const DivergenceArgs&, int64_t begin, int64_t end);
@@ -201,6 +204,7 @@ using Conv3x3Kernel = void (*)(const Conv3x3Args&, int64_t begin, int64_t end);
   void path_loss_units(const LossArgs& args, int64_t begin, int64_t end);                    \
   void linear_step_units(const StepArgs& args, int64_t begin, int64_t end);                  \
   void step_error_units(const ErrorArgs& args, int64_t begin, int64_t end);                  \
+  void step_control_units(const ControlCall& args, int64_t begin, int64_t end);              \
   void parity_units(const ParityArgs& args, int64_t begin, int64_t end);                     \
   void probe_units(const ProbeArgs& args, int64_t begin, int64_t end);                       \
   void divergence_step_units(const DivergenceArgs& args, int64_t begin, int64_t end);        \

@@ -11,6 +11,7 @@ void path_loss(StableIValue* stack, uint64_t, uint64_t);
 void path_loss_backward(StableIValue* stack, uint64_t, uint64_t);
 void linear_step(StableIValue* stack, uint64_t, uint64_t);
 void step_error(StableIValue* stack, uint64_t, uint64_t);
+void step_control(StableIValue* stack, uint64_t, uint64_t);
 void probe(StableIValue* stack, uint64_t, uint64_t);
 void divergence_step(StableIValue* stack, uint64_t, uint64_t);
 void adamw_ema_norm(StableIValue* stack, uint64_t, uint64_t);

@@ -219,7 +219,7 @@ void adamw_ema(StableIValue* stack, uint64_t, uint64_t) {
   expect_sizes(decays, averages.sizes()[0], kDecayColumns);
   const double *setting_rows = dense_doubles(settings, settings.numel()), *decay_rows = dense_doubles(decays, decays.numel());
   double square_sum = *dense_doubles(total, 1);
-  int64_t* counted = const_cast<int64_t*>(dense_integers(counts));
+  int64_t* counted = dense_integers(counts);
   if (counts.numel() != kOwnCounts + p.size()) counts.fail("expected two numbers and one a parameter");
   Parameters parameters(p.size());
   ParameterRange range = read_parameters(p, copies, g, state, &parameters);

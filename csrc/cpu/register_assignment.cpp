@@ -39,7 +39,7 @@ void assignment(StableIValue* stack, uint64_t, uint64_t) {
   args.wide = is_wide(costs);
   args.n = n;
   args.guess = dense_doubles(guess, n);
-  args.columns = const_cast<int64_t*>(dense_integers(columns));
+  args.columns = dense_integers(columns);
   check_finite(costs, args.costs, n * n);
   check_finite(guess, args.guess, n);
   Scratch<double, kInlineNumbers> numbers(4 * n);

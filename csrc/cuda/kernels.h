@@ -20,6 +20,8 @@ void linear_step(const StepCall& call, const StepTerm* terms, void* stream);
 void step_error(const ErrorCall& call, const View* terms, double* scratch, void* stream);
 int64_t step_error_scratch(const ErrorCall& call);
 
+void step_control(const ControlCall& call, void* stream);
+
 // The words by which structured probes turn the random signs: none where the probes are not structured.
 int64_t parity_words(const ProbeCall& call);
 void fill_parities(const ProbeCall& call, uint32_t* parities, void* stream);

@@ -52,6 +52,7 @@ constexpr struct {
             {"path_loss_backward", path_loss_backward},
             {"linear_step", linear_step},
             {"step_error", step_error},
+            {"step_control", step_control},
             {"probe", probe},
             {"divergence_step", divergence_step}};
 

@@ -28,6 +28,10 @@ SCHEMAS = {
     ),
     "linear_step": "(Tensor(a!) out, Tensor(b!) copy, Tensor x, Tensor[] k, Tensor table, int row, float guidance) -> ()",
     "step_error": "(Tensor(a!) means, Tensor y, Tensor end, Tensor[] k, Tensor coefficients, float rtol, float atol) -> ()",
+    "step_control": (
+        "(Tensor(a!) numbers, Tensor(b!) counts, Tensor(c!) totals, Tensor(d!) accepted, Tensor(e!) times, Tensor(f!) factors, "
+        "Tensor means, Tensor stops, Tensor nodes, int order, int evaluations) -> ()"
+    ),
     "probe": "(Tensor(a!) out, Tensor key, Tensor codes, Tensor rows, int index, int first, int share) -> ()",
     "divergence_step": (
         "(Tensor(a!) sums, Tensor(b!) dots, Tensor g, Tensor key, Tensor codes, Tensor rows, int kind, int index, int first, int share, "

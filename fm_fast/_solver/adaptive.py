@@ -18,12 +18,12 @@ from torch import Tensor
 from fm_fast import _ops
 from fm_fast._solver.loop import unwritten
 from fm_fast._solver.trial import Derivative, Fused, Parts, Plain, Tolerance, Trial
+from fm_fast.reference import LONGEST, SAFETY, SHORTEST
 from fm_fast.solvers import EmbeddedRungeKutta
 
 AnyTime = TypeVar("AnyTime", float, Tensor)
 # (number of the finished step, t, state)
 AfterStep = Callable[[int, float, Parts], None]
-SAFETY, SHORTEST, LONGEST = 0.9, 0.2, 10.0
 
 
 class StepFailed(Exception):
@@ -76,7 +76,7 @@ def _explanation(method: str, reason: str, tolerance: Tolerance) -> str:
 class Counted(Generic[AnyTime]):
     """The derivative within the times of the solve: rounding, and the guess of the first step, would else look outside."""
 
-    def __init__(self, derivative: Callable[[AnyTime, Parts], Parts], within: Callable[[AnyTime], AnyTime]) -> None:
+    def __init__(self, derivative: Callable[[AnyTime, Parts], Parts], within: Callable[[AnyTime], AnyTime] | None = None) -> None:
         self._derivative, self._within = derivative, within
         self.evaluations = 0
 
@@ -85,7 +85,7 @@ class Counted(Generic[AnyTime]):
         self._derivative = derivative
 
     def __call__(self, t: AnyTime, y: Parts) -> Parts:
-        t, self.evaluations = self._within(t), self.evaluations + 1
+        t, self.evaluations = t if self._within is None else self._within(t), self.evaluations + 1
         return self._derivative(t, y) if self.evaluations > 1 else unwritten(y[0], lambda: self._derivative(t, y))
 
 

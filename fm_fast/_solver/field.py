@@ -80,8 +80,8 @@ class Field:
         return velocity_factors(self.path, self.objective, times)
 
     def times(self, t: Time, x: Tensor) -> Tensor:
-        """t as the model is given it: [B] in the dtype of the state x."""
-        return t.to(x.dtype) if isinstance(t, Tensor) else torch.full((1,), t, dtype=x.dtype, device=x.device).expand(self.batch)
+        """t as the model is given it, in memory that it may keep: [B] in the dtype of the state x."""
+        return t.to(x.dtype, copy=True) if isinstance(t, Tensor) else torch.full((1,), t, dtype=x.dtype, device=x.device).expand(self.batch)
 
 
 def combined(x: Tensor, output: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -1,8 +1,9 @@
 """Adaptive solves in which each sample has times and step lengths of its own, so that its accuracy does not depend on the batch.
 
 The rules are those of ``adaptive.py``, for every sample by itself. All samples are evaluated together, each at its own time, until the
-last one is at its end; those that are there take steps of length 0, or leave the batch. Times and lengths stay on the device: the host
-reads two numbers for a step that is tried. Slopes are kept times the step's length, so that its coefficients are the same for all samples.
+last one is at its end; those that are there take steps of length 0, or leave the batch. Times and lengths stay on the device, where op
+``step_control`` turns the errors of a step into the next one: the host reads three numbers for a step that is tried. Slopes are kept times
+the step's length, so that its coefficients are the same for all samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fm_fast import _ops, reference
-from fm_fast._solver.adaptive import LONGEST, SAFETY, SHORTEST, Counted
+from fm_fast._solver.adaptive import Counted
+from fm_fast._solver.steps import Steps
 from fm_fast._solver.trial import Arithmetic, Fused, Parts, Plain, Tolerance, norm_of_each
 from fm_fast.solvers import EmbeddedRungeKutta
 
@@ -62,8 +64,7 @@ def solve_per_sample(
         return Solved([start for _ in times], 0, torch.zeros(len(start[0]), dtype=torch.int64, device=start[0].device))
     # The model is not to be given what is the caller's.
     begin = start if rules.backend is None else tuple(_ops.native_layout(part).clone() for part in start)
-    low, high = min(times), max(times)
-    counted = Counted(derivative, lambda t: t.clamp(low, high))
+    counted = Counted(derivative)
     passed = _Passed(begin, times, rules.method)
     end, nfe_of_each = _Control(counted, begin, passed, rules, narrowed).to_the_end()
     return Solved([start, *passed.states(), end], counted.evaluations, nfe_of_each)
@@ -76,8 +77,7 @@ class _Trials:
         self._derivative, self._arithmetic, self._rules = derivative, rules.arithmetic(y), rules
         self._goes_on, self._known = rules.method.first_same_as_last, True
         self.y = self._end = y
-        self._h, self._slopes = torch.ones_like(t), [self._arithmetic.keep(0, derivative(t, y))]
-        self._c = torch.tensor(rules.method.table.c, dtype=torch.float64, device=t.device).unsqueeze(1)
+        self._slopes = [self._arithmetic.keep(0, derivative(t, y))]
 
     @property
     def slope(self) -> Parts:
@@ -88,24 +88,26 @@ class _Trials:
         """The norms of values beside the tolerance at y, float64 [B]."""
         return norm_of_each(self._arithmetic.size(values, self.y, self._rules.tolerance))
 
-    def step(self, t: Tensor, h: Tensor) -> Tensor:
-        """Try a step of each sample; their errors float64 [B], of which up to 1 is tolerated."""
-        arithmetic, factors, times = self._arithmetic, self._shaped(h), torch.addcmul(t, self._c, h).unbind()
-        end, slopes = self.y, [self._first_slope(times[0], h, factors)]
-        for stage in range(1, len(times)):
-            end = arithmetic.combine(stage - 1, self.y, slopes)
-            slopes.append(arithmetic.keep(stage, self._derivative(times[stage], end), factors))
-        if not self._goes_on:
-            end = arithmetic.combine(len(times) - 1, self.y, slopes)
-        self._end, self._slopes, self._h, self._known = end, slopes, h, self._goes_on
-        with torch.no_grad():
-            return norm_of_each(arithmetic.error(self.y, end, slopes, self._rules.tolerance))
+    def step(self, times: Tensor, factors: Tensor) -> Tensor:
+        """Try a step of each sample, with its evaluations at times [S, B]; factors [2, B] of the new slopes and of one that is kept.
 
-    def _first_slope(self, t: Tensor, h: Tensor, factors: Parts) -> Parts:
+        Returns mean squares of the errors, float64 [parts, B].
+        """
+        arithmetic, (length, ratio), moments = self._arithmetic, map(self._shaped, factors.unbind()), times.unbind()
+        end, slopes = self.y, [self._first_slope(moments[0], length, ratio)]
+        for stage in range(1, len(moments)):
+            end = arithmetic.combine(stage - 1, self.y, slopes)
+            slopes.append(arithmetic.keep(stage, self._derivative(moments[stage], end), length))
+        if not self._goes_on:
+            end = arithmetic.combine(len(moments) - 1, self.y, slopes)
+        self._end, self._slopes, self._known = end, slopes, self._goes_on
+        with torch.no_grad():
+            return arithmetic.error(self.y, end, slopes, self._rules.tolerance)
+
+    def _first_slope(self, t: Tensor, length: Parts, ratio: Parts) -> Parts:
         if not self._known:
-            return self._arithmetic.keep(0, self._derivative(t, self.y), factors)
-        ratio = (h / self._h).nan_to_num_(0.0)  # 0 / 0 of those that are at their ends
-        return self._arithmetic.keep(0, self._slopes[0], self._shaped(ratio))
+            return self._arithmetic.keep(0, self._derivative(t, self.y), length)
+        return self._arithmetic.keep(0, self._slopes[0], ratio)
 
     def within(self, samples: Tensor, theta: Tensor) -> Parts:
         """The states of some samples a part theta of the way through their steps, of a method that interpolates."""
@@ -119,8 +121,15 @@ class _Trials:
             state = state + reference.per_sample(weight.to(y.dtype), state) * slope[samples]
         return state
 
+    def accept_all(self) -> None:
+        """All samples go on from the end of the step that was tried."""
+        self._arithmetic.accept()
+        self.y = self._end
+        if self._goes_on:
+            self._slopes[0] = self._slopes[-1]
+
     def accept(self, accepted: Tensor) -> None:
-        """The accepted [B] samples go on from the end of the step that was tried."""
+        """The accepted [B] samples do."""
         chosen = tuple(reference.per_sample(accepted, part) for part in self.y)
         self.y = self._arithmetic.merge(chosen, self._end, self.y)
         if self._goes_on:
@@ -129,11 +138,11 @@ class _Trials:
     def narrow(self, samples: Tensor) -> None:
         """Go on with some samples alone."""
         self.y, slope = (tuple(part[samples] for part in parts) for parts in (self.y, self._slopes[0]))
-        self._arithmetic, self._h = self._rules.arithmetic(self.y), self._h[samples]
+        self._arithmetic = self._rules.arithmetic(self.y)
         self._slopes = [self._arithmetic.keep(0, slope)]
 
     def _shaped(self, values: Tensor) -> Parts:
-        return tuple(reference.per_sample(values.to(part.dtype), part) for part in self.y)
+        return tuple(reference.per_sample(values, part) for part in self.y)
 
 
 class _Passed:
@@ -144,38 +153,42 @@ class _Passed:
 
     def __init__(self, start: Parts, times: Sequence[float], method: EmbeddedRungeKutta) -> None:
         inner, batch, device = len(times) - 2, len(start[0]), start[0].device
-        self.times = torch.tensor(times, dtype=torch.float64, device=device)
-        self.forward, self._interpolates = times[-1] > times[0], method.interpolates
+        self._times = torch.tensor(times, dtype=torch.float64, device=device)
+        self._forward, self._interpolates = times[-1] > times[0], method.interpolates
         self._states = [torch.full((inner, *part.shape), torch.nan, dtype=part.dtype, device=device) for part in start] if inner else []
         self._next = torch.ones(batch, dtype=torch.int64, device=device)
         self.numbers = torch.arange(batch, device=device)  # in the whole batch
+
+    @property
+    def stops(self) -> Tensor:
+        """The first time, and those at which steps have to end."""
+        return self._times[:: len(self._times) - 1] if self._interpolates else self._times
+
+    @property
+    def look_within(self) -> bool:
+        return bool(self._states) and self._interpolates
 
     def narrow(self, samples: Tensor) -> None:
         """Go on with some samples alone."""
         self._next, self.numbers = self._next[samples], self.numbers[samples]
 
-    def stops(self) -> Tensor:
-        """[B], where each sample's steps have to end next."""
-        return self.times[-1].expand(len(self._next)) if self._interpolates else self.times[self._next]
-
-    def within(self, accepted: Tensor, t: Tensor, reached: Tensor, h: Tensor, trials: _Trials) -> None:
-        """Notes the states inside of accepted steps of length h from t."""
-        while self._states and self._interpolates:
-            due, last = self.times[self._next], len(self.times) - 1
-            come = reached >= due if self.forward else reached <= due
-            samples = (accepted & (self._next < last) & come).nonzero().squeeze(1)
+    def within(self, before: Tensor, steps: Steps, trials: _Trials) -> None:
+        """Notes the states inside of accepted steps from where the numbers of ``steps`` were before."""
+        last = len(self._times) - 1
+        while True:
+            due, t, reached = self._times[self._next], before[0], steps.numbers[0]
+            come = reached >= due if self._forward else reached <= due
+            samples = (steps.accepted & (self._next < last) & come).nonzero().squeeze(1)
             if len(samples) == 0:
                 return
-            self._note(samples, trials.within(samples, (due[samples] - t[samples]) / h[samples]))
+            self._note(samples, trials.within(samples, (due[samples] - t[samples]) / before[2, samples]))
 
-    def at_stops(self, arrived: Tensor, y: Parts) -> Tensor:
-        """Notes the states of samples that have arrived at their stops; bool [B], which of them are at the end."""
-        if self._interpolates or not self._states:
-            return arrived
-        samples = (arrived & (self._next < len(self.times) - 1)).nonzero().squeeze(1)
-        ended = arrived & (self._next == len(self.times) - 1)
+    def at_stops(self, steps: Steps, y: Parts) -> None:
+        """Notes the states of samples that have arrived at a stop, and have another before them."""
+        if not self._states or self._interpolates:
+            return
+        samples = (steps.counts[0] > self._next).nonzero().squeeze(1)
         self._note(samples, tuple(part[samples] for part in y))
-        return ended
 
     def _note(self, samples: Tensor, states: Parts) -> None:
         for kept, state in zip(self._states, states, strict=True):
@@ -195,25 +208,22 @@ class _Ends(NamedTuple):
 
 
 class _Control:
-    """The length of every sample's steps, whose sign is the direction of the solve."""
+    """The way of all samples to their ends, in steps whose lengths have the sign of the solve's direction."""
 
     def __init__(self, derivative: Counted[Tensor], start: Parts, passed: _Passed, rules: Rules, narrowed: Narrowed | None) -> None:
         self._derivative, self._passed, self._rules, self._narrowed = derivative, passed, rules, narrowed
-        self._exponent, self._tried, self._batch = -1.0 / rules.method.order, 0, len(start[0])
-        self._t = passed.times[0].repeat(len(start[0]))
-        self._running, self._zero = torch.ones_like(self._t, dtype=torch.bool), torch.zeros_like(self._t)
-        self._trials = _Trials(derivative, start, self._t, rules)
-        self._h = self._first_step()
-        self._nfe = torch.full_like(self._running, derivative.evaluations, dtype=torch.int64)
+        self._tried, self._batch, stops = 0, len(start[0]), passed.stops.contiguous()
+        self._steps = Steps(start[0], stops, rules.method, rules.backend or "reference")
+        t = stops[0].repeat(self._batch)
+        self._trials = _Trials(derivative, start, t, rules)
+        lengths = _first_lengths(self._trials, derivative, t, stops, rules.method.order)
+        self._running, self._lost, _ = self._steps.begin(lengths, derivative.evaluations)
         self._left = list[_Ends]()
 
     def to_the_end(self) -> tuple[Parts, Tensor]:
         """The states at the end, NaN where a sample has not come there, and the evaluations of each sample."""
         while self._goes_on():
-            before = self._derivative.evaluations
-            running = self._running
             self._attempt()
-            self._nfe.add_(running, alpha=self._derivative.evaluations - before)
         if not self._left:
             last = self._ends(slice(None))
             return last.y, last.nfe
@@ -224,33 +234,30 @@ class _Control:
 
     def _ends(self, samples: Tensor | slice) -> "_Ends":
         """The results of samples that are not on their way any more."""
-        y, there = tuple(part[samples] for part in self._trials.y), self._t[samples] == self._passed.times[-1]
+        y, there = tuple(part[samples] for part in self._trials.y), self._steps.at_the_end[samples]
         if self._rules.mark:
             y = tuple(torch.where(reference.per_sample(there, part), part, torch.nan) for part in y)
-        return _Ends(self._passed.numbers[samples], y, self._nfe[samples])
+        return _Ends(self._passed.numbers[samples], y, self._steps.counts[1, samples])
 
     def _narrow(self, narrowed: Narrowed) -> None:
         """Go on with those that are on their way."""
-        self._left.append(self._ends((~self._running).nonzero().squeeze(1)))
-        samples = self._running.nonzero().squeeze(1)
-        numbers = (self._t, self._h, self._running, self._zero, self._nfe)
-        self._t, self._h, self._running, self._zero, self._nfe = (values[samples] for values in numbers)
-        self._trials.narrow(samples)
-        self._passed.narrow(samples)
+        on_the_way = self._steps.on_the_way
+        self._left.append(self._ends((~on_the_way).nonzero().squeeze(1)))
+        samples = on_the_way.nonzero().squeeze(1)
+        for part in (self._steps, self._trials, self._passed):
+            part.narrow(samples)
         self._derivative.change(narrowed(self._passed.numbers))
 
     def _goes_on(self) -> bool:
-        """Whether a sample is not yet at its end, once those whose steps are too short to be one are given up. Waits for the device."""
-        lost = self._running & (self._t + self._h == self._t)
-        self._running = self._running ^ lost
-        running, failed = torch.stack([self._running, lost]).sum(1).tolist()
+        """Whether a sample is not yet at its end. A sample whose step is too short to be one is given up."""
+        running, failed = self._running, self._lost
         if failed and not self._rules.mark:
             raise RuntimeError(self._sentence("failed", failed, "; their velocity is not finite, or too rough for rtol={} and atol={}"))
         exhausted = running > 0 and self._tried == self._rules.max_steps
         if exhausted and not self._rules.mark:
             steps = f"did not reach the end of the solve in max_steps={self._tried} steps"
             raise RuntimeError(self._sentence(steps, running, "; raise max_steps, or rtol={} and atol={}"))
-        if self._narrowed is not None and 0 < running <= MOST_RUNNING * len(self._t) and not exhausted:
+        if self._narrowed is not None and 0 < running <= MOST_RUNNING * len(self._trials.y[0]) and not exhausted:
             self._narrow(self._narrowed)
         return running > 0 and not exhausted
 
@@ -260,35 +267,30 @@ class _Control:
 
     def _attempt(self) -> None:
         self._tried += 1
-        t, stops = self._t, self._passed.stops()
-        left = stops - t
-        cut = self._h >= left if self._passed.forward else self._h <= left
-        h = torch.where(self._running, torch.where(cut, left, self._h), self._zero)
-        error = self._trials.step(t, h)
-        accepted, reached = self._running & (error <= 1.0), torch.where(cut, stops, t + h)
-        self._passed.within(accepted, t, reached, h, self._trials)
-        self._trials.accept(accepted)
-        arrived = accepted & cut
-        self._t, self._h = torch.where(accepted, reached, t), self._next_length(h, error, arrived)
-        self._running = self._running ^ self._passed.at_stops(arrived, self._trials.y)
+        steps, trials, before = self._steps, self._trials, self._derivative.evaluations
+        means = trials.step(steps.times, steps.factors)
+        numbers = steps.numbers.clone() if self._passed.look_within else None
+        self._running, self._lost, accepted = steps.go_on(means, self._derivative.evaluations - before)
+        if numbers is not None:
+            self._passed.within(numbers, steps, trials)
+        if accepted == len(trials.y[0]):
+            trials.accept_all()
+        elif accepted:
+            trials.accept(steps.accepted)
+        self._passed.at_stops(steps, trials.y)
 
-    def _next_length(self, h: Tensor, error: Tensor, arrived: Tensor) -> Tensor:
-        """A step that was cut at a stop does not shorten the one that follows."""
-        factor = (error.nan_to_num(torch.inf) ** self._exponent).mul_(SAFETY).clamp_(SHORTEST, LONGEST)
-        longer = h * torch.where(error < 1.0, factor.clamp(min=1.0), factor)
-        furthest = torch.maximum if self._passed.forward else torch.minimum
-        return torch.where(arrived, furthest(self._h, longer), longer)
 
-    @torch.no_grad()
-    def _first_step(self) -> Tensor:
-        """Steps whose errors are about a hundredth of the tolerance, by the size of the slopes and of their change; 0 if not finite."""
-        y, slope, direction = self._trials.y, self._trials.slope, 1.0 if self._passed.forward else -1.0
-        state, speed = self._trials.size(y), self._trials.size(slope)
-        finite = state.isfinite() & speed.isfinite()
-        h = torch.where((state < 1e-5) | (speed < 1e-5), 1e-6, torch.where(finite, 0.01 * state / speed, self._zero))
-        ahead = tuple(part + reference.per_sample((direction * h).to(part.dtype), part) * k for part, k in zip(y, slope, strict=True))
-        slopes = self._derivative(self._t + direction * h, ahead)
-        change = self._trials.size(tuple(a.to(b.dtype) - b for a, b in zip(slopes, slope, strict=True))) / h
-        steepest = torch.maximum(speed, change)
-        guess = torch.where(~change.isfinite() | (steepest <= 1e-15), (h * 1e-3).clamp(min=1e-6), (0.01 / steepest) ** -self._exponent)
-        return direction * torch.where(finite, torch.minimum(100.0 * h, guess), self._zero)
+@torch.no_grad()
+def _first_lengths(trials: _Trials, derivative: Counted[Tensor], t: Tensor, stops: Tensor, order: int) -> Tensor:
+    """Steps whose errors are about a hundredth of the tolerance, by the size of the slopes and of their change; 0 if not finite."""
+    y, slope, direction = trials.y, trials.slope, torch.sign(stops[-1] - stops[0])
+    state, speed = trials.size(y), trials.size(slope)
+    finite = state.isfinite() & speed.isfinite()
+    h = torch.where((state < 1e-5) | (speed < 1e-5), 1e-6, torch.where(finite, 0.01 * state / speed, 0.0))
+    ahead = tuple(part + reference.per_sample((direction * h).to(part.dtype), part) * k for part, k in zip(y, slope, strict=True))
+    inside = torch.where(h > (stops[-1] - stops[0]).abs(), stops[-1], t + direction * h)
+    slopes = derivative(inside, ahead)
+    change = trials.size(tuple(a.to(b.dtype) - b for a, b in zip(slopes, slope, strict=True))) / h
+    steepest = torch.maximum(speed, change)
+    guess = torch.where(~change.isfinite() | (steepest <= 1e-15), (h * 1e-3).clamp(min=1e-6), (0.01 / steepest) ** (1.0 / order))
+    return direction * torch.where(finite, torch.minimum(100.0 * h, guess), 0.0)

@@ -154,8 +154,9 @@ inline double __shfl_xor_sync(unsigned, double value, int lanes) {
   return value;
 }
 
-inline uint32_t atomicAdd(uint32_t* to, uint32_t value) {
-  uint32_t before = *to;
+template <class T>
+T atomicAdd(T* to, T value) {
+  T before = *to;
   *to += value;
   return before;
 }

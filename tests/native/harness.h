@@ -28,6 +28,7 @@ struct Isa {
   fm::LossKernel loss;
   fm::StepKernel step;
   fm::ErrorKernel error;
+  fm::ControlKernel control;
   fm::ParityKernel parity;
   fm::ProbeKernel probe;
   fm::DivergenceKernel divergence;
@@ -46,6 +47,7 @@ struct Isa {
    fm::isa::path_loss_units,        \
    fm::isa::linear_step_units,      \
    fm::isa::step_error_units,       \
+   fm::isa::step_control_units,     \
    fm::isa::parity_units,           \
    fm::isa::probe_units,            \
    fm::isa::divergence_step_units,  \

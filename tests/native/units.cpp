@@ -10,4 +10,5 @@
 #include "cpu/path_sample.cpp"
 #include "cpu/probe.cpp"
 #include "cpu/schedule.cpp"
+#include "cpu/step_control.cpp"
 #include "cpu/step_error.cpp"
