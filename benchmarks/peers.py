@@ -6,11 +6,17 @@ import importlib.metadata
 from collections.abc import Sequence
 
 # Also in constraints.txt and, but for torchcfm, in the extra "bench".
-PINNED = {"torchdiffeq": "0.2.5", "flow_matching": "1.0.10", "torchcfm": "1.0.7"}
+PINNED = {"torchdiffeq": "0.2.5", "torchode": "1.0.1", "flow_matching": "1.0.10", "torchebm": "0.8.9", "torchcfm": "1.0.7"}
 # torchcfm asks for much that a U-Net and a loss do not need.
 DEFAULT_INSTALLATION = "pip install -e '.[bench]'"
 # What of each is used; torchcfm asks for much more than that when it is imported.
-MODULES = {"torchdiffeq": "torchdiffeq", "flow_matching": "flow_matching.path", "torchcfm": "torchcfm.conditional_flow_matching"}
+MODULES = {
+    "torchdiffeq": "torchdiffeq",
+    "torchode": "torchode",
+    "flow_matching": "flow_matching.path",
+    "torchebm": "torchebm.samplers",
+    "torchcfm": "torchcfm.conditional_flow_matching",
+}
 INSTALLATION = {"torchcfm": f"{DEFAULT_INSTALLATION} && pip install --no-deps torchcfm==1.0.7"}
 
 

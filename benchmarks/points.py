@@ -55,6 +55,14 @@ def over(t: Tensor, x: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (x.dim() - 1))
 
 
+class AsModule(torch.nn.Module):
+    """A function as the module that a library asks for."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.forward = function
+
+
 def draw(given: Data) -> tuple[Tensor, Tensor]:
     """(x0, t) by PyTorch's generator."""
     x0 = torch.randn_like(given.x1) if given.x0 is None else given.x0
@@ -142,7 +150,19 @@ def _flow_matching() -> PeerPoint:
     return point
 
 
-PEERS = {"torchcfm": _torchcfm, "flow_matching": _flow_matching}
+def _torchebm() -> PeerPoint:
+    from torchebm.interpolants import LinearInterpolant
+
+    interpolant = LinearInterpolant()
+
+    def point(x1: Tensor, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        t = torch.rand(x1.shape[0], dtype=x1.dtype, device=x1.device)
+        return *interpolant.interpolate(x0, x1, t), t
+
+    return point
+
+
+PEERS = {"torchcfm": _torchcfm, "flow_matching": _flow_matching, "torchebm": _torchebm}
 # It draws the times on the host, which no CUDA graph can hold.
 CPU_PEERS = ("torchcfm",)
 

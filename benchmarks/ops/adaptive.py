@@ -15,7 +15,7 @@ import fm_fast as fm
 from benchmarks import peers, timing
 from benchmarks.costs import Costs, of_step
 from benchmarks.op import Op, Provider, Setting, bytes_of_shape
-from benchmarks.points import check_close, over
+from benchmarks.points import AsModule, check_close, over
 from fm_fast.compat.torchdiffeq import odeint
 
 Model = Callable[[Tensor, Tensor], Tensor]
@@ -92,14 +92,48 @@ def _flow_matching(method: str) -> Solve:
     return solve
 
 
-PEERS = {"torchdiffeq": _torchdiffeq, "flow_matching": _flow_matching}
+def _torchode(method: str) -> Solve:
+    """Each sample has steps of its own."""
+    import torchode
+
+    @torch.no_grad()
+    def solve(model: Model, noise: Tensor) -> Tensor:
+        term = torchode.ODETerm(lambda t, y: model(y.view_as(noise), t).flatten(1))
+        control = torchode.IntegralController(atol=TOLERANCE, rtol=TOLERANCE, term=term)
+        solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), control)
+        times = torch.tensor([0.0, 1.0], dtype=noise.dtype, device=noise.device).expand(len(noise), 2)
+        return solver.solve(torchode.InitialValueProblem(y0=noise.flatten(1), t_eval=times)).ys[:, -1].view_as(noise)
+
+    return solve
+
+
+def _torchebm(method: str) -> Solve:
+    from torchebm.integrators import Bosh3Integrator, Dopri5Integrator
+    from torchebm.samplers import FlowSampler
+
+    integrator = {"dopri5": Dopri5Integrator, "bosh3": Bosh3Integrator}[method]
+
+    @torch.no_grad()
+    def solve(model: Model, noise: Tensor) -> Tensor:
+        here = {"dtype": noise.dtype, "device": noise.device}
+        return FlowSampler(AsModule(model), integrator=integrator(atol=TOLERANCE, rtol=TOLERANCE, **here), **here).sample(noise)
+
+    return solve
+
+
+PEERS = {"torchdiffeq": _torchdiffeq, "flow_matching": _flow_matching, "torchode": _torchode, "torchebm": _torchebm}
+METHODS_OF = {"torchode": ("dopri5",)}  # of a library that has not all of them
 
 
 def providers(setting: Setting) -> list[Provider]:
     solves = {"fm_fast": _ours(setting.mode), "fm_fast: per_sample": _ours(setting.mode, per_sample=True)}
     solves["fm_fast.compat: odeint"] = _odeint(odeint, setting.mode)
-    solves |= {name: PEERS[name](setting.mode) for name in PEERS if peers.available(name)}
+    solves |= {name: PEERS[name](setting.mode) for name in PEERS if _has(name, setting.mode)}
     return [Provider(name, _build(solve)) for name, solve in solves.items()]
+
+
+def _has(name: str, method: str) -> bool:
+    return peers.available(name) and method in METHODS_OF.get(name, METHODS)
 
 
 def _build(solve: Solve) -> Callable[[Tensor, Setting], Solver]:

@@ -17,7 +17,7 @@ import fm_fast as fm
 from benchmarks import peers, timing
 from benchmarks.costs import Costs, of_step
 from benchmarks.op import Op, Provider, Setting, bytes_of_shape
-from benchmarks.points import check_close, over
+from benchmarks.points import AsModule, check_close, over
 
 Model = Callable[[Tensor, Tensor], Tensor]
 # (model, noise, steps) -> x at t = 1
@@ -145,7 +145,11 @@ def _times(x: Tensor, steps: int, parts: int) -> tuple[Tensor, ...]:
     return times.to(x.dtype).unsqueeze(1).expand(-1, len(x)).unbind(0)
 
 
-def _torchdiffeq(method: str, as_grid: bool) -> Solve:
+def _torchdiffeq(method: str) -> dict[str, Solve]:
+    return {"torchdiffeq, step_size": _odeint(method, False), "torchdiffeq, time grid": _odeint(method, True)}
+
+
+def _odeint(method: str, as_grid: bool) -> Solve:
     from torchdiffeq import odeint
 
     @torch.no_grad()
@@ -157,7 +161,11 @@ def _torchdiffeq(method: str, as_grid: bool) -> Solve:
     return solve
 
 
-def _flow_matching(method: str, as_grid: bool) -> Solve:
+def _flow_matching(method: str) -> dict[str, Solve]:
+    return {"flow_matching, step_size": _ode_solver(method, False), "flow_matching, time grid": _ode_solver(method, True)}
+
+
+def _ode_solver(method: str, as_grid: bool) -> Solve:
     from flow_matching.solver import ODESolver
 
     def solve(model: Model, noise: Tensor, steps: int) -> Tensor:
@@ -167,6 +175,20 @@ def _flow_matching(method: str, as_grid: bool) -> Solve:
         return solver.sample(noise, step_size=1.0 / steps, method=method)
 
     return solve
+
+
+def _torchebm(method: str) -> dict[str, Solve]:
+    """Its Euler steps are those of an Euler-Maruyama method without noise."""
+    from torchebm.samplers import FlowSampler
+
+    integrator = {"euler": "euler_maruyama"}.get(method, method)
+
+    @torch.no_grad()
+    def solve(model: Model, noise: Tensor, steps: int) -> Tensor:
+        sampler = FlowSampler(AsModule(model), integrator=integrator, dtype=noise.dtype, device=noise.device)
+        return sampler.sample(noise, n_steps=steps)
+
+    return {"torchebm": solve}
 
 
 def _copies(passes: int) -> Solve:
@@ -187,7 +209,7 @@ def _copies(passes: int) -> Solve:
 
 NAIVE = {"euler": _naive_euler, "midpoint": _naive_midpoint, "rk4": _naive_rk4}
 IN_PLACE = {"euler": _in_place_euler, "midpoint": _in_place_midpoint}
-PEERS = {"torchdiffeq": _torchdiffeq, "flow_matching": _flow_matching}
+PEERS = {"torchdiffeq": _torchdiffeq, "flow_matching": _flow_matching, "torchebm": _torchebm}
 
 
 def providers(setting: Setting) -> list[Provider]:
@@ -199,8 +221,7 @@ def providers(setting: Setting) -> list[Provider]:
     if method in IN_PLACE:
         solves["hand loop, in place"] = IN_PLACE[method]
     for name in (name for name in PEERS if peers.available(name)):
-        solves[f"{name}, step_size"] = PEERS[name](method, False)
-        solves[f"{name}, time grid"] = PEERS[name](method, True)
+        solves |= PEERS[name](method)
     found = [Provider(name, _build(solve, EVALUATIONS[method])) for name, solve in solves.items()]
     if torch.Size(setting.shape).numel() >= LARGE:
         found.append(Provider(f"copies, {PASSES[method]} passes", _build(_copies(PASSES[method]), 0), gated=False))
