@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from fm_fast import _checks, _modes, reference
 from fm_fast._solver.adaptive import solve_adaptive
 from fm_fast._solver.evaluate import make_evaluate, make_mixed
-from fm_fast._solver.field import Field, Model, Time, combined, make_field
+from fm_fast._solver.field import Field, Model, combined, make_field
 from fm_fast._solver.guidance import Guidance
 from fm_fast._solver.learned import plan_and_factors, velocities
 from fm_fast._solver.loop import AfterStep, Layout, make_state, run
 from fm_fast._solver.per_sample import Rules, solve_per_sample
 from fm_fast._solver.progress import step_counter
 from fm_fast._solver.settings import NONFINITE, PerSample, Save, Settings, check_finite, make_settings
-from fm_fast._solver.trial import Parts, Tolerance
+from fm_fast._solver.trial import Derivative, Moment, Parts, Tolerance
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective
 from fm_fast.paths import Path
@@ -276,7 +276,7 @@ def _adaptive(field: Field, start: Tensor, settings: Settings, callback: Callbac
     after = None if callback is None else (lambda step, t, parts: callback(step, t, parts[0].clone()))
     x0, plain = start.to(reference.accumulation_dtype(start)), settings.grad != "none" and torch.is_grad_enabled()
     states, nfe = solve_adaptive(
-        lambda t, parts: (velocity(parts[0], t),), (x0,), settings.nodes.tolist(), settings.adaptive,
+        lambda now, parts: (velocity(parts[0], now),), (x0,), settings.nodes.tolist(), settings.adaptive,
         Tolerance(settings.rtol, settings.atol), settings.max_steps, settings.backend, plain, after,
     )  # fmt: skip
     return states[-1][0], _saved(states, settings), nfe
@@ -287,9 +287,9 @@ def _per_sample(field: Field, start: Tensor, settings: Settings, mark: bool) -> 
     backend = None if settings.grad != "none" and torch.is_grad_enabled() else settings.backend
     rules = Rules(settings.adaptive, Tolerance(settings.rtol, settings.atol), settings.max_steps, mark, backend)
 
-    def derivative(of: Field) -> Callable[[Tensor, Parts], Parts]:
+    def derivative(of: Field) -> Derivative:
         velocity = _velocity(of, settings)
-        return lambda t, parts: (velocity(parts[0], t),)
+        return lambda now, parts: (velocity(parts[0], now),)
 
     narrowed = (lambda samples: derivative(field.of(samples))) if settings.per_sample == "shrink" else None
     x0, times = start.to(reference.accumulation_dtype(start)), settings.nodes.tolist()
@@ -301,13 +301,13 @@ def _saved(states: Sequence[Parts], settings: Settings) -> Tensor | None:
     return torch.stack([states[position][0] for position in settings.saved]) if settings.saved else None
 
 
-def _velocity(field: Field, settings: Settings) -> Callable[[Tensor, Time], Tensor]:
-    """The velocity at (x [B, ...], t) in x's dtype."""
+def _velocity(field: Field, settings: Settings) -> Callable[[Tensor, Moment], Tensor]:
+    """The velocity at x [B, ...] and a time, in x's dtype."""
 
-    def velocity(x: Tensor, t: Time) -> Tensor:
-        output = field.checked_output_at(x.to(settings.dtype), field.times(t, x), field.scale_at(t))
-        return combined(x, output, field.factors_at(t, x.device))
+    def velocity(x: Tensor, now: Moment) -> Tensor:
+        output = field.checked_output_at(x.to(settings.dtype), now.given, field.scale_at(now.exact))
+        return combined(x, output, field.factors_at(now.exact, x.device))
 
     if settings.grad == "checkpoint" and torch.is_grad_enabled():
-        return lambda x, t: checkpoint(velocity, x, t, use_reentrant=False)  # type: ignore[return-value]
+        return lambda x, now: checkpoint(velocity, x, now, use_reentrant=False)  # type: ignore[return-value]
     return velocity

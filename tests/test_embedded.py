@@ -249,6 +249,8 @@ def test_ops_passes_and_waits_of_a_step(dtype):
     waits = [sum(op.startswith(WAITS) for op in counter.ops) for counter in (short, long)]
     assert [more - less for less, more in zip(*ops, strict=True)] == [6, 1]
     assert waits[1] - waits[0] == 1 and waits[0] == 3 + 3 + 1, "a look a step, three before, one behind"
+    fills = [sum(op.startswith("aten.full") for op in counter.ops) for counter in (short, long)]
+    assert fills[0] == fills[1] == 2, "the times of a step come with its coefficients"
     saving, counted_twice = 2 + 2, 6  # a copy, and its part of the stack; copy_ counts what it overwrites
     inputs = 0 if dtype is None else 6 * (1 + 1 / 2) - 6 / 2  # made for the model, whose outputs are half as large
     assert (long.bytes - short.bytes) / (4 * SIZE) - saving - counted_twice == 32 + 12 + 8 + inputs

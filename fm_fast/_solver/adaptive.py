@@ -10,18 +10,15 @@ Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from fm_fast import _ops
 from fm_fast._solver.loop import unwritten
-from fm_fast._solver.trial import Derivative, Fused, Parts, Plain, Tolerance, Trial
+from fm_fast._solver.trial import Derivative, Fused, Moment, Parts, Plain, Tolerance, Trial, moment
 from fm_fast.reference import LONGEST, SAFETY, SHORTEST
 from fm_fast.solvers import EmbeddedRungeKutta
 
-AnyTime = TypeVar("AnyTime", float, Tensor)
 # (number of the finished step, t, state)
 AfterStep = Callable[[int, float, Parts], None]
 
@@ -52,8 +49,7 @@ def solve_adaptive(
     """
     if start[0].numel() == 0:
         return [start for _ in times], 0
-    low, high = min(times), max(times)
-    counted = Counted(derivative, lambda t: min(max(t, low), high))
+    counted = Counted(derivative)
     # The model is not to be given what is the caller's.
     begin = start if plain else tuple(_ops.native_layout(part).clone() for part in start)
     arithmetic = Plain(begin, method) if plain else Fused(begin, method, backend)
@@ -73,20 +69,20 @@ def _explanation(method: str, reason: str, tolerance: Tolerance) -> str:
     )
 
 
-class Counted(Generic[AnyTime]):
-    """The derivative within the times of the solve: rounding, and the guess of the first step, would else look outside."""
+class Counted:
+    """The derivative, whose evaluations are counted."""
 
-    def __init__(self, derivative: Callable[[AnyTime, Parts], Parts], within: Callable[[AnyTime], AnyTime] | None = None) -> None:
-        self._derivative, self._within = derivative, within
+    def __init__(self, derivative: Derivative) -> None:
+        self._derivative = derivative
         self.evaluations = 0
 
-    def change(self, derivative: Callable[[AnyTime, Parts], Parts]) -> None:
+    def change(self, derivative: Derivative) -> None:
         """Go on with another derivative."""
         self._derivative = derivative
 
-    def __call__(self, t: AnyTime, y: Parts) -> Parts:
-        t, self.evaluations = t if self._within is None else self._within(t), self.evaluations + 1
-        return self._derivative(t, y) if self.evaluations > 1 else unwritten(y[0], lambda: self._derivative(t, y))
+    def __call__(self, now: Moment, y: Parts) -> Parts:
+        self.evaluations += 1
+        return self._derivative(now, y) if self.evaluations > 1 else unwritten(y[0], lambda: self._derivative(now, y))
 
 
 class _Control:
@@ -95,7 +91,7 @@ class _Control:
     def __init__(
         self,
         trial: Trial,
-        derivative: Counted[float],
+        derivative: Counted,
         method: EmbeddedRungeKutta,
         tolerance: Tolerance,
         max_steps: int,
@@ -103,10 +99,12 @@ class _Control:
     ) -> None:
         self._trial, self._derivative, self._tolerance, self._after_step = trial, derivative, tolerance, after_step
         self._exponent, self._interpolates, self._max_steps = -1.0 / method.order, method.interpolates, max_steps
-        self._h, self._tried, self._finished = 0.0, 0, 0
+        self._nodes, self._h, self._tried, self._finished = method.table.c, 0.0, 0, 0
+        self._low = self._high = 0.0
 
     def through(self, times: Sequence[float]) -> list[Parts]:
         """The state at each of times; copies, since the next steps overwrite it."""
+        self._low, self._high = min(times), max(times)
         if len(times) > 1:
             self._h = self._first_step(times[0], 1.0 if times[-1] > times[0] else -1.0)
         states = [self._trial.y]
@@ -154,7 +152,11 @@ class _Control:
         if self._tried == self._max_steps:
             raise StepFailed(f"did not reach the end of the solve in max_steps={self._max_steps} steps")
         self._tried += 1
-        return self._trial.step(t, h, self._tolerance)
+        return self._trial.step(h, [self._inside(t + c * h) for c in self._nodes], self._tolerance)
+
+    def _inside(self, t: float) -> float:
+        """Within the times of the solve: rounding, and the guess of the first step, would else look outside."""
+        return min(max(t, self._low), self._high)
 
     def _factor(self, error: float) -> float:
         """How much longer the next step is."""
@@ -172,7 +174,8 @@ class _Control:
         if not math.isfinite(state) or not math.isfinite(speed):
             raise StepFailed(f"the state or its slope, or its size beside the tolerance, is not finite at t = {t:.6g}")
         h = 1e-6 if state < 1e-5 or speed < 1e-5 else 0.01 * state / speed
-        ahead = self._derivative(t + direction * h, tuple(part + direction * h * k for part, k in zip(y, slope, strict=True)))
+        there = tuple(part + direction * h * k for part, k in zip(y, slope, strict=True))
+        ahead = self._derivative(moment(self._inside(t + direction * h), y[0]), there)
         difference = tuple(a.to(b.dtype) - b for a, b in zip(ahead, slope, strict=True))
         change = self._trial.size(difference, self._tolerance) / h
         if not math.isfinite(change) or max(speed, change) <= 1e-15:

@@ -79,10 +79,6 @@ class Field:
         times = t if isinstance(t, Tensor) else torch.full((), t, dtype=torch.float64, device=device)
         return velocity_factors(self.path, self.objective, times)
 
-    def times(self, t: Time, x: Tensor) -> Tensor:
-        """t as the model is given it, in memory that it may keep: [B] in the dtype of the state x."""
-        return t.to(x.dtype, copy=True) if isinstance(t, Tensor) else torch.full((1,), t, dtype=x.dtype, device=x.device).expand(self.batch)
-
 
 def combined(x: Tensor, output: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:
     """The velocity p x + r o in x's dtype; where it is the output, the output itself in its own."""

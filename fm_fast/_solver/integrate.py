@@ -1,7 +1,6 @@
 """A solve that carries the integral of the divergence along: what likelihoods are made of."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +10,7 @@ from fm_fast import _modes, reference
 from fm_fast._solver.adaptive import solve_adaptive
 from fm_fast._solver.estimator import Estimator
 from fm_fast._solver.evaluate import make_mixed
-from fm_fast._solver.field import Field, Time, combined
+from fm_fast._solver.field import Field, combined
 from fm_fast._solver.learned import LearnedFactors, plan_and_factors, velocities
 from fm_fast._solver.loop import Evaluate, Layout, make_state, run
 from fm_fast._solver.per_sample import Rules, solve_per_sample
@@ -20,7 +19,7 @@ from fm_fast._solver.probes import Probes, single_probe
 from fm_fast._solver.progress import step_counter
 from fm_fast._solver.recording import check_gradient, solving
 from fm_fast._solver.settings import Settings
-from fm_fast._solver.trial import Parts, Tolerance
+from fm_fast._solver.trial import Derivative, Moment, Parts, Tolerance
 from fm_fast.solvers import RungeKutta
 
 
@@ -188,7 +187,7 @@ def _per_sample(task: Task, start: Parts, estimators: list[Estimator]) -> tuple[
     backend = None if task.create_graph else settings.backend
     rules = Rules(settings.adaptive, Tolerance(settings.rtol, settings.atol), settings.max_steps, task.mark, backend)
 
-    def narrowed(samples: Tensor) -> Callable[[Tensor, Parts], Parts]:
+    def narrowed(samples: Tensor) -> Derivative:
         part = task.of(samples)
         estimators.append(part.estimator())
         return _derivative(part, estimators[-1])
@@ -198,15 +197,15 @@ def _per_sample(task: Task, start: Parts, estimators: list[Estimator]) -> tuple[
     return solved.states[-1], solved.nfe, solved.nfe_of_each
 
 
-def _derivative(task: Task, estimator: Estimator) -> Callable[[Time, Parts], Parts]:
+def _derivative(task: Task, estimator: Estimator) -> Derivative:
     field, settings = task.field, task.settings
 
-    def derivative(t: Time, parts: Parts) -> Parts:
-        x, times, scale = parts[0], field.times(t, parts[0]), field.scale_at(t)
-        recorded = estimator.record(lambda given: field.checked_output_at(given, times, scale), x.to(settings.dtype))
+    def derivative(now: Moment, parts: Parts) -> Parts:
+        x, scale = parts[0], field.scale_at(now.exact)
+        recorded = estimator.record(lambda given: field.checked_output_at(given, now.given, scale), x.to(settings.dtype))
         estimator.add(recorded, 0, 0.0, 1.0)
         output = recorded.output if task.create_graph else recorded.output.detach()
-        factors, growth = field.factors_at(t, x.device), estimator.group_means()
+        factors, growth = field.factors_at(now.exact, x.device), estimator.group_means()
         if factors is not None:
             growth = factors[0] * math.prod(x.shape[1:]) + factors[1] * growth
         return combined(x, output, factors), growth.T

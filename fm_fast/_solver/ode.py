@@ -14,7 +14,7 @@ from fm_fast._solver.field import check_output
 from fm_fast._solver.loop import Layout, make_state, run
 from fm_fast._solver.plan import ode_plan
 from fm_fast._solver.settings import check_transforms
-from fm_fast._solver.trial import Parts, Tolerance
+from fm_fast._solver.trial import Moment, Parts, Tolerance
 from fm_fast.solvers import EmbeddedRungeKutta, Table
 
 # (t without dimensions, y) -> dy/dt, both in y's dtype
@@ -96,9 +96,9 @@ def _fixed(field: OdeField, y0: Tensor, stops: Stops, table: Table) -> list[Tens
 def _adaptive(field: PartsField, y0: Parts, stops: Stops, method: EmbeddedRungeKutta, accuracy: Accuracy) -> list[Parts]:
     like, copies = y0[0], not torch.is_grad_enabled()
 
-    def derivative(t: float, parts: Parts) -> Parts:
+    def derivative(now: Moment, parts: Parts) -> Parts:
         y = tuple(part.to(like.dtype, copy=copies) for part in parts)
-        slopes = field(torch.full((), t, dtype=like.dtype, device=like.device), y)
+        slopes = field(now.given[0].to(like.dtype), y)
         for slope, part in zip(slopes, y, strict=True):
             check_output(slope, part)
         return tuple(_ops.native_layout(slope) for slope in slopes)

@@ -15,11 +15,9 @@ from torch import Tensor
 from fm_fast import _ops, reference
 from fm_fast._solver.adaptive import Counted
 from fm_fast._solver.steps import Steps
-from fm_fast._solver.trial import Arithmetic, Fused, Parts, Plain, Tolerance, norm_of_each
+from fm_fast._solver.trial import Arithmetic, Derivative, Fused, Moment, Parts, Plain, Tolerance, moment, norm_of_each
 from fm_fast.solvers import EmbeddedRungeKutta
 
-# (t float64 [B], parts of the state) -> their derivatives, as those of `trial.Derivative`
-Derivative = Callable[[Tensor, Parts], Parts]
 # The derivative of some samples [n] of the batch
 Narrowed = Callable[[Tensor], Derivative]
 MOST_RUNNING = 0.75  # of a batch that is narrowed to the samples that are not at their ends
@@ -77,7 +75,7 @@ class _Trials:
         self._derivative, self._arithmetic, self._rules = derivative, rules.arithmetic(y), rules
         self._goes_on, self._known = rules.method.first_same_as_last, True
         self.y = self._end = y
-        self._slopes = [self._arithmetic.keep(0, derivative(t, y))]
+        self._slopes = [self._arithmetic.keep(0, derivative(moment(t, y[0]), y))]
 
     @property
     def slope(self) -> Parts:
@@ -93,7 +91,9 @@ class _Trials:
 
         Returns mean squares of the errors, float64 [parts, B].
         """
-        arithmetic, (length, ratio), moments = self._arithmetic, map(self._shaped, factors.unbind()), times.unbind()
+        arithmetic, (length, ratio) = self._arithmetic, map(self._shaped, factors.unbind())
+        # In new memory, since a model may keep what it is given, or write into it.
+        moments = list(map(Moment, times.unbind(), times.to(factors.dtype, copy=True).unbind()))
         end, slopes = self.y, [self._first_slope(moments[0], length, ratio)]
         for stage in range(1, len(moments)):
             end = arithmetic.combine(stage - 1, self.y, slopes)
@@ -104,9 +104,9 @@ class _Trials:
         with torch.no_grad():
             return arithmetic.error(self.y, end, slopes, self._rules.tolerance)
 
-    def _first_slope(self, t: Tensor, length: Parts, ratio: Parts) -> Parts:
+    def _first_slope(self, now: Moment, length: Parts, ratio: Parts) -> Parts:
         if not self._known:
-            return self._arithmetic.keep(0, self._derivative(t, self.y), length)
+            return self._arithmetic.keep(0, self._derivative(now, self.y), length)
         return self._arithmetic.keep(0, self._slopes[0], ratio)
 
     def within(self, samples: Tensor, theta: Tensor) -> Parts:
@@ -210,7 +210,7 @@ class _Ends(NamedTuple):
 class _Control:
     """The way of all samples to their ends, in steps whose lengths have the sign of the solve's direction."""
 
-    def __init__(self, derivative: Counted[Tensor], start: Parts, passed: _Passed, rules: Rules, narrowed: Narrowed | None) -> None:
+    def __init__(self, derivative: Counted, start: Parts, passed: _Passed, rules: Rules, narrowed: Narrowed | None) -> None:
         self._derivative, self._passed, self._rules, self._narrowed = derivative, passed, rules, narrowed
         self._tried, self._batch, stops = 0, len(start[0]), passed.stops.contiguous()
         self._steps = Steps(start[0], stops, rules.method, rules.backend or "reference")
@@ -281,7 +281,7 @@ class _Control:
 
 
 @torch.no_grad()
-def _first_lengths(trials: _Trials, derivative: Counted[Tensor], t: Tensor, stops: Tensor, order: int) -> Tensor:
+def _first_lengths(trials: _Trials, derivative: Counted, t: Tensor, stops: Tensor, order: int) -> Tensor:
     """Steps whose errors are about a hundredth of the tolerance, by the size of the slopes and of their change; 0 if not finite."""
     y, slope, direction = trials.y, trials.slope, torch.sign(stops[-1] - stops[0])
     state, speed = trials.size(y), trials.size(slope)
@@ -289,7 +289,7 @@ def _first_lengths(trials: _Trials, derivative: Counted[Tensor], t: Tensor, stop
     h = torch.where((state < 1e-5) | (speed < 1e-5), 1e-6, torch.where(finite, 0.01 * state / speed, 0.0))
     ahead = tuple(part + reference.per_sample((direction * h).to(part.dtype), part) * k for part, k in zip(y, slope, strict=True))
     inside = torch.where(h > (stops[-1] - stops[0]).abs(), stops[-1], t + direction * h)
-    slopes = derivative(inside, ahead)
+    slopes = derivative(moment(inside, y[0]), ahead)
     change = trials.size(tuple(a.to(b.dtype) - b for a, b in zip(slopes, slope, strict=True))) / h
     steepest = torch.maximum(speed, change)
     guess = torch.where(~change.isfinite() | (steepest <= 1e-15), (h * 1e-3).clamp(min=1e-6), (0.01 / steepest) ** (1.0 / order))

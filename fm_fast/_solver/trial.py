@@ -16,8 +16,24 @@ from fm_fast import _ops, reference
 from fm_fast.solvers import EmbeddedRungeKutta
 
 Parts = tuple[Tensor, ...]
-# (t, parts of the state) -> their derivatives, in any dtype, and in memory that may be used again
-Derivative = Callable[[float, Parts], Parts]
+
+
+class Moment(NamedTuple):
+    """The time of an evaluation: a number for the whole batch, or float64 [B]; and as a model is given it, [B] in the state's dtype."""
+
+    exact: float | Tensor
+    given: Tensor
+
+
+# (time, parts of the state) -> their derivatives, in any dtype, and in memory that may be used again
+Derivative = Callable[[Moment, Parts], Parts]
+
+
+def moment(t: float | Tensor, y: Tensor) -> Moment:
+    """A time that no step has prepared, in memory of its own."""
+    if isinstance(t, Tensor):
+        return Moment(t, t.to(y.dtype, copy=True))
+    return Moment(t, torch.full((1,), t, dtype=y.dtype, device=y.device).expand(len(y)))
 
 
 class Tolerance(NamedTuple):
@@ -60,8 +76,8 @@ def _row(weights: Sequence[float]) -> Row:
 class Arithmetic(Protocol):
     """How combinations are computed, and where slopes are kept."""
 
-    def begin(self, h: float) -> None:
-        """A step of this length."""
+    def begin(self, h: float, times: Sequence[float] = ()) -> Sequence[Moment]:
+        """A step of this length; the times of its evaluations."""
         ...
 
     def keep(self, number: int, slope: Parts, factors: Parts | None = None) -> Parts:
@@ -98,27 +114,27 @@ class Trial:
 
     def __init__(self, derivative: Derivative, y: Parts, t: float, method: EmbeddedRungeKutta, arithmetic: Arithmetic) -> None:
         self._derivative, self._arithmetic = derivative, arithmetic
-        self._nodes, self._goes_on, self._method = method.table.c, method.first_same_as_last, method
+        self._goes_on, self._method = method.first_same_as_last, method
         self.y = self._end = y
-        self.slope: Parts | None = arithmetic.keep(0, derivative(t, y))
+        self.slope: Parts | None = arithmetic.keep(0, derivative(moment(t, y[0]), y))
         self._slopes, self._h = [self.slope], 0.0
 
     def size(self, values: Parts, tolerance: Tolerance) -> float:
         """The norm of values beside the tolerance at y."""
         return float(norm(self._arithmetic.size(values, self.y, tolerance)))
 
-    def step(self, t: float, h: float, tolerance: Tolerance) -> float:
-        """Try a step; its error, of which up to 1 is tolerated. Reads one number from the device."""
+    def step(self, h: float, times: Sequence[float], tolerance: Tolerance) -> float:
+        """Try a step of length h with evaluations at these times; its error, of which up to 1 is tolerated. Waits for the device."""
         arithmetic = self._arithmetic
-        arithmetic.begin(h)
+        moments = arithmetic.begin(h, times)
         if self.slope is None:
-            self.slope = arithmetic.keep(0, self._derivative(t, self.y))
+            self.slope = arithmetic.keep(0, self._derivative(moments[0], self.y))
         end, slopes = self.y, [self.slope]
-        for stage, c in enumerate(self._nodes[1:], 1):
+        for stage, now in enumerate(moments[1:], 1):
             end = arithmetic.combine(stage - 1, self.y, slopes)
-            slopes.append(arithmetic.keep(stage, self._derivative(t + c * h, end)))
+            slopes.append(arithmetic.keep(stage, self._derivative(now, end)))
         if not self._goes_on:
-            end = arithmetic.combine(len(self._nodes) - 1, self.y, slopes)
+            end = arithmetic.combine(len(moments) - 1, self.y, slopes)
         self._end, self._slopes, self._h = end, slopes, h
         with torch.no_grad():
             return float(norm(arithmetic.error(self.y, end, slopes, tolerance)))
@@ -137,11 +153,12 @@ class Plain:
     """New tensors by plain PyTorch."""
 
     def __init__(self, y: Parts, method: EmbeddedRungeKutta) -> None:
-        self._rows, self._h = rows_of(method), 0.0
+        self._rows, self._h, self._like = rows_of(method), 0.0, y[0]
         self._dtypes = [part.dtype for part in y]
 
-    def begin(self, h: float) -> None:
+    def begin(self, h: float, times: Sequence[float] = ()) -> Sequence[Moment]:
         self._h = h
+        return [moment(t, self._like) for t in times]
 
     def keep(self, number: int, slope: Parts, factors: Parts | None = None) -> Parts:
         if factors is not None:
@@ -180,7 +197,7 @@ class Fused:
     """Buffers that op ``linear_step`` fills: y and the end in turn, one stage's input, and a slope for each stage. Op ``step_error``
     reads them.
 
-    The coefficients of a whole step go to the device in one copy, which nothing waits for: it is over when the error is read.
+    The coefficients and times of a whole step go to the device in one copy, which nothing waits for: it is over when the error is read.
     """
 
     def __init__(self, y: Parts, method: EmbeddedRungeKutta, backend: str) -> None:
@@ -189,11 +206,20 @@ class Fused:
         self._none = y[0].new_empty(0)
         self._end, self._other_end, self._input = (_alike(y) for _ in range(3))
         self._slopes = [_alike(y) for _ in method.table.b]
-        self._tables = _Tables(self._rows.updates, self._rows.error, y[0].device)
+        self._tables, self._dtype, self._batch = (
+            _Tables(self._rows.updates, self._rows.error, len(method.table.c), y[0].device),
+            y[0].dtype,
+            len(y[0]),
+        )
         self._means = torch.empty(len(y), len(y[0]), dtype=torch.float64, device=y[0].device)
 
-    def begin(self, h: float) -> None:
-        self._tables.write(h)
+    def begin(self, h: float, times: Sequence[float] = ()) -> Sequence[Moment]:
+        self._tables.write(h, times)
+        if not times:
+            return ()
+        # In new memory, since a model may keep what it is given.
+        given = self._tables.times.to(self._dtype, copy=True).unsqueeze(1).expand(-1, self._batch).unbind()
+        return list(map(Moment, times, given))
 
     def keep(self, number: int, slope: Parts, factors: Parts | None = None) -> Parts:
         kept = self._slopes[number]
@@ -211,7 +237,7 @@ class Fused:
         return targets
 
     def interpolate(self, h: float, weights: Sequence[float], y: Parts, slopes: Sequence[Parts]) -> Parts:
-        tables = _Tables([row := _row(weights)], None, y[0].device)
+        tables = _Tables([row := _row(weights)], None, 0, y[0].device)
         tables.write(h)
         return self._combine(row.used, tables.update(0), _alike(y), y, slopes)
 
@@ -239,23 +265,23 @@ class Fused:
 
 
 class _Tables:
-    """Coefficients of every row for steps of one length: views of one float64 tensor on the device."""
+    """Coefficients of every row for steps of one length, and the times of its evaluations: views of one float64 tensor on the device."""
 
-    def __init__(self, updates: Sequence[Row], error: Row | None, device: torch.device) -> None:
+    def __init__(self, updates: Sequence[Row], error: Row | None, stages: int, device: torch.device) -> None:
         alone = () if error is None else error.weights
         self._fixed = np.concatenate([*([1.0, *[0.0] * len(row.weights)] for row in updates), [0.0] * len(alone)])
         self._weights = np.concatenate([*([0.0, *row.weights] for row in updates), alone])
-        self._host = torch.empty(len(self._fixed), dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
+        self._host = torch.empty(len(self._fixed) + stages, dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
         self._device = self._host if device.type == "cpu" else torch.empty_like(self._host, device=device)
-        *self._updates, self.error = self._device.split([*(1 + len(row.weights) for row in updates), len(alone)])
+        *self._updates, self.error, self.times = self._device.split([*(1 + len(row.weights) for row in updates), len(alone), stages])
         self._updates = [view.unsqueeze(0) for view in self._updates]
 
     def update(self, row: int) -> Tensor:
         """[1, 1 + slopes of the row], with the coefficient of y."""
         return self._updates[row]
 
-    def write(self, h: float) -> None:
-        self._host.copy_(torch.from_numpy(self._fixed + h * self._weights))
+    def write(self, h: float, times: Sequence[float] = ()) -> None:
+        self._host.copy_(torch.from_numpy(np.concatenate([self._fixed + h * self._weights, times or [0.0] * len(self.times)])))
         if self._device is not self._host:
             self._device.copy_(self._host, non_blocking=True)
 
