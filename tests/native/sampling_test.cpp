@@ -155,6 +155,52 @@ void check_error(const Isa& isa, const Shape& shape, int layout, int count) {
   expect(all == problem.partial, "single units of an error");
 }
 
+// Samples before either of two stops, with errors from none to NaN, in memory of exactly the numbers that a call may touch.
+struct ControlProblem {
+  static constexpr int64_t kStages = 3;
+  std::vector<double> numbers, times, means, stops = {0.0, 0.5, 1.0}, nodes = {0.0, 0.5, 1.0};
+  std::vector<float> factors;
+  std::vector<int64_t> counts, totals = {0, 0, 0};
+  std::vector<uint8_t> accepted;
+  int64_t batch, parts;
+
+  ControlProblem(int64_t samples, int64_t rows) : batch(samples), parts(rows) {
+    size_t size = static_cast<size_t>(samples);
+    numbers.resize(3 * size), counts.resize(3 * size), means.resize(static_cast<size_t>(rows) * size, 0.0);
+    times.resize(kStages * size), factors.resize(2 * size), accepted.resize(size);
+    for (size_t i = 0; i < size; ++i) {
+      numbers[i] = 0.05 * static_cast<double>(i % 9);
+      numbers[size + i] = numbers[2 * size + i] = i % 7 ? 0.1 : 1e-30;
+      counts[i] = 1 + static_cast<int64_t>(i % 2), counts[size + i] = 5, counts[2 * size + i] = i % 5 != 4;
+      if (rows) means[i] = i % 11 == 3 ? NAN : 0.2 * static_cast<double>(i % 8);
+    }
+  }
+
+  fm::ControlCall call() {
+    return fm::ControlCall{batch,        parts,          3,     kStages,      numbers.data(), counts.data(), totals.data(), accepted.data(),
+                           times.data(), factors.data(), false, means.data(), stops.data(),   nodes.data(),  5.0,           6};
+  }
+};
+
+void check_control(const Isa& isa, int64_t batch, int64_t parts) {
+  ControlProblem whole(batch, parts), single(batch, parts);
+  int64_t units = (batch + fm::kControlSamples - 1) / fm::kControlSamples, on_the_way = 0, accepted = 0;
+  isa.control(whole.call(), 0, units);
+  for (int64_t unit = units; unit-- > 0;) isa.control(single.call(), unit, unit + 1);
+  expect(whole.numbers == single.numbers && whole.counts == single.counts && whole.totals == single.totals, "single units of a control");
+  for (int64_t i = 0; i < batch; ++i) {
+    size_t at = static_cast<size_t>(i), rows = static_cast<size_t>(batch);
+    double t = whole.numbers[at], step = whole.numbers[2 * rows + at];
+    for (size_t j = 0; j < ControlProblem::kStages; ++j)
+      expect(close(whole.times[j * rows + at], t + whole.nodes[j] * step, 1e-14), "times of a control");
+    expect(whole.factors[at] == static_cast<float>(step), "factors of a control");
+    on_the_way += whole.counts[2 * rows + at] == 1;
+    accepted += whole.accepted[at];
+  }
+  expect(whole.totals[0] == on_the_way && whole.totals[2] == accepted, "totals of a control");
+  expect(parts > 0 || accepted == 0, "nothing tried, nothing accepted");
+}
+
 void check_merging() {
   View a = {nullptr, Dtype::float32, 6, 2, 1}, b = a;
   View* both[] = {&a, &b};
@@ -281,6 +327,8 @@ int main() {
       }
       check_step_ranges(isa, shape);
     }
+    for (int64_t batch : {0, 1, 16, 37, 500})
+      for (int64_t parts : {0, 1, 2}) check_control(isa, batch, parts);
     printf("%s\n", isa.name);
   }
   return failures ? 1 : 0;
