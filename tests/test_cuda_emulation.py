@@ -10,6 +10,8 @@ import emulated_cuda
 import pytest
 import torch
 
+import fm_fast as fm
+
 PLACE = parity.Place("cpu", "cuda")
 
 pytestmark = [
@@ -146,6 +148,20 @@ def test_step_error_of_what_is_not_finite():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_step_control(name, dtype):
     parity.check_step_control(PLACE, name, dtype)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_an_adaptive_solve(per_sample):
+    """Through linear_step, step_error and step_control, as on a GPU."""
+    noise, speed = parity.data(PLACE, (4, 3), torch.float64), torch.tensor([1.0, 9.0, 4.0, 2.0], dtype=torch.float64)
+
+    def solve(backend):
+        options = {"method": "dopri5", "per_sample": per_sample, "save": [0.5], "rtol": 1e-4, "atol": 1e-4, "backend": backend}
+        return fm.sample(lambda x, t: torch.tanh(x) * torch.cos(speed * t)[:, None], noise, **options)
+
+    found, wanted = solve("cuda"), solve("reference")
+    torch.testing.assert_close((found.x, found.saved), (wanted.x, wanted.saved), rtol=1e-12, atol=1e-12)
+    assert found.nfe == wanted.nfe
 
 
 def test_step_error_refuses_more_terms_than_it_can_hold():

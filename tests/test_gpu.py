@@ -328,6 +328,30 @@ def test_adaptive_steps_are_those_of_the_cpu_and_wait_once_each(settings, place)
     assert len(waits) <= 3 + (found.nfe - 2) // 6, "three for the first step's length, and one a step"
 
 
+@pytest.mark.parametrize("per_sample", [True, "shrink"])
+def test_steps_of_each_samples_own_are_those_of_the_cpu_and_wait_once_each(per_sample, place):
+    noise, speed = data(place, (8, 3, 16, 16), torch.float64), torch.arange(1.0, 9.0, dtype=torch.float64)
+
+    def solve(x0, backend):
+        model = lambda x, t, speed: torch.tanh(x) * torch.cos(speed * t).view(-1, 1, 1, 1)  # noqa: E731
+        cond = {"speed": speed.to(x0.device)}
+        return fm.sample(model, x0, cond=cond, method="dopri5", per_sample=per_sample, on_nonfinite="mark", backend=backend)
+
+    wanted, _ = solve(noise.cpu(), "reference"), solve(noise, place.backend)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = solve(noise, place.backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.nfe_of_each.tolist() == wanted.nfe_of_each.tolist() and len(set(wanted.nfe_of_each.tolist())) > 2
+    torch.testing.assert_close(found.x.cpu(), wanted.x, rtol=1e-10, atol=1e-10)
+    if per_sample is True:  # what leaves the batch is counted on the host
+        waits = [warning for warning in said if "synchronizing" in str(warning.message)]
+        assert len(waits) <= 1 + (found.nfe - 2) // 6, "one for the first step's length, and one a step"
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("objective", ["fm-ot", "scoreflow"])
 def test_replayed_training_steps_are_the_steps(objective, precision):

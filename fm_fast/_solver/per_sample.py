@@ -9,10 +9,12 @@ the step's length, so that its coefficients are the same for all samples.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fm_fast import _ops, reference
+from fm_fast._constants import constant
 from fm_fast._solver.adaptive import Counted
 from fm_fast._solver.steps import Steps
 from fm_fast._solver.trial import Arithmetic, Derivative, Fused, Moment, Parts, Plain, Tolerance, moment, norm_of_each
@@ -153,7 +155,7 @@ class _Passed:
 
     def __init__(self, start: Parts, times: Sequence[float], method: EmbeddedRungeKutta) -> None:
         inner, batch, device = len(times) - 2, len(start[0]), start[0].device
-        self._times = torch.tensor(times, dtype=torch.float64, device=device)
+        self._times = constant(np.array(times), torch.float64, device)
         self._forward, self._interpolates = times[-1] > times[0], method.interpolates
         self._states = [torch.full((inner, *part.shape), torch.nan, dtype=part.dtype, device=device) for part in start] if inner else []
         self._next = torch.ones(batch, dtype=torch.int64, device=device)

@@ -1,9 +1,11 @@
 """Times and step lengths of each sample's own, which stay on the device."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fm_fast import _ops, reference
+from fm_fast._constants import constant
 from fm_fast.solvers import EmbeddedRungeKutta
 
 
@@ -19,11 +21,11 @@ class Steps:
 
     def __init__(self, y: Tensor, stops: Tensor, method: EmbeddedRungeKutta, backend: str) -> None:
         self._control, self._order, self._stops, self._dtype = _ops.step_control(backend), method.order, stops, y.dtype
-        self._nodes = torch.tensor(method.table.c, dtype=torch.float64, device=y.device)
+        self._nodes = constant(np.array(method.table.c), torch.float64, y.device)
         self._totals, self._read = stops.new_zeros(3, dtype=torch.int64), [0, 0, 0]
-        # Slopes begin as they are: times a length of 1.
-        self.numbers = torch.cat([stops[:1], stops.new_tensor([0.0, 1.0])]).unsqueeze(1).repeat(1, len(y))
-        self.counts = torch.tensor([1, 0, reference.ON_THE_WAY], device=y.device).unsqueeze(1).repeat(1, len(y))
+        self.numbers, self.counts = stops.new_ones(3, len(y)), stops.new_ones(3, len(y), dtype=torch.int64)
+        self.numbers[0] = stops[0]  # and slopes begin as they are: times a length of 1
+        self.counts[2] = reference.ON_THE_WAY
 
     @property
     def on_the_way(self) -> Tensor:
