@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchdiffeq
 
-from fm_fast.compat.torchdiffeq import odeint
+from fm_fast.compat.torchdiffeq import odeint, odeint_adjoint
 
 Y0 = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).reshape(3, 4)
 TIMES = torch.tensor([0.5, 0.9, 1.1, 2.0, 2.5], dtype=torch.float64)
@@ -106,6 +106,67 @@ def test_gradients(method):
         grown.append((start.grad, rate.grad))
     for ours, theirs in zip(*grown, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+class Rotation(torch.nn.Module):
+    """A field with a parameter and an activation to keep; counts its evaluations."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.calls = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 16, dtype=torch.float64).reshape(4, 4)), 0
+
+    def forward(self, t, y):
+        self.calls += 1
+        return torch.tanh(y @ self.weight) * torch.cos(t)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+@pytest.mark.parametrize("several", [False, True])
+def test_gradients_of_an_adjoint(method, several):
+    """Those of odeint, by evaluating again and without the activations; and torchdiffeq's, up to what its own solve back is off."""
+    grown, kept, calls = [], [], []
+    for solver in (odeint, odeint_adjoint, torchdiffeq.odeint_adjoint):
+        func, start, sizes = Rotation(), Y0.clone().requires_grad_(), []
+        field = func if not several else PairOf(func)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            states = solver(field, (start, start[0]) if several else start, TIMES, method=method, rtol=1e-9, atol=1e-9)
+        calls.append([func.calls])
+        sum(state.square().sum() for state in (states if several else [states])).backward()
+        calls[-1].append(func.calls)
+        grown.append((start.grad, func.weight.grad))
+        kept.append(sum(sizes))
+    torch.testing.assert_close(grown[1], grown[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grown[1], grown[2], rtol=1e-2 if method == "rk4" else 1e-6, atol=1e-3 if method == "rk4" else 1e-6)
+    evaluations = calls[0][0]
+    assert calls[0] == [evaluations, evaluations] and calls[1][0] == evaluations < calls[1][1] <= 2 * evaluations
+    inputs = evaluations * (1 + Y0.numel() + several * Y0[0].numel())
+    assert kept[1] <= inputs < kept[0]
+
+
+class PairOf(torch.nn.Module):
+    def __init__(self, field):
+        super().__init__()
+        self.field = field
+
+    def forward(self, t, y):
+        slopes = self.field(t, torch.cat([y[0], y[1][None]]))
+        return slopes[:-1], slopes[-1]
+
+
+def test_an_adjoint_records_nothing_without_gradients():
+    func = Rotation()
+    with torch.no_grad():
+        found = odeint_adjoint(func, Y0, TIMES, method="rk4", adjoint_params=tuple(func.parameters()), adjoint_rtol=None)
+        assert torch.equal(found, odeint(Rotation(), Y0, TIMES, method="rk4")) and not found.requires_grad
+
+
+def test_what_an_adjoint_has_not():
+    with pytest.raises(ValueError, match=r"adjoint_rtol, adjoint_method must be None: gradients are those of the steps taken"):
+        odeint_adjoint(pull, Y0, TIMES, adjoint_rtol=1e-3, adjoint_method="rk4", adjoint_options=None)
+    with pytest.raises(TypeError, match="odeint_adjoint got unknown arguments adjoint_tolerance"):
+        odeint_adjoint(pull, Y0, TIMES, adjoint_tolerance=None)
+    with pytest.raises(ValueError, match="func must have none of torchdiffeq's callbacks"):
+        odeint_adjoint(WithCallback(), Y0, TIMES)
 
 
 def test_nothing_is_recorded_without_gradients():

@@ -1,8 +1,8 @@
-"""``odeint`` with torchdiffeq's arguments.
+"""``odeint`` and ``odeint_adjoint`` with torchdiffeq's arguments.
 
 ::
 
-    from fm_fast.compat.torchdiffeq import odeint   # was: from torchdiffeq import odeint
+    from fm_fast.compat.torchdiffeq import odeint, odeint_adjoint   # was: from torchdiffeq import ...
 
 An evaluation costs one fused op and a copy beside the field. dopri5 and bosh3 take torchdiffeq's steps. On purpose it differs in this:
 
@@ -12,25 +12,30 @@ An evaluation costs one fused op and a copy beside the field. dopri5 and bosh3 t
 * 16-bit states are float32 between evaluations.
 * ``max_num_steps`` holds for all intervals of ``t`` together: as many times it as there are intervals.
 * Gradients are recorded where they are enabled, as there, but not of ``t``; sampling belongs under ``torch.no_grad()``.
+* ``odeint_adjoint`` solves nothing backwards: it keeps the states, evaluates ``func`` once more in the backward pass, and gives the exact
+  gradient of the steps that were taken, for all that needs one.
 
-Tolerances of each part of a tuple, events, callbacks, adjoints and implicit, Adams and SciPy's methods are not covered, and say so.
+Tolerances of each part of a tuple, events, callbacks and implicit, Adams and SciPy's methods are not covered, and say so.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fm_fast import _checks
 from fm_fast._solver.ode import Stops, solve_ode, solve_ode_in_parts
 from fm_fast.compat._methods import MAX_STEPS, accuracy_of, method_named, stops_at, times_of
 from fm_fast.solvers import EmbeddedRungeKutta
 
-__all__ = ["odeint"]
+__all__ = ["odeint", "odeint_adjoint"]
 
 Tensors = tuple[Tensor, ...]
 State = TypeVar("State", Tensor, Tensors)
 
+ADJOINT = ("adjoint_rtol", "adjoint_atol", "adjoint_method", "adjoint_options")
 CALLBACKS = [f"callback_{event}{adjoint}" for event in ("step", "accept_step", "reject_step") for adjoint in ("", "_adjoint")]
 
 
@@ -78,6 +83,39 @@ def odeint(
     if isinstance(y0, Tensor):
         return solve_ode(field, y0, stops, chosen, accuracy)
     return solve_ode_in_parts(lambda t, y: _checked(field(t, y), y), y0, stops, chosen, accuracy)
+
+
+def odeint_adjoint(
+    func: Callable[[Tensor, State], State],
+    y0: State,
+    t: Tensor,
+    *,
+    rtol: float = 1e-7,
+    atol: float = 1e-9,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    event_fn: None = None,
+    adjoint_params: object = None,
+    **adjoint: Any,
+) -> State:
+    """:func:`odeint` with gradients for the memory of the states and slopes alone, whatever ``func`` needs for its own gradient.
+
+    ``func`` is evaluated once more for each evaluation, in the backward pass. It need not be a module, and ``adjoint_params`` need not be
+    given: whatever requires a gradient gets it. Tolerances, methods and options of an adjoint's own solve must be None.
+    """
+    _check_covered(func, event_fn)
+    unknown, solving = [name for name in adjoint if name not in ADJOINT], [name for name in adjoint if adjoint[name] is not None]
+    if unknown:
+        raise TypeError(f"odeint_adjoint got unknown arguments {', '.join(unknown)}")
+    if solving:
+        raise ValueError(f"{', '.join(solving)} must be None: gradients are those of the steps taken, and nothing is solved backwards")
+    call: Any = func
+
+    def rerun(t: Tensor, y: State) -> Any:
+        return checkpoint(call, t, y, use_reentrant=False)
+
+    recorded = rerun if torch.is_grad_enabled() else func
+    return odeint(recorded, y0, t, rtol=rtol, atol=atol, method=method, options=options)
 
 
 def _check_state(y0: object) -> None:
