@@ -118,11 +118,11 @@ class Estimator:
         count = z.shape[0]
         self.products += count
         if count > 1 and self._mode == "auto" and not self._batches:
-            return self._first_batch(recorded, z, last)
+            return self._first_batch(recorded, z)
         return recorded.products(z, not last, self.create_graph)
 
-    def _first_batch(self, recorded: Recorded, z: Tensor, last: bool) -> Tensor:
-        """Not every function of a model can be batched: "auto" then goes one by one."""
+    def _first_batch(self, recorded: Recorded, z: Tensor) -> Tensor:
+        """Not every function of a model can be batched: "auto" then goes one by one. The graph stays, since the first try may fail."""
         try:
             products = recorded.products(z, True, self.create_graph)
         except RuntimeError:

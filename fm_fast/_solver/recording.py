@@ -89,7 +89,8 @@ def measured_graph() -> Iterator[dict[int, int]]:
     def note(kept: Tensor) -> Tensor:
         storage = kept.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
-        return kept
+        # Not itself: an op's own output, kept with its graph, would keep the op that keeps it. Autograd puts the graph back on.
+        return kept.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
         yield sizes
