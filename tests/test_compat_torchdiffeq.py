@@ -169,6 +169,22 @@ def test_what_an_adjoint_has_not():
         odeint_adjoint(WithCallback(), Y0, TIMES)
 
 
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_one_time_alone(method):
+    single = torch.tensor([0.5])
+    assert torch.equal(odeint(pull, Y0, single, method=method), torchdiffeq.odeint(pull, Y0, single, method=method))
+    found = odeint(pull, (Y0, Y0[0]), single, method=method)
+    assert torch.equal(found[0], Y0[None]) and torch.equal(found[1], Y0[:1])
+
+
+def test_numbers_may_come_as_tensors():
+    small = torch.tensor(1e-5)
+    with torch.no_grad():
+        assert torch.equal(odeint(pull, Y0, TIMES, rtol=small, atol=small), odeint(pull, Y0, TIMES, rtol=small.item(), atol=small.item()))
+        steps = [odeint(pull, Y0, TIMES, method="rk4", options={"step_size": size}) for size in (torch.tensor(0.25), 0.25)]
+    assert torch.equal(*steps)
+
+
 def test_nothing_is_recorded_without_gradients():
     with torch.no_grad():
         assert not odeint(pull, Y0.clone().requires_grad_(), TIMES, method="rk4").requires_grad
@@ -300,7 +316,10 @@ WRONG = [
     ({"y0": (Y0, Y0[0]), "rtol": (1e-3, 1e-4)}, TypeError, "rtol must be"),
     ({"y0": Y0.long()}, TypeError, "y0 must be float64, float32, bfloat16 or float16, got torch.int64"),
     ({"t": [0.0, 1.0]}, TypeError, "t must be a torch.Tensor, got list"),
-    ({"t": torch.zeros(1)}, ValueError, r"t must hold two or more times in one dimension, got shape \(1,\)"),
+    ({"t": torch.zeros(0)}, ValueError, r"t must hold two or more times in one dimension, got shape \(0,\)"),
+    ({"t": torch.zeros(1), "method": "rk3"}, ValueError, "method must be one of"),
+    ({"rtol": torch.tensor([1e-3, 1e-4])}, TypeError, "rtol must be a number, got Tensor"),
+    ({"func": lambda t, y: y[0]}, ValueError, r"func must return the shape of its input, \(3, 4\), got \(4,\)"),
     ({"t": torch.tensor([0.0, 1.0, 1.0])}, ValueError, "t must be strictly increasing or strictly decreasing"),
     ({"t": torch.tensor([0.0, math.nan])}, ValueError, "t must be strictly increasing or strictly decreasing"),
     ({"t": TIMES.clone().requires_grad_()}, ValueError, "t must not require a gradient"),
@@ -314,7 +333,7 @@ WRONG = [
     ({"options": {"first_step": 0.1}}, ValueError, "options must hold nothing but 'max_num_steps' for the method 'dopri5'"),
     ({"options": {"max_num_steps": 3}, "func": lambda t, y: torch.sin(300 * y)}, RuntimeError, "dopri5 did not reach the end"),
     ({"rtol": 0.0}, ValueError, "rtol must be positive"),
-    ({"func": lambda t, y: y[0], "method": "euler"}, ValueError, r"must return the shape of its input, \(3, 4\), got \(4,\)"),
+    ({"func": lambda t, y: y[0], "method": "euler"}, ValueError, r"func must return the shape of its input, \(3, 4\), got \(4,\)"),
     ({"event_fn": lambda t, y: y.sum()}, ValueError, "event_fn must be None: events are not covered"),
     ({"func": WithCallback()}, ValueError, "func must have none of torchdiffeq's callbacks, which are not covered, got callback_step"),
 ]

@@ -34,10 +34,10 @@ def make_mixed(field: Field, plan: Plan, start: Tensor, rerun: bool = False) -> 
     return _rerun(evaluate) if rerun else evaluate
 
 
-def check_each(output: object, x: Tensor, shape: torch.Size, number: int) -> None:
+def check_each(output: object, x: Tensor, shape: torch.Size, number: int, name: str = "model") -> None:
     """An output for the input x, whose shape is given since asking costs time: the first whole, the others by type, shape and dtype."""
     if number == 0 or type(output) is not Tensor or output.shape != shape or output.dtype not in FLOATING:
-        check_output(output, x)
+        check_output(output, x, name)
 
 
 def time_tensor(plan: Plan, start: Tensor) -> Tensor:

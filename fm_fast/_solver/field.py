@@ -103,15 +103,15 @@ def make_field(
     return Field(model, path, objective, batch, given, guidance, doubled_conditions(guidance, given, batch))
 
 
-def check_output(o: object, x: Tensor) -> None:
+def check_output(o: object, x: Tensor, name: str = "model") -> None:
     """The model's output for input x: a floating tensor of x's shape on x's device."""
     if not isinstance(o, Tensor):
-        raise TypeError(f"model must return a torch.Tensor, got {type(o).__name__}")
+        raise TypeError(f"{name} must return a torch.Tensor, got {type(o).__name__}")
     if o.shape != x.shape:
-        raise ValueError(f"model must return the shape of its input, {tuple(x.shape)}, got {tuple(o.shape)}")
+        raise ValueError(f"{name} must return the shape of its input, {tuple(x.shape)}, got {tuple(o.shape)}")
     if o.layout != torch.strided:
-        raise TypeError(f"model must return a dense tensor, got {o.layout}")
+        raise TypeError(f"{name} must return a dense tensor, got {o.layout}")
     if o.dtype not in _checks.FLOATING:
-        raise TypeError(f"model must return float64, float32, bfloat16 or float16, got {o.dtype}")
+        raise TypeError(f"{name} must return float64, float32, bfloat16 or float16, got {o.dtype}")
     if o.device != x.device:
-        raise ValueError(f"model must return a tensor on the device of its input, {x.device}, got {o.device}")
+        raise ValueError(f"{name} must return a tensor on the device of its input, {x.device}, got {o.device}")

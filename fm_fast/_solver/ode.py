@@ -39,23 +39,27 @@ class Accuracy:
     max_steps: int
 
 
-def solve_ode(field: OdeField, y0: Tensor, stops: Stops, method: Table | EmbeddedRungeKutta, accuracy: Accuracy) -> Tensor:
+def solve_ode(
+    field: OdeField, y0: Tensor, stops: Stops, method: Table | EmbeddedRungeKutta, accuracy: Accuracy, name: str = "model"
+) -> Tensor:
     """[T, *y0.shape], the wanted states in y0's dtype; between them the state is float32 (float64 for float64).
 
     Where gradients are enabled they are recorded, by plain PyTorch; else an evaluation costs one op and a copy of y, which the field may
-    keep and write to.
+    keep and write to. name: what errors call the field.
     """
     check_transforms(method, "direct")
     start = y0 if y0.dim() else y0.reshape(1)
     shaped = field if y0.dim() else (lambda t, y: field(t, y.reshape(())).reshape(1))
     if isinstance(method, EmbeddedRungeKutta):
-        states = [state for (state,) in _adaptive(lambda t, parts: (shaped(t, parts[0]),), (start,), stops, method, accuracy)]
+        states = [state for (state,) in _adaptive(lambda t, parts: (shaped(t, parts[0]),), (start,), stops, method, accuracy, name)]
     else:
-        states = _fixed(shaped, start, stops, method)
+        states = _fixed(shaped, start, stops, method, name)
     return torch.stack([state.to(y0.dtype) for state in states]).reshape(len(states), *y0.shape)
 
 
-def solve_ode_in_parts(field: PartsField, y0: Parts, stops: Stops, method: Table | EmbeddedRungeKutta, accuracy: Accuracy) -> Parts:
+def solve_ode_in_parts(
+    field: PartsField, y0: Parts, stops: Stops, method: Table | EmbeddedRungeKutta, accuracy: Accuracy, name: str = "model"
+) -> Parts:
     """As :func:`solve_ode` for a state of several tensors [...] of one dtype; of their errors the largest norm counts."""
     check_transforms(method, "direct")
     rows, counts = tuple(part.reshape(1, -1) for part in y0), [part.numel() for part in y0]
@@ -65,22 +69,22 @@ def solve_ode_in_parts(field: PartsField, y0: Parts, stops: Stops, method: Table
         return tuple(slope.reshape(1, -1) for slope in slopes)
 
     if isinstance(method, EmbeddedRungeKutta):
-        states = _adaptive(of_rows, rows, stops, method, accuracy)
+        states = _adaptive(of_rows, rows, stops, method, accuracy, name)
     else:
-        together = _fixed(lambda t, y: torch.cat(of_rows(t, y.split(counts, 1)), 1), torch.cat(rows, 1), stops, method)
+        together = _fixed(lambda t, y: torch.cat(of_rows(t, y.split(counts, 1)), 1), torch.cat(rows, 1), stops, method, name)
         states = [state.split(counts, 1) for state in together]
     by_part = zip(y0, zip(*states, strict=True), strict=True)
     return tuple(torch.cat(part).to(like.dtype).reshape(len(part), *like.shape) for like, part in by_part)
 
 
-def _fixed(field: OdeField, y0: Tensor, stops: Stops, table: Table) -> list[Tensor]:
+def _fixed(field: OdeField, y0: Tensor, stops: Stops, table: Table, name: str) -> list[Tensor]:
     plan = ode_plan(table, stops.nodes.tobytes())
     times, states, wanted = time_tensor(plan, y0).to(y0.dtype).unbind(), {0: y0}, frozenset(stops.wanted)
     copies = not torch.is_grad_enabled()
 
     def evaluate(y: Tensor, number: int) -> Tensor:
         slope = field(times[number], y.clone() if copies else y)
-        check_each(slope, y, y.shape, number)
+        check_each(slope, y, y.shape, number, name)
         return _ops.native_layout(slope)
 
     def keep(step: int, y: Tensor) -> None:
@@ -93,14 +97,14 @@ def _fixed(field: OdeField, y0: Tensor, stops: Stops, table: Table) -> list[Tens
     return [states[position] for position in stops.wanted]
 
 
-def _adaptive(field: PartsField, y0: Parts, stops: Stops, method: EmbeddedRungeKutta, accuracy: Accuracy) -> list[Parts]:
+def _adaptive(field: PartsField, y0: Parts, stops: Stops, method: EmbeddedRungeKutta, accuracy: Accuracy, name: str) -> list[Parts]:
     like, copies = y0[0], not torch.is_grad_enabled()
 
     def derivative(now: Moment, parts: Parts) -> Parts:
         y = tuple(part.to(like.dtype, copy=copies) for part in parts)
         slopes = field(now.given[0].to(like.dtype), y)
         for slope, part in zip(slopes, y, strict=True):
-            check_output(slope, part)
+            check_output(slope, part, name)
         return tuple(_ops.native_layout(slope) for slope in slopes)
 
     start = tuple(part.to(reference.accumulation_dtype(part)) for part in y0)

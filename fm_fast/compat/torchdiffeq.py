@@ -10,6 +10,7 @@ An evaluation costs one fused op and a copy beside the field. dopri5 and bosh3 t
   which costs evaluations where ``t`` is long.
 * fehlberg2 and adaptive_heun go on with the slope at the step's end.
 * 16-bit states are float32 between evaluations.
+* ``func`` must return the shape of y; slopes of another are not broadcast.
 * ``max_num_steps`` holds for all intervals of ``t`` together: as many times it as there are intervals.
 * Gradients are recorded where they are enabled, as there, but not of ``t``; sampling belongs under ``torch.no_grad()``.
 * ``odeint_adjoint`` solves nothing backwards: it keeps the states, evaluates ``func`` once more in the backward pass, and gives the exact
@@ -44,8 +45,8 @@ def odeint(
     y0: State,
     t: Tensor,
     *,
-    rtol: float = 1e-7,
-    atol: float = 1e-9,
+    rtol: float | Tensor = 1e-7,
+    atol: float | Tensor = 1e-9,
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     event_fn: None = None,
@@ -55,7 +56,7 @@ def odeint(
     Args:
         func: called as ``func(t, y)`` with t without dimensions, in y's dtype.
         y0: a floating tensor of any shape, or a tuple of some of one dtype, as func then takes and returns them.
-        t: [T], strictly increasing or decreasing; y0 is the state at the first.
+        t: [T >= 1], strictly increasing or decreasing; y0 is the state at the first.
         rtol, atol: of adaptive methods; the error's norm is over the whole state, or the largest of a tuple's.
         method: "dopri5" (default), "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "tsit5"; with fixed steps "euler", "midpoint", "heun2",
             "heun3", "rk4" (the 3/8 rule).
@@ -70,19 +71,23 @@ def odeint(
     """
     _check_state(y0)
     _check_covered(func, event_fn)
-    chosen, times = method_named(method or "dopri5"), times_of("t", t)
+    chosen = method_named(method or "dopri5")
+    field: Any = func
+    if isinstance(t, Tensor) and t.shape == (1,):
+        alone: Any = y0[None] if isinstance(y0, Tensor) else tuple(part[None] for part in y0)
+        return alone
+    times = times_of("t", t)
     wanted = range(len(times))
     if isinstance(chosen, EmbeddedRungeKutta):
         given = _options(options, chosen.name, "max_num_steps", MAX_STEPS)
         _checks.count("options['max_num_steps']", given)
         stops, max_steps = Stops(times, wanted), given * (len(times) - 1)
     else:
-        stops, max_steps = stops_at(times, _options(options, str(method), "step_size", None), wanted), MAX_STEPS
-    accuracy = accuracy_of(chosen, rtol, atol, max_steps)
-    field: Any = func
+        stops, max_steps = stops_at(times, _number(_options(options, str(method), "step_size", None)), wanted), MAX_STEPS
+    accuracy = accuracy_of(chosen, _number(rtol), _number(atol), max_steps)
     if isinstance(y0, Tensor):
-        return solve_ode(field, y0, stops, chosen, accuracy)
-    return solve_ode_in_parts(lambda t, y: _checked(field(t, y), y), y0, stops, chosen, accuracy)
+        return solve_ode(field, y0, stops, chosen, accuracy, "func")
+    return solve_ode_in_parts(lambda t, y: _checked(field(t, y), y), y0, stops, chosen, accuracy, "func")
 
 
 def odeint_adjoint(
@@ -90,8 +95,8 @@ def odeint_adjoint(
     y0: State,
     t: Tensor,
     *,
-    rtol: float = 1e-7,
-    atol: float = 1e-9,
+    rtol: float | Tensor = 1e-7,
+    atol: float | Tensor = 1e-9,
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     event_fn: None = None,
@@ -145,6 +150,11 @@ def _described(slopes: Any) -> str:
     if not isinstance(slopes, tuple | list):
         return type(slopes).__name__
     return str([tuple(slope.shape) if isinstance(slope, Tensor) else type(slope).__name__ for slope in slopes])
+
+
+def _number(value: Any) -> Any:
+    """Of a tensor that holds one number, as programs pass them, the number."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _check_covered(func: object, event_fn: object) -> None:
