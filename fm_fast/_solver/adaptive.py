@@ -174,8 +174,8 @@ class _Control:
         if not math.isfinite(state) or not math.isfinite(speed):
             raise StepFailed(f"the state or its slope, or its size beside the tolerance, is not finite at t = {t:.6g}")
         h = 1e-6 if state < 1e-5 or speed < 1e-5 else 0.01 * state / speed
-        there = tuple(part + direction * h * k for part, k in zip(y, slope, strict=True))
-        ahead = self._derivative(moment(self._inside(t + direction * h), y[0]), there)
+        there = moment(self._inside(t + direction * h), y[0])
+        ahead = self._derivative(there, tuple(part + direction * h * k for part, k in zip(y, slope, strict=True)))
         difference = tuple(a.to(b.dtype) - b for a, b in zip(ahead, slope, strict=True))
         change = self._trial.size(difference, self._tolerance) / h
         if not math.isfinite(change) or max(speed, change) <= 1e-15:

@@ -289,10 +289,11 @@ def _first_lengths(trials: _Trials, derivative: Counted, t: Tensor, stops: Tenso
     state, speed = trials.size(y), trials.size(slope)
     finite = state.isfinite() & speed.isfinite()
     h = torch.where((state < 1e-5) | (speed < 1e-5), 1e-6, torch.where(finite, 0.01 * state / speed, 0.0))
-    ahead = tuple(part + reference.per_sample((direction * h).to(part.dtype), part) * k for part, k in zip(y, slope, strict=True))
-    inside = torch.where(h > (stops[-1] - stops[0]).abs(), stops[-1], t + direction * h)
-    slopes = derivative(moment(inside, y[0]), ahead)
-    change = trials.size(tuple(a.to(b.dtype) - b for a, b in zip(slopes, slope, strict=True))) / h
+    there = moment(torch.where(h > (stops[-1] - stops[0]).abs(), stops[-1], t + direction * h), y[0])
+    ahead = derivative(
+        there, tuple(part + reference.per_sample((direction * h).to(part.dtype), part) * k for part, k in zip(y, slope, strict=True))
+    )
+    change = trials.size(tuple(a.to(b.dtype) - b for a, b in zip(ahead, slope, strict=True))) / h
     steepest = torch.maximum(speed, change)
     guess = torch.where(~change.isfinite() | (steepest <= 1e-15), (h * 1e-3).clamp(min=1e-6), (0.01 / steepest) ** (1.0 / order))
     return direction * torch.where(finite, torch.minimum(100.0 * h, guess), 0.0)
