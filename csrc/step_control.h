@@ -22,7 +22,7 @@ FM_HD double mean_square(const ControlCall& call, int64_t sample) {
   return square;
 }
 
-// How much longer the next step is; one that counted is not followed by a shorter one.
+// How much longer the next step is; an error below 1 is not followed by a shorter one.
 FM_HD double growth(double square, double order) {
   if (square != square) return kShortest;
   double factor = kSafety * exp(-0.5 * log(square) / order);

@@ -185,9 +185,7 @@ class StepControl(NamedTuple):
     """How the steps of all samples go on, see :func:`step_control`."""
 
     numbers: Tensor  # float64 [3, B]: t, the length of the next step before it is cut at a stop, and after
-    counts: (
-        Tensor  # int64 [3, B]: the number of the next stop, evaluations so far, and whether on the way (1), at the end (0), given up (2)
-    )
+    counts: Tensor  # int64 [3, B]: the number of the next stop, evaluations so far, and AT_THE_END, ON_THE_WAY or GIVEN_UP
     totals: Tensor  # int64 [3]: how many are on the way, were given up now, were accepted now
     accepted: Tensor  # bool [B]: whether the step that was tried counts
     times: Tensor  # float64 [S, B], of the next step's evaluations
@@ -199,7 +197,7 @@ def step_control(numbers: Tensor, counts: Tensor, means: Tensor, stops: Tensor, 
 
     means [P, B]: what :func:`step_error` told of each part of the state; with P = 0 no step was tried. stops [T >= 2]: where the solve
     begins, and the times at which steps have to end. nodes [S]: of the method. order: of the method, in whose root of the error the
-    length grows (Hairer, Nørsett and Wanner, equation II.4.13). evaluations: that the step took.
+    length grows (Hairer, Nørsett and Wanner, equation II.4.13). evaluations: that the step took. Meant to be called without gradients.
     """
     (t, length, tried), (stop, spent, status) = numbers, counts
     running, accepted = status == ON_THE_WAY, torch.zeros_like(status, dtype=torch.bool)

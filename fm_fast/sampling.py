@@ -284,8 +284,8 @@ def _adaptive(field: Field, start: Tensor, settings: Settings, callback: Callbac
 
 def _per_sample(field: Field, start: Tensor, settings: Settings, mark: bool) -> tuple[Tensor, Tensor | None, int, Tensor]:
     assert settings.adaptive is not None
-    backend = None if settings.grad != "none" and torch.is_grad_enabled() else settings.backend
-    rules = Rules(settings.adaptive, Tolerance(settings.rtol, settings.atol), settings.max_steps, mark, backend)
+    plain, tolerance = settings.grad != "none" and torch.is_grad_enabled(), Tolerance(settings.rtol, settings.atol)
+    rules = Rules(settings.adaptive, tolerance, settings.max_steps, mark, settings.backend, plain)
 
     def derivative(of: Field) -> Derivative:
         velocity = _velocity(of, settings)
@@ -309,5 +309,7 @@ def _velocity(field: Field, settings: Settings) -> Callable[[Tensor, Moment], Te
         return combined(x, output, field.factors_at(now.exact, x.device))
 
     if settings.grad == "checkpoint" and torch.is_grad_enabled():
-        return lambda x, now: checkpoint(velocity, x, now, use_reentrant=False)  # type: ignore[return-value]
+        # A model may write into its times, which the second evaluation needs as they were.
+        own = lambda x, now: velocity(x, now._replace(given=now.given.clone()))  # noqa: E731
+        return lambda x, now: checkpoint(own, x, now, use_reentrant=False)  # type: ignore[return-value]
     return velocity

@@ -21,7 +21,7 @@ AT_THE_END, ON_THE_WAY, GIVEN_UP = (tl.constexpr(code) for code in (reference.AT
 
 @triton.jit
 def _growth(square, order):
-    """How much longer the next step is; one that counted is not followed by a shorter one."""
+    """How much longer the next step is; an error below 1 is not followed by a shorter one."""
     # A literal would be rounded to float32.
     safety, shortest = tl.full((), SAFETY, tl.float64), tl.full((), SHORTEST, tl.float64)
     factor = safety * tl.exp(-0.5 * tl.log(square) / order)
@@ -58,6 +58,7 @@ def step_control_kernel(
     evaluations,
     SAMPLES: tl.constexpr,
 ):
+    batch = batch.to(tl.int64)  # several rows of it may be more than 32 bits count
     sample = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     inside = sample < batch
     t = tl.load(numbers_ptr + sample, mask=inside, other=0.0)
@@ -66,7 +67,7 @@ def step_control_kernel(
     stop = tl.load(counts_ptr + sample, mask=inside, other=1)
     spent = tl.load(counts_ptr + batch + sample, mask=inside, other=0)
     status = tl.load(counts_ptr + 2 * batch + sample, mask=inside, other=AT_THE_END)
-    accepted = inside & (batch < 0)
+    accepted = tl.zeros((SAMPLES,), tl.int1)
     if parts > 0:
         running = status == ON_THE_WAY
         due = tl.load(stops_ptr + stop)

@@ -153,6 +153,15 @@ class PairOf(torch.nn.Module):
         return slopes[:-1], slopes[-1]
 
 
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_a_field_of_an_adjoint_may_write_into_its_time(method):
+    rate, grown = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), []
+    for solver, field in ((odeint_adjoint, lambda t, y: -rate * t.mul_(2.0) * y), (odeint, lambda t, y: -rate * (2.0 * t) * y)):
+        states = solver(field, Y0, TIMES, method=method)
+        grown.append(torch.autograd.grad(states.square().sum(), rate)[0])
+    torch.testing.assert_close(grown[0], grown[1], rtol=1e-9, atol=1e-9)
+
+
 def test_an_adjoint_records_nothing_without_gradients():
     func = Rotation()
     with torch.no_grad():
@@ -173,6 +182,10 @@ def test_what_an_adjoint_has_not():
 def test_one_time_alone(method):
     single = torch.tensor([0.5])
     assert torch.equal(odeint(pull, Y0, single, method=method), torchdiffeq.odeint(pull, Y0, single, method=method))
+    odeint(pull, before := Y0.clone(), single, method=method).zero_()
+    assert torch.equal(before, Y0)
+    with pytest.raises(ValueError, match="options must hold nothing but"):
+        odeint(pull, Y0, single, method=method, options={"bogus": 1})
     found = odeint(pull, (Y0, Y0[0]), single, method=method)
     assert torch.equal(found[0], Y0[None]) and torch.equal(found[1], Y0[:1])
 

@@ -330,12 +330,13 @@ def test_adaptive_steps_are_those_of_the_cpu_and_wait_once_each(settings, place)
 
 @pytest.mark.parametrize("per_sample", [True, "shrink"])
 def test_steps_of_each_samples_own_are_those_of_the_cpu_and_wait_once_each(per_sample, place):
-    noise, speed = data(place, (8, 3, 16, 16), torch.float64), torch.arange(1.0, 9.0, dtype=torch.float64)
+    noise = data(place, (8, 3, 16, 16), torch.float64)
+    speeds = {device: torch.arange(1.0, 9.0, dtype=torch.float64, device=device) for device in ("cpu", "cuda")}
 
     def solve(x0, backend):
         model = lambda x, t, speed: torch.tanh(x) * torch.cos(speed * t).view(-1, 1, 1, 1)  # noqa: E731
-        cond = {"speed": speed.to(x0.device)}
-        return fm.sample(model, x0, cond=cond, method="dopri5", per_sample=per_sample, on_nonfinite="mark", backend=backend)
+        options = {"cond": {"speed": speeds[x0.device.type]}, "per_sample": per_sample, "on_nonfinite": "mark"}
+        return fm.sample(model, x0, method="dopri5", backend=backend, **options)
 
     wanted, _ = solve(noise.cpu(), "reference"), solve(noise, place.backend)
     torch.cuda.set_sync_debug_mode("warn")

@@ -164,16 +164,25 @@ def test_the_state_and_its_times_are_wide_whatever_the_model(dtype):
     torch.testing.assert_close(found.x.double(), fine(0.0, 1.0), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("grad", ["none", "direct", "checkpoint"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_model_may_write_into_its_times(dtype):
-    def careless(x, t):
-        output = network(x, t)
-        t.fill_(math.nan)
-        return output
+def test_a_model_may_write_into_its_times(dtype, grad):
+    """Also before it is evaluated again in a backward pass."""
 
-    options = {"path": "vp", "objective": "noise", "method": "dopri5", "t0": 0.1, "t1": 0.9, "per_sample": True, "rtol": 1e-4, "atol": 1e-4}
-    careful, found = (fm.sample(model, X0.to(dtype), **options) for model in (network, careless))
-    assert torch.equal(found.x, careful.x) and found.nfe == careful.nfe
+    def careless(x, t):
+        t.mul_(0.5)
+        return network(x, t)
+
+    options = {"path": "vp", "objective": "noise", "method": "dopri5", "t0": 0.1, "t1": 0.9, "rtol": 1e-4, "atol": 1e-4}
+    runs = []
+    for model in (lambda x, t: network(x, 0.5 * t), careless):
+        noise = X0.to(dtype).requires_grad_(grad != "none")
+        found = fm.sample(model, noise, grad=grad, per_sample=True, **options)
+        if grad != "none":
+            found.x.square().sum().backward()
+        runs.append((found.x, found.nfe, noise.grad))
+    assert torch.equal(runs[0][0], runs[1][0]) and runs[0][1] == runs[1][1]
+    assert grad == "none" or torch.equal(runs[0][2], runs[1][2])
 
 
 @pytest.mark.parametrize("shape", [(4,), (0, 3), (2, 0), (2, 3, 4, 4)], ids=str)

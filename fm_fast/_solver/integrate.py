@@ -184,8 +184,8 @@ def _together(task: Task, start: Parts, estimators: list[Estimator]) -> tuple[Pa
 def _per_sample(task: Task, start: Parts, estimators: list[Estimator]) -> tuple[Parts, int, Tensor | None]:
     settings = task.settings
     assert settings.adaptive is not None
-    backend = None if task.create_graph else settings.backend
-    rules = Rules(settings.adaptive, Tolerance(settings.rtol, settings.atol), settings.max_steps, task.mark, backend)
+    tolerance = Tolerance(settings.rtol, settings.atol)
+    rules = Rules(settings.adaptive, tolerance, settings.max_steps, task.mark, settings.backend, task.create_graph)
 
     def narrowed(samples: Tensor) -> Derivative:
         part = task.of(samples)

@@ -26,7 +26,7 @@ MOST_RUNNING = 0.75  # of a batch that is narrowed to the samples that are not a
 
 
 class Rules(NamedTuple):
-    """What a solve keeps to. mark: samples that cannot go on become NaN, and are no error. backend: of the arithmetic, None for plain
+    """What a solve keeps to. mark: samples that cannot go on become NaN, and are no error. plain: the arithmetic of states is plain
     PyTorch, which gradients follow.
     """
 
@@ -34,10 +34,11 @@ class Rules(NamedTuple):
     tolerance: Tolerance
     max_steps: int
     mark: bool
-    backend: str | None
+    backend: str
+    plain: bool
 
     def arithmetic(self, y: Parts) -> Arithmetic:
-        chosen = Plain(y, self.method) if self.backend is None else Fused(y, self.method, self.backend)
+        chosen = Plain(y, self.method) if self.plain else Fused(y, self.method, self.backend)
         chosen.begin(1.0)
         return chosen
 
@@ -63,7 +64,7 @@ def solve_per_sample(
     if start[0].numel() == 0:
         return Solved([start for _ in times], 0, torch.zeros(len(start[0]), dtype=torch.int64, device=start[0].device))
     # The model is not to be given what is the caller's.
-    begin = start if rules.backend is None else tuple(_ops.native_layout(part).clone() for part in start)
+    begin = start if rules.plain else tuple(_ops.native_layout(part).clone() for part in start)
     counted = Counted(derivative)
     passed = _Passed(begin, times, rules.method)
     end, nfe_of_each = _Control(counted, begin, passed, rules, narrowed).to_the_end()
@@ -94,8 +95,7 @@ class _Trials:
         Returns mean squares of the errors, float64 [parts, B].
         """
         arithmetic, (length, ratio) = self._arithmetic, map(self._shaped, factors.unbind())
-        # In new memory, since a model may keep what it is given, or write into it.
-        moments = list(map(Moment, times.unbind(), times.to(factors.dtype, copy=True).unbind()))
+        moments = self._moments(times)
         end, slopes = self.y, [self._first_slope(moments[0], length, ratio)]
         for stage in range(1, len(moments)):
             end = arithmetic.combine(stage - 1, self.y, slopes)
@@ -105,6 +105,12 @@ class _Trials:
         self._end, self._slopes, self._known = end, slopes, self._goes_on
         with torch.no_grad():
             return arithmetic.error(self.y, end, slopes, self._rules.tolerance)
+
+    def _moments(self, times: Tensor) -> list[Moment]:
+        """In new memory, since a model may keep what it is given or write into it; each in its own where autograd counts writes."""
+        if self._rules.plain:
+            return [moment(t, self.y[0]) for t in times.unbind()]
+        return list(map(Moment, times.unbind(), times.to(self.y[0].dtype, copy=True).unbind()))
 
     def _first_slope(self, now: Moment, length: Parts, ratio: Parts) -> Parts:
         if not self._known:
@@ -215,7 +221,7 @@ class _Control:
     def __init__(self, derivative: Counted, start: Parts, passed: _Passed, rules: Rules, narrowed: Narrowed | None) -> None:
         self._derivative, self._passed, self._rules, self._narrowed = derivative, passed, rules, narrowed
         self._tried, self._batch, stops = 0, len(start[0]), passed.stops.contiguous()
-        self._steps = Steps(start[0], stops, rules.method, rules.backend or "reference")
+        self._steps = Steps(start[0], stops, rules.method, rules.backend)
         t = stops[0].repeat(self._batch)
         self._trials = _Trials(derivative, start, t, rules)
         lengths = _first_lengths(self._trials, derivative, t, stops, rules.method.order)

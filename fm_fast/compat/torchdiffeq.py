@@ -72,11 +72,8 @@ def odeint(
     _check_state(y0)
     _check_covered(func, event_fn)
     chosen = method_named(method or "dopri5")
-    field: Any = func
-    if isinstance(t, Tensor) and t.shape == (1,):
-        alone: Any = y0[None] if isinstance(y0, Tensor) else tuple(part[None] for part in y0)
-        return alone
-    times = times_of("t", t)
+    single = isinstance(t, Tensor) and t.shape == (1,)
+    times = times_of("t", torch.cat([t, t + 1]) if single else t)
     wanted = range(len(times))
     if isinstance(chosen, EmbeddedRungeKutta):
         given = _options(options, chosen.name, "max_num_steps", MAX_STEPS)
@@ -85,6 +82,10 @@ def odeint(
     else:
         stops, max_steps = stops_at(times, _number(_options(options, str(method), "step_size", None)), wanted), MAX_STEPS
     accuracy = accuracy_of(chosen, _number(rtol), _number(atol), max_steps)
+    field: Any = func
+    if single:
+        alone: Any = y0[None].clone() if isinstance(y0, Tensor) else tuple(part[None].clone() for part in y0)
+        return alone
     if isinstance(y0, Tensor):
         return solve_ode(field, y0, stops, chosen, accuracy, "func")
     return solve_ode_in_parts(lambda t, y: _checked(field(t, y), y), y0, stops, chosen, accuracy, "func")
@@ -117,7 +118,7 @@ def odeint_adjoint(
     call: Any = func
 
     def rerun(t: Tensor, y: State) -> Any:
-        return checkpoint(call, t, y, use_reentrant=False)
+        return checkpoint(lambda t, y: call(t.clone(), y), t, y, use_reentrant=False)  # func may write into its time
 
     recorded = rerun if torch.is_grad_enabled() else func
     return odeint(recorded, y0, t, rtol=rtol, atol=atol, method=method, options=options)
