@@ -206,11 +206,8 @@ class Fused:
         self._none = y[0].new_empty(0)
         self._end, self._other_end, self._input = (_alike(y) for _ in range(3))
         self._slopes = [_alike(y) for _ in method.table.b]
-        self._tables, self._dtype, self._batch = (
-            _Tables(self._rows.updates, self._rows.error, len(method.table.c), y[0].device),
-            y[0].dtype,
-            len(y[0]),
-        )
+        self._tables = _Tables(self._rows.updates, self._rows.error, len(method.table.c), y[0].device)
+        self._dtype, self._batch = y[0].dtype, len(y[0])
         self._means = torch.empty(len(y), len(y[0]), dtype=torch.float64, device=y[0].device)
 
     def begin(self, h: float, times: Sequence[float] = ()) -> Sequence[Moment]:
