@@ -227,7 +227,7 @@ def step_control(numbers: Tensor, counts: Tensor, means: Tensor, stops: Tensor, 
 
 
 def _growth(square: Tensor, order: int) -> Tensor:
-    """How much longer the next step is, for the mean square of an error; a step that counted is not followed by a shorter one."""
+    """How much longer the next step is, for the mean square of an error; one below 1 is not followed by a shorter step."""
     factor = (SAFETY * square.nan_to_num(torch.inf).pow(-0.5 / order)).clamp(SHORTEST, LONGEST)
     return torch.where(square < 1.0, factor.clamp(min=1.0), factor)
 

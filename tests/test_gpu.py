@@ -306,6 +306,18 @@ def test_a_whole_solve_neither_waits_nor_resists_a_graph(settings, place):
     assert torch.equal(found, wanted)
 
 
+def counting_waits(solve):
+    """What a solve gives, and how often it waited for the device."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = solve()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return found, sum("synchronizing" in str(warning.message) for warning in said)
+
+
 @pytest.mark.parametrize("settings", [{}, {"path": "cosine", "objective": "noise", "t0": 0.2, "t1": 0.9}])
 def test_adaptive_steps_are_those_of_the_cpu_and_wait_once_each(settings, place):
     noise = data(place, (8, 3, 16, 16), torch.float64)
@@ -315,17 +327,10 @@ def test_adaptive_steps_are_those_of_the_cpu_and_wait_once_each(settings, place)
         return fm.sample(model, x0, method="dopri5", on_nonfinite="mark", backend=backend, **settings)
 
     wanted, _ = solve(noise.cpu(), "reference"), solve(noise, place.backend)
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            found = solve(noise, place.backend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    found, waits = counting_waits(lambda: solve(noise, place.backend))
     assert found.nfe == wanted.nfe
     torch.testing.assert_close(found.x.cpu(), wanted.x, rtol=1e-10, atol=1e-10)
-    waits = [warning for warning in said if "synchronizing" in str(warning.message)]
-    assert len(waits) <= 3 + (found.nfe - 2) // 6, "three for the first step's length, and one a step"
+    assert waits <= 3 + (found.nfe - 2) // 6, "three for the first step's length, and one a step"
 
 
 @pytest.mark.parametrize("per_sample", [True, "shrink"])
@@ -339,18 +344,11 @@ def test_steps_of_each_samples_own_are_those_of_the_cpu_and_wait_once_each(per_s
         return fm.sample(model, x0, method="dopri5", backend=backend, **options)
 
     wanted, _ = solve(noise.cpu(), "reference"), solve(noise, place.backend)
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            found = solve(noise, place.backend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    found, waits = counting_waits(lambda: solve(noise, place.backend))
     assert found.nfe_of_each.tolist() == wanted.nfe_of_each.tolist() and len(set(wanted.nfe_of_each.tolist())) > 2
     torch.testing.assert_close(found.x.cpu(), wanted.x, rtol=1e-10, atol=1e-10)
     if per_sample is True:  # what leaves the batch is counted on the host
-        waits = [warning for warning in said if "synchronizing" in str(warning.message)]
-        assert len(waits) <= 1 + (found.nfe - 2) // 6, "one for the first step's length, and one a step"
+        assert waits <= 1 + (found.nfe - 2) // 6, "one for the first step's length, and one a step"
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

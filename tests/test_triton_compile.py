@@ -5,6 +5,7 @@ The budgets are the larger of the counts of Triton 3.6 and 3.7.1, with a little 
 
 import inspect
 import os
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process, not compiled", allow_module_level=True)
 
-from triton_binaries import Recorder, compiled
+from triton_binaries import Recorder, compiled, intermediate
 
 SHAPE = (4, 3, 32, 32)  # one tile a program, no remainder
 SIGN_SHAPE = (4, 3, 64, 64)  # the same for tiles of signs
@@ -342,7 +343,7 @@ def test_step_error_on_sm_90(case, monkeypatch, tmp_path):
 
 
 def test_step_control_on_sm_90(monkeypatch, tmp_path):
-    """A number a sample: what counts is one launch, and that nothing spills."""
+    """A number a sample: what counts is one launch, that nothing spills, and that rows of a large batch are found by 64 bits."""
     from fm_fast.kernels import step_control
 
     recorder = Recorder(step_control.step_control_kernel)
@@ -352,6 +353,8 @@ def test_step_control_on_sm_90(monkeypatch, tmp_path):
     step_control.launch(*state, empty(2, 256), empty(1, 256, **doubles), empty(2, **doubles), empty(7, **doubles), 5, 6)
     built = built_for(recorder, 90, monkeypatch, tmp_path)
     assert (built.stack, built.local, built.count("LDL", "STL")) == (0, 0, 0) and built.registers <= 72
+    products = re.findall(r"arith\.muli .*: (\S+)", intermediate(recorder).asm["ttir"])
+    assert products and set(products) == {"i64"}
 
 
 @pytest.mark.parametrize("case", fast(PROBE_CASES, 1, 5), ids=str)

@@ -50,8 +50,8 @@ class Binary:
         return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(prefixes))
 
 
-def compiled(recorder, capability, folder):
-    """The binary of the recorded launch, specialised as the just-in-time compiler would."""
+def intermediate(recorder, capability=90):
+    """What Triton makes of the recorded launch, specialised as the just-in-time compiler would; ``asm`` holds every stage of it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -61,8 +61,13 @@ def compiled(recorder, capability, folder):
     arguments = dict(zip(kernel.arg_names, values, strict=False)) | options
     launch_options = {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in options}
     source = ASTSource(kernel, *_specialised(kernel.params, arguments))
-    cubin = folder / "kernel.cubin"
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch_options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch_options)
+
+
+def compiled(recorder, capability, folder):
+    """The binary of the recorded launch."""
+    options, cubin = recorder.launches[0][1], folder / "kernel.cubin"
+    built = intermediate(recorder, capability)
     cubin.write_bytes(built.asm["cubin"])
     registers, stack, local = map(int, RESOURCES.search(_tool("cuobjdump", "-res-usage", cubin)).groups())
     # Counter blocks of 4 numbers, or of 128 signs; kernels without blocks are not counted by the element.
