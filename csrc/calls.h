@@ -69,6 +69,7 @@ struct StepCall {
   Shape shape;
   View out, x;
   HalvedView copy;             // may be absent
+  View kept;                   // may be absent: gets the last k as it came
   const double* coefficients;  // a, c_1, ..., c_count, in memory of the op's device
   int64_t count;
   double guidance;
@@ -134,7 +135,7 @@ constexpr const char* kNoiseArguments = "TTiii";
 constexpr const char* kPathSampleArguments = "TTTTTTiffiifffffffb";
 constexpr const char* kPathLossArguments = "TTTTTTTTiffbO";
 constexpr const char* kPathLossBackwardArguments = "TTTTTTTTiffbb";
-constexpr const char* kLinearStepArguments = "TTTLTif";
+constexpr const char* kLinearStepArguments = "TTTLTifO";
 constexpr const char* kStepErrorArguments = "TTTLTff";
 constexpr const char* kStepControlArguments = "TTTTTTTTTii";
 constexpr const char* kProbeArguments = "TTTTiii";

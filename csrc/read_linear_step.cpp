@@ -27,9 +27,12 @@ StepReader::StepReader(Arguments* in) : out_(in->tensor("out")), copy_(in->tenso
   if (call_.count < 1) throw std::runtime_error("fm_fast: argument k: expected at least one tensor");
   call_.coefficients = read_coefficients(table, in->integer(), call_.count);
   call_.guidance = in->number();
+  kept_ = in->optional_tensor("kept");
   call_.out = float_view(out_, x_);
   call_.x = float_view(x_, x_);
+  if (kept_) call_.kept = float_view(*kept_, x_);
   call_.copy = copy_.numel() ? halved_view(copy_, x_) : HalvedView{};
+  if (kept_) float_view(k_[call_.count - 1], x_);  // a doubled k is not one that can be kept
   call_.wide = call_.x.dtype == Dtype::float64 || call_.out.dtype == Dtype::float64;
 }
 

@@ -17,6 +17,7 @@ class StepReader {
  private:
   abi::Tensor out_, copy_, x_;
   abi::TensorList k_;
+  std::optional<abi::Tensor> kept_;
   StepCall call_ = {};
 };
 

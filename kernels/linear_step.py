@@ -2,6 +2,7 @@
 
 m mixes the halves of a doubled batch, m(k) = u + guidance (c - u), and is the identity for other k. The coefficients are one row of a
 table in device memory. Each input is read once; the result is written once, and once more or twice in the dtype of the network's input.
+The last k can be kept as it came.
 """
 
 # Device functions are written in Triton's own language.
@@ -37,6 +38,7 @@ def linear_step_kernel(
     x_ptr,  # [B, C, P]
     k_ptrs,  # a tuple of [B, C, P] or [2B, C, P]
     table_ptr,  # [rows, 1 + len(k)] float64
+    kept_ptr,  # [B, C, P], gets the last k with KEEPS
     out_batch,
     out_channel,
     out_position,
@@ -46,6 +48,9 @@ def linear_step_kernel(
     x_batch,
     x_channel,
     x_position,
+    kept_batch,
+    kept_channel,
+    kept_position,
     k_strides,  # (batch, channel, position) of each k
     batch,
     channels,
@@ -53,6 +58,7 @@ def linear_step_kernel(
     row,
     guidance: tl.float64,
     COPIES: tl.constexpr,
+    KEEPS: tl.constexpr,
     GUIDED: tl.constexpr,  # bit j: k_j is [2B, C, P]
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -77,6 +83,9 @@ def linear_step_kernel(
         for j in tl.static_range(TERMS):
             k = _term(k_ptrs[j], sample, batch, k_strides[j], channel, position, inside, scale, (GUIDED >> j) & 1, FLAT, MASKED, COMPUTE)
             y += coefficients[1 + j] * k
+            if KEEPS and j == TERMS - 1:
+                kept_place = sample * kept_batch + offset(channel, position, kept_channel, kept_position, FLAT)
+                write(kept_ptr + kept_place, k, inside, MASKED)
         write(out_ptr + sample * out_batch + offset(channel, position, out_channel, out_position, FLAT), y, inside, MASKED)
         for half in tl.static_range(COPIES):
             copy_place = (sample + half * batch) * copy_batch + offset(channel, position, copy_channel, copy_position, FLAT)
@@ -102,23 +111,40 @@ def _check(out: Tensor, x: Tensor, table: Tensor, row: int, terms: int) -> None:
         raise ValueError(f"row must be 0 to {table.shape[0] - 1}, got {row}")
 
 
-def launch(out: Tensor, copy: Tensor, x: Tensor, k: Sequence[Tensor], table: Tensor, row: int, guidance: float) -> None:
-    """Run ``fm_fast::linear_step``: fill out, which may be x, and copy unless it has no elements."""
+def _check_kept(kept: Tensor, x: Tensor, last: Tensor) -> None:
+    if kept.shape != x.shape or last.shape != x.shape:
+        raise ValueError(f"kept and the last k must be x's size {tuple(x.shape)}, got {tuple(kept.shape)} and {tuple(last.shape)}")
+
+
+def launch(
+    out: Tensor,
+    copy: Tensor,
+    x: Tensor,
+    k: Sequence[Tensor],
+    table: Tensor,
+    row: int,
+    guidance: float,
+    kept: Tensor | None = None,
+) -> None:
+    """Run ``fm_fast::linear_step``: fill out, which may be x, copy unless it has no elements, and kept if it is there."""
     guided = sum((_batches(f"k[{j}]", term, x) - 1) << j for j, term in enumerate(k))
     _check(out, x, table, row, len(k))
     copies = _batches("copy", copy, x) if copy.numel() else 0
+    if kept is not None:
+        _check_kept(kept, x, k[-1])
     if x.numel() == 0:
         return
-    named = {"out": out, "copy": copy, "x": x} | {f"k[{j}]": term for j, term in enumerate(k)}
+    named = {"out": out, "copy": copy, "x": x, "kept": x if kept is None else kept} | {f"k[{j}]": term for j, term in enumerate(k)}
     plan = _launch.elementwise_plan(x.shape[0], x.shape[1:], named)
-    single, k_strides = plan.strides[:3], plan.strides[3:]
+    single, k_strides = plan.strides[:4], plan.strides[4:]
     flattened = (stride for triple in single for stride in triple)
     sizes = (plan.batch, plan.channels, plan.positions)
     _launch.start(
         linear_step_kernel,
         plan,
-        (out, copy, x, tuple(k), table, *flattened, k_strides, *sizes, row, guidance),
+        (out, copy, x, tuple(k), table, out if kept is None else kept, *flattened, k_strides, *sizes, row, guidance),
         COPIES=copies,
+        KEEPS=kept is not None,
         GUIDED=guided,
         COMPUTE=_launch.compute_dtype(x, out),
     )

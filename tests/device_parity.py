@@ -226,11 +226,11 @@ def table_of(place, *rows):
     return torch.tensor(rows, dtype=torch.float64, device=place.device)
 
 
-def step(place, x, k, row, out=None, copy=None, guidance=2.5):
+def step(place, x, k, row, out=None, copy=None, kept=None, guidance=2.5):
     out = torch.full_like(x, float("nan")) if out is None else out
     table = table_of(place, [9.0] * len(row), row)
     with torch.no_grad():
-        _ops.linear_step(place.backend)(out, x.new_empty(0) if copy is None else copy, x, k, table, 1, guidance)
+        _ops.linear_step(place.backend)(out, x.new_empty(0) if copy is None else copy, x, k, table, 1, guidance, kept)
     return out
 
 
@@ -246,6 +246,17 @@ def check_linear_step(place, shape, dtype, terms):
     assert torch.equal(step(place, x, k, row, out=x), out)
 
 
+def check_linear_step_keeps(place, shape, dtype, terms):
+    """The last term as it came, in its own dtype and in that of the state, beside the same result."""
+    x, row = data(place, shape), [0.75, -0.5, 0.3, 1.25, -2.0, 0.01, 3.0, 0.5, -1.5, 0.125][: 1 + terms]
+    k = [data(place, (2 * shape[0], *shape[1:]) if j + 1 < terms and j % 2 else shape, dtype, seed=2 + j) for j in range(terms)]
+    wanted = step(place, x, k, row)
+    for kept_dtype in (dtype, torch.float32):
+        kept = torch.full(shape, float("nan"), dtype=kept_dtype, device=place.device)
+        assert torch.equal(step(place, x, k, row, kept=kept), wanted)
+        assert torch.equal(kept, k[-1].to(kept_dtype))
+
+
 def check_linear_step_in_mixed_layouts(place, dtype):
     shape, row = (4, 3, 17, 16), [0.5, 0.25, -1.0]
     x, k = data(place, shape), [data(place, shape, dtype, seed=2), data(place, (8, *shape[1:]), dtype, seed=3)]
@@ -255,6 +266,9 @@ def check_linear_step_in_mixed_layouts(place, dtype):
     assert torch.equal(step(place, x, [term.to(memory_format=last) for term in k], row), wanted)
     state = x.to(memory_format=last)
     assert torch.equal(step(place, state, [term.to(memory_format=last) for term in k], row, out=state), wanted)
+    kept = torch.empty_like(x, dtype=dtype, memory_format=last)
+    assert torch.equal(step(place, x, k[::-1], [0.5, -1.0, 0.25], kept=kept), step(place, x, k[::-1], [0.5, -1.0, 0.25]))
+    assert torch.equal(kept, k[0])
 
 
 def error_norm(place, y, end, k, coefficients, rtol=0.5, atol=0.25):

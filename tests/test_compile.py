@@ -202,6 +202,8 @@ def test_opcheck(case):
     check(ops.path_loss.default, (torch.zeros((), dtype=wide), torch.zeros_like(o), o, x1, x0, key, rows, weight, 0, *data_map))
     grad_output = torch.ones((), dtype=wide).expand(batch)
     check(ops.path_loss_backward.default, (torch.zeros_like(o), o, x1, x0, key, rows, weight, grad_output, 2, *data_map))
+    x, table = o.to(wide), torch.ones(1, 3, dtype=torch.float64)
+    check(ops.linear_step.default, (torch.zeros_like(x), torch.zeros_like(o), x, [o, o], table, 0, 1.0, torch.zeros_like(o)))
 
 
 @needs_native

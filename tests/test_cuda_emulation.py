@@ -122,6 +122,13 @@ def test_linear_step_on_all_sizes(shape, dtype, terms):
     parity.check_linear_step(PLACE, shape, dtype, terms)
 
 
+@pytest.mark.parametrize("shape", [(5, 1), (2, 4099), (2, 3, 33, 33)], ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("terms", [1, 6])
+def test_linear_step_keeps(shape, dtype, terms):
+    parity.check_linear_step_keeps(PLACE, shape, dtype, terms)
+
+
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_linear_step_in_mixed_layouts(dtype):
     parity.check_linear_step_in_mixed_layouts(PLACE, dtype)

@@ -207,6 +207,15 @@ def test_a_model_may_return_its_input(backend):
     torch.testing.assert_close(found.x, math.e * X0, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("method", ["dopri5", "dopri8"])
+def test_a_model_may_return_a_view_of_its_input(method, backend):
+    """dX / dt = X^T: what is symmetric grows, the rest decays. The view must be read before its memory is written."""
+    noise = noise64(1, 96, 96)
+    found = fm.sample(lambda x, t: x.mT, noise, method=method, rtol=1e-7, atol=1e-7, backend=backend)
+    expected = (math.e * (noise + noise.mT) + (noise - noise.mT) / math.e) / 2
+    torch.testing.assert_close(found.x, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_model_that_writes_into_its_input_is_told(backend):
     noise = X0.clone()
     with pytest.raises(RuntimeError, match="model must leave its input x as it is"):
@@ -237,7 +246,8 @@ def test_memory_formats_and_mixed_dtypes(grad, backend):
 @pytest.mark.skipif(NATIVE is not None, reason=f"the C++ backend cannot run: {NATIVE}")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16 model"])
 def test_ops_passes_and_waits_of_a_step(dtype):
-    """One more step of dopri5, by saving one state more: 32 passes of its combinations, 12 to keep slopes, 8 for the error."""
+    """One more step of dopri5, by saving one state more: 32 passes of its combinations, 8 for the error, and to keep slopes one each
+    where the combination that follows reads it in the state's dtype, else two."""
     noise, costs, splitting = torch.ones(16, 3, 8, 8), [], dataclasses.replace(DOPRI5, dense=())
     for saved in ([0.25, 0.5], [0.25, 0.5, 0.75]):
         with Counter() as counter:
@@ -248,9 +258,12 @@ def test_ops_passes_and_waits_of_a_step(dtype):
     ops = [[counter.ops.count(f"fm_fast.{name}.default") for name in ("linear_step", "step_error")] for counter in (short, long)]
     waits = [sum(op.startswith(WAITS) for op in counter.ops) for counter in (short, long)]
     assert [more - less for less, more in zip(*ops, strict=True)] == [6, 1]
+    copies = [sum(op.startswith("aten.copy_") for op in counter.ops) for counter in (short, long)]
     assert waits[1] - waits[0] == 1 and waits[0] == 3 + 3 + 1, "a look a step, three before, one behind"
     fills = [sum(op.startswith("aten.full") for op in counter.ops) for counter in (short, long)]
     assert fills[0] == fills[1] == 2, "the times of a step come with its coefficients"
-    saving, counted_twice = 2 + 2, 6  # a copy, and its part of the stack; copy_ counts what it overwrites
+    kept_alone = 1 if dtype is None else 6
+    assert copies[1] - copies[0] == 1 + kept_alone, "the coefficients, and slopes by themselves"
+    saving, counted_twice = 2 + 2, kept_alone  # a copy, and its part of the stack; copy_ counts what it overwrites
     inputs = 0 if dtype is None else 6 * (1 + 1 / 2) - 6 / 2  # made for the model, whose outputs are half as large
-    assert (long.bytes - short.bytes) / (4 * SIZE) - saving - counted_twice == 32 + 12 + 8 + inputs
+    assert (long.bytes - short.bytes) / (4 * SIZE) - saving - counted_twice == 32 + 6 + kept_alone + 8 + inputs

@@ -119,6 +119,13 @@ def test_linear_step_matches_the_model(place, shape, dtype, terms):
     parity.check_linear_step(place, shape, dtype, terms)
 
 
+@pytest.mark.parametrize("shape", parity.SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
+@pytest.mark.parametrize("terms", [1, 6])
+def test_linear_step_keeps_the_last_term(place, shape, dtype, terms):
+    parity.check_linear_step_keeps(place, shape, dtype, terms)
+
+
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_linear_step_in_mixed_layouts_matches_itself(place, dtype):
     parity.check_linear_step_in_mixed_layouts(place, dtype)

@@ -46,10 +46,10 @@ def none():
     return torch.empty(0)
 
 
-def step(x, k, coefficients, backend, guidance=1.0, out=None, copy=None):
+def step(x, k, coefficients, backend, guidance=1.0, out=None, copy=None, kept=None):
     out = torch.empty_like(x) if out is None else out
     with torch.no_grad():
-        _ops.linear_step(backend)(out, none() if copy is None else copy, x, k, table_of(coefficients), 0, guidance)
+        _ops.linear_step(backend)(out, none() if copy is None else copy, x, k, table_of(coefficients), 0, guidance, kept)
     return out
 
 
@@ -178,6 +178,33 @@ def test_in_place_also_where_terms_are_the_state_itself(shape, dtype, terms, bac
         assert torch.equal(state, expected)
 
 
+@pytest.mark.parametrize("terms", range(1, 10))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 5, 7), (3, 2000), (40, 2)], ids=str)
+def test_the_last_term_is_kept_as_it_came(shape, dtype, terms, backend):
+    """Beside the same result, also where terms before it are guided, and in memory of any dtype and layout."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, k, coefficients = data(shape, 0, wide), [data(shape, 1 + j, dtype) for j in range(terms)], COEFFICIENTS[: 1 + terms]
+    if terms % 3 == 0:
+        k[0] = data((2 * shape[0], *shape[1:]), 1, dtype)
+    expected = step(x, k, coefficients, backend, 2.5)
+    for layout, kept_dtype in [*((layout, dtype) for layout in layouts(k[-1])), (k[-1], torch.float64), (k[-1], torch.bfloat16)]:
+        kept = like(layout.to(kept_dtype) if kept_dtype != dtype else layout, k[-1])
+        assert torch.equal(step(x, k, coefficients, backend, 2.5, kept=kept), expected)
+        assert torch.equal(kept, k[-1].to(kept_dtype)) and written(kept) == kept.numel()
+
+
+@pytest.mark.parametrize("terms", [1, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_last_term_is_kept_also_where_the_result_takes_its_place(dtype, terms, backend):
+    shape = (2, 3, 5, 70)
+    x, k = data(shape, 0), [data(shape, 1 + j) for j in range(terms)]
+    last, kept = k[-1].clone(), torch.empty(shape, dtype=dtype)
+    expected = step(x, k, COEFFICIENTS[: 1 + terms], backend)
+    step(x, k, COEFFICIENTS[: 1 + terms], backend, out=k[-1], kept=kept)
+    assert torch.equal(k[-1], expected) and torch.equal(kept, last.to(dtype))
+
+
 def test_no_coefficient_is_special(backend):
     x, k = torch.ones(2, 3), torch.ones(2, 3)
     k[0, 1], x[1, 2] = torch.nan, torch.inf
@@ -219,8 +246,8 @@ def test_the_number_of_threads_changes_nothing(shape):
     x, k = data(shape, 0), [data((2 * shape[0], *shape[1:]), 1, torch.bfloat16), list(layouts(data(shape, 2)))[-1]]
 
     def stepped():
-        copy = torch.empty(shape, dtype=torch.bfloat16)
-        return step(x, k, [1.0, 0.5, -0.25], "cpp", 2.0, copy=copy), copy
+        copy, kept = torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape)
+        return step(x, k, [1.0, 0.5, -0.25], "cpp", 2.0, copy=copy, kept=kept), copy, kept
 
     results = on_thread_counts(stepped)
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
@@ -229,14 +256,14 @@ def test_the_number_of_threads_changes_nothing(shape):
 @needs_cpp
 def test_handles_are_given_back():
     """Neither a call nor a refused call keeps a reference to a tensor."""
-    x, k, out, table = torch.ones(1, 2), torch.ones(1, 2), torch.empty(1, 2), table_of([1.0, 1.0, 1.0])
-    tensors = (x, k, out, table)
+    x, k, out, kept, table = torch.ones(1, 2), torch.ones(1, 2), torch.empty(1, 2), torch.empty(1, 2), table_of([1.0, 1.0, 1.0])
+    tensors = (x, k, out, kept, table)
     before = [t._use_count() for t in tensors]
     with torch.no_grad():
         for _ in range(10):
-            torch.ops.fm_fast.linear_step(out, none(), x, [k, k], table, 0, 1.0)
+            torch.ops.fm_fast.linear_step(out, none(), x, [k, k], table, 0, 1.0, kept)
             with pytest.raises(RuntimeError, match="argument row"):
-                torch.ops.fm_fast.linear_step(out, none(), x, [k, k], table, 1, 1.0)
+                torch.ops.fm_fast.linear_step(out, none(), x, [k, k], table, 1, 1.0, kept)
     assert [t._use_count() for t in tensors] == before
 
 
@@ -280,6 +307,9 @@ WRONG = {
     "argument out: expected a floating": {"out": torch.empty(2, 3, dtype=torch.int64)},
     "argument copy": {"copy": torch.empty(3, 3)},
     "argument k": {"k": [torch.ones(6, 3)]},
+    "argument kept": {"kept": torch.empty(2, 4)},
+    "argument kept: expected a floating": {"kept": torch.empty(2, 3, dtype=torch.int64)},
+    "argument k: expected the shape of x": {"kept": torch.empty(2, 3), "k": [torch.ones(4, 3)]},
     "argument k: expected a floating": {"k": [torch.ones(2, 3, dtype=torch.uint8)]},
     "argument k: expected the shape": {"k": [torch.ones(2, 3, 1)]},
     "argument x: expected a floating": {"x": torch.ones(2, 3, dtype=torch.int64)},

@@ -71,13 +71,14 @@ class StepCase:
     dtype: torch.dtype = FLOAT32  # of the terms and of the copy
     x_dtype: torch.dtype = FLOAT32
     copy: bool = False
+    keeps: bool = False
     doubled: bool = False
     k_layout: torch.memory_format = torch.contiguous_format
     registers: int = 40
     shared: int = 0
 
     def __str__(self):
-        options = [name for name in ("copy", "doubled") if getattr(self, name)]
+        options = [name for name in ("copy", "keeps", "doubled") if getattr(self, name)]
         return f"linear_step {self.terms} terms x {self.x_dtype} k {self.dtype} {' '.join(options)}".replace("torch.", "")
 
 
@@ -117,6 +118,7 @@ class ProbeCase:
 STEP_CASES = [
     StepCase(1, 10),
     StepCase(4, 19, copy=True),
+    StepCase(6, 25, keeps=True),
     StepCase(8, 29, copy=True),
     StepCase(1, 21, BFLOAT16, copy=True, doubled=True),
     StepCase(2, 17, BFLOAT16, BFLOAT16),
@@ -241,7 +243,8 @@ def record_step(case, monkeypatch):
     x, doubled = empty(*SHAPE, dtype=case.x_dtype), (2 * batch if case.doubled else batch)
     k = [empty(doubled, *size, dtype=case.dtype).to(memory_format=case.k_layout) for _ in range(case.terms)]
     copy = torch.empty_like(k[0]) if case.copy else empty(0)
-    linear_step.launch(x, copy, x, k, empty(5, 1 + case.terms, dtype=torch.float64), 3, 1.5)
+    kept = torch.empty_like(x) if case.keeps else None
+    linear_step.launch(x, copy, x, k, empty(5, 1 + case.terms, dtype=torch.float64), 3, 1.5, kept)
     return recorder
 
 
@@ -307,7 +310,7 @@ def assert_wide_step(built, case):
     halves, mixed = 1 + case.doubled, case.dtype != case.x_dtype
     wide = built.elements_per_thread * case.x_dtype.itemsize / 16
     narrow = built.elements_per_thread * case.dtype.itemsize / 8
-    terms, copies = case.terms * halves, case.copy * halves
+    terms, copies = case.terms * halves, case.copy * halves + case.keeps
     assert built.count("LDG.E.128") == wide * (1 + (0 if mixed else terms))
     assert built.count("STG.E.128") == wide * (1 + (0 if mixed else copies))
     # One 64-bit load is a coefficient of the table.

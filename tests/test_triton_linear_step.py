@@ -22,14 +22,14 @@ def pair(shape, dtype=torch.float32, seed=1):
     return data((2 * shape[0], *shape[1:]), dtype, seed=seed)
 
 
-def launch(x, k, coefficients=COEFFICIENTS, out=None, copy=None, guidance=GUIDANCE):
+def launch(x, k, coefficients=COEFFICIENTS, out=None, copy=None, guidance=GUIDANCE, kept=None):
     """The result, in an output that was NaN before; the rows beside that of the coefficients are NaN."""
     from fm_fast.kernels.linear_step import launch as linear_step
 
     out = poisoned(x) if out is None else out
     table = torch.full((3, 1 + len(k)), float("nan"), dtype=torch.float64)
     table[1] = torch.tensor(coefficients[: 1 + len(k)], dtype=torch.float64)
-    linear_step(out, torch.empty(0) if copy is None else copy, x, k, table, 1, guidance)
+    linear_step(out, torch.empty(0) if copy is None else copy, x, k, table, 1, guidance, kept)
     return out
 
 
@@ -159,6 +159,23 @@ def check_a_copy_is_rounded_from_the_compute_type():
     assert bool((out == 1.0 + 2**-8).all()) and bool((copy == 1.0 + 2**-7).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("terms", [1, 4])
+def check_the_last_term_is_kept(terms, dtype):
+    """In its own dtype and in others, in any layout, beside the same result, also where the result takes its place."""
+    shape = (2, 3, 5, 7)
+    x, k = data(shape), [data(shape, dtype, seed=2 + j) for j in range(terms)]
+    if terms > 1:
+        k[0] = pair(shape, dtype)
+    wanted = launch(x, k)
+    for kept_dtype, format in [(dtype, torch.contiguous_format), (dtype, torch.channels_last), (torch.float32, torch.contiguous_format)]:
+        kept = torch.full(shape, float("nan"), dtype=kept_dtype).to(memory_format=format)
+        assert torch.equal(launch(x, k, kept=kept), wanted) and torch.equal(kept, k[-1].to(kept_dtype))
+    last, kept = k[-1].float(), torch.empty(shape)
+    taken = last.clone()
+    assert torch.equal(launch(x, [*k[:-1], taken], out=taken, kept=kept), launch(x, [*k[:-1], last])) and torch.equal(kept, last)
+
+
 def check_nothing_to_do():
     for shape in ((0, 3, 4, 4), (2, 0), (0,)):
         assert launch(torch.empty(shape), [torch.empty(shape)]).shape == shape
@@ -169,6 +186,8 @@ WRONG = {
     "out must be": {"out": torch.empty(2, 4)},
     r"k\[1\] must be": {"k": [torch.ones(2, 3), torch.ones(6, 3)]},
     "copy must be": {"copy": torch.empty(3, 3)},
+    "kept and the last k must be": {"kept": torch.empty(2, 4)},
+    r"kept .* got \(2, 3\) and \(4, 3\)": {"kept": torch.empty(2, 3), "k": [torch.ones(4, 3)]},
     r"table must be contiguous float64 \[rows, 2\]": {"table": torch.ones(1, 3, dtype=torch.float64)},
     "table must be .* got torch.float32": {"table": torch.ones(1, 2)},
     "row must be 0 to 0, got 1": {"row": 1},

@@ -13,11 +13,24 @@ FM_INLINE void store_copy(const HalvedView& copy, const Tile& tile, const Rows<T
   if (copy.second) scatter_any<T>(y.data, rows, second_half(copy));
 }
 
+// Where the sum is to keep the last k. What is not of the compute type goes there now: the sum may end up where that k is.
+template <class T>
+FM_INLINE Rows<T> kept_rows(const StepArgs& args, const Tile& tile, T* buffer) {
+  if (!args.kept.data) return Rows<T>{};
+  if (usable_in_place<T>(args.kept)) return result_rows<T>(args.kept, tile, buffer);
+  Rows<const T> k = read_rows<T>(args.terms[args.count - 1].k.first, tile, buffer);
+  Tile rows = tile;
+  rows.pitch = k.pitch;
+  scatter_any<T>(k.data, rows, args.kept);
+  return Rows<T>{};
+}
+
 template <class T>
 FM_INLINE void step_tile(const StepArgs& args, const Tile& tile) {
   StepBuffers<T> buffers;
+  Rows<T> kept = kept_rows<T>(args, tile, buffers.y);
   Rows<T> y = result_rows<T>(args.out, tile, buffers.y);
-  weighted_sum<T>(args, tile, y, &buffers);
+  weighted_sum<T>(args, tile, y, kept, &buffers);
   finish_rows<T>(args.out, tile, buffers.y);
   if (args.copy.first.data) store_copy(args.copy, tile, y);
 }
@@ -27,6 +40,7 @@ template <class T>
 bool needs_no_buffer(const StepArgs& args) {
   bool direct = args.shape.batch == 1 && args.shape.channels == 1 && !args.copy.first.data && terms_of_pass(args, 0) == args.count;
   direct = direct && usable_in_place<T>(args.out) && usable_in_place<T>(args.x);
+  direct = direct && (!args.kept.data || usable_in_place<T>(args.kept));
   for (int64_t i = 0; direct && i < args.count; ++i) direct = usable_in_place<T>(args.terms[i].k.first);
   return direct;
 }

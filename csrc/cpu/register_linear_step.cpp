@@ -21,11 +21,12 @@ void read_terms(const StepReader& reader, Terms* terms) {
 }
 
 Tiling plan_step(StepArgs* args, Terms* terms) {
-  Scratch<View*, 3 + kInlineTerms> views(3 + args->count);
+  Scratch<View*, 4 + kInlineTerms> views(4 + args->count);
   int64_t count = 0;
   views[count++] = &args->out;
   views[count++] = &args->x;
   if (args->copy.first.data) views[count++] = &args->copy.first;
+  if (args->kept.data) views[count++] = &args->kept;
   for (int64_t i = 0; i < args->count; ++i) views[count++] = &(*terms)[i].k.first;
   return plan_elementwise(&args->shape, Views{views.data(), count});
 }

@@ -32,7 +32,7 @@ FM_INLINE double sum_of(const T* values, int64_t count) {
 template <class T>
 FM_INLINE void squares_of(const ErrorArgs& args, const Tile& tile, T* squares) {
   StepBuffers<T> buffers;
-  weighted_sum<T>(args.error, tile, Rows<T>{squares, tile.pitch}, &buffers);
+  weighted_sum<T>(args.error, tile, Rows<T>{squares, tile.pitch}, Rows<T>{}, &buffers);
   Rows<const T> y = read_rows<T>(args.y, tile, buffers.x), end = read_rows<T>(args.end, tile, buffers.y);
   T rtol = static_cast<T>(args.rtol), atol = static_cast<T>(args.atol);
   for (int64_t c = 0; c < tile.channels; ++c) square_ratios(y.row(c), end.row(c), rtol, atol, tile.positions, squares + c * tile.pitch);

@@ -37,6 +37,7 @@ __device__ __forceinline__ void add_terms(const StepLaunch& launch, int64_t firs
     const float c = static_cast<float>(call.coefficients[1 + first + j]);
     float k[kWidth], unconditional[kWidth];
     widen_pack(packs[j], k);
+    if (call.kept.data && first + j + 1 == call.count) move_pack(packs[j], static_cast<S*>(call.kept.data) + offset);
     if (launch.terms[first + j].k.second) {
       widen_pack(unconditional_packs[j], unconditional);
       for (int i = 0; i < kWidth; ++i) k[i] = mixed(k[i], unconditional[i], guidance);
@@ -53,7 +54,9 @@ __device__ __forceinline__ void step_element(const StepLaunch& launch, int64_t i
   float y = static_cast<float>(call.coefficients[0]) * static_cast<const float*>(call.x.data)[i];
   for (int64_t j = 0; j < call.count; ++j) {
     const HalvedView& term = launch.terms[j].k;
-    float k = load_as<float>(static_cast<const S*>(term.first.data)[i]);
+    const S stored = static_cast<const S*>(term.first.data)[i];
+    if (call.kept.data && j + 1 == call.count) static_cast<S*>(call.kept.data)[i] = stored;
+    float k = load_as<float>(stored);
     if (term.second) k = mixed(k, load_as<float>(static_cast<const S*>(term.second)[i]), guidance);
     y = multiply_add(static_cast<float>(call.coefficients[1 + j]), k, y);
   }
@@ -62,7 +65,7 @@ __device__ __forceinline__ void step_element(const StepLaunch& launch, int64_t i
   if (call.copy.second) store_as(y, static_cast<S*>(call.copy.second) + i);
 }
 
-// Rows of packs. S: dtype of the terms and of the copy.
+// Rows of packs. S: dtype of the terms, of the copy and of what is kept.
 template <class S, int kAbreast>
 __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const StepLaunch launch) {
   constexpr int kWidth = sizeof(S) == 2 ? 8 : 4;
@@ -107,6 +110,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) strided_kernel(const StepLa
       const HalvedView& term = launch.terms[j].k;
       int64_t offset = offset_of(term.first, sample, channel, position);
       T k = load_any<T>(term.first, offset);
+      if (call.kept.data && j + 1 == call.count) store_any<T>(call.kept, offset_of(call.kept, sample, channel, position), k);
       if (term.second) k = mixed(k, load_any<T>(second_half(term), offset), guidance);
       y = multiply_add(static_cast<T>(call.coefficients[1 + j]), k, y);
     }
@@ -119,11 +123,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) strided_kernel(const StepLa
 
 // Dimensions that all tensors keep together become one.
 void merge_step(StepLaunch* args) {
-  View* views[3 + kMostTerms];
+  View* views[4 + kMostTerms];
   int64_t count = 0;
   views[count++] = &args->call.out;
   views[count++] = &args->call.x;
   if (args->call.copy.first.data) views[count++] = &args->call.copy.first;
+  if (args->call.kept.data) views[count++] = &args->call.kept;
   for (int64_t j = 0; j < args->call.count; ++j) views[count++] = &args->terms[j].k.first;
   merge(&args->call.shape, Views{views, count});
 }
@@ -134,13 +139,14 @@ bool is_row(const View& view, const void* second, Dtype dtype) {
   return view.dtype == dtype && view.position_stride == 1 && on_boundary(view.data) && on_boundary(second);
 }
 
-// The dtype of all terms and of the copy, if everything is one row of packs with a float32 state; int64 if not.
+// The dtype of all terms, of the copy and of what is kept, if everything is one row of packs with a float32 state; int64 if not.
 Dtype dtype_of_rows(const StepLaunch& args) {
   const StepCall& call = args.call;
   Dtype dtype = args.terms[0].k.first.dtype;
   bool rows = call.shape.batch == 1 && call.shape.channels == 1 && dtype != Dtype::float64;
   rows = rows && is_row(call.out, nullptr, Dtype::float32) && is_row(call.x, nullptr, Dtype::float32);
   if (call.copy.first.data) rows = rows && is_row(call.copy.first, call.copy.second, dtype);
+  if (call.kept.data) rows = rows && is_row(call.kept, nullptr, dtype);
   for (int64_t j = 0; j < call.count; ++j) rows = rows && is_row(args.terms[j].k.first, args.terms[j].k.second, dtype);
   return rows ? dtype : Dtype::int64;
 }

@@ -43,6 +43,11 @@ FM_HD void widen_pack(const Pack<S, kCount>& pack, float (&to)[kCount]) {
   for (int i = 0; i < pack.kWords; ++i) widen_word(pack.words[i], to + i * (4 / static_cast<int>(sizeof(S))), S{});
 }
 
+template <class S, int kCount>
+FM_HD void move_pack(const Pack<S, kCount>& pack, S* to) {
+  *reinterpret_cast<Pack<S, kCount>*>(to) = pack;
+}
+
 FM_HD uint32_t reversed_word(uint32_t word, float) { return word; }
 FM_HD uint32_t reversed_word(uint32_t word, Bfloat16) { return word << 16 | word >> 16; }
 FM_HD uint32_t reversed_word(uint32_t word, Float16) { return word << 16 | word >> 16; }

@@ -11,15 +11,27 @@ _linear_step = schemas.op("linear_step")
 
 
 def linear_step(backend: str) -> Callable[..., None]:
-    """Op ``linear_step`` itself, for loops without gradients: (out, copy, x, outputs, table, row, guidance) -> None.
+    """Op ``linear_step`` itself, for loops without gradients: (out, copy, x, outputs, table, row, guidance,
+    kept=None) -> None.
 
     Writes table[row, 0] x + sum_j table[row, 1 + j] m(outputs[j]) into out, which may be x, and once or twice into copy where it is not
-    empty; see :func:`fm_fast.reference.linear_step`.
+    empty; see :func:`fm_fast.reference.linear_step`. ``kept`` gets the last output, of x's shape, as it came.
     """
     return _plain_linear_step if backend == "reference" else _linear_step[backend]
 
 
-def _plain_linear_step(out: Tensor, copy: Tensor, x: Tensor, outputs: Sequence[Tensor], table: Tensor, row: int, guidance: float) -> None:
+def _plain_linear_step(
+    out: Tensor,
+    copy: Tensor,
+    x: Tensor,
+    outputs: Sequence[Tensor],
+    table: Tensor,
+    row: int,
+    guidance: float,
+    kept: Tensor | None = None,
+) -> None:
+    if kept is not None:  # before out, which may be an output, is written
+        kept.copy_(outputs[-1])
     wide = reference.accumulation_dtype(x, out)
     # Scalars on the device, so that nothing waits for it.
     first, *others = table[row].to(wide).unbind()

@@ -26,7 +26,9 @@ SCHEMAS = {
         "(Tensor(a!) grad, Tensor o, Tensor x1, Tensor x0, Tensor key, Tensor coef, Tensor weight, Tensor grad_output, int reduction, "
         "float flip, float levels, bool dequantise, bool finished=False) -> ()"
     ),
-    "linear_step": "(Tensor(a!) out, Tensor(b!) copy, Tensor x, Tensor[] k, Tensor table, int row, float guidance) -> ()",
+    "linear_step": (
+        "(Tensor(a!) out, Tensor(b!) copy, Tensor x, Tensor[] k, Tensor table, int row, float guidance, Tensor(c!)? kept=None) -> ()"
+    ),
     "step_error": "(Tensor(a!) means, Tensor y, Tensor end, Tensor[] k, Tensor coefficients, float rtol, float atol) -> ()",
     "step_control": (
         "(Tensor(a!) numbers, Tensor(b!) counts, Tensor(c!) totals, Tensor(d!) accepted, Tensor(e!) times, Tensor(f!) factors, "

@@ -5,6 +5,7 @@ step. `Fused` computes in private buffers, one op and the fewest memory passes a
 PyTorch, which gradients follow; the length of a step has none.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -88,6 +89,10 @@ class Arithmetic(Protocol):
         """y and the row's update; that of the last is the step's end."""
         ...
 
+    def extend(self, slopes: list[Parts], slope: Parts, y: Parts) -> Parts:
+        """A stage's slope joins those before it; y and the update of the row that follows the stage."""
+        ...
+
     def error(self, y: Parts, end: Parts, slopes: Sequence[Parts], tolerance: Tolerance) -> Tensor:
         """Mean squares of the error of a step beside the tolerance, of each part and sample: float64 [parts, B]."""
         ...
@@ -121,7 +126,7 @@ class Trial:
 
     def size(self, values: Parts, tolerance: Tolerance) -> float:
         """The norm of values beside the tolerance at y."""
-        return float(norm(self._arithmetic.size(values, self.y, tolerance)))
+        return norm(self._arithmetic.size(values, self.y, tolerance))
 
     def step(self, h: float, times: Sequence[float], tolerance: Tolerance) -> float:
         """Try a step of length h with evaluations at these times; its error, of which up to 1 is tolerated. Waits for the device."""
@@ -129,15 +134,17 @@ class Trial:
         moments = arithmetic.begin(h, times)
         if self.slope is None:
             self.slope = arithmetic.keep(0, self._derivative(moments[0], self.y))
-        end, slopes = self.y, [self.slope]
+        slopes = [self.slope]
+        end = arithmetic.combine(0, self.y, slopes)
         for stage, now in enumerate(moments[1:], 1):
-            end = arithmetic.combine(stage - 1, self.y, slopes)
-            slopes.append(arithmetic.keep(stage, self._derivative(now, end)))
-        if not self._goes_on:
-            end = arithmetic.combine(len(moments) - 1, self.y, slopes)
+            # No name for the slope: its memory is free for the next evaluation.
+            if self._goes_on and stage == len(moments) - 1:
+                slopes.append(arithmetic.keep(stage, self._derivative(now, end)))
+            else:
+                end = arithmetic.extend(slopes, self._derivative(now, end), self.y)
         self._end, self._slopes, self._h = end, slopes, h
         with torch.no_grad():
-            return float(norm(arithmetic.error(self.y, end, slopes, tolerance)))
+            return norm(arithmetic.error(self.y, end, slopes, tolerance))
 
     def within(self, theta: float) -> Parts:
         """The state a part theta of the way through the step that was tried, of a method that interpolates."""
@@ -167,6 +174,10 @@ class Plain:
 
     def combine(self, row: int, y: Parts, slopes: Sequence[Parts]) -> Parts:
         return self._combine(self._rows.updates[row], self._h, y, slopes)
+
+    def extend(self, slopes: list[Parts], slope: Parts, y: Parts) -> Parts:
+        slopes.append(self.keep(len(slopes), slope))
+        return self.combine(len(slopes) - 1, y, slopes)
 
     @staticmethod
     def _combine(row: Row, h: float, y: Parts, slopes: Sequence[Parts]) -> Parts:
@@ -206,9 +217,11 @@ class Fused:
         self._none = y[0].new_empty(0)
         self._end, self._other_end, self._input = (_alike(y) for _ in range(3))
         self._slopes = [_alike(y) for _ in method.table.b]
+        self._targets = {part.untyped_storage().data_ptr() for parts in (self._end, self._other_end, self._input) for part in parts}
         self._tables = _Tables(self._rows.updates, self._rows.error, len(method.table.c), y[0].device)
         self._dtype, self._batch = y[0].dtype, len(y[0])
         self._means = torch.empty(len(y), len(y[0]), dtype=torch.float64, device=y[0].device)
+        self._means_of_parts = self._means.unbind()
 
     def begin(self, h: float, times: Sequence[float] = ()) -> Sequence[Moment]:
         self._tables.write(h, times)
@@ -225,13 +238,32 @@ class Fused:
         return kept
 
     def combine(self, row: int, y: Parts, slopes: Sequence[Parts]) -> Parts:
-        ends = row == len(self._rows.updates) - 1
-        return self._combine(self._rows.updates[row].used, self._tables.update(row), self._end if ends else self._input, y, slopes)
+        return self._combine(self._rows.updates[row].used, self._tables.update(row), self._target(row), y, slopes)
+
+    def _target(self, row: int) -> Parts:
+        return self._end if row == len(self._rows.updates) - 1 else self._input
 
     def _combine(self, used: Sequence[int], table: Tensor, targets: Parts, y: Parts, slopes: Sequence[Parts]) -> Parts:
         for i, (target, part) in enumerate(zip(targets, y, strict=True)):
             self._step(target, self._none, part, [slopes[j][i] for j in used], table, 0, 1.0)
         return targets
+
+    def extend(self, slopes: list[Parts], slope: Parts, y: Parts) -> Parts:
+        stage = len(slopes)
+        *before, last = self._rows.updates[stage].used
+        if last != stage or not all(map(self._can_keep, slope, y)):
+            slopes.append(self.keep(stage, slope))
+            return self.combine(stage, y, slopes)
+        slopes.append(kept := self._slopes[stage])
+        target, table = self._target(stage), self._tables.update(stage)
+        for i, new in enumerate(slope):
+            outputs = [*[slopes[j][i] for j in before], _ops.native_layout(new)]
+            self._step(target[i], self._none, y[i], outputs, table, 0, 1.0, kept[i])
+        return target
+
+    def _can_keep(self, slope: Tensor, part: Tensor) -> bool:
+        """Whether the op that reads a slope can keep it on the way: a GPU moves one dtype fastest, and views of a target change."""
+        return slope.dtype == part.dtype and slope.untyped_storage().data_ptr() not in self._targets
 
     def interpolate(self, h: float, weights: Sequence[float], y: Parts, slopes: Sequence[Parts]) -> Parts:
         tables = _Tables([row := _row(weights)], None, 0, y[0].device)
@@ -240,7 +272,7 @@ class Fused:
 
     def error(self, y: Parts, end: Parts, slopes: Sequence[Parts], tolerance: Tolerance) -> Tensor:
         used = [slopes[j] for j in self._rows.error.used]
-        for i, means in enumerate(self._means.unbind()):
+        for i, means in enumerate(self._means_of_parts):
             self._step_error(means, y[i], end[i], [slope[i] for slope in used], self._tables.error, *tolerance)
         return self._means
 
@@ -287,9 +319,10 @@ def _alike(y: Parts) -> Parts:
     return tuple(torch.empty_like(part) for part in y)
 
 
-def norm(means: Tensor) -> Tensor:
-    """The largest root mean square of a part, over all samples."""
-    return means.mean(1).amax().sqrt()
+def norm(means: Tensor) -> float:
+    """The largest root mean square of a part, over all samples. Waits for the device, for which it is one kernel where one part is all."""
+    sums = means.sum(1)
+    return math.sqrt(float(sums.amax() if len(sums) > 1 else sums) / means.shape[1])
 
 
 def norm_of_each(means: Tensor) -> Tensor:
