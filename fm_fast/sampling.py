@@ -277,7 +277,7 @@ def _adaptive(field: Field, start: Tensor, settings: Settings, callback: Callbac
     x0, plain = start.to(reference.accumulation_dtype(start)), settings.grad != "none" and torch.is_grad_enabled()
     states, nfe = solve_adaptive(
         lambda now, parts: (velocity(parts[0], now),), (x0,), settings.nodes.tolist(), settings.adaptive,
-        Tolerance(settings.rtol, settings.atol), settings.max_steps, settings.backend, plain, after,
+        Tolerance(settings.rtol, settings.atol), settings.max_steps, settings.backend, plain, after, field.jumps,
     )  # fmt: skip
     return states[-1][0], _saved(states, settings), nfe
 
@@ -293,7 +293,7 @@ def _per_sample(field: Field, start: Tensor, settings: Settings, mark: bool) -> 
 
     narrowed = (lambda samples: derivative(field.of(samples))) if settings.per_sample == "shrink" else None
     x0, times = start.to(reference.accumulation_dtype(start)), settings.nodes.tolist()
-    solved = solve_per_sample(derivative(field), (x0,), times, rules, narrowed)
+    solved = solve_per_sample(derivative(field), (x0,), times, rules, narrowed, field.jumps)
     return solved.states[-1][0], _saved(solved.states, settings), solved.nfe, solved.nfe_of_each
 
 

@@ -37,10 +37,13 @@ def solve_adaptive(
     backend: str,
     plain: bool,
     after_step: AfterStep | None = None,
+    jumps: Sequence[float] = (),
 ) -> tuple[list[Parts], int]:
     """The state at each of ``times``, and the number of evaluations, none of them outside ``times``.
 
     A method that interpolates passes the times between the first and the last; the steps of others end there.
+
+    jumps: times at which the derivative jumps. Steps end there: they would feel their way over a jump, or pass it unnoticed.
 
     plain: by plain PyTorch, which gradients follow.
 
@@ -55,7 +58,7 @@ def solve_adaptive(
     arithmetic = Plain(begin, method) if plain else Fused(begin, method, backend)
     try:
         trial = Trial(counted, begin, times[0], method, arithmetic)
-        states = _Control(trial, counted, method, tolerance, max_steps, after_step).through(times)
+        states = _Control(trial, counted, method, tolerance, max_steps, after_step).through(times, jumps)
     except StepFailed as reason:
         raise RuntimeError(_explanation(method.name, str(reason), tolerance)) from None
     return states, counted.evaluations
@@ -67,6 +70,12 @@ def _explanation(method: str, reason: str, tolerance: Tolerance) -> str:
     return (
         f"{method} failed ({reason}): the model's velocity is not finite, or too rough for rtol={tolerance.rtol} and atol={tolerance.atol}"
     )
+
+
+def inner_jumps(times: Sequence[float], jumps: Sequence[float]) -> list[float]:
+    """The jumps between the first time and the last, in the order of the solve."""
+    low, high = sorted((times[0], times[-1]))
+    return sorted({jump for jump in jumps if low < jump < high}, reverse=times[-1] < times[0])
 
 
 class Counted:
@@ -102,17 +111,26 @@ class _Control:
         self._nodes, self._h, self._tried, self._finished = method.table.c, 0.0, 0, 0
         self._low = self._high = 0.0
 
-    def through(self, times: Sequence[float]) -> list[Parts]:
+    def through(self, times: Sequence[float], jumps: Sequence[float]) -> list[Parts]:
         """The state at each of times; copies, since the next steps overwrite it."""
-        self._low, self._high = min(times), max(times)
-        if len(times) > 1:
-            self._h = self._first_step(times[0], 1.0 if times[-1] > times[0] else -1.0)
-        states = [self._trial.y]
-        passed = list(times[1:-1]) if self._interpolates else []
-        for t, end in itertools.pairwise((times[0], *times[-1:]) if self._interpolates and len(times) > 1 else times):
-            states += self._advance(t, end, passed)
-            states.append(tuple(part.clone() for part in self._trial.y))
+        states, due = [self._trial.y], list(times[1:])
+        pieces = itertools.pairwise((times[0], *inner_jumps(times, jumps), times[-1]))
+        for begin, end in pieces if due else ():
+            self._enter(begin, end, times)
+            stops = () if self._interpolates else [time for time in due if abs(time - begin) < abs(end - begin)]
+            for t, stop in itertools.pairwise((begin, *stops, end)):
+                states += self._advance(t, stop, due)
         return states
+
+    def _enter(self, begin: float, end: float, times: Sequence[float]) -> None:
+        """A piece without a jump, which evaluations do not leave: those at a jump take place beside it."""
+        first, last = (begin, end) if begin == times[0] else (math.nextafter(begin, end), end)
+        last = last if end == times[-1] else math.nextafter(end, begin)
+        self._low, self._high = min(first, last), max(first, last)
+        if begin == times[0]:
+            self._h = self._first_step(begin, math.copysign(1.0, end - begin))
+        else:
+            self._trial.forget_slope()
 
     def _advance(self, t: float, end: float, passed: list[float]) -> list[Parts]:
         """From t to end; the states at the times that are passed. A step that is cut at the end does not shorten the one that follows."""

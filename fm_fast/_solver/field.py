@@ -40,6 +40,11 @@ class Field:
             guidance = replace(guidance, scale=guidance.scale[samples])
         return replace(self, batch=len(samples), cond=cond, doubled=doubled, guidance=guidance)
 
+    @property
+    def jumps(self) -> tuple[float, ...]:
+        """The times at which its velocity jumps: where guidance begins and ends."""
+        return () if self.guidance is None else tuple(self.guidance.interval)
+
     def scale_at(self, t: Time) -> float | Tensor | None:
         """The scale of guidance: None at one time that is not guided; only one time that may not be is looked at."""
         if self.guidance is None:

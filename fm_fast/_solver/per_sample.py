@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fm_fast import _ops, reference
 from fm_fast._constants import constant
-from fm_fast._solver.adaptive import Counted
+from fm_fast._solver.adaptive import Counted, inner_jumps
 from fm_fast._solver.steps import Steps
 from fm_fast._solver.trial import Arithmetic, Derivative, Fused, Moment, Parts, Plain, Tolerance, moment, norm_of_each
 from fm_fast.solvers import EmbeddedRungeKutta
 
 # The derivative of some samples [n] of the batch
 Narrowed = Callable[[Tensor], Derivative]
+BESIDE_A_JUMP = 2.0**-40  # long enough a step for float64
 MOST_RUNNING = 0.75  # of a batch that is narrowed to the samples that are not at their ends
 
 
@@ -52,11 +53,18 @@ class Solved(NamedTuple):
 
 
 def solve_per_sample(
-    derivative: Derivative, start: Parts, times: Sequence[float], rules: Rules, narrowed: Narrowed | None = None
+    derivative: Derivative,
+    start: Parts,
+    times: Sequence[float],
+    rules: Rules,
+    narrowed: Narrowed | None = None,
+    jumps: Sequence[float] = (),
 ) -> Solved:
     """As :func:`fm_fast._solver.adaptive.solve_adaptive`, for parts [B, ...] and at least two times.
 
     narrowed: samples that are at their ends leave the batch, when they are a quarter of it.
+
+    jumps: as there; a step of next to no length leads over each.
 
     Raises RuntimeError unless ``rules.mark``: a sample's field is not finite, its step becomes too short to be one, or ``max_steps``
     steps that were tried do not bring it to the end.
@@ -66,7 +74,7 @@ def solve_per_sample(
     # The model is not to be given what is the caller's.
     begin = start if rules.plain else tuple(_ops.native_layout(part).clone() for part in start)
     counted = Counted(derivative)
-    passed = _Passed(begin, times, rules.method)
+    passed = _Passed(begin, times, jumps, rules.method)
     end, nfe_of_each = _Control(counted, begin, passed, rules, narrowed).to_the_end()
     return Solved([start, *passed.states(), end], counted.evaluations, nfe_of_each)
 
@@ -153,24 +161,36 @@ class _Trials:
         return tuple(reference.per_sample(values, part) for part in self.y)
 
 
+def _stops(times: Sequence[float], jumps: Sequence[float], interpolates: bool) -> list[float]:
+    """The first time, and those at which steps have to end."""
+    beside = [jump + side for jump in inner_jumps(times, jumps) for side in (-BESIDE_A_JUMP, BESIDE_A_JUMP)]
+    inner = {*beside, *(() if interpolates else times[1:-1])}
+    low, high = sorted((times[0], times[-1]))
+    stops = sorted((stop for stop in inner if low < stop < high), reverse=times[-1] < times[0])
+    return [times[0], *stops, times[-1]]
+
+
 class _Passed:
     """States at the times between the first and the last, of each sample where it comes by; NaN until then.
 
-    Methods that interpolate pass these times within a step. The steps of others stop there.
+    Methods that interpolate pass these times within a step. The steps of others stop there. All stop on both sides of a jump.
+
+    Attributes:
+        stops: float64, the first time and those at which steps have to end.
+        numbers: of the samples in the whole batch.
     """
 
-    def __init__(self, start: Parts, times: Sequence[float], method: EmbeddedRungeKutta) -> None:
+    def __init__(self, start: Parts, times: Sequence[float], jumps: Sequence[float], method: EmbeddedRungeKutta) -> None:
         inner, batch, device = len(times) - 2, len(start[0]), start[0].device
         self._times = constant(np.array(times), torch.float64, device)
         self._forward, self._interpolates = times[-1] > times[0], method.interpolates
         self._states = [torch.full((inner, *part.shape), torch.nan, dtype=part.dtype, device=device) for part in start] if inner else []
         self._next = torch.ones(batch, dtype=torch.int64, device=device)
-        self.numbers = torch.arange(batch, device=device)  # in the whole batch
-
-    @property
-    def stops(self) -> Tensor:
-        """The first time, and those at which steps have to end."""
-        return self._times[:: len(self._times) - 1] if self._interpolates else self._times
+        self.numbers = torch.arange(batch, device=device)
+        stops = _stops(times, jumps, method.interpolates)
+        self.stops = constant(np.array(stops), torch.float64, device)
+        # By the number of the next stop: how many times have come by.
+        self._come = constant(np.cumsum(np.isin(stops, times[:-1])), torch.int64, device)
 
     @property
     def look_within(self) -> bool:
@@ -195,7 +215,7 @@ class _Passed:
         """Notes the states of samples that have arrived at a stop, and have another before them."""
         if not self._states or self._interpolates:
             return
-        samples = (steps.counts[0] > self._next).nonzero().squeeze(1)
+        samples = (self._come[steps.counts[0] - 1] > self._next).nonzero().squeeze(1)
         self._note(samples, tuple(part[samples] for part in y))
 
     def _note(self, samples: Tensor, states: Parts) -> None:
@@ -220,7 +240,7 @@ class _Control:
 
     def __init__(self, derivative: Counted, start: Parts, passed: _Passed, rules: Rules, narrowed: Narrowed | None) -> None:
         self._derivative, self._passed, self._rules, self._narrowed = derivative, passed, rules, narrowed
-        self._tried, self._batch, stops = 0, len(start[0]), passed.stops.contiguous()
+        self._tried, self._batch, stops = 0, len(start[0]), passed.stops
         self._steps = Steps(start[0], stops, rules.method, rules.backend)
         t = stops[0].repeat(self._batch)
         self._trials = _Trials(derivative, start, t, rules)

@@ -147,8 +147,14 @@ class Trial:
             return norm(arithmetic.error(self.y, end, slopes, tolerance))
 
     def within(self, theta: float) -> Parts:
-        """The state a part theta of the way through the step that was tried, of a method that interpolates."""
+        """The state a part theta of the way through the step that was tried: its end, or within one of a method that interpolates."""
+        if theta == 1.0:
+            return tuple(part.clone() for part in self._end)
         return self._arithmetic.interpolate(self._h, self._method.weights_within(theta), self.y, self._slopes)
+
+    def forget_slope(self) -> None:
+        """Evaluate the slope at y anew: it is another one on this side of a jump."""
+        self.slope = None
 
     def accept(self) -> None:
         """Go on from the end of the step that was tried."""

@@ -1,0 +1,102 @@
+"""Where guidance begins or ends the velocity jumps: adaptive steps end there, and keep their accuracy at the price of an evaluation."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from sampling_helpers import Counted, noise64, solve
+from test_guidance import LABELS, conditional, mixed
+
+import fm_fast as fm
+
+X0 = noise64(3, 2, 4)
+INTERVAL, SCALE = (0.3, 0.6), 6.0
+GUIDANCE = fm.Guidance(SCALE, {"y": -1}, INTERVAL)
+OPTIONS = {"cond": {"y": LABELS}, "rtol": 1e-7, "atol": 1e-7}
+LOOSE = {"cond": {"y": LABELS}, "rtol": 1e-5, "atol": 1e-5}
+PIECES = ((0.0, 0.3), (0.3, 0.6), (0.6, 1.0))
+ACCURACY = {"dopri5": 1e-6, "tsit5": 1e-6, "dopri8": 1e-6, "bosh3": 1e-4, "adaptive_heun": 1e-3, "fehlberg2": 1e-2}  # by our tolerances
+
+
+def piecewise(x, times, forward=True):
+    """The states at times, by Runge-Kutta steps of which none has a jump within."""
+    states = {}
+    for begin, end in PIECES if forward else [(end, begin) for begin, end in PIECES[::-1]]:
+        scale = SCALE if {begin, end} == set(INTERVAL) else 1.0
+        inner = sorted((t for t in times if min(begin, end) < t < max(begin, end)), reverse=not forward)
+        for t, stop in itertools.pairwise((begin, *inner, end)):
+            x = solve("rk4", lambda x, t, scale=scale: mixed(x, t, scale), x, np.linspace(t, stop, 101))
+            states[stop] = x
+    return [states[t] for t in times]
+
+
+def tolerances(method):
+    return OPTIONS if ACCURACY[method] < 1e-5 else LOOSE
+
+
+def close(found, expected, method="dopri5"):
+    torch.testing.assert_close(found, expected, rtol=ACCURACY[method], atol=ACCURACY[method])
+
+
+@pytest.mark.parametrize("per_sample", [False, True, "shrink"])
+@pytest.mark.parametrize("method", ACCURACY)
+def test_adaptive_solves_keep_their_accuracy(method, per_sample):
+    found = fm.sample(conditional, X0, guidance=GUIDANCE, method=method, per_sample=per_sample, **tolerances(method))
+    close(found.x, piecewise(X0, [1.0])[0], method)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "adaptive_heun"])
+@pytest.mark.parametrize("solver", [fm.sample, fm.encode])
+def test_states_on_the_way(solver, method, per_sample):
+    """Also at the jumps, and close to them."""
+    times = [0.1, 0.3, 0.3001, 0.45, 0.6, 0.8, 1.0]
+    times = times if solver is fm.sample else [1.0 - t for t in (0.3, 0.4, 0.4001, 0.5, 0.7)]
+    found = solver(conditional, X0, guidance=GUIDANCE, method=method, per_sample=per_sample, save=times, **tolerances(method))
+    close(found.saved, torch.stack(piecewise(X0, times, forward=solver is fm.sample)), method)
+
+
+def test_an_evaluation_a_jump():
+    """Beside those of the pieces by themselves, which look for a first step each. None is on the wrong side."""
+    model, nfe, x = Counted(conditional), 0, X0
+    found = fm.sample(model, X0, guidance=GUIDANCE, method="dopri5", **OPTIONS)
+    for begin, end in PIECES:
+        inside = fm.Guidance(SCALE, {"y": -1}) if (begin, end) == INTERVAL else None
+        piece = fm.sample(conditional, x, guidance=inside, method="dopri5", t0=begin, t1=end, **OPTIONS)
+        x, nfe = piece.x, nfe + piece.nfe
+    assert found.nfe == len(model.times) <= nfe
+    guided = [batch == 6 for batch in model.batches]
+    assert guided == [INTERVAL[0] < t < INTERVAL[1] for t in model.times] and any(guided)
+    assert math.nextafter(0.3, 0.0) in model.times and math.nextafter(0.3, 1.0) in model.times
+
+
+def test_an_interval_without_an_inner_end_changes_nothing():
+    found = [
+        fm.sample(conditional, X0, guidance=fm.Guidance(SCALE, {"y": -1}, interval), method="dopri5", t0=0.3, t1=0.6, **OPTIONS)
+        for interval in ((0.0, 1.0), (0.3, 0.6), (0.3, 1.0))
+    ]
+    assert torch.equal(found[0].x, found[1].x) and torch.equal(found[0].x, found[2].x)
+    assert found[0].nfe == found[1].nfe == found[2].nfe
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_gradients(per_sample):
+    """Of the state at the end, in the noise."""
+    options = {"guidance": GUIDANCE, "method": "dopri5", "per_sample": per_sample, "grad": "direct", **OPTIONS}
+    noise = X0.clone().requires_grad_()
+    (found,) = torch.autograd.grad(fm.sample(conditional, noise, **options).x.sum(), noise)
+    (expected,) = torch.autograd.grad(piecewise(noise, [1.0])[0].sum(), noise)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_likelihoods(per_sample):
+    """Against fixed steps that end beside the jumps."""
+    below, above = math.nextafter(0.3, 0.0), math.nextafter(0.6, 1.0)
+    grid = np.concatenate([np.linspace(0.0, below, 81), np.linspace(0.3, 0.6, 81), np.linspace(above, 1.0, 81)])
+    options = {"cond": {"y": LABELS}, "guidance": GUIDANCE, "kind": "exact", "seed": 0}
+    expected = fm.log_likelihood(conditional, X0, method="rk4", grid=grid, **options)
+    found = fm.log_likelihood(conditional, X0, method="dopri5", per_sample=per_sample, rtol=1e-7, atol=1e-7, **options)
+    torch.testing.assert_close(found.logp, expected.logp, rtol=1e-6, atol=2e-5)
