@@ -110,9 +110,11 @@ def normal(word: Tensor) -> Tensor:
 
 
 def _minus_two_log(u: Tensor) -> Tensor:
-    bits = u.view(torch.int32) - THREE_QUARTERS_BITS
-    exponent = (bits >> 23).to(torch.float32)
-    f = ((bits & MANTISSA_BITS) + THREE_QUARTERS_BITS).view(torch.float32) - 1.0
+    # u = (1 + f) 2^exponent with 1 + f in [3/4, 3/2). Kernels take the bits apart, which torch before 2.13 does not do under vmap.
+    mantissa, exponent = torch.frexp(u)
+    is_small = mantissa < 0.75
+    exponent = (exponent - is_small.to(exponent.dtype)).to(torch.float32)
+    f = torch.where(is_small, 2.0 * mantissa, mantissa) - 1.0
     s = f * f * (_horner(LOG_TAIL, f) * f + 1.0) - 2.0 * f
     return torch.clamp(exponent * MINUS_TWO_LN2 + s, min=0.0)
 

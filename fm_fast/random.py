@@ -38,6 +38,7 @@ DEFAULT_KIND = {
     Stream.data_order: Kind.word,
     Stream.probe_rows: Kind.word,
 }
+STREAMS, KINDS = [stream.name for stream in Stream], [kind.name for kind in Kind]
 Whole = int | Tensor
 
 
@@ -88,9 +89,9 @@ def _indexed(device: torch.device) -> torch.device:
 
 
 def _check_noise_arguments(shape: tuple[int, ...], stream: str, index: int, dtype: torch.dtype | None, kind: str | None) -> None:
-    _checks.one_of("stream", stream, list(Stream.__members__))
+    _checks.one_of("stream", stream, STREAMS)
     if kind is not None:
-        _checks.one_of("kind", kind, list(Kind.__members__))
+        _checks.one_of("kind", kind, KINDS)
     _checks.one_of("dtype", dtype, [None, *_checks.FLOATING])
     if isinstance(index, Tensor):
         raise TypeError("index must be a whole number, got a tensor")

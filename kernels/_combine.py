@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fm_fast.kernels import _launch
 
-COMBINE_TILE = 1024
+COMBINE_TILE, COMBINE_WARPS = 8192, 16  # at most: many loads in flight, of which few rounds follow each other
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -36,4 +36,4 @@ def combine(outputs: Tensor, partial: Tensor, scale: float) -> None:
     count = partial.numel() // outputs.numel()
     tile = max(32, min(COMBINE_TILE, _launch.power_of_two(count)))
     with _launch.on_device(outputs.device):
-        combine_kernel[(outputs.numel(),)](outputs, partial, count, scale, TILE=tile, num_warps=max(1, tile // 256))
+        combine_kernel[(outputs.numel(),)](outputs, partial, count, scale, TILE=tile, num_warps=max(1, min(COMBINE_WARPS, tile // 256)))

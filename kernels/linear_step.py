@@ -82,7 +82,8 @@ def linear_step_kernel(
         y = coefficients[0] * read(x_ptr + x_place, inside, MASKED).to(COMPUTE)
         for j in tl.static_range(TERMS):
             k = _term(k_ptrs[j], sample, batch, k_strides[j], channel, position, inside, scale, (GUIDED >> j) & 1, FLAT, MASKED, COMPUTE)
-            y += coefficients[1 + j] * k
+            # Not `y +=`, which compilers contract in either order: the bits would depend on the layouts.
+            y = tl.fma(coefficients[1 + j], k, y)
             if KEEPS and j == TERMS - 1:
                 kept_place = sample * kept_batch + offset(channel, position, kept_channel, kept_position, FLAT)
                 write(kept_ptr + kept_place, k, inside, MASKED)

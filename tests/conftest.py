@@ -21,6 +21,21 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def working_gpu(request):
+    """A GPU does not recover from an illegal access in this process: one of several ends, and the others' tests are not lost with it."""
+    yield
+    if request.node.get_closest_marker("gpu") is None:
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            print(error, flush=True)
+            os._exit(1)
+        raise
+
+
 @pytest.fixture
 def poisoned_outputs():
     """Let torch fill new memory with NaN (its deterministic mode does), so that an output which a kernel does not write shows."""

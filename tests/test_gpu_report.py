@@ -5,14 +5,15 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks import gpu_report, plan, results
-from benchmarks.op import Setting
+from benchmarks import gpu_report, plan, results, run
+from benchmarks.op import Op, Provider, Setting
 
 SURROUNDINGS = {"device": "Some GPU", "date": "2026-01-02", "triton": ""}
 
@@ -27,6 +28,8 @@ def machine(monkeypatch, tmp_path):
         return not any(text in commands[-1] for text in fails)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr(results, "environment", lambda *arguments: SURROUNDINGS)
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(gpu_report, "_succeeds", succeeds)
@@ -106,7 +109,7 @@ def test_both_sanitizers_run(machine):
 
 
 def test_a_sanitizer_that_finds_something_fails(machine):
-    machine[1].append("racecheck --error-exitcode 1 " + sys.executable + " -m pytest -q -m gpu tests/test_gpu.py -k (reductions")
+    machine[1].append("racecheck --error-exitcode 1 " + sys.executable + " -m pytest -q -m gpu tests/test_gpu.py -k ((reductions")
     assert gpu_report.main(["sanitize"]) == 1
     assert stages()["sanitize"] == {"memcheck": "ok", "racecheck": "FAILED"}
 
@@ -138,6 +141,48 @@ def test_a_sanitizer_that_takes_too_long_is_ended(machine, monkeypatch):
     monkeypatch.setattr(gpu_report, "_succeeds", succeeds)
     assert gpu_report.main(["sanitize"]) == 0
     assert stages()["sanitize"] == {"memcheck": "not at its end after 0.2 s", "racecheck": "not at its end after 0.2 s"}
+
+
+def test_what_takes_too_long_is_ended_with_all_that_it_has_begun(tmp_path):
+    """A sanitizer's tests, which it starts, would go on using the GPU under the benchmarks."""
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu_report._succeeds(["sh", "-c", f"sleep 60 & echo $! > '{tmp_path}/begun'; wait"], 1.0)
+    state = pathlib.Path("/proc", (tmp_path / "begun").read_text().strip(), "stat")
+    for _ in range(100):
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("it is still running")
+
+
+@pytest.mark.parametrize(("chosen", "prefix"), [(None, "env TORCH_CUDA_ARCH_LIST=9.0 "), ("8.0", "")])
+def test_the_build_is_for_the_gpu_that_is_here(chosen, prefix, machine, monkeypatch):
+    if chosen is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", chosen)
+    assert gpu_report.main(["build"]) == 0
+    assert machine[0][0].startswith(f"{prefix}{sys.executable} -m pip install")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_wrong_peer_costs_us_no_rows_on_a_gpu(device, capsys):
+    def check(inputs, setting, step):
+        assert step == "right", "it is off"
+
+    def provider(name, step):
+        return Provider(name, lambda inputs, setting: step)
+
+    providers = [provider("fm_fast", "right"), provider("peer", "wrong"), provider("other", "right")]
+    op = Op("op", {}, (), lambda setting: None, lambda setting: providers, check, None)
+    setting = Setting(torch.device(device), "size", (1,), torch.float32, "mode")
+    if device == "cpu":
+        with pytest.raises(SystemExit, match="peer is wrong"):
+            run.gate(op, setting, None)
+        return
+    assert list(run.gate(op, setting, None).steps) == ["fm_fast", "other"]
+    assert "left out: op, size, mode: peer is wrong" in capsys.readouterr().out
+    providers[0] = provider("fm_fast", "wrong")
+    with pytest.raises(SystemExit, match="fm_fast is wrong"):
+        run.gate(op, setting, None)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), SystemExit("naive eager is wrong, so nothing is timed")])
