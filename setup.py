@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -317,6 +318,11 @@ class Build(build):
         super().run()
 
 
+def schemas_digest() -> str:
+    """Of the arguments that the ops take in these sources."""
+    return runpy.run_path(str(ROOT / "fm_fast" / "_schemas.py"))["digest"]()
+
+
 class BuildNative(Command):
     """Writes fm_fast/_native/: the libraries and build_info.json."""
 
@@ -337,7 +343,7 @@ class BuildNative(Command):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         record = build_libraries(requested_mode(), Path(self.build_temp, "native").resolve(), folder)
-        record = {"version": self.distribution.get_version(), **record}
+        record = {"version": self.distribution.get_version(), "schemas": schemas_digest(), **record}
         (folder / "build_info.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def folder(self) -> Path:

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from fm_fast import __path__ as _package_path
+from fm_fast import _schemas
 from fm_fast._version import __version__
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
@@ -95,6 +96,8 @@ def _library(name: str) -> Path:
         raise _Unavailable(f"not built: {info['skipped'].get(name, 'no reason recorded')}")
     if info["version"] != __version__:
         raise _Unavailable(f"the native library is of version {info['version']}, fm_fast is {__version__}: install it again")
+    if info.get("schemas") != _schemas.digest():  # as after an update of an editable installation
+        raise _Unavailable("the native library was built from other sources, whose ops take other arguments: install it again")
     return folder / info["built"][name]["library"]
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fm_fast
-from fm_fast import _backends
+from fm_fast import _backends, _schemas
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT_VARIABLES = {
@@ -97,6 +97,35 @@ def test_build_info_accounts_for_every_library() -> None:
     assert all({"library", "compiler", "flags"} <= set(record) for record in info["built"].values())
 
 
+@needs_native
+@pytest.mark.parametrize("record", ["other", None])
+def test_a_library_of_other_sources_is_not_called(record: str | None, tmp_path: Path) -> None:
+    """An editable installation whose sources were updated: the old library would take its new arguments for others."""
+    copy = tmp_path / "fm_fast"
+    shutil.copytree(Path(fm_fast.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    if not (copy / "kernels").is_dir():
+        shutil.copytree(ROOT / "kernels", copy / "kernels")
+    native = Path(str(_backends._native_folder()))
+    shutil.copytree(native, copy / "_native", dirs_exist_ok=True)
+    info = json.loads((copy / "_native" / "build_info.json").read_text())
+    assert info.pop("schemas") == _schemas.digest()
+    (copy / "_native" / "build_info.json").write_text(json.dumps(info if record is None else {**info, "schemas": record}))
+    code = """
+import torch, fm_fast
+from fm_fast import _backends, _schemas
+print(fm_fast.__path__[0])
+print(_backends.resolve("path_loss", torch.device("cpu")))
+try:
+    fm_fast.flow_matching_loss(lambda x, t: x, torch.ones(2, 2), seed=0, step=0, backend="cpp")
+except RuntimeError as error:
+    print(error)
+"""
+    result = copies.run_python(code, path=[str(tmp_path)], folder=sys.prefix, FM_FAST_BACKEND="", FM_FAST_CPU="")
+    location, chosen, error = result.stdout.splitlines()
+    assert (location, chosen) == (str(copy), "reference"), result.stderr
+    assert error.endswith("the native library was built from other sources, whose ops take other arguments: install it again")
+
+
 def test_importing_is_silent_and_starts_nothing() -> None:
     code = """
 import subprocess, sys
@@ -143,7 +172,7 @@ def test_asking_for_the_drivers_version_does_not_start_it(tmp_path: Path) -> Non
     library.write_text("no library")
     code = f"""
 import os
-from fm_fast import _backends
+from fm_fast import _backends, _schemas
 print(_backends._driver_version())
 os.replace({str(tmp_path / "driver.so")!r}, {str(library)!r})
 print(_backends._driver_version())
