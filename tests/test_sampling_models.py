@@ -233,10 +233,17 @@ def test_a_constant_that_is_written_after_it_was_returned_is_refused(backend):
         fm.sample(model, noise64(3, 4), method="rk4", steps=1, backend=backend)
 
 
-@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "ab2"])
+@pytest.mark.parametrize("arguments", [{"method": m, "steps": 2} for m in ("euler", "midpoint", "rk4", "ab2")] + [
+    {"method": "dopri5"}, {"method": "dopri5", "per_sample": True}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("grad", ["none", "direct"])
-def test_a_model_that_writes_into_its_input_is_told(method, grad):
+@pytest.mark.parametrize("since", [0.0, 0.4])
+def test_a_model_that_writes_into_its_input_is_told(since, grad, arguments):
+    """From the first evaluation on, or late in the solve."""
+
+    def model(x, t):
+        return x.mul_(2) if float(t[0]) >= since else x * 2
+
     with pytest.raises(RuntimeError, match=r"model must leave its input x as it is, .* give it x\.clone\(\)"):
-        fm.sample(lambda x, t: x.mul_(2), torch.ones(2, 3), method=method, steps=2, grad=grad)
+        fm.sample(model, torch.ones(2, 3), grad=grad, **arguments)
     with torch.inference_mode():
-        fm.sample(lambda x, t: x * 2, torch.ones(2, 3), method=method, steps=2)
+        fm.sample(lambda x, t: x * 2, torch.ones(2, 3), **arguments)

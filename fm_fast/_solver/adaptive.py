@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fm_fast import _ops
-from fm_fast._solver.loop import unwritten
+from fm_fast._solver.loop import counts_writes, unwritten
 from fm_fast._solver.trial import Derivative, Fused, Moment, Parts, Plain, Tolerance, Trial, moment
 from fm_fast.reference import LONGEST, SAFETY, SHORTEST
 from fm_fast.solvers import EmbeddedRungeKutta
@@ -52,7 +52,7 @@ def solve_adaptive(
     """
     if start[0].numel() == 0:
         return [start for _ in times], 0
-    counted = Counted(derivative)
+    counted = Counted(derivative, start)
     # The model is not to be given what is the caller's.
     begin = start if plain else tuple(_ops.native_layout(part).clone() for part in start)
     arithmetic = Plain(begin, method) if plain else Fused(begin, method, backend)
@@ -79,10 +79,10 @@ def inner_jumps(times: Sequence[float], jumps: Sequence[float]) -> list[float]:
 
 
 class Counted:
-    """The derivative, whose evaluations are counted."""
+    """The derivative, whose evaluations are counted, and which must not write into the state."""
 
-    def __init__(self, derivative: Derivative) -> None:
-        self._derivative = derivative
+    def __init__(self, derivative: Derivative, start: Parts) -> None:
+        self._derivative, self._watches = derivative, counts_writes(start[0])
         self.evaluations = 0
 
     def change(self, derivative: Derivative) -> None:
@@ -91,7 +91,7 @@ class Counted:
 
     def __call__(self, now: Moment, y: Parts) -> Parts:
         self.evaluations += 1
-        return self._derivative(now, y) if self.evaluations > 1 else unwritten(y[0], lambda: self._derivative(now, y))
+        return unwritten(y[0], lambda: self._derivative(now, y)) if self._watches else self._derivative(now, y)
 
 
 class _Control:

@@ -52,12 +52,12 @@ def run(plan: Plan, state: State, evaluate: Evaluate, after_step: AfterStep | No
 
 
 def _run(plan: Plan, state: State, evaluate: Evaluate, after_step: AfterStep | None) -> Tensor:
-    first, number, first_stage, finished = _watched(evaluate), 0, 0, 0
+    watched, number, first_stage, finished = _watched(evaluate, state.input), 0, 0, 0
     for segment in plan.segments:
         stages = state.advance[first_stage : first_stage + len(segment.stages)]
         for row in range(segment.steps):
             for advance in stages:
-                advance(row, (evaluate if number else first)(state.input, number))
+                advance(row, watched(state.input, number))
                 number += 1
             finished += 1
             if after_step is not None:
@@ -66,24 +66,26 @@ def _run(plan: Plan, state: State, evaluate: Evaluate, after_step: AfterStep | N
     return state.x
 
 
-def _watched(evaluate: Evaluate) -> Evaluate:
-    """The same for an evaluation that may turn out to write into its input."""
+def _watched(evaluate: Evaluate, x: Tensor) -> Evaluate:
+    """The same, with a RuntimeError where an input, such as x, is written to."""
+    if not counts_writes(x):
+        return evaluate
     return lambda x, number: unwritten(x, lambda: evaluate(x, number))
 
 
 def unwritten(x: Tensor, compute: Callable[[], Result]) -> Result:
-    """What is computed from x; RuntimeError if x, an input of the model, was written to meanwhile."""
-    before = _writes_to(x)
+    """What is computed from x, of which writes are counted; RuntimeError if x, an input of the model, was written to meanwhile."""
+    before = x._version
     result = compute()
-    if _writes_to(x) != before:
+    if x._version != before:
         raise RuntimeError("model must leave its input x as it is, which is the state of the solve; give it x.clone()")
     return result
 
 
-def _writes_to(x: Tensor) -> int | None:
-    """How often; None where torch does not count."""
-    uncounted = torch.compiler.is_compiling() or _modes.transforms_active() or x.is_inference()
-    return None if uncounted else x._version
+def counts_writes(x: Tensor) -> bool:
+    """Whether torch counts writes to x and to what is made of it."""
+    uncounted = torch.compiler.is_compiling() or _modes.transforms_active() or torch.is_inference_mode_enabled()
+    return not (uncounted or x.is_inference())
 
 
 def all_stages(plan: Plan) -> list[Stage]:

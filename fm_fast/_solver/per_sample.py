@@ -73,7 +73,7 @@ def solve_per_sample(
         return Solved([start for _ in times], 0, torch.zeros(len(start[0]), dtype=torch.int64, device=start[0].device))
     # The model is not to be given what is the caller's.
     begin = start if rules.plain else tuple(_ops.native_layout(part).clone() for part in start)
-    counted = Counted(derivative)
+    counted = Counted(derivative, start)
     passed = _Passed(begin, times, jumps, rules.method)
     end, nfe_of_each = _Control(counted, begin, passed, rules, narrowed).to_the_end()
     return Solved([start, *passed.states(), end], counted.evaluations, nfe_of_each)
