@@ -158,7 +158,7 @@ def divergence(
 def _as_times(t: Tensor | float, x: Tensor) -> Tensor:
     wide = reference.accumulation_dtype(x)
     times = t.to(wide) if isinstance(t, Tensor) else torch.full((), t, dtype=wide, device=x.device)
-    return times.expand(len(x))
+    return times.expand(len(x)).clone()  # a model may write into them
 
 
 def _divergence(estimator: Estimator, v: Tensor, factors: tuple[Tensor, Tensor]) -> Divergence:

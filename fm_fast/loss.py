@@ -290,6 +290,12 @@ class FlowMatchingLoss(torch.nn.Module):
             if isinstance(value, torch.nn.Module):  # a path with trainable parameters
                 self.add_module(name, value)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A setting that is a module may be replaced by another. Of others, which an attribute does not change, AttributeError."""
+        if name in SETTINGS and not (name in self._modules and isinstance(value, torch.nn.Module)):
+            raise AttributeError(f"{name} is a setting of FlowMatchingLoss: give it when the module is made, or to the call")
+        super().__setattr__(name, value)
+
     def forward(self, model: Callable[..., Tensor], x1: Tensor, **arguments: Any) -> Tensor:
         # Of settings that are modules those count that are registered now: they may have been replaced.
         registered = {name: module for name, module in self._modules.items() if name in self.settings}

@@ -56,8 +56,10 @@ class Objective:
 
 
 def schedule(path: Path, t: Tensor) -> Schedule:
-    """The path at times t (any shape), in t's dtype."""
-    return Schedule(*(_like_times(f"{name} of a path", getattr(path, name)(t), t) for name in ("alpha", "sigma", "d_alpha", "d_sigma")))
+    """The path at times t (any shape), in t's dtype. Its methods get them in one row, as they do in training."""
+    row = t if t.dim() == 1 else t.reshape(-1)
+    found = (_like_times(f"{name} of a path", getattr(path, name)(row), row) for name in ("alpha", "sigma", "d_alpha", "d_sigma"))
+    return Schedule(*(values.reshape(t.shape) for values in found))
 
 
 def _parts(what: str, names: tuple[str, ...], found: object, t: Tensor) -> list[Tensor]:

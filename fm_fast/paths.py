@@ -1,6 +1,6 @@
 """Gaussian probability paths: x_t = alpha(t) x1 + sigma(t) x0, from noise at t = 0 to data at t = 1.
 
-A path is a frozen value object. The schedules take and return float64 tensors; everything that needs a number of a path asks it here.
+A path is a frozen value object. The schedules take and return float64 tensors [N]; everything that needs a number of a path asks it here.
 Any object with the methods ``alpha``, ``sigma``, ``d_alpha``, ``d_sigma`` is a path too (see :class:`Path`). Optional attributes:
 ``t_min``, ``t_max`` (default 0 and 1) limit its times; ``prior_scale`` (default 1) is the standard deviation of x_t at t = 0;
 ``starts_at_noise`` and ``ends_at_data`` (default True) say whether alpha is 0 at t_min and sigma is 0 at t_max, so that quantities
@@ -31,7 +31,10 @@ def _require_numbers(**values: object) -> None:
 
 @runtime_checkable
 class Path(Protocol):
-    """What every path offers: the schedules and their derivatives at times t, as tensors of t's shape."""
+    """What every path offers: the schedules and their derivatives at float64 times t [N], as tensors [N] or numbers.
+
+    ``fm_fast.testing.check_path`` finds the usual mistakes in one of your own.
+    """
 
     def alpha(self, t: Tensor) -> Tensor: ...
 

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from fm_fast import _checks
+from fm_fast._path_check import check_path
 from fm_fast.objectives import Objective, Schedule, as_objective, schedule
 from fm_fast.paths import Path, as_path
 from fm_fast.random import Whole, noise
 
-__all__ = ["ORDER_TOLERANCE", "GaussianMixture", "GaussianToGaussian", "LinearField", "StationaryImages", "observed_order"]
+__all__ = ["ORDER_TOLERANCE", "GaussianMixture", "GaussianToGaussian", "LinearField", "StationaryImages", "check_path", "observed_order"]
 
 Time = float | Tensor
 ORDER_TOLERANCE: Mapping[int, float] = MappingProxyType({1: 0.1, 2: 0.1, 3: 0.15, 4: 0.2})

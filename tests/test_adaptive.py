@@ -134,6 +134,13 @@ def test_too_many_steps():
         fm.sample(lambda x, t: torch.sin(300 * x), X0, method="dopri5", max_steps=5, **TIGHT)
 
 
+def test_a_wall_of_what_is_not_finite_is_told():
+    with pytest.raises(RuntimeError, match=r"max_steps=200 steps, of which \d+ led to values that are not finite; raise max_steps"):
+        fm.encode(
+            lambda x, t: torch.where(x > 1.5, torch.nan, -x), torch.linspace(-1.4, 1.4, 64).reshape(32, 2), method="dopri5", max_steps=200
+        )
+
+
 def test_an_error_inside_the_model_is_the_models_own():
     def model(x, t):
         assert x.sum() > 1e9, "mine"

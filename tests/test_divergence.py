@@ -265,6 +265,18 @@ def test_any_gradient_mode_will_do(context):
         assert torch.equal(fm.divergence(model, x, 0.5, kind="exact").div, expected)
 
 
+def test_the_callers_times_are_left_alone():
+    def model(x, t):
+        t *= 1000.0
+        return x * t.reshape(-1, *[1] * (x.dim() - 1)) / 1000.0
+
+    t = torch.tensor([0.25, 0.5], dtype=torch.float64)
+    x = torch.ones(2, 3, dtype=torch.float64)
+    found = fm.divergence(model, x, t)
+    assert t.tolist() == [0.25, 0.5] and torch.equal(found.div, 3.0 * t)
+    assert torch.equal(fm.divergence(model, x, 0.5).div, torch.full_like(t, 1.5))
+
+
 def test_the_callers_tensors_are_left_alone():
     x, model = inputs((2, 6))
     before = x.clone()

@@ -355,6 +355,18 @@ def test_modules_hold_the_parameters_of_their_path(backend):
     assert torch.equal(found, fm.FlowMatchingLoss(path=Widened(3.0), backend=backend)(lambda x, t: x, x1, seed=SEED, step=STEP))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("path", "vp"), ("path", Widened(3.0)), ("flip", 0.5), ("backend", "reference")],
+    ids=["name", "module", "number", "backend"],
+)
+def test_settings_that_an_attribute_would_not_change_are_refused(name, value):
+    module = fm.FlowMatchingLoss()
+    with pytest.raises(AttributeError, match=f"{name} is a setting of FlowMatchingLoss: give it when the module is made, or to the call"):
+        setattr(module, name, value)
+    assert not list(module.parameters())
+
+
 def test_wide_noise_widens_the_loss_and_not_the_times(backend):
     """Noise from NumPy is float64; the network is float32."""
     x1, x0 = tensor((4, 6)), tensor((4, 6), torch.float64, seed=3)

@@ -1,4 +1,4 @@
-"""The registered ops: their definitions and fake kernels, for the kernels of csrc/ and for those of kernels/, which register themselves here.
+"""The registered ops: definitions and fake kernels, for the kernels of csrc/ and for those of kernels/, which register themselves here.
 
 Ops write into tensors that the caller allocates and return nothing; their implementations live in csrc/ and kernels/. They have no
 autograd formula of their own: an op's wiring, in the file of its name beside this one, calls them where the guard allows it.

@@ -109,7 +109,7 @@ class _Control:
         self._trial, self._derivative, self._tolerance, self._after_step = trial, derivative, tolerance, after_step
         self._exponent, self._interpolates, self._max_steps = -1.0 / method.order, method.interpolates, max_steps
         self._nodes, self._h, self._tried, self._finished = method.table.c, 0.0, 0, 0
-        self._low = self._high = 0.0
+        self._not_finite, self._low, self._high = 0, 0.0, 0.0
 
     def through(self, times: Sequence[float], jumps: Sequence[float]) -> list[Parts]:
         """The state at each of times; copies, since the next steps overwrite it."""
@@ -168,9 +168,12 @@ class _Control:
 
     def _try(self, t: float, h: float) -> float:
         if self._tried == self._max_steps:
-            raise StepFailed(f"did not reach the end of the solve in max_steps={self._max_steps} steps")
+            wall = f", of which {self._not_finite} led to values that are not finite" if self._not_finite else ""
+            raise StepFailed(f"did not reach the end of the solve in max_steps={self._max_steps} steps{wall}")
         self._tried += 1
-        return self._trial.step(h, [self._inside(t + c * h) for c in self._nodes], self._tolerance)
+        error = self._trial.step(h, [self._inside(t + c * h) for c in self._nodes], self._tolerance)
+        self._not_finite += not math.isfinite(error)
+        return error
 
     def _inside(self, t: float) -> float:
         """Within the times of the solve: rounding, and the guess of the first step, would else look outside."""
