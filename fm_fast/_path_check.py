@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fm_fast.objectives import schedule
+from fm_fast.objectives import Schedule, schedule
 from fm_fast.paths import Path, as_path, time_limits
 
 TIMES = 201
@@ -21,8 +21,7 @@ def check_path(path: Path) -> None:
     low, high = time_limits(chosen)
     margin = 0.01 * (high - low)  # where slopes may be infinite
     t = torch.linspace(low + margin, high - margin, TIMES, dtype=torch.float64, device="cpu")
-    with torch.no_grad():
-        here, behind, ahead = (schedule(chosen, t + shift) for shift in (0.0, -STEP, STEP))
+    here, behind, ahead = (Schedule(*(part.detach() for part in schedule(chosen, t + shift))) for shift in (0.0, -STEP, STEP))
     _check_derivative("alpha", t, here.da, (ahead.a - behind.a) / (2.0 * STEP))
     _check_derivative("sigma", t, here.ds, (ahead.s - behind.s) / (2.0 * STEP))
     if bool((here.s < 0.0).any()):

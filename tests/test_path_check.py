@@ -27,6 +27,25 @@ class Quadratic:
         return -1.0
 
 
+class Learned(torch.nn.Module):
+    """Whose derivative is autograd's."""
+
+    d_sigma = Quadratic.d_sigma
+    sigma = Quadratic.sigma
+
+    def __init__(self):
+        super().__init__()
+        self.bend = torch.nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
+
+    def alpha(self, t):
+        return t * (1.0 + self.bend * torch.tanh(t) * (1.0 - t))
+
+    def d_alpha(self, t):
+        with torch.enable_grad():
+            t = t.detach().requires_grad_()
+            return torch.autograd.grad(self.alpha(t).sum(), t, create_graph=True)[0]
+
+
 class Forgotten(Quadratic):
     def d_alpha(self, t):
         return t
@@ -65,7 +84,7 @@ class NotFinite(Quadratic):
 
 @pytest.mark.parametrize(
     "path",
-    ["ot", "vp", "ve", "cosine", fm.paths.OT(sigma_min=0.1), Quadratic()],
+    ["ot", "vp", "ve", "cosine", fm.paths.OT(sigma_min=0.1), Quadratic(), Learned()],
     ids=lambda path: path if isinstance(path, str) else type(path).__name__,
 )
 def test_paths_that_are_right(path):
