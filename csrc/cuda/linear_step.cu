@@ -37,7 +37,6 @@ __device__ __forceinline__ void add_terms(const StepLaunch& launch, int64_t firs
     const float c = static_cast<float>(call.coefficients[1 + first + j]);
     float k[kWidth], unconditional[kWidth];
     widen_pack(packs[j], k);
-    if (call.kept.data && first + j + 1 == call.count) move_pack(packs[j], static_cast<S*>(call.kept.data) + offset);
     if (launch.terms[first + j].k.second) {
       widen_pack(unconditional_packs[j], unconditional);
       for (int i = 0; i < kWidth; ++i) k[i] = mixed(k[i], unconditional[i], guidance);
@@ -75,6 +74,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const StepLau
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t pack = thread; pack < packs; pack += threads) {
     const int64_t offset = pack * kWidth;
+    // Before the sum, whose registers it would not fit beside; the sum then finds the last term in the nearest cache.
+    if (call.kept.data)
+      move_pack(load_pack<S, kWidth>(launch.terms[call.count - 1].k.first.data, offset), static_cast<S*>(call.kept.data) + offset);
     float y[kWidth];
     widen_pack(load_pack<float, kWidth>(call.x.data, offset), y);
     for (int i = 0; i < kWidth; ++i) y[i] *= a;
