@@ -112,7 +112,7 @@ def test_a_library_of_other_sources_is_not_called(record: str | None, tmp_path: 
     (copy / "_native" / "build_info.json").write_text(json.dumps(info if record is None else {**info, "schemas": record}))
     code = """
 import torch, fm_fast
-from fm_fast import _backends, _schemas
+from fm_fast import _backends
 print(fm_fast.__path__[0])
 print(_backends.resolve("path_loss", torch.device("cpu")))
 try:
@@ -172,7 +172,7 @@ def test_asking_for_the_drivers_version_does_not_start_it(tmp_path: Path) -> Non
     library.write_text("no library")
     code = f"""
 import os
-from fm_fast import _backends, _schemas
+from fm_fast import _backends
 print(_backends._driver_version())
 os.replace({str(tmp_path / "driver.so")!r}, {str(library)!r})
 print(_backends._driver_version())

@@ -113,7 +113,7 @@ def test_paths_that_are_wrong(path, message):
 def test_methods_get_times_in_one_row(arguments):
     """Written for the times [B] of a batch, they serve a whole solve's and one time's too. Data at a point: an exact target."""
     found = fm.sample(lambda x, t: torch.full_like(x, 2.0), X0, path=Quadratic(), objective="data", t1=0.9, **arguments)
-    expected = 0.81 * 2.0 + 0.1 * X0
-    torch.testing.assert_close(found.x, expected, rtol=0.05, atol=0.05 if "steps" in arguments else 1e-4)
+    expected, error = 0.81 * 2.0 + 0.1 * X0, 2e-3 if "steps" in arguments else 1e-4
+    torch.testing.assert_close(found.x, expected, rtol=error, atol=error)
     loss = fm.flow_matching_loss(lambda x, t: x, X0, path=Quadratic(), seed=0, step=0)
     assert bool(loss.isfinite())
