@@ -1,12 +1,15 @@
 """What torch is doing: transforms, compilers, modes and captures, and whether values may be looked at meanwhile."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._mode_utils import no_dispatch
 
 
 def transforms_active() -> bool:
@@ -24,9 +27,16 @@ def gradient_transform_active() -> bool:
     return function_transforms_active() and any(level.key() == TransformType.Grad for level in get_interpreter_stack() or ())
 
 
-def outside_transforms() -> contextlib.AbstractContextManager[Any]:
-    """Where the host computes numbers of its own, which a running ``torch.func`` transform would wrap."""
-    return temporarily_clear_interpreter_stack() if function_transforms_active() else contextlib.nullcontext()
+def host_arithmetic() -> contextlib.AbstractContextManager[Any]:
+    """Where the host computes numbers of its own, which a running ``torch.func`` transform would wrap, and a mode record or fake."""
+    outside = temporarily_clear_interpreter_stack() if function_transforms_active() else contextlib.nullcontext()
+    return outside if torch.compiler.is_compiling() or plainly_eager() else _without_modes(outside)
+
+
+@contextlib.contextmanager
+def _without_modes(outside: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    with outside, no_dispatch():
+        yield
 
 
 def plainly_eager() -> bool:
@@ -47,6 +57,17 @@ def values_readable(*tensors: Tensor) -> bool:
     return all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors)
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether x has values and an address, which tensors of the meta device and fake ones do not."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
+
+
+def memory_of(x: Tensor) -> int:
+    """What views of the same memory have in common: its address, or where there is none the storage that stands for it."""
+    storage = x.untyped_storage()
+    return storage.data_ptr() if has_values(x) else storage._cdata
+
+
 def worth_a_wait(values: Tensor) -> bool:
     """Whether values may be looked at once their device has finished; not while they are traced, transformed or captured."""
-    return not (torch.compiler.is_compiling() or transforms_active() or values.is_meta or is_captured(values.device))
+    return not (torch.compiler.is_compiling() or transforms_active() or not has_values(values) or is_captured(values.device))

@@ -246,14 +246,6 @@ def test_a_field_that_explodes(backend):
         fm.encode(lambda x, t: x * 1e30, X0.float(), method="euler", steps=9, backend=backend)
 
 
-# Devices without values
-
-
-def test_on_the_meta_device():
-    found = fm.sample(lambda x, t: x * t[:, None], torch.empty(3, 4, device="meta"), method="ab2", steps=3, on_nonfinite="mark")
-    assert found.x.device.type == "meta" and found.x.shape == (3, 4)
-
-
 @pytest.mark.parametrize("ends", ["well", "in an error"])
 @pytest.mark.parametrize("grad", ["none", "direct"])
 @pytest.mark.parametrize(

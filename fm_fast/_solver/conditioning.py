@@ -55,8 +55,8 @@ def _evaluations_at_the_ends(table: Table | None, nodes: np.ndarray) -> tuple[np
 
 def error_factors(path: Path, objective: Objective, times: np.ndarray) -> np.ndarray:
     """The relative error of x, per unit of time, over that of the output, for data of variance 1."""
-    t = torch.from_numpy(np.ascontiguousarray(times))
-    with torch.no_grad():
+    with torch.no_grad(), _modes.host_arithmetic():
+        t = torch.from_numpy(np.ascontiguousarray(times))
         point = schedule(path, t)
         target = objective.target(point)
         output = torch.hypot(target.c1, target.c0) / target.k.abs()

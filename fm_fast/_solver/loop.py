@@ -118,7 +118,7 @@ class FusedState:
         self._writes = _Writes()
         self._allocate(x0, plan, layout)
         self.input = self._node_input
-        self._buffers = {x.untyped_storage().data_ptr() for x in (self.x, self._node_input, self._stage_input)}
+        self._buffers = set(map(_modes.memory_of, (self.x, self._node_input, self._stage_input)))
         # One update in place, or updates that read earlier outputs: neither bears an output that lies in the state's own memory.
         self._copies = plan.longest_lag > 0 or plan.stages_in_a_step == 1
         self.advance = [self._addition(stage) if self._is_addition(stage) else self._combination(stage) for stage in all_stages(plan)]
@@ -197,12 +197,12 @@ class FusedState:
 
     def _own(self, output: Tensor) -> Tensor:
         """The output, or a copy where it lies in a buffer of ours: a model may return its input, or a view of it."""
-        return output.clone() if output.untyped_storage().data_ptr() in self._buffers else output
+        return output.clone() if _modes.memory_of(output) in self._buffers else output
 
 
 def _share_memory(outputs: Sequence[Tensor]) -> bool:
-    # An address of 0 is that of no memory: of an empty batch, or a device without values.
-    return len({output.data_ptr() for output in outputs}) < len(outputs) and outputs[0].data_ptr() != 0
+    # An address of 0 is that of an empty batch.
+    return _modes.has_values(outputs[0]) and len({output.data_ptr() for output in outputs}) < len(outputs) and outputs[0].data_ptr() != 0
 
 
 class _Writes:

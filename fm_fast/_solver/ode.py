@@ -13,7 +13,7 @@ from fm_fast._solver.evaluate import check_each, time_tensor
 from fm_fast._solver.field import check_output
 from fm_fast._solver.loop import Layout, make_state, run
 from fm_fast._solver.plan import ode_plan
-from fm_fast._solver.settings import check_transforms
+from fm_fast._solver.settings import check_setting
 from fm_fast._solver.trial import Moment, Parts, Tolerance
 from fm_fast.solvers import EmbeddedRungeKutta, Table
 
@@ -47,7 +47,7 @@ def solve_ode(
     Where gradients are enabled they are recorded, by plain PyTorch; else an evaluation costs one op and a copy of y, which the field may
     keep and write to. name: what errors call the field.
     """
-    check_transforms(method, "direct")
+    check_setting(y0, method, "direct")
     start = y0 if y0.dim() else y0.reshape(1)
     shaped = field if y0.dim() else (lambda t, y: field(t, y.reshape(())).reshape(1))
     if isinstance(method, EmbeddedRungeKutta):
@@ -61,7 +61,7 @@ def solve_ode_in_parts(
     field: PartsField, y0: Parts, stops: Stops, method: Table | EmbeddedRungeKutta, accuracy: Accuracy, name: str = "model"
 ) -> Parts:
     """As :func:`solve_ode` for a state of several tensors [...] of one dtype; of their errors the largest norm counts."""
-    check_transforms(method, "direct")
+    check_setting(y0[0], method, "direct")
     rows, counts = tuple(part.reshape(1, -1) for part in y0), [part.numel() for part in y0]
 
     def of_rows(t: Tensor, parts: Parts) -> Parts:

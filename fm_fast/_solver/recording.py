@@ -87,8 +87,7 @@ def measured_graph() -> Iterator[dict[int, int]]:
     sizes: dict[int, int] = {}
 
     def note(kept: Tensor) -> Tensor:
-        storage = kept.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
+        sizes[_modes.memory_of(kept)] = kept.untyped_storage().nbytes()
         # Not itself: an op's own output, kept with its graph, would keep the op that keeps it. Autograd puts the graph back on.
         return kept.detach()
 

@@ -44,7 +44,7 @@ class Settings:
 
     def plan(self, folded: bool = True) -> Plan:
         assert self.table is not None
-        with _modes.outside_transforms():
+        with _modes.host_arithmetic():
             if _modes.plainly_eager() and kernel_form(self.path)[0] != PathCode.given and is_built_in(self.objective):
                 return _known_plan(self.table, self.nodes.tobytes(), self.path, self.objective.name, folded)
             return make_plan(self.table, self.nodes, self.path, self.objective, folded)
@@ -64,7 +64,7 @@ def make_settings(
     """The arguments of a solve, checked and with names resolved."""
     _checks.one_of("dtype", dtype, (None, *_checks.FLOATING))
     _checks.one_of("grad", grad, GRADIENTS)
-    check_transforms(method, grad)
+    check_setting(start, method, grad)
     _checks.positive_number("rtol", rtol)
     _checks.positive_number("atol", atol)
     _checks.count("max_steps", max_steps)
@@ -94,13 +94,15 @@ def _check_per_sample(per_sample: object, method: object, adaptive: EmbeddedRung
         raise ValueError(f"per_sample needs an adaptive method, whose steps may differ from sample to sample, got {method!r}")
 
 
-def check_transforms(method: object, grad: str) -> None:
-    """What torch's transforms cannot go through, told before they say it in their own words."""
+def check_setting(start: Tensor, method: object, grad: str) -> None:
+    """What cannot be done under torch's transforms or without values, told before torch says it in its own words."""
     if is_adaptive(method) and _modes.transforms_active():
         raise ValueError(
             "method must be a fixed-step one under torch.func transforms and forward-mode differentiation, which hide the error that an "
             f"adaptive one looks at, got {method!r}"
         )
+    if is_adaptive(method) and not _modes.has_values(start):
+        raise ValueError(f"method must be a fixed-step one for meta and fake tensors, which have no error to look at, got {method!r}")
     if grad == "checkpoint" and _modes.function_transforms_active():
         raise ValueError('grad must be "none" or "direct" under torch.func transforms, which do not support checkpoints, got "checkpoint"')
 
@@ -108,7 +110,7 @@ def check_transforms(method: object, grad: str) -> None:
 def _fixed_nodes(
     grid: str | Grid | Sequence[float], steps: int | None, t0: float, t1: float, path: Path, limits: tuple[float, float]
 ) -> np.ndarray:
-    with _modes.outside_transforms():
+    with _modes.host_arithmetic():
         return grid_nodes(grid, steps, t0, t1, path, limits)
 
 
