@@ -145,6 +145,27 @@ def check_quickstart(results: list[tuple[str, Any]]) -> None:
     assert abs(float(exact.logp.mean() - data.log_prob(values(results, "held_out")[0]).mean())) < 0.5
 
 
+def check_recipes(results: list[tuple[str, Any]]) -> None:
+    found = dict(results)
+    centres, x1 = found["centres"], found["x1"]
+    assert float((torch.cdist(found["guided"], centres).argmin(1) == found["wanted"]).float().mean()) > 0.97
+    # Stratified times: as many samples in each quarter.
+    torch.testing.assert_close(found["by_quarter"].mean(), found["each"].mean())
+
+    def near_a_centre(x: torch.Tensor) -> float:
+        return float((torch.cdist(x, centres).amin(1) < 3 * 0.2).float().mean())
+
+    assert near_a_centre(found["student_in_one_step"]) > near_a_centre(found["teacher_in_one_step"]) + 0.3
+    completed = found["completed"]
+    torch.testing.assert_close(completed[:, 0], torch.ones(512), rtol=0.0, atol=1e-5)
+    assert near_a_centre(completed) > 0.6 and 0.2 < float((completed[:, 1] > 0).float().mean()) < 0.8
+    torch.testing.assert_close(found["steps_between"][[0, -1]], x1[:2], rtol=0.0, atol=1e-3)
+    assert found["steps_between"].shape == (9, 2)
+    assert float(found["usual"].logp.mean() - found["unusual"].logp.mean()) > 1.0
+    assert found["decoded"].shape == (2, 3, 64, 64) and found["chunk"].shape == (64, 8, 2)
+    assert bool(found["loss"].isfinite())
+
+
 class Document(NamedTuple):
     """What a document's code takes for granted, and the check of what it assigned."""
 
@@ -152,7 +173,11 @@ class Document(NamedTuple):
     check: Callable[[list[tuple[str, Any]]], None]
 
 
-DOCUMENTS = {ROOT / "README.md": Document(README_SETUP, check_readme), DOCS / "quickstart.md": Document("", check_quickstart)}
+DOCUMENTS = {
+    ROOT / "README.md": Document(README_SETUP, check_readme),
+    DOCS / "quickstart.md": Document("", check_quickstart),
+    DOCS / "recipes.md": Document("", check_recipes),
+}
 
 
 def test_code_of_the_documents(tmp_path: Path) -> None:
