@@ -27,8 +27,9 @@ class RungeKutta:
         a: one row a stage, row i holding the i weights of the stages before it: ``((), (0.5,))`` for midpoint.
         b: one weight a stage; they sum to 1.
 
-    Stage times are c_i = sum_j a_ij. Raises ValueError for rows of the wrong length, numbers that are not finite, and weights that
-    do not sum to 1.
+    Stage times are c_i = sum_j a_ij; one outside of the range in which the path's velocity is finite is moved to its end.
+
+    Raises ValueError for rows of the wrong length, numbers that are not finite, and weights that do not sum to 1.
 
     Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, chapter II.1, where the named ones stand too (Ralston's:
     Ralston, 1962).
