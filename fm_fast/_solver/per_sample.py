@@ -190,7 +190,7 @@ class _Passed:
         stops = _stops(times, jumps, method.interpolates)
         self.stops = constant(np.array(stops), torch.float64, device)
         # By the number of the next stop: how many times have come by.
-        self._come = constant(np.cumsum(np.isin(stops, times[:-1])), torch.int64, device)
+        self._come = constant(np.cumsum(np.isin(stops, times[:-1]), dtype=np.int64), torch.int64, device)
 
     @property
     def look_within(self) -> bool:
