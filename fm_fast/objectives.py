@@ -150,16 +150,19 @@ def as_objective(objective: str | Objective) -> Objective:
 
 def is_built_in(objective: Objective) -> bool:
     """Whether this is one of the objectives above, whose coefficients the kernels know; a changed copy is not."""
-    return OBJECTIVES.get(objective.name) is objective
+    known = OBJECTIVES.get(objective.name)
+    return known is objective or known == objective  # which a pickled one is
 
 
-def time_range(path: Path, objective: Objective) -> tuple[float, float]:
+def time_range(path: str | Path, objective: str | Objective) -> tuple[float, float]:
     """(t_min, t_max) of training: the path's own limits, kept off an end where the objective's weight is infinite."""
+    path, objective = as_path(path), as_objective(objective)
     return _range(path, objective.weight_is_singular, objective.weight_is_singular)
 
 
-def velocity_range(path: Path, objective: Objective) -> tuple[float, float]:
+def velocity_range(path: str | Path, objective: str | Objective) -> tuple[float, float]:
     """(t_min, t_max) of sampling: the path's own limits, kept off an end where the velocity of the output is infinite."""
+    path, objective = as_path(path), as_objective(objective)
     return _range(path, objective.velocity_divides_by_alpha, objective.velocity_divides_by_sigma)
 
 

@@ -189,22 +189,26 @@ def as_path(path: "str | Path") -> Path:
     raise ValueError(f"path must be one of {', '.join(NAMED)} or an object with alpha, sigma, d_alpha and d_sigma, got {path!r}")
 
 
-def time_limits(path: Path) -> tuple[float, float]:
+def time_limits(path: str | Path) -> tuple[float, float]:
     """(t_min, t_max) of the path."""
+    return _limits(as_path(path))
+
+
+def _limits(path: Path) -> tuple[float, float]:
     return getattr(path, "t_min", 0.0), getattr(path, "t_max", 1.0)
 
 
 def _check_limits(path: Path) -> None:
-    low, high = time_limits(path)
+    low, high = _limits(path)
     _checks.finite_number("t_min of a path", low)
     _checks.finite_number("t_max of a path", high)
     if not 0.0 <= low < high <= 1.0:
         raise ValueError(f"t_min and t_max of a path must satisfy 0 <= t_min < t_max <= 1, got {low} and {high}")
 
 
-def prior_scale(path: Path) -> float | Tensor:
+def prior_scale(path: str | Path) -> float | Tensor:
     """Standard deviation of the noise that a solve starts from; a tensor where a path of the user's own says so."""
-    return getattr(path, "prior_scale", 1.0)
+    return getattr(as_path(path), "prior_scale", 1.0)
 
 
 def kernel_form(path: Path) -> tuple[int, float, float]:

@@ -12,6 +12,7 @@ The last three give the exact output for every objective: ``oracle.model("noise"
 Past a path's own limits, as on VP at t = 1, there is a density but no finite velocity.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,7 +140,10 @@ class _PathField:
     def model(self, objective: str | Objective) -> Callable[..., Tensor]:
         """The best network for this objective, as a model(x, t, **cond)."""
         chosen = as_objective(objective)
-        return lambda x, t, **cond: self.output(chosen, x, t)
+        return functools.partial(self._output_for, chosen)
+
+    def _output_for(self, objective: Objective, x: Tensor, t: Time, **cond: object) -> Tensor:
+        return self.output(objective, x, t)
 
     def velocity(self, x: Tensor, t: Time) -> Tensor:
         """The marginal velocity u_t(x), shaped like x (equation 8)."""

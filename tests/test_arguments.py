@@ -1,5 +1,9 @@
 """Arguments beyond the plain case: NumPy's numbers, scalar ids, models that are none, settings that are checked early."""
 
+import copy
+import dataclasses
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +36,30 @@ def test_a_scalar_tensor_is_the_first_id():
     expected = fm.flow_matching_loss(model, X1, sample_ids=7, **SEEDED)
     assert torch.equal(fm.flow_matching_loss(model, X1, sample_ids=torch.tensor(7), **SEEDED), expected)
     assert torch.equal(fm.noise((4, 6), seed=3, step=2, sample_ids=torch.tensor(7)), fm.noise((4, 6), seed=3, step=2, sample_ids=7))
+
+
+def test_copied_objectives_are_the_built_in_ones():
+    """Else their loss would be plain PyTorch's, and their solves would be planned anew each time."""
+    for objective in fm.objectives.OBJECTIVES.values():
+        assert fm.objectives.is_built_in(pickle.loads(pickle.dumps(objective))) and fm.objectives.is_built_in(copy.deepcopy(objective))
+        assert not fm.objectives.is_built_in(dataclasses.replace(objective, target=lambda p: (p.da, p.ds, 1.0, 1.0)))
+
+
+def test_names_of_paths_will_do_everywhere():
+    assert fm.paths.prior_scale("ve") == fm.VE().prior_scale != 1.0
+    assert fm.paths.time_limits("vp") == fm.paths.time_limits(fm.VP()) != (0.0, 1.0)
+    data = fm.objectives.OBJECTIVES["data"]
+    assert fm.objectives.velocity_range("ve", "data") == fm.objectives.velocity_range(fm.VE(), data) == (0.0, 1.0)
+    assert fm.objectives.time_range("ot", "scoreflow")[1] < 1.0
+    for function in (fm.paths.prior_scale, fm.paths.time_limits):
+        with pytest.raises(ValueError, match="path must be one of ot, vp, ve, cosine or an object with alpha"):
+            function("vpp")
+
+
+def test_oracles_of_any_objective_can_be_pickled():
+    oracle = fm.testing.GaussianMixture(torch.ones(2), torch.tensor([[-1.0], [1.0]]), torch.ones(2), path="vp")
+    found = pickle.loads(pickle.dumps(oracle.model("noise")))(X1[:, :1], 0.5)
+    assert torch.equal(found, oracle.model("noise")(X1[:, :1], 0.5))
 
 
 def test_wrong_models_are_named():

@@ -72,6 +72,19 @@ def test_an_evaluation_a_jump():
     assert math.nextafter(0.3, 0.0) in model.times and math.nextafter(0.3, 1.0) in model.times
 
 
+@pytest.mark.parametrize("solver", [fm.sample, fm.encode])
+@pytest.mark.parametrize("scale", [SCALE, torch.tensor([3.0, 2.0, 1.5], dtype=torch.float64)], ids=["number", "each"])
+def test_fixed_steps_that_end_at_jumps_keep_their_order(solver, scale):
+    forward = solver is fm.sample
+    expected = X0
+    for begin, end in PIECES if forward else [piece[::-1] for piece in PIECES[::-1]]:
+        factor = torch.as_tensor(scale).reshape(-1, 1, 1) if {begin, end} == set(INTERVAL) else 1.0
+        expected = solve("rk4", lambda x, t, factor=factor: mixed(x, t, factor), expected, np.linspace(begin, end, 201))
+    options = {"cond": {"y": LABELS}, "guidance": fm.Guidance(scale, {"y": -1}, INTERVAL), "method": "rk4", "save": INTERVAL}
+    errors = [float((solver(conditional, X0, steps=steps, **options).x - expected).abs().max()) for steps in (10, 20)]
+    assert errors[1] < errors[0] / 10 and errors[1] < 1e-3
+
+
 def test_an_interval_without_an_inner_end_changes_nothing():
     found = [
         fm.sample(conditional, X0, guidance=fm.Guidance(SCALE, {"y": -1}, interval), method="dopri5", t0=0.3, t1=0.6, **OPTIONS)

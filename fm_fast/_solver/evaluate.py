@@ -24,7 +24,7 @@ def make_evaluate(field: Field, plan: Plan, start: Tensor, rerun: bool = False) 
 def make_mixed(field: Field, plan: Plan, start: Tensor, rerun: bool = False) -> Evaluate:
     """The same with guidance mixed in by plain PyTorch, so that inputs and outputs are single batches; differentiable."""
     views = time_views(time_tensor(plan, start), field.batch)
-    scales = [field.scale_at(t) for t in plan.times.tolist()]
+    scales = [field.scale_at(t) for t in plan.middles()]
 
     def evaluate(x: Tensor, number: int) -> Tensor:
         output = field.output_at(x, views[number], scales[number])
@@ -64,7 +64,7 @@ def _plain(field: Field, times: Tensor, shape: torch.Size) -> Evaluate:
 def _guided(field: Field, plan: Plan, times: Tensor) -> Evaluate:
     assert field.guidance is not None and field.doubled is not None
     model, batch, views = field.model, field.batch, time_views(times, 2 * field.batch)
-    guided = [field.guidance.applies(t) for t in plan.times.tolist()]
+    guided = [field.guidance.applies(t) for t in plan.middles()]
     conditions, sizes = {True: field.doubled, False: field.cond}, {True: 2 * batch, False: batch}
 
     def evaluate(x: Tensor, number: int) -> Tensor:

@@ -20,9 +20,9 @@ class Guidance:
             mixes, differentiably).
         null: what the condition becomes in the unconditional half, by name: a tensor that broadcasts to it, or a number (``{"y": -1}``).
             Names left out keep their value in both halves. A condition that is a dict takes a dict of null values.
-        interval: times (begin, end) of the evaluations that are guided; outside, the conditional model runs alone, on half the batch.
-            The velocity jumps at its ends. Steps of adaptive methods end there; those of fixed-step methods where ``grid`` has nodes,
-            and a step with an end inside is of first order.
+        interval: times (begin, end) that are guided; outside, the conditional model runs alone, on half the batch. The velocity jumps at
+            its ends. Steps of adaptive methods end there. A fixed step is guided if its middle lies within: place the ends where steps
+            end (``save=interval`` does), or the step with an end inside is of first order.
         shared: names of conditions that all samples share. Of others, every tensor whose first size is that of the batch is taken to have
             one entry a sample, and is doubled with it, also within dicts, lists and tuples.
 

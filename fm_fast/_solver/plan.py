@@ -66,6 +66,11 @@ class Plan:
     def stages_in_a_step(self) -> int:
         return max(len(segment.stages) for segment in self.segments)
 
+    def middles(self) -> list[float]:
+        """The middle of the step that each evaluation belongs to."""
+        halfway = (0.5 * (self.nodes[:-1] + self.nodes[1:])).tolist()
+        return [halfway[step] for step, _ in self.places()]
+
     def places(self) -> list[tuple[int, int]]:
         """(step, stage within it) of each evaluation."""
         shapes = [range(len(segment.stages)) for segment in self.segments for _ in range(segment.steps)]

@@ -38,21 +38,26 @@ class _Graph:
             self.output = _recorded(network(self._x))
 
     def products(self, z: Tensor, keep: bool, create_graph: bool) -> Tensor:
-        batched = len(z) > 1
-        (product,) = torch.autograd.grad(
-            self.output,
-            self._x,
-            z if batched else z[0],
-            retain_graph=keep or create_graph,
-            create_graph=create_graph,
-            is_grads_batched=batched,
-            allow_unused=True,
-        )
+        product = self._product(z if len(z) > 1 else z[0], len(z) > 1, keep or create_graph, create_graph)
         if product is None:
             raise RuntimeError("the model's output does not depend on x (a velocity that is constant in x: add 0 * x)")
-        if not batched:
+        if len(z) == 1:
             return _ops.native_layout(product).unsqueeze(0)
         return product if product.dim() <= 4 or product.is_contiguous() else product.contiguous()
+
+    def _product(self, z: Tensor, batched: bool, keep: bool, create_graph: bool) -> Tensor | None:
+        try:
+            return torch.autograd.grad(
+                self.output, self._x, z, retain_graph=keep, create_graph=create_graph, is_grads_batched=batched, allow_unused=True
+            )[0]
+        except RuntimeError as error:
+            if "donated buffer" not in str(error):
+                raise
+            raise RuntimeError(
+                "model is compiled, and its backward pass gives its memory away, which more than one product an evaluation needs: set "
+                "torch._functorch.config.donated_buffer = False before it is compiled, give the model that is not compiled, or ask for one "
+                'product (kind="rademacher", probes=1)'
+            ) from error
 
 
 class _Pullback:
@@ -117,10 +122,11 @@ def _frozen(model: object, freeze: bool) -> Iterator[None]:
     """The parameters of a module do not require gradients meanwhile: without it, autograd keeps activations that only they need."""
     module = getattr(model, "__self__", model)
     freeze = freeze and not _modes.transforms_active()  # which forbid to change what requires a gradient
-    wanted = [p for p in module.parameters() if p.requires_grad] if freeze and isinstance(module, torch.nn.Module) else []
-    for parameter in wanted:
-        parameter.requires_grad_(False)
+    # Computed ones, as torch.func.functional_call puts in, cannot be frozen.
+    wanted = [p for p in module.parameters() if p.requires_grad and p.is_leaf] if freeze and isinstance(module, torch.nn.Module) else []
     try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
         yield
     finally:
         for parameter in wanted:
