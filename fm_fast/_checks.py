@@ -29,6 +29,8 @@ def is_whole(value: object) -> TypeGuard[int]:
 def tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one; pad it, and give a weight of 0 where there is padding")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {x.layout}; use {name}.to_dense()")
 

@@ -73,7 +73,7 @@ def optimal_ids(
     drawn: dict[str, Any] = {"seed": seed, "step": step, "sample_ids": ids, "device": x1.device}
     x0 = random.noise(tuple(x1.shape), **drawn, dtype=dtype)
     if flip > 0.0:  # mirroring either of a pair gives the same product
-        mirrored = random.noise((x1.shape[0], 1), **drawn, stream="flip")[:, 0] < flip
+        mirrored = random.noise((x1.shape[0], 1), **drawn, stream="flip", dtype=torch.float32)[:, 0] < flip
         x0[mirrored] = x0[mirrored].flip(-1)
     return ids[optimal_order(x0, x1, labels=labels)]
 

@@ -289,17 +289,25 @@ class FlowMatchingLoss(torch.nn.Module):
         for name, value in settings.items():
             if isinstance(value, torch.nn.Module):  # a path with trainable parameters
                 self.add_module(name, value)
+            elif isinstance(value, torch.nn.Parameter):
+                self.register_parameter(name, value)
+            elif isinstance(value, Tensor):  # a weight, which moves with the module
+                self.register_buffer(name, value, persistent=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A setting that is a module may be replaced by another. Of others, which an attribute does not change, AttributeError."""
-        if name in SETTINGS and not (name in self._modules and isinstance(value, torch.nn.Module)):
+        """Settings that are modules and tensors may be replaced. Of others, which an attribute does not change, AttributeError."""
+        if name in SETTINGS and not (name in self._registered() and isinstance(value, (torch.nn.Module, Tensor))):
             raise AttributeError(f"{name} is a setting of FlowMatchingLoss: give it when the module is made, or to the call")
         super().__setattr__(name, value)
 
     def forward(self, model: Callable[..., Tensor], x1: Tensor, **arguments: Any) -> Tensor:
-        # Of settings that are modules those count that are registered now: they may have been replaced.
-        registered = {name: module for name, module in self._modules.items() if name in self.settings}
-        return flow_matching_loss(model, x1, **{**self.settings, **registered, **arguments})
+        return flow_matching_loss(model, x1, **{**self.settings, **self._registered(), **arguments})
+
+    def _registered(self) -> dict[str, Any]:
+        """Settings that are modules and tensors as they are now: they may have been moved or replaced."""
+        return {
+            name: value for kind in (self._modules, self._parameters, self._buffers) for name, value in kind.items() if name in SETTINGS
+        }
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

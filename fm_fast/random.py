@@ -64,7 +64,7 @@ def noise(
         index: draw, stage or layer within the stream, in [0, 2^24).
         sample_ids: None (0..B-1), the first id, or int64 [B].
         device: where to draw; by default torch's default device.
-        dtype: float64, float32 (default), bfloat16 or float16; words are always int64.
+        dtype: float64, float32, bfloat16 or float16; by default torch's default dtype. Words are always int64.
         kind: "normal", "uniform", "sign" or "word"; by default what the stream is used for.
 
     Raises:
@@ -78,7 +78,7 @@ def noise(
     _checks.whole("seed", seed, _checks.MAX_SEED)
     _checks.whole("step", step, _checks.WORD)
     key = make_key(seed, step, sample_ids, shape[0], place)
-    out_dtype = torch.int64 if chosen is Kind.word else dtype or torch.float32
+    out_dtype = torch.int64 if chosen is Kind.word else dtype or torch.get_default_dtype()
     backend = _backends.resolve("noise", place, None)
     return _ops.noise(key, tuple(shape), chosen, Stream[stream], index, out_dtype, backend)
 

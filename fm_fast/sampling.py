@@ -21,6 +21,7 @@ from fm_fast._solver.guidance import Guidance
 from fm_fast._solver.learned import plan_and_factors, velocities
 from fm_fast._solver.loop import AfterStep, Layout, make_state, run
 from fm_fast._solver.per_sample import Rules, solve_per_sample
+from fm_fast._solver.prior import warn_if_not_of_the_prior
 from fm_fast._solver.progress import step_counter
 from fm_fast._solver.settings import NONFINITE, PerSample, Save, Settings, check_finite, make_settings
 from fm_fast._solver.trial import Derivative, Moment, Parts, Tolerance
@@ -85,7 +86,7 @@ def sample(
     Args:
         model: called as ``model(x, t, **cond)`` with x [B, ...] and t [B]; returns a tensor of x's shape. It must not keep or change
             x, a buffer that the next step overwrites, or change t.
-        noise: [B, ...], drawn from N(0, prior_scale^2) of the path (1 but for VE): ``fm.noise(shape, seed=0, step=0)``.
+        noise: [B, ...]: ``fm.noise(shape, seed=0, step=0)``; for VE, times ``fm.paths.prior_scale(path)``.
         cond: keyword arguments passed on to the model untouched.
         path, objective: those of training. Models trained to predict noise, score or data sample like any other.
         method: fixed-step: "euler", "midpoint", "heun2", "ralston", "rk4", "rk4_38", "ab2", "ab3" or a table of ``fm_fast.solvers``;
@@ -132,6 +133,7 @@ def sample(
         atol, max_steps, per_sample, dtype, grad, backend, reverse=False,
     )  # fmt: skip
     field = make_field(model, settings.path, settings.objective, noise.shape[0], cond, guidance)
+    warn_if_not_of_the_prior(noise, settings.path, float(settings.nodes[0]))
     return _solve(field, noise, settings, save, callback, progress, on_nonfinite)
 
 

@@ -70,6 +70,11 @@ BAD_SAMPLE_ARGUMENTS = [
     ({"flip": "a"}, TypeError, r"flip must be a number, got str"),
     ({"flip": math.nan}, ValueError, r"flip must be finite, got nan"),
     ({"x1": X1.to_sparse()}, TypeError, r"x1 must be a dense tensor, got torch.sparse_coo; use x1.to_dense\(\)"),
+    (
+        {"x1": torch.nested.nested_tensor([X1[0], X1[1, :2]], layout=torch.jagged)},
+        TypeError,
+        r"x1 must be a dense tensor, got a nested one; pad it, and give a",
+    ),
     ({"x0": X1.to_sparse()}, TypeError, r"x0 must be a dense tensor, got torch.sparse_coo"),
     ({"dequantise": "no"}, TypeError, r"dequantise must be True or False, got 'no'"),
     ({"t": True}, TypeError, r"t must be a torch.Tensor, got bool"),

@@ -91,6 +91,19 @@ def test_normals_are_accurate_to_a_few_units_in_the_last_place(backend):
     assert (np.abs(z - exact)[large] / np.abs(exact)[large]).max() < 5e-5
 
 
+def test_torchs_default_dtype_is_the_default():
+    """A network made under it takes its noise, as it takes torch.randn's."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        noise = fm.noise((4, 2), seed=11, step=3)
+        assert noise.dtype == fm.noise((4,), seed=11, step=3, stream="t").dtype == torch.float64
+        assert fm.sample(lambda x, t: torch.nn.Linear(2, 2)(x), noise, steps=2).x.dtype == torch.float64
+        assert fm.noise((4, 2), seed=11, step=3, kind="word").dtype == torch.int64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(noise, fm.noise((4, 2), seed=11, step=3).double())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes_are_the_float32_numbers_rounded(dtype, backend):
     shape = (3, 5, 33)

@@ -277,14 +277,6 @@ def test_an_expanded_prediction_gets_its_summed_gradient(backend):
     np.testing.assert_allclose(bias.grad.numpy(), exact.sum((0, 2, 3), keepdims=True), rtol=1e-4, atol=1e-7)
 
 
-def test_the_module_equals_the_function(backend):
-    x1, model = tensor((4, 8)), lambda x, t: x * t[:, None]
-    module = fm.FlowMatchingLoss(path="vp", objective="noise", backend=backend)
-    function = fm.flow_matching_loss(model, x1, path="vp", objective="noise", seed=1, step=2, backend=backend)
-    assert torch.equal(module(model, x1, seed=1, step=2), function)
-    assert "path='vp'" in repr(module)
-
-
 def test_condition_and_time_reach_the_model_unchanged(backend):
     seen = {}
 
@@ -327,44 +319,6 @@ def test_data_overwritten_before_the_loss_are_noticed(backend):
     x1.zero_()
     with pytest.raises(RuntimeError, match="changed in place since sample_path, and is read again"):
         s.loss(tensor((4, 6)))
-
-
-class Widened(torch.nn.Module):
-    """x_t = t x1 + scale (1 - t) x0."""
-
-    def __init__(self, scale):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.tensor(scale))
-        self.alpha, self.d_alpha = (lambda t: t), torch.ones_like
-
-    def sigma(self, t):
-        return (1 - t) * self.scale
-
-    def d_sigma(self, t):
-        return -self.scale * torch.ones_like(t)
-
-
-def test_modules_hold_the_parameters_of_their_path(backend):
-    path, x1 = Widened(1.0), tensor((4, 6))
-    module = fm.FlowMatchingLoss(path=path, backend=backend)
-    module(lambda x, t: x, x1, seed=SEED, step=STEP).backward()
-    assert list(module.parameters()) == [path.scale]
-    assert abs(float(path.scale.grad)) > 0
-    module.path, module.something_else = Widened(3.0), torch.nn.Identity()
-    found = module(lambda x, t: x, x1, seed=SEED, step=STEP)
-    assert torch.equal(found, fm.FlowMatchingLoss(path=Widened(3.0), backend=backend)(lambda x, t: x, x1, seed=SEED, step=STEP))
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("path", "vp"), ("path", Widened(3.0)), ("flip", 0.5), ("backend", "reference")],
-    ids=["name", "module", "number", "backend"],
-)
-def test_settings_that_an_attribute_would_not_change_are_refused(name, value):
-    module = fm.FlowMatchingLoss()
-    with pytest.raises(AttributeError, match=f"{name} is a setting of FlowMatchingLoss: give it when the module is made, or to the call"):
-        setattr(module, name, value)
-    assert not list(module.parameters())
 
 
 def test_wide_noise_widens_the_loss_and_not_the_times(backend):

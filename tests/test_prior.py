@@ -1,6 +1,7 @@
 """The prior of a likelihood: functions and distributions are taken, what is neither or has a wrong shape is refused before the solve."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -22,6 +23,24 @@ def test_a_distribution_of_whole_samples_is_a_prior(prior):
     for solve in (fm.log_likelihood, fm.sample_with_log_prob):
         found, expected = (solve(Counted(), X, steps=3, prior=p).logp for p in (prior, wide_normal))
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("draw", [fm.sample, fm.sample_with_log_prob])
+def test_narrow_noise_on_a_path_that_begins_wide_is_told(draw):
+    noise = fm.noise((32, 2), seed=0, step=0)
+    with pytest.warns(UserWarning, match=r"noise has a standard deviation of about \S+, where VE\(.*\) begins with 50: give"):
+        draw(Counted(), noise, path="ve", steps=2)
+
+
+@pytest.mark.parametrize("draw", [fm.sample, fm.sample_with_log_prob])
+def test_noise_that_may_be_right_is_not_warned_of(draw):
+    noise = fm.noise((32, 2), seed=0, step=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(Counted(), fm.paths.prior_scale("ve") * noise, path="ve", steps=2)
+        draw(Counted(), 0.1 * noise, path="vp", steps=2)  # temperature
+        draw(Counted(), noise[:1], path="ve", steps=2)  # too few numbers to tell
+        draw(Counted(), noise, path="ve", t0=0.5, steps=2)
 
 
 BAD_PRIORS = [

@@ -224,7 +224,10 @@ class _Writes:
         allowed = {output.data_ptr() for output in outputs if constant and _origin(output) is first}
         others = [output.data_ptr() for output in outputs if not (constant and _origin(output) is first)]
         if len(allowed.union(others)) < len(allowed) + len(others):
-            raise RuntimeError("model returned the memory of an earlier output, which this method still needs; return a new tensor")
+            raise RuntimeError(
+                "model returned the memory of an earlier output, which this method still needs; return a new tensor, such as a clone of "
+                'the output of a model compiled with mode="reduce-overhead"'
+            )
 
 
 def _origin(x: Tensor) -> Tensor:

@@ -1,16 +1,19 @@
 """The density that a likelihood starts from: the path's own normal distribution, or what the caller gave, checked before the solve."""
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from fm_fast import reference
-from fm_fast.paths import Path, prior_scale
+from fm_fast import _modes, reference
+from fm_fast._codes import PathCode
+from fm_fast.paths import Path, kernel_form, prior_scale, time_limits
 
 Prior = Callable[[Tensor], Tensor]
+ENOUGH = 32  # numbers, whose root mean square is then within a third of what it should be
 
 
 def as_prior(prior: Prior | Distribution | None) -> Prior | None:
@@ -42,6 +45,21 @@ def _check_density(density: object, batch: int) -> None:
     each = isinstance(density, Tensor) and density.dim() > 1 and len(density) == batch
     remedy = "; sum over a sample's elements, as in lambda x: distribution.log_prob(x).flatten(1).sum(1)" if each else ""
     raise ValueError(f"prior must return a tensor of shape [{batch}], one log-density a sample, got {found}{remedy}")
+
+
+def warn_if_not_of_the_prior(noise: Tensor, path: Path, begin: float) -> None:
+    """UserWarning where a solve from the beginning of a path with wide noise, as VE's is, starts from narrow noise."""
+    if kernel_form(path)[0] == PathCode.given or prior_scale(path) == 1.0 or begin > time_limits(path)[0]:
+        return
+    if noise.numel() < ENOUGH or not _modes.worth_a_wait(noise):
+        return
+    scale, found = float(prior_scale(path)), float(noise.detach().to(torch.float64).square().mean().sqrt())
+    if found < 0.5 * scale:
+        warnings.warn(
+            f"noise has a standard deviation of about {found:.3g}, where {path!r} begins with {scale:.3g}: give "
+            "fm.paths.prior_scale(path) * fm.noise(...)",
+            stacklevel=3,
+        )
 
 
 def log_prior(prior: Prior | None, x0: Tensor, path: Path) -> Tensor:

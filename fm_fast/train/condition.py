@@ -14,7 +14,7 @@ Condition = dict[str, Tensor]
 
 def drop_labels(labels: Tensor, share: float, seed: int, step: Whole, first_id: int = 0) -> Tensor:
     """Labels int64 [B] with about `share` of them replaced by -1; a sample's fate depends on (seed, step, its id) only."""
-    draws = noise((len(labels),), seed=seed, step=step, stream="label_drop", sample_ids=first_id, device=labels.device)
+    draws = noise((len(labels),), seed=seed, step=step, stream="label_drop", sample_ids=first_id, dtype=torch.float32, device=labels.device)
     return torch.where(draws < share, NULL_CLASS, labels)
 
 
@@ -37,7 +37,7 @@ def _mirrored(low: Tensor, config: TrainConfig, step: Whole, first_id: int) -> T
     """As op path_sample mirrors the images themselves: by the stream `flip` of the noise contract."""
     if config.flip == 0.0:
         return low
-    draws = noise((len(low),), seed=config.seed, step=step, stream="flip", sample_ids=first_id, device=low.device)
+    draws = noise((len(low),), seed=config.seed, step=step, stream="flip", sample_ids=first_id, dtype=torch.float32, device=low.device)
     return torch.where(per_sample(draws < config.flip, low), low.flip(-1), low)
 
 
