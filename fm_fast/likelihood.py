@@ -212,7 +212,8 @@ def log_likelihood(
         probes, kind, mode, memory_budget, replicates, seed, step, sample_ids, create_graph: as in :func:`fm_fast.divergence`. Fixed-step
             methods draw new probes at every evaluation that counts, adaptive ones hold theirs for the whole solve.
         prior: log-density [B] of the state at t0, as a function of it or a distribution of whole samples; by default that of
-            N(0, prior_scale^2) of the path, which is right at t0 = 0. It is tried on x1 before the solve.
+            N(0, prior_scale^2) of the path at t0 = 0: exact for OT and Cosine, and for VP and VE as near as their noise end is to pure
+            noise. It is tried on x1 before the solve.
         error_estimate: solve again with half the steps and report ``disc_err`` = |difference| / (2^order - 1). Both solves are compared
             by one more probe, held over the two steps that a coarse step replaces, so that the probes' noise does not enter; ``logp``
             stays as it is. Needs an even number of steps; costs half as many calls of the model again, and one and a half

@@ -87,7 +87,8 @@ def sample(
         model: called as ``model(x, t, **cond)`` with x [B, ...] and t [B]; returns a tensor of x's shape. It must not keep or change
             x, a buffer that the next step overwrites, or change t.
         noise: [B, ...]: ``fm.noise(shape, seed=0, step=0)``; for VE, times ``fm.paths.prior_scale(path)``.
-        cond: keyword arguments passed on to the model untouched.
+        cond: keyword arguments passed on to the model untouched, but for ``guidance`` and ``per_sample="shrink"``, which take every tensor
+            whose first size is the batch's to have one entry a sample (see ``Guidance.shared``).
         path, objective: those of training. Models trained to predict noise, score or data sample like any other.
         method: fixed-step: "euler", "midpoint", "heun2", "ralston", "rk4", "rk4_38", "ab2", "ab3" or a table of ``fm_fast.solvers``;
             adaptive: "dopri5", "tsit5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun" or an ``EmbeddedRungeKutta``.

@@ -151,6 +151,8 @@ def check_recipes(results: list[tuple[str, Any]]) -> None:
     assert float((torch.cdist(found["guided"], centres).argmin(1) == found["wanted"]).float().mean()) > 0.97
     # Stratified times: as many samples in each quarter.
     torch.testing.assert_close(found["by_quarter"].mean(), found["each"].mean())
+    assert 0.0 < float(found["late_counts_less"]) < float(found["each"].mean())
+    assert found["by_a_weak_network"].shape == (512, 2)
 
     def near_a_centre(x: torch.Tensor) -> float:
         return float((torch.cdist(x, centres).amin(1) < 3 * 0.2).float().mean())

@@ -2,7 +2,8 @@
 
 With the error's largest root mean square e beside the tolerance, a step counts where e <= 1, and the next one is longer by the factor
 0.9 e^(-1/order), between 0.2 and 10 (not below 1 where e < 1). The first step is Hairer's guess. Error norm, factors and
-guess are torchdiffeq's too, so both take the same steps. States within a step come from its slopes, without an evaluation.
+guess are torchdiffeq's too, so both take the same steps with methods whose last stage is the next step's first. States within a step come
+from its slopes, without an evaluation.
 
 Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, chapters II.4 and II.6.
 """
