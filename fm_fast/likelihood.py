@@ -234,8 +234,8 @@ def log_likelihood(
     """
     _checks.state("x1", x1)
     settings = make_settings(
-        x1, path, objective, method, steps, grid, t0, t1, None, rtol,
-        atol, max_steps, per_sample, dtype, "none", backend, reverse=True,
+        x1, path=path, objective=objective, method=method, steps=steps, grid=grid, t0=t0, t1=t1, save=None, rtol=rtol, atol=atol,
+        max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad="none", backend=backend, reverse=True,
     )  # fmt: skip
     _check_halving(settings.nodes, error_estimate, settings.adaptive)
     chosen = make_probes(kind, probes, replicates, tuple(x1.shape), x1.device)
@@ -330,8 +330,8 @@ def sample_with_log_prob(
     """
     _checks.state("noise", noise)
     settings = make_settings(
-        noise, path, objective, method, steps, grid, t0, t1, None, rtol,
-        atol, max_steps, per_sample, dtype, "none", backend, reverse=False,
+        noise, path=path, objective=objective, method=method, steps=steps, grid=grid, t0=t0, t1=t1, save=None, rtol=rtol, atol=atol,
+        max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad="none", backend=backend, reverse=False,
     )  # fmt: skip
     chosen = make_probes(kind, probes, replicates, tuple(noise.shape), noise.device)
     task = Task(

@@ -130,8 +130,8 @@ def sample(
     """
     _checks.state("noise", noise)
     settings = make_settings(
-        noise, path, objective, method, steps, grid, t0, t1, save, rtol,
-        atol, max_steps, per_sample, dtype, grad, backend, reverse=False,
+        noise, path=path, objective=objective, method=method, steps=steps, grid=grid, t0=t0, t1=t1, save=save, rtol=rtol, atol=atol,
+        max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad=grad, backend=backend, reverse=False,
     )  # fmt: skip
     field = make_field(model, settings.path, settings.objective, noise.shape[0], cond, guidance)
     warn_if_not_of_the_prior(noise, settings.path, float(settings.nodes[0]))
@@ -175,8 +175,8 @@ def encode(
     """
     _checks.state("x1", x1)
     settings = make_settings(
-        x1, path, objective, method, steps, grid, t0, t1, save, rtol,
-        atol, max_steps, per_sample, dtype, grad, backend, reverse=True,
+        x1, path=path, objective=objective, method=method, steps=steps, grid=grid, t0=t0, t1=t1, save=save, rtol=rtol, atol=atol,
+        max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad=grad, backend=backend, reverse=True,
     )  # fmt: skip
     field = make_field(model, settings.path, settings.objective, x1.shape[0], cond, guidance)
     return _solve(field, x1, settings, save, callback, progress, on_nonfinite)

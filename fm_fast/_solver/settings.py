@@ -57,7 +57,7 @@ def _known_plan(table: Table, nodes: bytes, path: Path, objective: str, folded: 
 
 
 def make_settings(
-    start: Tensor, path: str | Path, objective: str | Objective, method: Method, steps: int | None,
+    start: Tensor, *, path: str | Path, objective: str | Objective, method: Method, steps: int | None,
     grid: str | Grid | Sequence[float], t0: float, t1: float, save: Save, rtol: float, atol: float, max_steps: int,
     per_sample: PerSample, dtype: torch.dtype | None, grad: str, backend: str | None, reverse: bool,
 ) -> Settings:  # fmt: skip

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from fm_fast._settings import check_types, require
+from fm_fast._fields import check_types, require
 
 RESAMPLING = ("convolution", "pool", "block")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fm_fast import sampling
-from fm_fast._settings import require
+from fm_fast._fields import require
 from fm_fast.bits import standard_error
 from fm_fast.likelihood import log_likelihood
 from fm_fast.loss import flow_matching_loss

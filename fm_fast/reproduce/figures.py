@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fm_fast import sampling
-from fm_fast._settings import require
+from fm_fast._fields import require
 from fm_fast.random import noise
 from fm_fast.reproduce.mixture import FastMixture, image_mixture
 from fm_fast.reproduce.results import Parts, rounded, summary, write_json

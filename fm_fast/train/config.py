@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from fm_fast._checks import MAX_SEED
-from fm_fast._settings import check_types, require
+from fm_fast._fields import check_types, require
 from fm_fast.nn import UNetConfig
 from fm_fast.paths import OT, VE, VP, Cosine, Path
 from fm_fast.solvers import METHODS
