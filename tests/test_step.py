@@ -17,7 +17,7 @@ from fm_fast.nn import UNet
 from fm_fast.train.config import from_dict, to_dict
 from fm_fast.train.data import DataOrder, digits
 from fm_fast.train.loop import advance
-from fm_fast.train.step import Share, by_quartile, network_of, new_state, training_step
+from fm_fast.train.step import Batch, Share, by_quartile, network_of, new_state, sample_losses, training_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {"label_drop": 0.3, "flip": 0.5, "dequantise": True, "clip": 0.0}
@@ -194,6 +194,22 @@ def test_losses_by_quartile_of_t():
     torch.testing.assert_close(sums.sum() / 64, loss.mean)
 
 
+@pytest.mark.parametrize("t_sampler", ["uniform", "logit-normal", "stratified"])
+@pytest.mark.parametrize("objective", ["fm-ot", "scoreflow"])
+def test_times_are_drawn_as_asked_for(objective, t_sampler):
+    """Also by an objective that has another way of its own; the times are those of the noise contract."""
+    config = tiny(objective=objective, t_sampler=t_sampler, batch_size=32, seed=5)
+    batch = Batch(torch.zeros(32, 1, 8, 8, dtype=torch.uint8), torch.arange(32) % 10, levels=17, step=3)
+    _, t = sample_losses(new_state(config, CPU), config, batch)
+    low, high = fm.objectives.time_range(config.recipe.path, config.recipe.objective)
+    raw = fm.noise((32,), seed=5, step=3, stream="t", kind="normal" if t_sampler == "logit-normal" else "uniform")
+    if t_sampler == "stratified":
+        words = fm.noise((1,), seed=5, step=3, stream="t", kind="word") + torch.arange(32) * 0x9E3779B9
+        raw = (words % 2**32).float() * 2**-32 + 2**-33
+    expected = low + (high - low) * (raw.sigmoid() if t_sampler == "logit-normal" else raw)
+    torch.testing.assert_close(t, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_run_resumes_bit_by_bit(precision, tmp_path):
     config, data = tiny(precision=precision, ema_widths=(0.05, 0.1), micro_batch=7, coupling="optimal", **SETTINGS), digits()
@@ -246,6 +262,7 @@ def test_settings_of_the_step():
     config = tiny(schedule="cosine", precision="bfloat16", micro_batch=4, ema_widths=(0.1,), compile=True)
     assert from_dict(to_dict(config)) == config
     for change, message in (
+        ({"t_sampler": "beta"}, "t_sampler: expected one of auto, uniform, stratified, logit-normal, got 'beta'"),
         ({"coupling": "sinkhorn"}, "coupling: expected one of independent, optimal, got 'sinkhorn'"),
         ({"coupling": "optimal", "super_resolution": 2}, "coupling: expected independent, for super-resolution, got 'optimal'"),
         ({"precision": "float16"}, "precision: expected one of float32, bfloat16, got 'float16'"),

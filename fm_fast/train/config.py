@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+from fm_fast import time_samplers
 from fm_fast._checks import MAX_SEED
 from fm_fast._fields import check_types, require
 from fm_fast.nn import UNetConfig
@@ -46,6 +47,7 @@ PRECISIONS = ("float32", "bfloat16")
 PARALLEL = ("ddp", "fsdp")
 CUDA_GRAPH = ("auto", "on", "off")
 COUPLINGS = ("independent", "optimal")
+TIMES = ("auto", *time_samplers.NAMED)
 PARALLEL_TEXT = "the batch only (ddp), or weights, moments and averages too (fsdp)"
 
 
@@ -72,6 +74,7 @@ class TrainConfig:
     out: str = _option("out/digits", "folder for checkpoints, weights.safetensors, samples.png, log.jsonl", resumable=True)
     init_from: str = _option("", "begin with the average of this run, as for fine-tuning: a folder or file", resumable=True)
     objective: str = _option("fm-ot", f"path and prediction, first those of the paper's Table 1: {', '.join(RECIPES)}")
+    t_sampler: str = _option("auto", f"how training times are drawn: {', '.join(TIMES)}; auto: as suits the objective")
     coupling: str = _option("independent", "how noise and images are paired: independent, or optimal within each process's part of a class")
     steps: int = _option(500, "training steps in all", resumable=True)
     batch_size: int = _option(128, "images a step")
@@ -116,7 +119,8 @@ class TrainConfig:
 
     @property
     def recipe(self) -> Recipe:
-        return RECIPES[self.objective]
+        usual = RECIPES[self.objective]
+        return usual if self.t_sampler == "auto" else replace(usual, t_sampler=self.t_sampler)
 
     @property
     def knows_the_null_class(self) -> bool:
@@ -146,7 +150,7 @@ NOT_NEGATIVE = (
 )  # fmt: skip
 UNLIMITED = ("memory_limit", "clip")
 CHOICES = {
-    "schedule": SCHEDULES, "precision": PRECISIONS, "parallel": PARALLEL, "cuda_graph": CUDA_GRAPH, "coupling": COUPLINGS,
+    "schedule": SCHEDULES, "precision": PRECISIONS, "parallel": PARALLEL, "cuda_graph": CUDA_GRAPH, "coupling": COUPLINGS, "t_sampler": TIMES,
 }  # fmt: skip
 
 
