@@ -332,6 +332,7 @@ WRONG = [
     ({"t": torch.zeros(0)}, ValueError, r"t must hold two or more times in one dimension, got shape \(0,\)"),
     ({"t": torch.zeros(1), "method": "rk3"}, ValueError, "method must be one of"),
     ({"rtol": torch.tensor([1e-3, 1e-4])}, TypeError, "rtol must be a number, got Tensor"),
+    ({"y0": torch.tensor(1.0), "func": lambda t, y: 1.0}, TypeError, "func must return a torch.Tensor, got float"),
     ({"func": lambda t, y: y[0]}, ValueError, r"func must return the shape of its input, \(3, 4\), got \(4,\)"),
     ({"t": torch.tensor([0.0, 1.0, 1.0])}, ValueError, "t must be strictly increasing or strictly decreasing"),
     ({"t": torch.tensor([0.0, math.nan])}, ValueError, "t must be strictly increasing or strictly decreasing"),

@@ -49,12 +49,22 @@ def solve_ode(
     """
     check_setting(y0, method, "direct")
     start = y0 if y0.dim() else y0.reshape(1)
-    shaped = field if y0.dim() else (lambda t, y: field(t, y.reshape(())).reshape(1))
+    shaped = field if y0.dim() else _of_one_number(field)
     if isinstance(method, EmbeddedRungeKutta):
         states = [state for (state,) in _adaptive(lambda t, parts: (shaped(t, parts[0]),), (start,), stops, method, accuracy, name)]
     else:
         states = _fixed(shaped, start, stops, method, name)
     return torch.stack([state.to(y0.dtype) for state in states]).reshape(len(states), *y0.shape)
+
+
+def _of_one_number(field: OdeField) -> OdeField:
+    """The field of a state without dimensions, on states [1]."""
+
+    def shaped(t: Tensor, y: Tensor) -> Tensor:
+        slope = field(t, y.reshape(()))
+        return slope.reshape(1) if isinstance(slope, Tensor) and slope.dim() == 0 else slope
+
+    return shaped
 
 
 def solve_ode_in_parts(

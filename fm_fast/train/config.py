@@ -150,7 +150,8 @@ NOT_NEGATIVE = (
 )  # fmt: skip
 UNLIMITED = ("memory_limit", "clip")
 CHOICES = {
-    "schedule": SCHEDULES, "precision": PRECISIONS, "parallel": PARALLEL, "cuda_graph": CUDA_GRAPH, "coupling": COUPLINGS, "t_sampler": TIMES,
+    "schedule": SCHEDULES, "precision": PRECISIONS, "parallel": PARALLEL, "cuda_graph": CUDA_GRAPH, "coupling": COUPLINGS,
+    "t_sampler": TIMES,
 }  # fmt: skip
 
 
