@@ -295,3 +295,17 @@ def test_wrong_arguments(call, kind, message):
 def test_a_step_size_of_an_adaptive_method_is_told():
     with pytest.warns(UserWarning, match="step_size has no effect on the adaptive method 'dopri5'"):
         solve(method="dopri5")
+
+
+def test_schedules_of_float32_times_keep_their_digits():
+    t = torch.tensor([0.999, 0.9999])
+    torch.testing.assert_close(schedulers.CosineScheduler()(t).sigma_t.double(), torch.cos(math.pi / 2 * t.double()), rtol=1e-7, atol=0.0)
+
+
+def test_points_between_16_bit_ends_are_rounded_once():
+    x_0, x_1, _ = ends(torch.bfloat16)
+    t = torch.linspace(0.1234, 0.987, 5)
+    weight = t.double().reshape(-1, 1, 1, 1)
+    expected = (weight * x_1.double() + (1 - weight) * x_0.double()).bfloat16()
+    found = paths.CondOTProbPath().sample(x_0, x_1, t).x_t
+    assert float((found != expected).double().mean()) < 0.01  # float32 between the two roundings decides a tie now and then

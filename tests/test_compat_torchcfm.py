@@ -241,3 +241,23 @@ def test_a_step_trains_a_network():
         optimiser.step()
         losses.append(loss.item())
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+
+
+def test_times_of_float64_data_are_torchcfms():
+    x0, x1 = pair()
+    t, _, _ = seeded(ours.TargetConditionalFlowMatcher(sigma=0.1).sample_location_and_conditional_flow, x0, x1)
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        assert torch.equal(t, torch.rand(8).double())
+    wanted, _, _ = seeded(theirs().TargetConditionalFlowMatcher(sigma=0.1).sample_location_and_conditional_flow, x0, x1)
+    assert torch.equal(t.float(), wanted.float())
+
+
+def test_a_subclass_that_places_points_itself_gets_its_noise():
+    class Blurred(ours.ConditionalFlowMatcher):
+        def sample_xt(self, x0, x1, t, epsilon):
+            return x0 + 0.1 * epsilon
+
+    x0, x1 = pair()
+    _, xt, _, epsilon = seeded(Blurred(sigma=0.0).sample_location_and_conditional_flow, x0, x1, return_noise=True)
+    torch.testing.assert_close(xt, x0 + 0.1 * epsilon)

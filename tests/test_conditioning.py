@@ -63,3 +63,9 @@ def test_the_factor_is_what_an_error_of_the_output_does():
     with pytest.warns(UserWarning, match=r"multiplies an error of the network's output by 2e\+03"):
         moved = fm.sample(lambda x, t: exact(x, t) + 1e-3, X, **options).x - fm.sample(exact, X, **options).x
     torch.testing.assert_close(moved.abs().mean(), torch.tensor(2.0, dtype=torch.float64), rtol=0.01, atol=0.0)
+
+
+def test_each_stage_is_judged_by_the_length_of_its_own_step():
+    """A first step as short as its time, and a long one at the end."""
+    assert told(method="midpoint", objective="noise", grid=[1e-5, 2e-5, 0.5, 1.0]) is None
+    assert told(method="midpoint", objective="noise", grid=[1e-5, 0.5, 0.9999, 1.0]) is not None

@@ -238,24 +238,6 @@ def test_create_graph_gives_the_derivatives_of_the_estimate(kind):
     assert float(slope) == pytest.approx(float((above - below) / (2 * step)), rel=1e-5)
 
 
-class Traced(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return fm.divergence(self.model, x, 0.5, seed=0).div
-
-
-def test_computed_parameters_cannot_be_frozen_and_stop_nothing():
-    """As torch.func.functional_call puts them in, here after one that can be."""
-    x, model = inputs((2, 6))
-    expected = fm.divergence(model, x, 0.5, seed=0).div
-    computed = {"model.first": model.first, "model.second": 1.0 * model.second}
-    assert torch.equal(torch.func.functional_call(Traced(model), computed, (x,)), expected)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
 def test_parameters_are_frozen_meanwhile_and_restored():
     x, model = inputs((2, 6))
     model.second.requires_grad_(False)

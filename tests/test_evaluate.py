@@ -1,6 +1,7 @@
 """fm-fast evaluate: NFE against a counter, sample quality of known samples, and the command's numbers."""
 
 import json
+import math
 import re
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ from fm_fast.cli import main
 from fm_fast.train.classifier import train_classifier
 from fm_fast.train.data import Dataset, digits
 from fm_fast.train.evaluate import Samples, draw_samples, evaluate_network, sample_quality
-from fm_fast.train.likelihood import dataset_bits
+from fm_fast.train.likelihood import _merged, dataset_bits
 
 SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "2", "--samples-per-class", "2"]
 TRAIN = ["train", "--steps", "2", "--batch-size", "16", "--no-evaluate", *SMALL]
@@ -195,3 +196,18 @@ def test_a_run_that_never_went_without_labels_is_not_asked_to(command, tmp_path,
     assert main([*run, *SMALL]) == 0
     assert main([command, str(tmp_path), "--unconditional", "--limit", "2"]) == 1
     assert "unconditional: expected False for a run with label_drop 0" in capsys.readouterr().err
+
+
+def test_fewer_training_images_than_held_out_ones_will_do(classifier):
+    train, held_out = first(digits(), 20), first(digits("test"), 50)
+    quality = sample_quality(Samples(held_out.images, held_out.labels, (0, 0), 256), classifier, train, held_out)
+    assert all(math.isfinite(value) for value in (quality.frechet, quality.real_frechet, quality.novelty, quality.real_nearest_neighbour))
+
+
+def test_counts_of_batches_are_weighted_by_their_images():
+    def bits(count, nfe):
+        zeros = torch.zeros(count, dtype=torch.float64)
+        return fm.BitsPerDim(bpd=zeros, std_err=None, logp=zeros[None], nfe=nfe, nvjp=2 * nfe)
+
+    merged = _merged([bits(4, 10), bits(1, 20)], seconds=0.0)
+    assert (merged.nfe, merged.nvjp) == (12.0, 24.0)

@@ -80,3 +80,11 @@ def test_the_divergence_along_the_conditional_flow_adds_up_to_the_change_of_volu
     integral = -0.5 * float(solved.x0.square() + math.log(2 * math.pi)) - float(solved.logp)
     assert integral == pytest.approx(math.log(sigma_min), rel=1e-6)
     torch.testing.assert_close(solved.x0, noise, rtol=1e-6, atol=0)
+
+
+def test_vp_keeps_its_digits_next_to_the_data():
+    """sigma^2 = 1 - exp(-T) with T = 0.1 s + 9.95 s^2 -> T - T^2 / 2 + T^3 / 6 for small s = 1 - t."""
+    t = torch.tensor([0.9999, 0.99999, 0.999999], dtype=WIDE)
+    integral = 0.1 * (1 - t) + 9.95 * (1 - t) ** 2
+    expected = (integral - integral**2 / 2 + integral**3 / 6).sqrt()
+    torch.testing.assert_close(fm.VP().sigma(t), expected, rtol=1e-14, atol=0.0)

@@ -113,3 +113,20 @@ def test_likelihoods(per_sample):
     expected = fm.log_likelihood(conditional, X0, method="rk4", grid=grid, **options)
     found = fm.log_likelihood(conditional, X0, method="dopri5", per_sample=per_sample, rtol=1e-7, atol=1e-7, **options)
     torch.testing.assert_close(found.logp, expected.logp, rtol=1e-6, atol=2e-5)
+
+
+def test_both_ends_of_the_interval_are_guided_at_times_of_each_sample():
+    """div of y x is 2 y in the plane, guided by 2.5 against 0: 5 y."""
+    x, y = noise64(5, 2), torch.arange(1.0, 6.0, dtype=torch.float64)[:, None]
+    times = torch.tensor([0.2, 0.25, 0.5, 0.75, 0.8], dtype=torch.float64)
+    found = fm.divergence(lambda x, t, y: x * y, x, times, cond={"y": y}, guidance=fm.Guidance(2.5, {"y": 0.0}, (0.25, 0.75)), kind="exact")
+    torch.testing.assert_close(found.div, torch.tensor([2.0, 10.0, 15.0, 20.0, 10.0], dtype=torch.float64))
+
+
+def test_an_interval_that_ends_with_the_solve_costs_no_evaluation():
+    counted = {}
+    for end in (1.0, 0.99):
+        model = Counted(conditional)
+        fm.sample(model, X0, method="dopri5", per_sample=True, guidance=fm.Guidance(2.5, {"y": -1}, (0.25, end)), **LOOSE)
+        counted[end] = len(model.times)
+    assert counted[1.0] <= counted[0.99]

@@ -285,3 +285,12 @@ def test_noise_of_16_bits_has_the_density_of_its_values(dtype, path, scale, prio
     found, wide = (fm.sample_with_log_prob(lambda x, t: -0.5 * x, x0, **arguments) for x0 in (noise, noise.float()))
     assert torch.equal(found.x, wide.x)
     torch.testing.assert_close(found.logp, wide.logp, rtol=1e-12, atol=0.0)
+
+
+def test_one_sample_alone_takes_the_steps_of_a_whole_batch():
+    """Of the state's and the integral's errors the larger counts, in each sample's own steps too."""
+    options = {"method": "dopri5", "rtol": 1e-3, "atol": 1e-3, "kind": "exact"}
+    x1, field = points(1, 2), lambda x, t: torch.tanh(3 * x) * (1 + t[:, None])
+    together, alone = (fm.log_likelihood(field, x1, per_sample=each, **options) for each in (False, True))
+    torch.testing.assert_close(alone.x0, together.x0, rtol=0.0, atol=1e-10)
+    torch.testing.assert_close(alone.logp, together.logp, rtol=0.0, atol=1e-10)

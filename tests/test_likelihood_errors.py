@@ -1,5 +1,6 @@
 """The estimate of a log-density's discretisation error, and what fm.log_likelihood and fm.sample_with_log_prob refuse."""
 
+import math
 import warnings
 
 import pytest
@@ -103,3 +104,21 @@ def test_samples_that_are_not_finite_are_told_even_if_their_density_is():
 def test_progress_of_adaptive_methods_is_refused():
     with pytest.raises(ValueError, match="progress needs a fixed-step method"):
         fm.log_likelihood(velocity, points(3, 6), method="dopri5", progress=True)
+
+
+def test_the_error_that_is_told_is_a_dimensions():
+    """Of log p = log N(x(0)) + 256 on the flow x' = -x by Euler: known up to the linearity of its steps."""
+    x1 = points(3, 256)
+
+    def logp(steps):
+        growth = (1 + 1 / steps) ** steps  # backwards from 1 to 0
+        return -0.5 * ((growth * x1) ** 2).sum(1) - 128 * math.log(2 * math.pi) + 256.0
+
+    bits = float((logp(20) - logp(10)).abs().mean()) / math.log(2.0) / 256
+    assert bits > 0.01
+    with pytest.warns(UserWarning, match=rf"about {bits:.2g} bits a dimension"):
+        fm.log_likelihood(lambda x, t: -x, x1, method="euler", steps=20, seed=0, error_estimate=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # 20 times less a dimension, and still more than 0.01 in all
+        found = fm.log_likelihood(lambda x, t: -x / 20, x1, method="euler", steps=20, seed=0, error_estimate=True)
+    assert float(found.disc_err.mean()) / math.log(2.0) > 0.01

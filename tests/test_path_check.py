@@ -27,6 +27,11 @@ class Quadratic:
         return -1.0
 
 
+class SlightlyWrong(fm.OT):
+    def d_alpha(self, t):
+        return torch.full_like(t, 1.01)
+
+
 class Learned(torch.nn.Module):
     """Whose derivative is autograd's."""
 
@@ -96,6 +101,7 @@ def test_paths_that_are_right(path):
     [
         (Forgotten(), r"d_alpha of a path must be the derivative of alpha, got 0\.99 at t = 0\.99, where it is 1\.98"),
         (WrongSigma(), r"d_sigma of a path must be the derivative of sigma, got 1 at t = .*, where it is -1"),
+        (SlightlyWrong(), r"d_alpha of a path must be the derivative of alpha, got 1\.01 at t = .*, where it is 1"),
         (NotFinite(), "d_alpha of a path must be the derivative of alpha, got nan"),
         (Negative(), r"sigma of a path must not be negative, got -0\.49 at t = 0\.99"),
         (Reversed(), r"alpha / sigma of a path must grow with t, .* it falls at t = 0\.01"),

@@ -84,3 +84,21 @@ def test_an_error_within_a_prior_is_its_own():
 
     with pytest.raises(KeyError, match="missing"):
         fm.log_likelihood(Counted(), X, steps=2, prior=broken)
+
+
+def test_the_density_of_large_images_is_summed_in_float64():
+    x = fm.noise((4, 3, 64, 64), seed=0, step=0)
+    found = fm.log_likelihood(lambda x, t: 0.0 * x, x, method="euler", steps=1, seed=0).logp
+    expected = -0.5 * x.double().square().flatten(1).sum(1) - 6144 * math.log(2 * math.pi)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=2e-5)
+
+
+def test_a_prior_is_asked_in_the_dtype_of_the_state():
+    seen = []
+
+    def prior(x):
+        seen.append(x.dtype)
+        return wide_normal(x)
+
+    fm.log_likelihood(lambda x, t: 0.0 * x, X.bfloat16(), steps=1, prior=prior)
+    assert seen == [torch.float32, torch.float32]

@@ -188,7 +188,7 @@ class Numbers:
     table: tuple[tuple[float, ...], ...]
 
 
-def test_a_part_is_computed_once_for_its_settings(tmp_path, capsys):
+def test_a_part_is_computed_once_for_its_settings(tmp_path, capsys, monkeypatch):
     calls = []
 
     def compute(value):
@@ -209,6 +209,9 @@ def test_a_part_is_computed_once_for_its_settings(tmp_path, capsys):
     file.write_text(file.read_text().replace('"table"', '"chart"'))
     get(1)
     assert len(calls) == 4, "a part of another version, with other fields: computed again"
+    monkeypatch.setattr("fm_fast.reproduce.results.__version__", "0.0")
+    get(1)
+    assert len(calls) == 5, "of another version: computed again"
     assert [entry.name for entry in (tmp_path / "parts").iterdir()] == ["a.json"]
     assert Parts(tmp_path / "parts", {}).seconds(["a", "missing"]) >= 0.0
 

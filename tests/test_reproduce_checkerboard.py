@@ -26,8 +26,8 @@ def test_points_are_uniform_on_the_cells():
 
 
 def test_inside_by_hand():
-    points = torch.tensor([[-1.5, -1.5], [-0.5, -1.5], [1.5, 1.5], [2.5, 1.5], [-2.5, -0.5], [0.5, -1.5]])
-    assert checkerboard.is_inside(points).tolist() == [True, False, True, False, False, True]
+    points = torch.tensor([[-1.5, -1.5], [-0.5, -1.5], [1.5, 1.5], [2.5, 1.5], [-2.5, -0.5], [0.5, -1.5], [2.5, 0.5], [0.5, 2.5]])
+    assert checkerboard.is_inside(points).tolist() == [True, False, True, False, False, True, False, False]
 
 
 def test_histogram_has_y_in_rows():
@@ -52,6 +52,10 @@ def test_measures_of_an_exact_network(small_measures, monkeypatch):
     assert result.loss_noise == pytest.approx(0.5) and result.nfe == 26
     x0 = fm.noise((64, 2), seed=3, step=2**31)
     coarse, fine = (fm.sample(oracle, x0, method="midpoint", steps=steps).x for steps in (8, 40))
+    nll = -oracle.log_prob(points)
+    assert result.nll_std_err == pytest.approx(float(nll.std()) / 4, rel=1e-3)
+    many = fm.sample(oracle, fm.noise((200, 2), seed=3, step=2**31), method="midpoint", steps=checkerboard.MANY_STEPS).x
+    assert result.inside == pytest.approx(float(checkerboard.is_inside(many).double().mean()), abs=0.006)
     assert result.mse_at(16) == pytest.approx(float((coarse - fine).square().mean()), rel=1e-5)
     assert sum(map(sum, result.densities[-1])) > 190 and len(result.densities) == len(checkerboard.DENSITY_TIMES) + 1
 

@@ -194,3 +194,31 @@ def test_samples_whose_gradient_is_not_recorded_are_refused(solve):
 def test_checkpoints_are_refused(transform):
     with pytest.raises(ValueError, match=r'grad must be "none" or "direct" under torch\.func transforms, .*, got "checkpoint"'):
         transform(lambda x: fm.sample(network, x, steps=2, grad="checkpoint").x.sum())
+
+
+class Traced(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return fm.divergence(self.model, x, 0.5, kind="exact").div
+
+
+class Linear(torch.nn.Module):
+    """v = A diag(b) x."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Parameter(X[:3, :3].clone()), torch.nn.Parameter(X[0, :3].clone())
+
+    def forward(self, x, t):
+        return x * self.b @ self.a.T
+
+
+def test_computed_parameters_cannot_be_frozen_and_stop_nothing():
+    """As functional_call puts them in, here after one that can be."""
+    model = Linear()
+    found = functional_call(Traced(model), {"model.a": model.a, "model.b": 2.0 * model.b}, (X[:, :3],))
+    torch.testing.assert_close(found, (2.0 * model.a.diagonal() * model.b).sum().detach().expand(3))
+    assert all(parameter.requires_grad for parameter in model.parameters())

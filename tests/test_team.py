@@ -230,7 +230,7 @@ def test_the_state_of_shards_is_whole_and_comes_back(one_thread):
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        settings = tiny(ema_widths=(0.1,))
+        settings = tiny(ema_widths=(0.1,), clip=0.5)
         state, plain, other = sharded_state(settings, CPU), new_state(settings, CPU), sharded_state(settings, CPU)
         for each in (state, plain):
             loop.advance(each, settings, digits(), 2)
@@ -239,6 +239,7 @@ def test_the_state_of_shards_is_whole_and_comes_back(one_thread):
             assert set(one) == set(two)
             for name, value in two.items():
                 torch.testing.assert_close(one[name], value, rtol=1e-4, atol=1e-6)
+        assert stored["param_groups"][0]["max_norm"] == 0.5
         other.optimiser.load_whole_state_dict(copy.deepcopy(stored))
         for one, two in zip(other.optimiser.state_dict()["state"].values(), state.optimiser.state_dict()["state"].values(), strict=True):
             assert all(torch.equal(one[name], value) for name, value in two.items())

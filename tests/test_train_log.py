@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import sys
+import time
 import types
 
 import pytest
@@ -35,7 +36,8 @@ def log_lines(path, **changes):
 
 
 def test_a_line_of_the_log(tmp_path):
-    first = log_lines(tmp_path / "log.jsonl")[0]
+    first, *later = log_lines(tmp_path / "log.jsonl")
+    assert [line["images"] for line in later] == [32, 48]
     assert (first["step"], first["loss"], first["images"], first["not_finite"]) == (1, 2.0, 16, 0)
     assert first["loss_by_quartile"] == [2.0, None, 1.0, 0.5]
     assert first["tflops"] == pytest.approx(first["images_per_second"] * 3e-6, abs=1e-4) and first["share_of_peak"] is None
@@ -157,3 +159,18 @@ def test_curves_of_a_log(tmp_path):
 def log_file(folder):
     log_lines(folder / "log.jsonl")
     return folder / "log.jsonl"
+
+
+def test_pictures_do_not_count_as_training_time(tmp_path):
+    logger = Logger(RunFolder(tmp_path), tiny(log_every=1, steps=1), 0, Team(CPU))
+    assert logger.without_timing(lambda: time.sleep(0.5)) >= 0.5
+    logger.step(1, torch.tensor(1.0), 0.1)
+    (record,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert record["images_per_second"] > 16 / 0.5
+
+
+def test_a_curve_of_equal_losses_on_a_tick(tmp_path):
+    pytest.importorskip("PIL.Image")
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": step, "loss": 2.0}) + "\n" for step in (1, 2)))
+    draw_curves(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 0

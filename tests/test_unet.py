@@ -112,6 +112,8 @@ def test_sinusoidal_embedding_is_the_formula():
         for v in t
     ]
     torch.testing.assert_close(sinusoidal_embedding(t, 8), torch.tensor(rows), rtol=0, atol=2e-4)
+    rounded = torch.tensor([0.7539, 0.1234]).bfloat16()
+    torch.testing.assert_close(sinusoidal_embedding(rounded, 8).float(), sinusoidal_embedding(rounded.float(), 8), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
