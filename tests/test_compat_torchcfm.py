@@ -259,5 +259,7 @@ def test_a_subclass_that_places_points_itself_gets_its_noise():
             return x0 + 0.1 * epsilon
 
     x0, x1 = pair()
-    _, xt, _, epsilon = seeded(Blurred(sigma=0.0).sample_location_and_conditional_flow, x0, x1, return_noise=True)
+    draw = Blurred(sigma=0.0).sample_location_and_conditional_flow
+    _, xt, _, epsilon = seeded(draw, x0, x1, return_noise=True)
     torch.testing.assert_close(xt, x0 + 0.1 * epsilon)
+    assert torch.equal(seeded(draw, x0, x1)[1], xt)

@@ -45,7 +45,7 @@ CASES = [
     Case(FLOAT32, "NCHW", SMALL, (50, 56, 64), (88, 72, 64)),
     Case(BFLOAT16, "NHWC", LARGE, (102, 80, 512), (134, 128, 512)),
     Case(BFLOAT16, "NCHW", LARGE, (60, 56, 64), (106, 72, 64)),
-    Case(BFLOAT16, "NHWC", LARGE, (106, 80, 512), (144, 136, 512), second=True),
+    Case(BFLOAT16, "NHWC", LARGE, (107, 80, 512), (144, 136, 512), second=True),  # a tenth of an instruction above 106 with Triton 3.8
 ]
 DROPOUT = Case(BFLOAT16, "NHWC", SMALL, (70, 128, 8192), (200, 168, 4608), dropout=0.1)
 
