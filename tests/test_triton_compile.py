@@ -1,6 +1,6 @@
 """The Triton kernels compiled for real GPUs, without one: no spills, wide accesses, and an instruction budget an element.
 
-The budgets are the largest of the counts of Triton 3.6, 3.7.1 and 3.8, with a little room; a change that exceeds one is slower on every GPU.
+The budgets are the largest of the counts of Triton 3.6, 3.7.1 and 3.8, with a little room; what exceeds one is slower on every GPU.
 """
 
 import inspect
