@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fm_fast import _checks, _modes, reference
+from fm_fast import _checks, _modes, random, reference
 from fm_fast._solver.adaptive import solve_adaptive
+from fm_fast._solver.churn import with_noise
 from fm_fast._solver.evaluate import make_evaluate, make_mixed
 from fm_fast._solver.field import Field, Model, combined, make_field
 from fm_fast._solver.guidance import Guidance
@@ -28,6 +29,7 @@ from fm_fast._solver.trial import Derivative, Moment, Parts, Tolerance
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective
 from fm_fast.paths import Path
+from fm_fast.random import Whole
 from fm_fast.solvers import Method
 
 __all__ = ["Guidance", "Sample", "encode", "sample"]
@@ -76,6 +78,10 @@ def sample(
     atol: float = 1e-5,
     max_steps: int = 10_000,
     per_sample: PerSample = False,
+    churn: float = 0.0,
+    seed: Whole | None = None,
+    step: Whole = 0,
+    sample_ids: Whole | None = None,
     dtype: torch.dtype | None = None,
     grad: str = "none",
     on_nonfinite: str = "raise",
@@ -109,6 +115,12 @@ def sample(
             "shrink": the same, and samples at their ends leave the batch, so that the model computes less. It must find what belongs to a
             sample in ``cond`` alone, where every tensor whose first size is the batch's is taken to have one entry a sample, but for those
             that ``guidance`` names as shared.
+        churn: stochastic sampling, by Runge-Kutta methods of fixed steps: a step from t to t' first takes the state back by churn (t' - t),
+            with fresh noise of the path's own, and is longer by as much. At every time the distribution stays that of the path, and errors
+            made before fade; 0 is the ODE. As steps get short this is the SDE whose squared diffusion is
+            2 churn sigma (alpha' sigma - alpha sigma') / alpha. Source: Karras et al. (2022), algorithm 2, here for any Gaussian path.
+        seed, step, sample_ids: what that noise is a function of (see ``fm_fast.random``), besides the number of the solver's step; without
+            a seed, one is drawn from torch's generator.
         dtype: of the model's input; by default the noise's. The state is float32 (float64 for float64 noise) throughout, so a bfloat16
             model loses no accuracy to the solver.
         grad: "none" (nothing is recorded; refused under ``torch.func.grad``, which would find zero), "direct" (the whole graph is, with
@@ -131,11 +143,12 @@ def sample(
     _checks.state("noise", noise)
     settings = make_settings(
         noise, path=path, objective=objective, method=method, steps=steps, grid=grid, t0=t0, t1=t1, save=save, rtol=rtol, atol=atol,
-        max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad=grad, backend=backend, reverse=False,
+        max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad=grad, backend=backend, reverse=False, churn=churn,
     )  # fmt: skip
     field = make_field(model, settings.path, settings.objective, noise.shape[0], cond, guidance)
     warn_if_not_of_the_prior(noise, settings.path, float(settings.nodes[0]))
-    return _solve(field, noise, settings, save, callback, progress, on_nonfinite)
+    key = random.make_key(seed, step, sample_ids, len(noise), noise.device) if settings.churn > 0.0 else None
+    return _solve(field, noise, settings, save, callback, progress, on_nonfinite, key)
 
 
 def encode(
@@ -183,8 +196,9 @@ def encode(
 
 
 def _solve(
-    field: Field, start: Tensor, settings: Settings, save: Save, callback: Callback | None, progress: bool, on_nonfinite: str
-) -> Sample:
+    field: Field, start: Tensor, settings: Settings, save: Save, callback: Callback | None, progress: bool, on_nonfinite: str,
+    key: Tensor | None = None,
+) -> Sample:  # fmt: skip
     _checks.one_of("on_nonfinite", on_nonfinite, NONFINITE)
     _check_callback(settings, callback, progress)
     _check_gradient(settings.grad)
@@ -195,7 +209,7 @@ def _solve(
         elif settings.adaptive is not None:
             x, saved, nfe = _adaptive(field, start, settings, callback)
         else:
-            x, saved, nfe = _fixed(field, start, settings, callback, progress)
+            x, saved, nfe = _fixed(field, start, settings, callback, progress, key)
     finite = check_finite(x, "samples", settings, on_nonfinite)
     if save is None:
         return Sample(x, nfe, None, None, finite, nfe_of_each)
@@ -224,7 +238,9 @@ def _check_gradient(grad: str) -> None:
 # Fixed steps
 
 
-def _fixed(field: Field, start: Tensor, settings: Settings, callback: Callback | None, progress: bool) -> tuple[Tensor, Tensor | None, int]:
+def _fixed(
+    field: Field, start: Tensor, settings: Settings, callback: Callback | None, progress: bool, key: Tensor | None
+) -> tuple[Tensor, Tensor | None, int]:
     plan, factors = plan_and_factors(settings, start.device)
     rerun = settings.grad == "checkpoint" and torch.is_grad_enabled()
     scale = field.guidance.scale if field.guidance else 1.0
@@ -235,6 +251,9 @@ def _fixed(field: Field, start: Tensor, settings: Settings, callback: Callback |
         evaluate, layout = make_mixed(field, plan, start, rerun), Layout(settings.dtype)
     else:
         evaluate, layout = make_evaluate(field, plan, start, rerun), Layout(settings.dtype, field.doubled is not None, scale)
+    if key is not None:
+        _require_numbers(factors)
+        evaluate = with_noise(evaluate, plan, key, start.shape, reference.accumulation_dtype(start), settings.backend)
     states: dict[int, Tensor] = {}
     with step_counter(len(plan.nodes) - 1, progress) as count:
         after = _after_step(states, settings, callback, count if progress else None)
@@ -249,6 +268,11 @@ def _fixed(field: Field, start: Tensor, settings: Settings, callback: Callback |
         states[0] = start.to(x.dtype)
     saved = torch.stack([states[position] for position in settings.saved]) if settings.saved else None
     return x, saved, plan.evaluations
+
+
+def _require_numbers(factors: object) -> None:
+    if factors is not None:
+        raise ValueError("churn must be 0 where the path has parameters that gradients are recorded of, which the added noise would hide")
 
 
 def _after_step(

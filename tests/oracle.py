@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 M32 = np.uint64(0xFFFFFFFF)
-TAGS = {"x0": 0, "t": 1, "probe": 2, "dequantise": 3, "label_drop": 4, "flip": 5, "dropout": 6}
+TAGS = {"x0": 0, "t": 1, "probe": 2, "dequantise": 3, "label_drop": 4, "flip": 5, "dropout": 6, "bridge": 9}
 
 
 def philox(c0, c1, c2, c3, seed):

@@ -23,7 +23,7 @@ RUN = ["train", "digits", "--steps", "8", "--batch-size", "32", "--learning-rate
 RUN += ["--no-evaluate", *SMALL]
 SOLVER = "method steps grid rtol atol max-steps per-sample t0 t1"
 OPTIONS = {
-    "sample": f"weights seed batch-size device classes data count out images guidance {SOLVER}",
+    "sample": f"weights seed batch-size device classes data count out images guidance churn {SOLVER}",
     "likelihood": f"weights seed batch-size device data limit unconditional {SOLVER} probes kind replicates draws json progress",
 }
 
@@ -227,6 +227,20 @@ def test_adaptive_and_fixed_steps_agree(run, tmp_path):
     assert adaptive["steps"] is None and 3 < adaptive["nfe"] < 100
 
 
+def test_stochastic_samples_are_a_function_of_the_seed_in_any_batch(run, tmp_path):
+    def drawn(*options):
+        assert (
+            main(["sample", str(run), "--count", "3", "--classes", "1", "2", "--steps", "4", "--out", str(tmp_path / "x.npz"), *options])
+            == 0
+        )
+        with np.load(tmp_path / "x.npz") as found:
+            return found["images"]
+
+    whole = drawn("--churn", "0.5")
+    assert np.array_equal(drawn("--churn", "0.5", "--batch-size", "4"), whole)
+    assert not np.array_equal(drawn(), whole) and not np.array_equal(drawn("--churn", "0.5", "--seed", "9"), whole)
+
+
 def test_steps_of_each_images_own(run, tmp_path):
     options = ["--method", "bosh3", "--rtol", "0.1", "--atol", "0.1", "--limit", "3"]
     each, together = record_of(run, tmp_path, "--per-sample", *options), record_of(run, tmp_path, *options)
@@ -296,6 +310,10 @@ def test_wrong_command_lines(arguments, message, capsys):
         (["sample", "RUN", "--method", "dopri5", "--grid", "karras"], "grid: expected none for the adaptive method dopri5, which places"),
         (["sample", "RUN", "--rtol", "1e-3"], "rtol: expected none for the fixed-step method midpoint, which has no tolerance, got 0.001"),
         (["sample", "RUN", "--method", "rk4", "--atol", "1e-5"], "atol: expected none for the fixed-step method rk4"),
+        (
+            ["sample", "RUN", "--method", "ab2", "--churn", "0.5"],
+            "churn must be 0 for methods other than fixed-step Runge-Kutta ones, got 0.5",
+        ),
         (["sample", "RUN", "--max-steps", "9"], "max_steps: expected none for the fixed-step method midpoint, which takes as many"),
         (["sample", "RUN", "--per-sample"], "per_sample: expected none for the fixed-step method midpoint, which takes the same"),
         (["likelihood", "RUN", "--atol", "1e-5"], "atol: expected none for the fixed-step method midpoint"),

@@ -120,7 +120,7 @@ class FusedState:
         self.input = self._node_input
         self._buffers = set(map(_modes.memory_of, (self.x, self._node_input, self._stage_input)))
         # One update in place, or updates that read earlier outputs: neither bears an output that lies in the state's own memory.
-        self._copies = plan.longest_lag > 0 or plan.stages_in_a_step == 1
+        self._copies = plan.longest_lag > 0 or plan.updates_in_place
         self.advance = [self._addition(stage) if self._is_addition(stage) else self._combination(stage) for stage in all_stages(plan)]
 
     def _allocate(self, x0: Tensor, plan: Plan, layout: Layout) -> None:
@@ -136,7 +136,7 @@ class FusedState:
             self._node_copy = self._node_input[batch:]
         for half in self._node_input.split(batch) if self._node_copy.numel() else ():
             half.copy_(x0)
-        self._stage_input = _input_buffer(x0, layout) if plan.stages_in_a_step > 1 else self._none
+        self._stage_input = _input_buffer(x0, layout) if plan.has_inner_stages else self._none
         self._stage_x = self._stage_input[:batch]
         self._stage_copy = self._stage_input[batch:] if layout.doubled else self._none
 

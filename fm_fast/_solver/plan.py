@@ -8,13 +8,13 @@ of weight 0 (midpoint's first stage) need no divergence.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from fm_fast.objectives import Objective, velocity_coefficients, velocity_range
+from fm_fast.objectives import Objective, schedule, velocity_coefficients, velocity_range
 from fm_fast.paths import Path
 from fm_fast.solvers import AdamsBashforth, RungeKutta, Table
 
@@ -37,10 +37,11 @@ class Stage(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Consecutive steps of the same stages."""
+    """Consecutive steps of the same stages. renoises: the first one adds noise, which takes the place of the network's output."""
 
     steps: int
     stages: tuple[Stage, ...]
+    renoises: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,14 @@ class Plan:
         return max(lag for segment in self.segments for stage in segment.stages for lag in stage.lags)
 
     @property
-    def stages_in_a_step(self) -> int:
-        return max(len(segment.stages) for segment in self.segments)
+    def has_inner_stages(self) -> bool:
+        """Whether some stage's input is not a state."""
+        return any(not stage.ends_step for segment in self.segments for stage in segment.stages)
+
+    @property
+    def updates_in_place(self) -> bool:
+        """Whether the output for a state as the input is what that state is overwritten by."""
+        return any(stages[0].ends_step or (renoises and stages[1].ends_step) for _, stages, renoises in self.segments)
 
     def middles(self) -> list[float]:
         """The middle of the step that each evaluation belongs to."""
@@ -73,18 +80,21 @@ class Plan:
 
     def places(self) -> list[tuple[int, int]]:
         """(step, stage within it) of each evaluation."""
-        shapes = [range(len(segment.stages)) for segment in self.segments for _ in range(segment.steps)]
+        shapes = [range(len(stages) - renoises) for steps, stages, renoises in self.segments for _ in range(steps)]
         return [(step, stage) for step, stages in enumerate(shapes) for stage in stages]
 
 
-def make_plan(table: Table, nodes: Array, path: Path, objective: Objective, folded: bool = True) -> Plan:
+def make_plan(table: Table, nodes: Array, path: Path, objective: Objective, folded: bool = True, churn: float = 0.0) -> Plan:
     """The plan of a solve through these nodes, float64 [N + 1], rising or falling.
 
-    folded: p and r are part of it; else its evaluations are to return velocities, p = 0 and r = 1.
+    folded: p and r are part of it; else its evaluations are to return velocities, p = 0 and r = 1. churn: see `_churned`.
 
     Raises ValueError where the path and the objective give no finite velocity.
     """
-    return _plan(table, nodes, Velocity(velocity_range(path, objective), _factors_on(path, objective) if folded else _trivial_factors))
+    velocity = Velocity(velocity_range(path, objective), _factors_on(path, objective) if folded else _trivial_factors)
+    if churn > 0.0 and isinstance(table, RungeKutta):
+        return _churned(table, nodes, path, velocity, churn)
+    return _plan(table, nodes, velocity)
 
 
 @functools.lru_cache(maxsize=64)
@@ -130,15 +140,35 @@ def _trivial_factors(times: Array) -> Factors:
     return Factors(np.zeros_like(times), np.ones_like(times))
 
 
-def _stage_times(table: RungeKutta, nodes: Array, limits: tuple[float, float]) -> Array:
-    """[steps, stages], inside the limits."""
-    times = nodes[:-1, None] + np.array(table.c) * np.diff(nodes)[:, None]
-    return np.clip(times, *limits)
+def _churned(table: RungeKutta, nodes: Array, path: Path, velocity: Velocity, churn: float) -> Plan:
+    """Runge-Kutta steps from t to t' that begin at s = t - churn (t' - t), where the state is taken by noise of the path's own.
+
+    x_s = a x_t + b z with a = alpha_s / alpha_t and b^2 = sigma_s^2 - a^2 sigma_t^2 has the path's distribution at s where x_t has that
+    at t. Where alpha_t is 0 the state is noise already. Source: Karras et al. (2022), algorithm 2, there for alpha = 1.
+    """
+    at_nodes = _alpha_and_sigma(path, nodes[:-1])
+    can = at_nodes[0] > 0.0
+    begins = np.where(can, np.clip(nodes[:-1] - churn * np.diff(nodes), velocity.limits[0], nodes[:-1]), nodes[:-1])
+    alpha, sigma = _alpha_and_sigma(path, begins)
+    a = np.divide(alpha, at_nodes[0], out=np.ones_like(alpha), where=can)
+    b = np.sqrt(np.maximum(sigma**2 - (a * at_nodes[1]) ** 2, 0.0))
+    plan = _runge_kutta(table, nodes, velocity, begins)
+    renoise = Stage((0,), np.stack([a, np.where(can, b, 0.0)], axis=1), ends_step=True)
+    return replace(plan, segments=tuple(Segment(steps, (renoise, *stages), renoises=True) for steps, stages, _ in plan.segments))
 
 
-def _runge_kutta(table: RungeKutta, nodes: Array, velocity: Velocity) -> Plan:
-    times = _stage_times(table, nodes, velocity.limits)
-    factors, widths = velocity.factors(times), np.diff(nodes)
+def _alpha_and_sigma(path: Path, times: Array) -> tuple[Array, Array]:
+    with torch.no_grad():
+        point = schedule(path, torch.from_numpy(times))
+    return point.a.numpy(), point.s.numpy()
+
+
+def _runge_kutta(table: RungeKutta, nodes: Array, velocity: Velocity, begins: Array | None = None) -> Plan:
+    """Steps to the nodes, from the nodes before or from earlier times."""
+    begins = nodes[:-1] if begins is None else begins
+    widths = nodes[1:] - begins
+    times = np.clip(begins[:, None] + np.array(table.c) * widths[:, None], *velocity.limits)
+    factors = velocity.factors(times)
     segment = Segment(len(widths), _folded_stages(table, widths, factors))
     weights = widths[:, None] * np.array(table.b)
     return Plan(nodes, (segment,), times.ravel(), weights.ravel(), factors.p.ravel(), factors.r.ravel())

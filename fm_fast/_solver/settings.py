@@ -16,7 +16,7 @@ from fm_fast._solver.plan import Plan, make_plan
 from fm_fast.grids import Grid, grid_nodes, with_times
 from fm_fast.objectives import OBJECTIVES, Objective, as_objective, is_built_in, velocity_range
 from fm_fast.paths import Path, as_path, kernel_form
-from fm_fast.solvers import EmbeddedRungeKutta, Method, Table, as_method, is_adaptive
+from fm_fast.solvers import EmbeddedRungeKutta, Method, RungeKutta, Table, as_method, is_adaptive
 
 PerSample = bool | Literal["shrink"]
 Save = None | str | Sequence[float]
@@ -41,25 +41,26 @@ class Settings:
     dtype: torch.dtype
     grad: str
     backend: str
+    churn: float = 0.0
 
     def plan(self, folded: bool = True) -> Plan:
         assert self.table is not None
         with _modes.host_arithmetic():
             if _modes.plainly_eager() and kernel_form(self.path)[0] != PathCode.given and is_built_in(self.objective):
-                return _known_plan(self.table, self.nodes.tobytes(), self.path, self.objective.name, folded)
-            return make_plan(self.table, self.nodes, self.path, self.objective, folded)
+                return _known_plan(self.table, self.nodes.tobytes(), self.path, self.objective.name, folded, self.churn)
+            return make_plan(self.table, self.nodes, self.path, self.objective, folded, self.churn)
 
 
 @functools.lru_cache(maxsize=64)
-def _known_plan(table: Table, nodes: bytes, path: Path, objective: str, folded: bool) -> Plan:
+def _known_plan(table: Table, nodes: bytes, path: Path, objective: str, folded: bool, churn: float) -> Plan:
     """Plans of built-in paths and objectives are kept: of a policy's few steps, called again and again, they are half the cost."""
-    return make_plan(table, np.frombuffer(nodes).copy(), path, OBJECTIVES[objective], folded)
+    return make_plan(table, np.frombuffer(nodes).copy(), path, OBJECTIVES[objective], folded, churn)
 
 
 def make_settings(
     start: Tensor, *, path: str | Path, objective: str | Objective, method: Method, steps: int | None,
     grid: str | Grid | Sequence[float], t0: float, t1: float, save: Save, rtol: float, atol: float, max_steps: int,
-    per_sample: PerSample, dtype: torch.dtype | None, grad: str, backend: str | None, reverse: bool,
+    per_sample: PerSample, dtype: torch.dtype | None, grad: str, backend: str | None, reverse: bool, churn: float = 0.0,
 ) -> Settings:  # fmt: skip
     """The arguments of a solve, checked and with names resolved."""
     _checks.one_of("dtype", dtype, (None, *_checks.FLOATING))
@@ -73,6 +74,7 @@ def make_settings(
     chosen = as_method(method)
     table, adaptive = (None, chosen) if isinstance(chosen, EmbeddedRungeKutta) else (chosen, None)
     _check_per_sample(per_sample, method, adaptive)
+    _check_churn(churn, method, table)
     interval = (t0, t1, chosen_path, velocity_range(chosen_path, chosen_objective))
     nodes = _fixed_nodes(grid, steps, *interval) if adaptive is None else _adaptive_nodes(adaptive.name, steps, grid, *interval)
     nodes, saved = _with_saved(nodes, save, adaptive is not None)
@@ -83,7 +85,7 @@ def make_settings(
     resolved = _backends.resolve("linear_step", start.device, backend)
     return Settings(
         chosen_path, chosen_objective, table, adaptive, nodes, saved, rtol, atol, max_steps, per_sample,
-        dtype or start.dtype, grad, resolved,
+        dtype or start.dtype, grad, resolved, float(churn),
     )  # fmt: skip
 
 
@@ -92,6 +94,13 @@ def _check_per_sample(per_sample: object, method: object, adaptive: EmbeddedRung
         raise ValueError(f'per_sample must be True, False or "shrink", got {per_sample!r}')
     if per_sample and adaptive is None:
         raise ValueError(f"per_sample needs an adaptive method, whose steps may differ from sample to sample, got {method!r}")
+
+
+def _check_churn(churn: float, method: object, table: Table | None) -> None:
+    if _checks.finite_number("churn", churn) < 0.0:
+        raise ValueError(f"churn must not be negative, got {churn}")
+    if churn > 0.0 and not isinstance(table, RungeKutta):
+        raise ValueError(f"churn must be 0 for methods other than fixed-step Runge-Kutta ones, got {churn} for {method!r}")
 
 
 def check_setting(start: Tensor, method: object, grad: str) -> None:

@@ -54,6 +54,8 @@ def add_sample(commands: Any) -> None:
     parser.add_argument("--images", metavar="FOLDER", help="a new or empty folder for a PNG file a sample, 000012-class-3.png and so on, of"
                         " the network's size and 0..255, as other programs read them")  # fmt: skip
     parser.add_argument("--guidance", type=float, metavar="FLOAT", help="guidance weight; 1 is no guidance [that of the run's pictures]")
+    parser.add_argument("--churn", type=float, default=0.0, metavar="FLOAT", help="stochastic sampling: the share of a step by which noise"
+                        " first takes the state back; fixed steps, not ab2 and ab3 [0, the ODE]")  # fmt: skip
     parser.add_argument("--method", choices=[*METHODS, *ADAPTIVE], metavar="NAME",
                         help=f"solver: {', '.join(METHODS)}; adaptive: {', '.join(ADAPTIVE)} [that of the run's pictures]")  # fmt: skip
     add_solver(parser, steps_help="steps of a fixed-step method [as for the run's pictures]", steps=None)
@@ -151,7 +153,7 @@ def _solver(options: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
         raise ValueError(f"guidance: expected 1 for a run with label_drop 0 or without classes, got {guidance}")
     if without_class and config.conditional and not config.knows_the_null_class:
         raise ValueError("classes: expected numbers or all for a run with label_drop 0, which has not learnt to go without, got none")
-    return {**solver, "guidance": guidance}
+    return {**solver, "guidance": guidance, "churn": options.churn}
 
 
 def _write(out: Path | None, images: Tensor, labels: Tensor, levels: int, count: int) -> None:

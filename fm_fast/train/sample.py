@@ -68,7 +68,7 @@ def sample_classes(
         part = labels[first : first + batch_size]
         rows = part.to(device) if config.model.classes else None
         x0 = starting_noise((len(part), config.model.image_channels, side, side), config.recipe, seed, 1, device, first)
-        parts.append(to_integers(sample(model, x0, rows, config.recipe, **options), levels).cpu())
+        parts.append(to_integers(sample(model, x0, rows, config.recipe, seed=seed, sample_ids=first, **options), levels).cpu())
         each(parts[-1], part)
     return torch.cat(parts), labels
 
@@ -85,7 +85,8 @@ def sample_enlarged(
         images, labels = (values[first : first + batch_size].to(device) for values in (originals.images, originals.labels))
         x0 = starting_noise(tuple(images.shape), config.recipe, seed, 1, device, first)
         low = reduced_if_wanted(config, images, originals.levels)
-        x = sample(model, x0, labels if config.model.classes else None, config.recipe, low_resolution=low, **options)
+        rows = labels if config.model.classes else None
+        x = sample(model, x0, rows, config.recipe, low_resolution=low, seed=seed, sample_ids=first, **options)
         parts.append(to_integers(x, originals.levels).cpu())
         each(parts[-1], labels)
     return torch.cat(parts)
