@@ -158,6 +158,7 @@ def check_recipes(results: list[tuple[str, Any]]) -> None:
         return float((torch.cdist(x, centres).amin(1) < 3 * 0.2).float().mean())
 
     assert near_a_centre(found["student_in_one_step"]) > near_a_centre(found["teacher_in_one_step"]) + 0.3
+    assert near_a_centre(found["stochastic"]) > 0.7
     completed = found["completed"]
     torch.testing.assert_close(completed[:, 0], torch.ones(512), rtol=0.0, atol=1e-5)
     assert near_a_centre(completed) > 0.6 and 0.2 < float((completed[:, 1] > 0).float().mean()) < 0.8

@@ -24,7 +24,7 @@ def make_evaluate(field: Field, plan: Plan, start: Tensor, rerun: bool = False) 
 def make_mixed(field: Field, plan: Plan, start: Tensor, rerun: bool = False) -> Evaluate:
     """The same with guidance mixed in by plain PyTorch, so that inputs and outputs are single batches; differentiable."""
     views = time_views(time_tensor(plan, start), field.batch)
-    scales = [field.scale_at(t) for t in plan.middles()]
+    scales = [field.scale_at(t) for t in plan.middles()] if field.guidance else [None] * plan.evaluations
 
     def evaluate(x: Tensor, number: int) -> Tensor:
         output = field.output_at(x, views[number], scales[number])
