@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fm_fast import _checks, _modes, random, reference
+from fm_fast import _checks, _modes, reference
 from fm_fast._solver.adaptive import solve_adaptive
-from fm_fast._solver.churn import with_noise
+from fm_fast._solver.churn import churn_key, with_noise
 from fm_fast._solver.evaluate import make_evaluate, make_mixed
 from fm_fast._solver.field import Field, Model, combined, make_field
 from fm_fast._solver.guidance import Guidance
@@ -80,7 +80,7 @@ def sample(
     per_sample: PerSample = False,
     churn: float = 0.0,
     seed: Whole | None = None,
-    step: Whole = 0,
+    step: Whole | None = None,
     sample_ids: Whole | None = None,
     dtype: torch.dtype | None = None,
     grad: str = "none",
@@ -119,8 +119,8 @@ def sample(
             with fresh noise of the path's own, and is longer by as much. At every time the distribution stays that of the path, and errors
             made before fade; 0 is the ODE. As steps get short this is the SDE whose squared diffusion is
             2 churn sigma (alpha' sigma - alpha sigma') / alpha. Source: Karras et al. (2022), algorithm 2, here for any Gaussian path.
-        seed, step, sample_ids: what that noise is a function of (see ``fm_fast.random``), besides the number of the solver's step; without
-            a seed, one is drawn from torch's generator.
+        seed, step, sample_ids: what that noise is a function of (see ``fm_fast.random``), besides the number of the solver's step (without
+            a seed, one is drawn from torch's generator; step is 0). Only with ``churn``.
         dtype: of the model's input; by default the noise's. The state is float32 (float64 for float64 noise) throughout, so a bfloat16
             model loses no accuracy to the solver.
         grad: "none" (nothing is recorded; refused under ``torch.func.grad``, which would find zero), "direct" (the whole graph is, with
@@ -147,7 +147,7 @@ def sample(
     )  # fmt: skip
     field = make_field(model, settings.path, settings.objective, noise.shape[0], cond, guidance)
     warn_if_not_of_the_prior(noise, settings.path, float(settings.nodes[0]))
-    key = random.make_key(seed, step, sample_ids, len(noise), noise.device) if settings.churn > 0.0 else None
+    key = churn_key(settings.churn, seed, step, sample_ids, noise)
     return _solve(field, noise, settings, save, callback, progress, on_nonfinite, key)
 
 

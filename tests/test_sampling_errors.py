@@ -124,8 +124,15 @@ def test_bad_arguments(change, error, message, direction):
         direction(arguments.pop("model"), arguments.pop("start"), **arguments)
 
 
+def test_a_misspelt_number_of_steps():
+    with pytest.raises(ValueError, match=r"step needs churn > 0, .* \(steps is the number of steps\), got 4"):
+        fm.sample(called, X0, method="dopri5", step=4)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
+        fm.encode(called, X0, method="dopri5", step=4)
+
+
 @pytest.mark.parametrize("direction", [fm.sample, fm.encode])
-@pytest.mark.parametrize("name", ["step", "num_steps", "n_steps", "guidance_scale", "solver", "y"])
+@pytest.mark.parametrize("name", ["num_steps", "n_steps", "guidance_scale", "solver", "y"])
 def test_misspelt_keywords(name, direction):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
         direction(called, X0, **{"steps": 4, name: 2})

@@ -36,19 +36,23 @@ def sample(
     method: str = "midpoint",
     guidance: float = 1.0,
     low_resolution: Tensor | None = None,
+    churn: float = 0.0,
+    seed: int = 0,
+    first_id: int = 0,
     **options: Any,
 ) -> Tensor:
     """Samples [B, ...] from noise x0, float32: :func:`fm_fast.sample` with the recipe's path and objective.
 
     labels: int64 [B], or None for a network without classes. guidance w: v = v_u + w (v_c - v_u), with v_u for the null class; 1
     evaluates the conditional network only. low_resolution: what a super-resolution network enlarges. Adaptive methods take no steps.
-    options: other arguments of :func:`fm_fast.sample`.
+    churn, seed, first_id: of noise on the way. options: other arguments of :func:`fm_fast.sample`.
     """
+    drawn: dict[str, Any] = {"churn": churn, "seed": seed, "sample_ids": first_id} if churn else {}
     guided = Guidance(guidance, {"y": NULL_CLASS}) if guidance != 1.0 and labels is not None else None
     condition = {name: value for name, value in (("y", labels), ("low_resolution", low_resolution)) if value is not None}
     return sampling.sample(
         model, x0, cond=condition, path=recipe.path, objective=recipe.objective, method=method,
-        steps=None if is_adaptive(method) else steps, guidance=guided, **options,
+        steps=None if is_adaptive(method) else steps, guidance=guided, **drawn, **options,
     ).x  # fmt: skip
 
 
@@ -68,7 +72,7 @@ def sample_classes(
         part = labels[first : first + batch_size]
         rows = part.to(device) if config.model.classes else None
         x0 = starting_noise((len(part), config.model.image_channels, side, side), config.recipe, seed, 1, device, first)
-        parts.append(to_integers(sample(model, x0, rows, config.recipe, seed=seed, sample_ids=first, **options), levels).cpu())
+        parts.append(to_integers(sample(model, x0, rows, config.recipe, seed=seed, first_id=first, **options), levels).cpu())
         each(parts[-1], part)
     return torch.cat(parts), labels
 
@@ -86,7 +90,7 @@ def sample_enlarged(
         x0 = starting_noise(tuple(images.shape), config.recipe, seed, 1, device, first)
         low = reduced_if_wanted(config, images, originals.levels)
         rows = labels if config.model.classes else None
-        x = sample(model, x0, rows, config.recipe, low_resolution=low, seed=seed, sample_ids=first, **options)
+        x = sample(model, x0, rows, config.recipe, low_resolution=low, seed=seed, first_id=first, **options)
         parts.append(to_integers(x, originals.levels).cpu())
         each(parts[-1], labels)
     return torch.cat(parts)

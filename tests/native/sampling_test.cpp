@@ -54,12 +54,13 @@ struct StepProblem {
   }
 
   // The last term is the guided one where there is one.
-  fm::StepArgs args(int count, bool guided) {
+  fm::StepArgs args(int count, bool guided, const View& kept = {}) {
     fm::StepArgs a = {};
     a.shape = shape;
     a.out = out.view();
     a.x = x.view();
     a.copy = whole(copy.view());
+    a.kept = kept;
     a.coefficient = 0.75;
     a.guidance = 1.5;
     a.wide = sizeof(T) == 8;
@@ -69,6 +70,7 @@ struct StepProblem {
     if (guided) terms.back().k = fm::HalvedView{half(0), half(1).data};
     a.terms = terms.data();
     std::vector<View*> views = {&a.out, &a.x, &a.copy.first};
+    if (kept.data) views.push_back(&a.kept);
     for (fm::StepTerm& term : terms) views.push_back(&term.k.first);
     a.tiling = fm::plan_elementwise(&a.shape, fm::Views{views.data(), static_cast<int64_t>(views.size())});
     return a;
@@ -90,6 +92,38 @@ void check_step(const Isa& isa, const Shape& shape, int layout, int count, bool 
   problem.out.for_each([&](int64_t b, int64_t c, int64_t p, T& y) {
     expect(close(y, problem.expected(count, guided, b, c, p), sizeof(T) == 8 ? 1e-14 : 4e-6), "step " + describe(isa, shape, layout));
     expect(problem.copy.at(b, c, p) == y, "copy of step " + describe(isa, shape, layout));
+  });
+}
+
+// The last k is kept as it came, beside a copy in another layout.
+template <class T>
+void check_kept(const Isa& isa, const Shape& shape, int layout, int count) {
+  StepProblem<T> problem(shape, layout);
+  Tensor<T> kept(shape, kLayouts[(layout + 3) % 4], 3);
+  fm::StepArgs args = problem.args(count, false, kept.view());
+  if (shape.batch * shape.channels * shape.positions) isa.step(args, 0, args.tiling.units);
+  problem.out.for_each([&](int64_t b, int64_t c, int64_t p, T& y) {
+    expect(close(y, problem.expected(count, false, b, c, p), sizeof(T) == 8 ? 1e-14 : 4e-6),
+           "keeping step " + describe(isa, shape, layout));
+    expect(kept.at(b, c, p) == problem.k[static_cast<size_t>(count - 1)].at(b, c, p), "kept k " + describe(isa, shape, layout));
+  });
+}
+
+// One long run that needs no buffer, of memory without gaps.
+template <class T>
+void check_kept_run(const Isa& isa, int64_t positions) {
+  Shape shape = {1, 1, positions, 1};
+  StepProblem<T> problem(shape, 0);
+  Tensor<T> kept(shape, Layout::contiguous, 1);
+  fm::StepArgs args = problem.args(3, false, kept.view());
+  args.copy = {};
+  args.x = problem.k[6].view();
+  isa.step(args, 0, args.tiling.units);
+  kept.for_each([&](int64_t b, int64_t c, int64_t p, T& k) {
+    double x = problem.x.at(b, c, p), own = problem.k[6].at(b, c, p);
+    double expected = problem.expected(3, false, b, c, p) + 0.75 * (own - x);
+    expect(close(problem.out.at(b, c, p), expected, sizeof(T) == 8 ? 1e-14 : 4e-6), std::string("a run that keeps ") + isa.name);
+    expect(k == problem.k[2].at(b, c, p), std::string("kept k of a run ") + isa.name);
   });
 }
 
@@ -315,6 +349,8 @@ int main() {
       for (int layout = 0; layout < 4; ++layout) {
         for (int count = 1; count <= StepProblem<float>::kTerms; ++count) check_step<float>(isa, shape, layout, count, count % 2 == 0);
         check_step<double>(isa, shape, layout, 5, true);
+        for (int count : {1, 3, 7}) check_kept<float>(isa, shape, layout, count);
+        check_kept<double>(isa, shape, layout, 2);
         for (int count : {0, 1, 4, 6}) check_error<float>(isa, shape, layout, count);
         check_error<double>(isa, shape, layout, 5);
         for (bool structured : {false, true}) {
@@ -326,6 +362,10 @@ int main() {
         check_divergence<double>(isa, shape, layout, false, true);
       }
       check_step_ranges(isa, shape);
+    }
+    for (int64_t positions : {1, 7, 4099}) {
+      check_kept_run<float>(isa, positions);
+      check_kept_run<double>(isa, positions);
     }
     for (int64_t batch : {0, 1, 16, 37, 500})
       for (int64_t parts : {0, 1, 2}) check_control(isa, batch, parts);
