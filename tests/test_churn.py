@@ -171,7 +171,7 @@ class Learned(torch.nn.Module):
         (
             {"churn": 0.0},
             ValueError,
-            r"seed needs churn > 0, without which nothing is drawn on the way \(steps is the number of steps\), got 5",
+            "seed needs churn > 0, without which nothing is drawn on the way, got 5",
         ),
         ({"churn": 0.0, "seed": None}, ValueError, "step needs churn > 0"),
         ({"churn": 0.0, "seed": None, "step": None, "sample_ids": 3}, ValueError, "sample_ids needs churn > 0"),

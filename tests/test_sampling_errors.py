@@ -125,7 +125,7 @@ def test_bad_arguments(change, error, message, direction):
 
 
 def test_a_misspelt_number_of_steps():
-    with pytest.raises(ValueError, match=r"step needs churn > 0, .* \(steps is the number of steps\), got 4"):
+    with pytest.raises(ValueError, match=r"step needs churn > 0, .* \(the number of steps is steps\), got 4"):
         fm.sample(called, X0, method="dopri5", step=4)
     with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
         fm.encode(called, X0, method="dopri5", step=4)
