@@ -252,3 +252,22 @@ def test_a_solve_within_a_compiled_function_runs_beside_the_graph(arguments):
         return fm.sample(lambda x, t: layer(x) * t[:, None], 2 * x, save=[0.5], **arguments).saved + 1
 
     torch.testing.assert_close(torch.compile(solve, backend="eager")(x), solve(x))
+
+
+def test_a_likelihood_of_a_compiled_network(monkeypatch):
+    """Its backward pass gives memory away, and can run once only, unless it was compiled not to."""
+    torch.manual_seed(0)
+    network, x = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)), torch.randn(16, 2)
+
+    def likelihood(of, **arguments):
+        return fm.log_likelihood(lambda x, t: of(x) * (1 + t[:, None]), x, steps=3, seed=0, **arguments).logp
+
+    one = {"kind": "rademacher", "probes": 1}
+    compiled = torch.compile(network, backend="aot_eager")
+    torch.testing.assert_close(likelihood(compiled, **one), likelihood(network, **one))
+    for arguments in ({}, {"kind": "rademacher", "probes": 2}):
+        with pytest.raises(RuntimeError, match=r"model is compiled, .*set torch._functorch.config.donated_buffer = False before"):
+            likelihood(compiled, **arguments)
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)
+    torch.testing.assert_close(likelihood(torch.compile(network, backend="aot_eager")), likelihood(network))
