@@ -1,7 +1,7 @@
 """What torch is doing: transforms, compilers, modes and captures, and whether values may be looked at meanwhile."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,10 +62,17 @@ def has_values(x: Tensor) -> bool:
     return not (x.is_meta or isinstance(x, FakeTensor))
 
 
-def memory_of(x: Tensor) -> int:
-    """What views of the same memory have in common: its address, or where there is none the storage that stands for it."""
-    storage = x.untyped_storage()
-    return storage.data_ptr() if has_values(x) else storage._cdata
+def memory_reader(like: Tensor) -> Callable[[Tensor], int]:
+    """What says which memory tensors like this are views of: by its address, or where there is none by the storage that stands for it."""
+    return _address if has_values(like) else _stand_in
+
+
+def _address(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _stand_in(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
 
 
 def worth_a_wait(values: Tensor) -> bool:

@@ -272,7 +272,7 @@ def _fixed(
 
 def _require_numbers(factors: object) -> None:
     if factors is not None:
-        raise ValueError("churn must be 0 where the path has parameters that gradients are recorded of, which the added noise would hide")
+        raise ValueError("churn must be 0 where gradients of the path's own parameters are recorded: the added noise would leave them out")
 
 
 def _after_step(

@@ -16,19 +16,19 @@ SEED, STEP = 5, 7
 NOISE = {"seed": SEED, "step": STEP}
 
 
-def by_hand(velocity, x, nodes, churn, path, method, ids=None):
-    """Back by churn times the step, but not before t = 0, then a step of the method."""
-    low = 1e-5 if nodes[0] == 1e-5 else 0.0
+def by_hand(velocity, x, nodes, churn, path, method):
+    """Back by churn times the step, but not before t = 0, then a step of the method; velocity(x, t), or one a step."""
+    velocities = velocity if isinstance(velocity, list) else [velocity] * (len(nodes) - 1)
     for n, (t, end) in enumerate(itertools.pairwise(nodes)):
-        begin = max(t - churn * (end - t), low)
+        begin = max(t - churn * (end - t), 0.0)
         (a, s, *_), (a_before, s_before, *_) = schedule(path, t), schedule(path, begin)
         if a > 0:
-            z = torch.from_numpy(oracle.normal(tuple(x.shape), SEED, STEP, "bridge", ids=ids, index=n))
+            z = torch.from_numpy(oracle.normal(tuple(x.shape), SEED, STEP, "bridge", index=n))
             ratio = a_before / a
             x = ratio * x + max(s_before**2 - (ratio * s) ** 2, 0.0) ** 0.5 * z
         else:
             begin = t
-        x = ONE_STEP[method](velocity, x, begin, end - begin)
+        x = ONE_STEP[method](velocities[n], x, begin, end - begin)
     return x
 
 
@@ -46,7 +46,8 @@ def test_the_solve_is_the_loops(path, method, churn, backend):
 @pytest.mark.parametrize("objective", ["noise", "data"])
 def test_other_objectives(objective, backend):
     nodes = [0.2, 0.3, 0.6, 0.8]
-    found = fm.sample(network, X0, path="cosine", objective=objective, method="midpoint", grid=nodes, t0=0.2, t1=0.8, churn=0.4, **NOISE)
+    options = {"path": "cosine", "objective": objective, "method": "midpoint", "grid": nodes, "t0": 0.2, "t1": 0.8}
+    found = fm.sample(network, X0, churn=0.4, backend=backend, **options, **NOISE)
     expected = by_hand(lambda x, t: velocity_of("cosine", objective, network(x, t), x, t), X0, nodes, 0.4, "cosine", "midpoint")
     torch.testing.assert_close(found.x, expected, rtol=1e-5, atol=1e-5)
 
@@ -68,7 +69,7 @@ def test_it_keeps_the_distribution_and_forgets_what_went_wrong(path):
     )
     for x in (right, narrow):
         assert float(x.mean()) == pytest.approx(0.5, abs=0.02) and float(x.std()) == pytest.approx(0.3, abs=0.015)
-    assert float(wrong.std()) < 0.2
+    assert float(wrong.std()) == pytest.approx(0.15, abs=0.01)
     # The ODE's samples are a function of the noise; these have forgotten it.
     assert abs(float(torch.corrcoef(torch.cat([noise, right], 1).T)[0, 1])) < 0.5
 
@@ -98,11 +99,10 @@ def test_guidance(interval, method, backend):
     each = fm.Guidance(torch.full((3,), 2.0, dtype=torch.float64), {"y": 0.0}, interval)
     mixed = fm.sample(model, X0, cond={"y": y}, guidance=each, method=method, steps=4, churn=0.5, backend=backend, **NOISE)
     torch.testing.assert_close(found.x, mixed.x, rtol=1e-12, atol=1e-12)
-    if interval == (0.0, 1.0):
-        nodes = [0.0, 0.25, 0.5, 0.75, 1.0]
-        torch.testing.assert_close(
-            found.x, by_hand(lambda x, t: 2.0 * network(x, t) * y, X0, nodes, 0.5, "ot", method), rtol=1e-5, atol=1e-5
-        )
+    guided = [interval[0] <= middle <= interval[1] for middle in (0.125, 0.375, 0.625, 0.875)]
+    velocities = [lambda x, t, scale=scale: scale * network(x, t) * y for scale in (2.0 if here else 1.0 for here in guided)]
+    expected = by_hand(velocities, X0, [0.0, 0.25, 0.5, 0.75, 1.0], 0.5, "ot", method)
+    torch.testing.assert_close(found.x, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["euler", "midpoint"])
@@ -179,7 +179,7 @@ class Learned(torch.nn.Module):
         (
             {"path": Learned(), "objective": "noise", "grad": "direct", "t0": 0.1},
             ValueError,
-            "churn must be 0 where the path has parameters",
+            "churn must be 0 where gradients of the path's own",
         ),
     ],
     ids=lambda value: str(value)[:40],

@@ -118,7 +118,8 @@ class FusedState:
         self._writes = _Writes()
         self._allocate(x0, plan, layout)
         self.input = self._node_input
-        self._buffers = set(map(_modes.memory_of, (self.x, self._node_input, self._stage_input)))
+        self._has_values, self._memory_of = _modes.has_values(x0), _modes.memory_reader(x0)
+        self._buffers = set(map(self._memory_of, (self.x, self._node_input, self._stage_input)))
         # One update in place, or updates that read earlier outputs: neither bears an output that lies in the state's own memory.
         self._copies = plan.longest_lag > 0 or plan.updates_in_place
         self.advance = [self._addition(stage) if self._is_addition(stage) else self._combination(stage) for stage in all_stages(plan)]
@@ -169,7 +170,7 @@ class FusedState:
                 self._writes.watch(output)
             history.add(to_velocity(row, output))
             outputs = [history.newest_first[lag] for lag in lags]
-            if len(outputs) > 1 and _share_memory(outputs):
+            if len(outputs) > 1 and self._has_values and _share_memory(outputs):
                 self._writes.require_none(outputs)
             step(target, copy, x, outputs, table, row, scale)
             self.input = following
@@ -197,12 +198,12 @@ class FusedState:
 
     def _own(self, output: Tensor) -> Tensor:
         """The output, or a copy where it lies in a buffer of ours: a model may return its input, or a view of it."""
-        return output.clone() if _modes.memory_of(output) in self._buffers else output
+        return output.clone() if self._memory_of(output) in self._buffers else output
 
 
 def _share_memory(outputs: Sequence[Tensor]) -> bool:
     # An address of 0 is that of an empty batch.
-    return _modes.has_values(outputs[0]) and len({output.data_ptr() for output in outputs}) < len(outputs) and outputs[0].data_ptr() != 0
+    return len({output.data_ptr() for output in outputs}) < len(outputs) and outputs[0].data_ptr() != 0
 
 
 class _Writes:
@@ -245,7 +246,7 @@ class PlainState:
     """The same in plain PyTorch: differentiable in x0 and in every output."""
 
     def __init__(self, x0: Tensor, plan: Plan, layout: Layout) -> None:
-        self._layout = layout
+        self._layout, self._has_values = layout, _modes.has_values(x0)
         self._history = _History(plan.longest_lag + 1)
         self._writes = _Writes()
         self.x = x0.to(reference.accumulation_dtype(x0))
@@ -265,7 +266,7 @@ class PlainState:
                 self._writes.watch(output)
             self._history.add(output if factors is None else reference.linear_step(self.x, [output], factors[row], scale))
             outputs = [self._history.newest_first[lag] for lag in stage.lags]
-            if len(outputs) > 1 and not _modes.transforms_active() and _share_memory(outputs):
+            if len(outputs) > 1 and self._has_values and not _modes.transforms_active() and _share_memory(outputs):
                 self._writes.require_none(outputs)
             x = reference.linear_step(self.x, outputs, coefficients[row], scale)
             self.x = x if stage.ends_step else self.x

@@ -92,7 +92,7 @@ def measured_graph() -> Iterator[dict[int, int]]:
     sizes: dict[int, int] = {}
 
     def note(kept: Tensor) -> Tensor:
-        sizes[_modes.memory_of(kept)] = kept.untyped_storage().nbytes()
+        sizes[_modes.memory_reader(kept)(kept)] = kept.untyped_storage().nbytes()
         # Not itself: an op's own output, kept with its graph, would keep the op that keeps it. Autograd puts the graph back on.
         return kept.detach()
 

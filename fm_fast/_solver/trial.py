@@ -223,7 +223,8 @@ class Fused:
         self._none = y[0].new_empty(0)
         self._end, self._other_end, self._input = (_alike(y) for _ in range(3))
         self._slopes = [_alike(y) for _ in method.table.b]
-        self._targets = set(map(_modes.memory_of, (*self._end, *self._other_end, *self._input)))
+        self._memory_of = _modes.memory_reader(y[0])
+        self._targets = set(map(self._memory_of, (*self._end, *self._other_end, *self._input)))
         self._tables = _Tables(self._rows.updates, self._rows.error, len(method.table.c), y[0].device)
         self._dtype, self._batch = y[0].dtype, len(y[0])
         self._means = torch.empty(len(y), len(y[0]), dtype=torch.float64, device=y[0].device)
@@ -269,7 +270,7 @@ class Fused:
 
     def _can_keep(self, slope: Tensor, part: Tensor) -> bool:
         """Whether the op that reads a slope can keep it on the way: a GPU moves one dtype fastest, and views of a target change."""
-        return slope.dtype == part.dtype and _modes.memory_of(slope) not in self._targets
+        return slope.dtype == part.dtype and self._memory_of(slope) not in self._targets
 
     def interpolate(self, h: float, weights: Sequence[float], y: Parts, slopes: Sequence[Parts]) -> Parts:
         tables = _Tables([row := _row(weights)], None, 0, y[0].device)
