@@ -37,11 +37,15 @@ struct NormSettings {
 
 bool is_channels_last(const View& view, int64_t positions) { return positions == 1 || view.channel_stride < view.position_stride; }
 
-// Whole groups that are worth a unit of their own. The cut depends on the shape and the layout alone.
+// Whole groups that are worth a unit of their own, in channels_last as many as fill vectors. The cut depends on the shape and the layout
+// alone.
 int64_t groups_of_unit(const NormArgs& args) {
   int64_t positions = greater(args.shape.positions, 1), width = greater(args.shape.channels / args.groups, 1);
-  int64_t channels = is_channels_last(args.x, positions) ? kUnitChannels : divide_up(kUnitElements, positions);
-  return lesser(divide_up(channels, width), args.groups);
+  bool channels_last = is_channels_last(args.x, positions);
+  int64_t groups = divide_up(channels_last ? kUnitChannels : divide_up(kUnitElements, positions), width);
+  if (channels_last)
+    while (groups * width % kLineElements) ++groups;
+  return lesser(groups, args.groups);
 }
 
 // What is absent has no elements and one dimension; the inputs of an empty batch have no elements either.

@@ -75,11 +75,23 @@ template <class T>
 FM_INLINE Vector<T> kept(Vector<T> a, Whole) {
   return a;
 }
+#if defined(__AVX512F__)
+FM_INLINE __mmask16 mask_of(First first) { return static_cast<__mmask16>((1u << first.lanes) - 1u); }
+template <class T>
+FM_INLINE Vector<float> kept(Vector<float> a, First first) {
+  return _mm512_maskz_mov_ps(mask_of(first), a);
+}
+template <class T>
+FM_INLINE Vector<double> kept(Vector<double> a, First first) {
+  return _mm512_maskz_mov_pd(static_cast<__mmask8>(mask_of(first)), a);
+}
+#else
 template <class T>
 FM_INLINE Vector<T> kept(Vector<T> a, First first) {
   for (int64_t i = first.lanes; i < kWidth<T>; ++i) a[i] = T(0);
   return a;
 }
+#endif
 
 template <class T>
 FM_INLINE T sum_of_lanes(Vector<T> a) {
@@ -113,13 +125,12 @@ FM_INLINE Bits bfloat16_bits(Vector<float> v) {
 }
 
 #if defined(__AVX512F__)
+FM_INLINE Vector<float> from_bfloat16(__m256i stored) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(stored), 16)); }
+FM_INLINE __m256i to_bfloat16_bits(Vector<float> v) { return _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bfloat16_bits(v))); }
 FM_INLINE Vector<float> load_whole(const Bfloat16* from) {
-  __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  return from_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
-FM_INLINE void store_whole(Bfloat16* to, Vector<float> v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bfloat16_bits(v))));
-}
+FM_INLINE void store_whole(Bfloat16* to, Vector<float> v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_bfloat16_bits(v)); }
 FM_INLINE Vector<float> load_whole(const Float16* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
@@ -175,23 +186,41 @@ template <class S>
 FM_INLINE Vector<Compute<S>> load(const S* from, Whole) {
   return load_whole(from);
 }
+#if defined(__AVX512F__)
+FM_INLINE Vector<float> load(const float* from, First first) { return _mm512_maskz_loadu_ps(mask_of(first), from); }
+FM_INLINE Vector<double> load(const double* from, First first) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask_of(first)), from);
+}
+FM_INLINE Vector<float> load(const Bfloat16* from, First first) { return from_bfloat16(_mm256_maskz_loadu_epi16(mask_of(first), from)); }
+FM_INLINE Vector<float> load(const Float16* from, First first) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask_of(first), from)); }
+#else
 template <class S>
 FM_INLINE Vector<Compute<S>> load(const S* from, First first) {
   S lanes[kWidth<Compute<S>>] = {};
   for (int64_t i = 0; i < first.lanes; ++i) lanes[i] = from[i];
   return load_whole(lanes);
 }
+#endif
 
 template <class S>
 FM_INLINE void store(S* to, Vector<Compute<S>> v, Whole) {
   store_whole(to, v);
 }
+#if defined(__AVX512F__)
+FM_INLINE void store(float* to, Vector<float> v, First first) { _mm512_mask_storeu_ps(to, mask_of(first), v); }
+FM_INLINE void store(double* to, Vector<double> v, First first) { _mm512_mask_storeu_pd(to, static_cast<__mmask8>(mask_of(first)), v); }
+FM_INLINE void store(Bfloat16* to, Vector<float> v, First first) { _mm256_mask_storeu_epi16(to, mask_of(first), to_bfloat16_bits(v)); }
+FM_INLINE void store(Float16* to, Vector<float> v, First first) {
+  _mm256_mask_storeu_epi16(to, mask_of(first), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
 template <class S>
 FM_INLINE void store(S* to, Vector<Compute<S>> v, First first) {
   S lanes[kWidth<Compute<S>>];
   store_whole(lanes, v);
   for (int64_t i = 0; i < first.lanes; ++i) to[i] = lanes[i];
 }
+#endif
 
 }  // namespace FM_ISA
 }  // namespace fm
