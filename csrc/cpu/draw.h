@@ -110,37 +110,33 @@ struct GroupInput {
   SampleShare shares[2 * N];
 };
 
-// The block's words of each lane, as the two pairs that Box-Muller takes: first[n] and second[n] are words 0 and 1 of group n,
-// first[N + n] and second[N + n] words 2 and 3.
-template <int N>
+// The words of a group's blocks, as the two pairs that Box-Muller takes: first[0] and second[0] are words 0 and 1, first[1] and second[1]
+// words 2 and 3.
 struct GroupWords {
-  Ints first[2 * N], second[2 * N];
+  Ints first[2], second[2];
 };
 
 // The last round puts the even and odd lanes together again.
-template <int N>
-FM_INLINE void last_round(const Generator& g, const HalfState half[2 * N], GroupWords<N>* words) {
+FM_INLINE GroupWords last_round(const Generator& g, const HalfState& even, const HalfState& odd) {
   constexpr int kLast = kPhiloxRounds - 1;
-  for (int n = 0; n < N; ++n) {
-    const HalfState &even = half[2 * n], &odd = half[2 * n + 1];
-    Ints even1 = multiply_even(even.c2, g.multiplier1), odd1 = multiply_even(odd.c2, g.multiplier1);
-    Ints even0 = multiply_even(even.c0, g.multiplier0), odd0 = multiply_even(odd.c0, g.multiplier0);
-    words->first[n] = exclusive_or(interleave_high_halves(even1, odd1), interleave_low_halves(even.c1, odd.c1), g.key0[kLast]);
-    words->second[n] = interleave_low_halves(even1, odd1);
-    words->first[N + n] = exclusive_or(interleave_high_halves(even0, odd0), interleave_low_halves(even.c3, odd.c3), g.key1[kLast]);
-    words->second[N + n] = interleave_low_halves(even0, odd0);
-  }
+  Ints even1 = multiply_even(even.c2, g.multiplier1), odd1 = multiply_even(odd.c2, g.multiplier1);
+  Ints even0 = multiply_even(even.c0, g.multiplier0), odd0 = multiply_even(odd.c0, g.multiplier0);
+  return GroupWords{{exclusive_or(interleave_high_halves(even1, odd1), interleave_low_halves(even.c1, odd.c1), g.key0[kLast]),
+                     exclusive_or(interleave_high_halves(even0, odd0), interleave_low_halves(even.c3, odd.c3), g.key1[kLast])},
+                    {interleave_low_halves(even1, odd1), interleave_low_halves(even0, odd0)}};
 }
 
-template <int N>
-FM_INLINE GroupWords<N> philox_lanes(const Generator& g, const GroupInput<N>& input) {
+// The words of N groups. meanwhile(n), n < N, is called between rounds: other work for the time that the products take.
+template <int N, class Meanwhile>
+FM_INLINE void philox_lanes(const Generator& g, const GroupInput<N>& input, const Meanwhile& meanwhile, GroupWords words[N]) {
   HalfState half[2 * N];
-  GroupWords<N> words;
   for (int n = 0; n < 2 * N; ++n) half[n] = first_two_rounds(g, input.shares[n], input.blocks[n]);
-  for (int round = 2; round < kPhiloxRounds - 1; ++round)
+#pragma GCC unroll 8
+  for (int round = 2; round < kPhiloxRounds - 1; ++round) {
     for (int n = 0; n < 2 * N; ++n) half[n] = half_round(g, round, half[n]);
-  last_round<N>(g, half, &words);
-  return words;
+    if (round % 3 == 0 && round / 3 <= N) meanwhile(round / 3 - 1);
+  }
+  for (int n = 0; n < N; ++n) words[n] = last_round(g, half[2 * n], half[2 * n + 1]);
 }
 
 FM_INLINE Floats uniform_lanes(const Generator& g, Ints word) { return fma(unsigned_to_floats(word), g.uniform_scale, g.uniform_shift); }
@@ -201,18 +197,15 @@ FM_INLINE void normal_lanes(const Generator& g, const Ints radius_words[N], cons
 // What becomes of a block's four words: its numbers, of which it holds kPositions.
 struct ToNormals {
   static constexpr int64_t kPositions = 4;
-  template <int N>
-  FM_INLINE void finish(const Generator& g, const GroupWords<N>& words, Floats even[2 * N], Floats odd[2 * N]) {
-    constexpr int kAbreast = kLanes == 16 ? N : 2 * N;  // measured
-    for (int n = 0; n < 2 * N; n += kAbreast) normal_lanes<kAbreast>(g, words.first + n, words.second + n, even + n, odd + n);
+  FM_INLINE void finish(const Generator& g, const GroupWords& words, Floats even[2], Floats odd[2]) {
+    normal_lanes<2>(g, words.first, words.second, even, odd);
   }
 };
 
 struct ToUniforms {
   static constexpr int64_t kPositions = 4;
-  template <int N>
-  FM_INLINE void finish(const Generator& g, const GroupWords<N>& words, Floats even[2 * N], Floats odd[2 * N]) {
-    for (int n = 0; n < 2 * N; ++n) {
+  FM_INLINE void finish(const Generator& g, const GroupWords& words, Floats even[2], Floats odd[2]) {
+    for (int n = 0; n < 2; ++n) {
       even[n] = uniform_lanes(g, words.first[n]);
       odd[n] = uniform_lanes(g, words.second[n]);
     }
@@ -222,25 +215,50 @@ struct ToUniforms {
 // The words themselves, one bit a sign. Vectors and memcpy keep all bits, also those that would be a signalling NaN.
 struct ToSigns {
   static constexpr int64_t kPositions = 128;
-  template <int N>
-  FM_INLINE void finish(const Generator&, const GroupWords<N>& words, Floats even[2 * N], Floats odd[2 * N]) {
-    for (int n = 0; n < 2 * N; ++n) {
+  FM_INLINE void finish(const Generator&, const GroupWords& words, Floats even[2], Floats odd[2]) {
+    for (int n = 0; n < 2; ++n) {
       even[n] = as_floats(words.first[n]);
       odd[n] = as_floats(words.second[n]);
     }
   }
 };
 
-template <class Finish, int N>
-FM_INLINE void fill_groups(const Generator& g, const GroupInput<N>& input, float* out) {
-  Floats even[2 * N], odd[2 * N];
-  Finish::template finish<N>(g, philox_lanes<N>(g, input), even, odd);
-  for (int n = 0; n < N; ++n, out += 4 * kLanes) {
-    Floats columns[4] = {even[n], odd[n], even[N + n], odd[N + n]};
-    transpose_groups(columns);
-    for (int i = 0; i < 4; ++i) store_floats(out + i * kLanes, columns[i]);
-  }
+// Words of a block, or numbers made of them, in memory.
+constexpr int64_t kGroupNumbers = 4 * kLanes;
+
+template <class Finish>
+FM_INLINE void finish_group(const Generator& g, const GroupWords& words, float* out) {
+  Floats even[2], odd[2];
+  Finish::finish(g, words, even, odd);
+  Floats columns[4] = {even[0], odd[0], even[1], odd[1]};
+  transpose_groups(columns);
+  for (int i = 0; i < 4; ++i) store_floats(out + i * kLanes, columns[i]);
 }
+
+// Groups one set of N after another. The numbers of a set are made of its words while the words of the next are drawn: the one is a chain
+// of dependent products, the other of dependent polynomials, and a processor does not look far enough ahead to find both.
+template <class Finish, int N>
+class Sets {
+ public:
+  explicit Sets(float* out) : out_(out) {}
+
+  FM_METHOD void start(const Generator& g, const GroupInput<N>& input) {
+    philox_lanes<N>(g, input, [](int) __attribute__((always_inline)) {}, words_);
+  }
+  FM_METHOD void next(const Generator& g, const GroupInput<N>& input) {
+    philox_lanes<N>(
+        g, input, [&](int n) __attribute__((always_inline)) { finish_group<Finish>(g, words_[n], out_ + n * kGroupNumbers); }, words_);
+    out_ += N * kGroupNumbers;
+  }
+  FM_METHOD float* end(const Generator& g) {
+    for (int n = 0; n < N; ++n) finish_group<Finish>(g, words_[n], out_ + n * kGroupNumbers);
+    return out_ + N * kGroupNumbers;
+  }
+
+ private:
+  GroupWords words_[N];
+  float* out_;
+};
 
 template <int N>
 FM_INLINE GroupInput<N> run_input(const Generator& g, const SampleShare& share, uint32_t block) {
@@ -255,25 +273,43 @@ FM_INLINE GroupInput<N> run_input(const Generator& g, const SampleShare& share, 
 
 template <class Finish>
 static void fill_run(const Generator& generator, uint32_t id, uint32_t block, int64_t blocks, const Ahead& ahead, float* out) {
+  constexpr int64_t kBlocks = kGroups * kLanes;
   SampleShare share = sample_share(generator, all_ints(id));
   int64_t i = 0;
-  for (; i + kLanes < blocks; i += kGroups * kLanes) {
-    const Generator& g = reread(generator);
-    fetch(ahead, 4 * i, 4 * kGroups * kLanes);
-    fill_groups<Finish>(g, run_input<kGroups>(g, share, block + static_cast<uint32_t>(i)), out + 4 * i);
+  if (blocks > kLanes) {
+    Sets<Finish, kGroups> sets(out);
+    fetch(ahead, 0, 4 * kBlocks);
+    sets.start(generator, run_input<kGroups>(generator, share, block));
+    for (i = kBlocks; i + kLanes < blocks; i += kBlocks) {
+      const Generator& g = reread(generator);
+      fetch(ahead, 4 * i, 4 * kBlocks);
+      sets.next(g, run_input<kGroups>(g, share, block + static_cast<uint32_t>(i)));
+    }
+    out = sets.end(generator);
   }
-  if (i < blocks) fill_groups<Finish>(generator, run_input<1>(generator, share, block + static_cast<uint32_t>(i)), out + 4 * i);
+  if (i >= blocks) return;
+  Sets<Finish, 1> rest(out);
+  rest.start(generator, run_input<1>(generator, share, block + static_cast<uint32_t>(i)));
+  rest.end(generator);
+}
+
+// Of counters that are listed one by one.
+FM_INLINE GroupInput<1> listed_input(const Generator& g, const uint32_t* ids, const uint32_t* blocks) {
+  Ints id = pick(load_ints(ids), g.order), block = pick(load_ints(blocks), g.order);
+  return GroupInput<1>{{block, high_halves(block)}, {sample_share(g, id), sample_share(g, high_halves(id))}};
 }
 
 // ids and blocks must be readable up to the next multiple of kLanes.
 template <class Finish>
 static void fill_listed(const Generator& generator, const uint32_t* ids, const uint32_t* blocks, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += kLanes, out += 4 * kLanes) {
+  if (count <= 0) return;
+  Sets<Finish, 1> sets(out);
+  sets.start(generator, listed_input(generator, ids, blocks));
+  for (int64_t i = kLanes; i < count; i += kLanes) {
     const Generator& g = reread(generator);
-    Ints id = pick(load_ints(ids + i), g.order), block = pick(load_ints(blocks + i), g.order);
-    GroupInput<1> input = {{block, high_halves(block)}, {sample_share(g, id), sample_share(g, high_halves(id))}};
-    fill_groups<Finish>(g, input, out);
+    sets.next(g, listed_input(g, ids + i, blocks + i));
   }
+  sets.end(generator);
 }
 
 #else

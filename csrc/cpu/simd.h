@@ -14,6 +14,7 @@
 #endif
 
 #define FM_INLINE static inline __attribute__((always_inline))
+#define FM_METHOD inline __attribute__((always_inline))
 
 namespace fm {
 namespace FM_ISA {

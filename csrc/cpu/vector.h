@@ -4,8 +4,6 @@
 
 #include "convert.h"
 
-#define FM_METHOD inline __attribute__((always_inline))
-
 namespace fm {
 namespace FM_ISA {
 
