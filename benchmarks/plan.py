@@ -44,6 +44,7 @@ PLAN = (
     Entry("group_norm_silu", ("32x32", "16x16", "8x8"), None, 40, only=("eager",)),
     Entry("conv3x3", ("32x32", "32x32, decoder", "16x16", "8x8"), None, 20, only=("torch",)),
     Entry("conv_weight_grad", ("32x32", "32x32, decoder", "16x16", "8x8"), None, 20, only=("torch",)),
+    Entry("attention", ("16x16", "16x16, 4 heads of 64", "8x8", "32x32"), None, 20),
     Entry("train_step", ("32x32",), None, 12),
     Entry("share", ("MLP, 2-D", "MLP, robotics", "U-Net, digits", "U-Net, 32x32"), None, 3),
 )

@@ -47,6 +47,7 @@ OPS = (
     "group_norm_silu",
     "conv3x3",
     "conv_weight_grad",
+    "attention",
     "assignment",
 )
 # Those with a kernel in csrc/cuda.

@@ -45,6 +45,8 @@ SCHEMAS = {
         "Tensor bias, Tensor scale, Tensor shift, Tensor mean, Tensor rstd, Tensor key, int groups, bool activation, float dropout, "
         "int index) -> ()"
     ),
+    "attention": "(Tensor(a!) out, Tensor(b!) log_sums, Tensor joint) -> ()",
+    "attention_backward": "(Tensor(a!) grad_joint, Tensor grad_out, Tensor joint, Tensor out, Tensor log_sums) -> ()",
     "assignment": "(Tensor(a!) columns, Tensor costs, Tensor guess) -> ()",
     "conv3x3": "(Tensor(a!) y, Tensor x, Tensor weight, Tensor bias, bool transposed) -> ()",
     "conv_weight_grad": "(Tensor(a!) grad_weight, Tensor(b!) grad_bias, Tensor grad_y, Tensor x) -> ()",

@@ -289,6 +289,16 @@ def group_statistics(dots: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return mean, (means - mean).square().sum(0) / ((groups - 1) * groups)
 
 
+def attention(joint: Tensor) -> Tensor:
+    """Self-attention of pixels, [B, pixels, heads, features] from a joint projection [B, pixels, 3, heads, features].
+
+    softmax(q k^T / sqrt(features)) v for each head, with the queries q, keys k and values v side by side in ``joint``.
+    """
+    query, key, value = joint.permute(2, 0, 3, 1, 4).unbind(0)
+    weights = torch.softmax(query @ key.transpose(-1, -2) / math.sqrt(joint.shape[4]), dim=-1)
+    return (weights @ value).transpose(1, 2)
+
+
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
     """A convolution of size 3 that keeps height and width.
 

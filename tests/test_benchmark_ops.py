@@ -17,14 +17,15 @@ from fm_fast import _backends, _ops
 
 CPU = torch.device("cpu")
 # A benchmark of one name times both; that of couplings times their assignment.
-WITH_OTHERS = {"path_loss_backward", "group_norm_silu_backward", "adamw_ema_norm", "assignment"}
-SINGLE_OPS = ("noise", "path_sample", "linear_step", "step_error", "probe", "divergence_step", "conv3x3", "conv_weight_grad")
+WITH_OTHERS = {"path_loss_backward", "group_norm_silu_backward", "attention_backward", "adamw_ema_norm", "assignment"}
+SINGLE_OPS = ("noise", "path_sample", "linear_step", "step_error", "probe", "divergence_step", "conv3x3", "conv_weight_grad", "attention")
 TINY = {
     "path_sample": (64, 3, 5, 7),
     "step_control": (64,),
     "probe": (16, 33),
     "conv3x3": (3, 16, 32, 5),
     "conv_weight_grad": (3, 16, 32, 5),
+    "attention": (3, 25, 2, 16),
 }
 PROBLEMS = [(name, mode) for name in SINGLE_OPS for mode in registry.find(name).modes]
 

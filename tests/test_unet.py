@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from unet_helpers import TINY, inputs, shaken
 
 import fm_fast as fm
-from fm_fast.nn import PRESETS, UNet, UNetConfig, attention
+from fm_fast.nn import PRESETS, UNet, UNetConfig
 from fm_fast.nn.attention import Attention
 from fm_fast.nn.embedding import sinusoidal_embedding
 from fm_fast.nn.layers import BlockSettings, Half, ResidualBlock
@@ -117,10 +117,8 @@ def test_sinusoidal_embedding_is_the_formula():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("way", ["fused", "matrices", "plain"])
-def test_attention_is_softmax_of_scaled_products(way, layout, monkeypatch):
-    monkeypatch.setattr(attention, "suits_matrices", lambda query: way == "matrices")
-    fused = way != "plain"
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_is_softmax_of_scaled_products(fused, layout):
     layer = shaken(Attention(8, heads=2, groups=2, fused=fused)).double().train(fused)
     x = torch.randn(2, 8, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
     joint = layer.query_key_value(layer.norm(x)).flatten(2)
@@ -131,30 +129,6 @@ def test_attention_is_softmax_of_scaled_products(way, layout, monkeypatch):
         mixed[:, head * 4 : head * 4 + 4] = torch.einsum("bqk,bck->bcq", weights, v)
     expected = x + layer.projection(mixed.reshape(2, 8, 3, 2))
     torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
-
-
-def test_bfloat16_attention_trains_on_matrices_where_the_processor_multiplies_them(monkeypatch):
-    query = torch.zeros(1, 1, 256, 4, dtype=torch.bfloat16, requires_grad=True)
-    monkeypatch.setattr(attention, "_MULTIPLIES_BFLOAT16", True)
-    assert attention.suits_matrices(query)
-    assert not attention.suits_matrices(query.float())
-    assert not attention.suits_matrices(query.new_zeros(1, 1, 257, 4))  # whose weights are too many
-    with torch.no_grad():
-        assert not attention.suits_matrices(query)
-    monkeypatch.setattr(attention, "_MULTIPLIES_BFLOAT16", False)
-    assert not attention.suits_matrices(query)
-
-
-def test_bfloat16_attention_on_matrices_is_off_by_roundings():
-    parts = [fm.noise((2, 3, 64, 16), seed=seed, step=0, dtype=torch.float64) for seed in range(3)]
-    leaves = [part.bfloat16().requires_grad_() for part in parts]
-    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    found, expected = attention.attention_of_matrices(*leaves), attention.plain_attention(*exact)
-    assert (found - expected).norm() < 2**-7 * expected.norm()
-    direction = fm.noise(found.shape, seed=3, step=0)
-    gradients = torch.autograd.grad(found, leaves, direction.bfloat16())
-    for gradient, reference in zip(gradients, torch.autograd.grad(expected, exact, direction.bfloat16().double()), strict=True):
-        assert (gradient - reference).norm() < 2**-7 * reference.norm()
 
 
 def test_attention_is_where_asked_for_and_reaches_every_pixel():

@@ -25,7 +25,8 @@ bool has_avx512() {
   isa::noise_units, isa::schedule_units, isa::path_sample_units, isa::path_loss_units, isa::linear_step_units, isa::step_error_units, \
       isa::step_control_units, isa::parity_units, isa::probe_units, isa::divergence_step_units, isa::adamw_ema_norm_units,            \
       isa::adamw_ema_units, isa::group_norm_silu_units, isa::group_norm_silu_backward_units, isa::conv_weight_grad_units,             \
-      isa::conv_weight_grad_sums, isa::conv3x3_weights, isa::conv3x3_units, isa::assignment
+      isa::conv_weight_grad_sums, isa::conv3x3_weights, isa::conv3x3_units, isa::attention_units, isa::attention_backward_units,      \
+      isa::assignment
 
 // Best first.
 const KernelTable kTables[] = {

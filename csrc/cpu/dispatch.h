@@ -24,6 +24,7 @@ struct KernelTable {
   NormGradKernel group_norm_silu_backward;
   ConvKernel conv_weight_grad, conv_weight_grad_sums;
   Conv3x3Kernel conv3x3_weights, conv3x3;
+  AttentionKernel attention, attention_backward;
   AssignmentKernel assignment;
 };
 

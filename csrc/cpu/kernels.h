@@ -163,6 +163,19 @@ struct Conv3x3Args {
   int64_t unit_tiles;  // of 2x2 positions of y
 };
 
+constexpr int64_t kAttentionQueries = 192;  // a unit of attention's forward pass
+
+// Self-attention of N pixels: joint [B, N, 3, H, D] holds queries, keys and values, out [B, N, H, D]; D is a multiple of 16.
+struct AttentionArgs {
+  const void* joint;
+  Dtype dtype;
+  int64_t batch, pixels, heads, features;
+  void* out;        // read by the backward pass
+  float* log_sums;  // [B, H, N]: log sum exp of the scores of each query
+  const void* grad_out;
+  void* grad_joint;
+};
+
 constexpr int64_t kControlSamples = 16;  // a unit of step_control
 
 // A different column for each row, such that the sum of the costs is the least.
@@ -194,6 +207,7 @@ using NormKernel = void (*)(const NormArgs&, int64_t begin, int64_t end);
 using NormGradKernel = void (*)(const NormGradArgs&, int64_t begin, int64_t end);
 using ConvKernel = void (*)(const ConvArgs&, int64_t begin, int64_t end);
 using AssignmentKernel = void (*)(const AssignmentArgs&);
+using AttentionKernel = void (*)(const AttentionArgs&, int64_t begin, int64_t end);
 using Conv3x3Kernel = void (*)(const Conv3x3Args&, int64_t begin, int64_t end);
 
 #define FM_DECLARE_KERNELS(isa)                                                              \
@@ -216,6 +230,8 @@ using Conv3x3Kernel = void (*)(const Conv3x3Args&, int64_t begin, int64_t end);
   void conv_weight_grad_sums(const ConvArgs& args, int64_t begin, int64_t end);              \
   void conv3x3_weights(const Conv3x3Args& args, int64_t begin, int64_t end);                 \
   void conv3x3_units(const Conv3x3Args& args, int64_t begin, int64_t end);                   \
+  void attention_units(const AttentionArgs& args, int64_t begin, int64_t end);               \
+  void attention_backward_units(const AttentionArgs& args, int64_t begin, int64_t end);      \
   void assignment(const AssignmentArgs& args);                                               \
   }
 FM_DECLARE_KERNELS(portable)

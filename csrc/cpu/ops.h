@@ -20,6 +20,8 @@ void group_norm_silu(StableIValue* stack, uint64_t, uint64_t);
 void group_norm_silu_backward(StableIValue* stack, uint64_t, uint64_t);
 void conv_weight_grad(StableIValue* stack, uint64_t, uint64_t);
 void conv3x3(StableIValue* stack, uint64_t, uint64_t);
+void attention(StableIValue* stack, uint64_t, uint64_t);
+void attention_backward(StableIValue* stack, uint64_t, uint64_t);
 void assignment(StableIValue* stack, uint64_t, uint64_t);
 
 }  // namespace fm

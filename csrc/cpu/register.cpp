@@ -29,6 +29,8 @@ constexpr struct {
             {"group_norm_silu_backward", group_norm_silu_backward},
             {"conv_weight_grad", conv_weight_grad},
             {"conv3x3", conv3x3},
+            {"attention", attention},
+            {"attention_backward", attention_backward},
             {"assignment", assignment}};
 
 // A failure leaves ops without a CPU implementation (torch says so when one is called): never end the process that loads us.

@@ -2,6 +2,7 @@
 
 from fm_fast._ops.adamw_ema import AdamwState, adamw_ema, adamw_ema_norm
 from fm_fast._ops.assignment import assignment
+from fm_fast._ops.attention import attention, attention_backend
 from fm_fast._ops.conv3x3 import conv3x3, conv3x3_backend
 from fm_fast._ops.conv_weight_grad import conv_weight_grad, conv_weight_grad_backend
 from fm_fast._ops.divergence_step import divergence_step
@@ -25,6 +26,8 @@ __all__ = [
     "adamw_ema",
     "adamw_ema_norm",
     "assignment",
+    "attention",
+    "attention_backend",
     "conv3x3",
     "conv3x3_backend",
     "conv_weight_grad",

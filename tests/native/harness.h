@@ -36,27 +36,30 @@ struct Isa {
   fm::AdamwKernel adamw;
   fm::ConvKernel conv, conv_sums;
   fm::Conv3x3Kernel conv3x3_weights, conv3x3;
+  fm::AttentionKernel attention, attention_backward;
   fm::AssignmentKernel assignment;
 };
 
-#define FM_KERNELS(isa)             \
-  {#isa,                            \
-   fm::isa::noise_units,            \
-   fm::isa::schedule_units,         \
-   fm::isa::path_sample_units,      \
-   fm::isa::path_loss_units,        \
-   fm::isa::linear_step_units,      \
-   fm::isa::step_error_units,       \
-   fm::isa::step_control_units,     \
-   fm::isa::parity_units,           \
-   fm::isa::probe_units,            \
-   fm::isa::divergence_step_units,  \
-   fm::isa::adamw_ema_norm_units,   \
-   fm::isa::adamw_ema_units,        \
-   fm::isa::conv_weight_grad_units, \
-   fm::isa::conv_weight_grad_sums,  \
-   fm::isa::conv3x3_weights,        \
-   fm::isa::conv3x3_units,          \
+#define FM_KERNELS(isa)               \
+  {#isa,                              \
+   fm::isa::noise_units,              \
+   fm::isa::schedule_units,           \
+   fm::isa::path_sample_units,        \
+   fm::isa::path_loss_units,          \
+   fm::isa::linear_step_units,        \
+   fm::isa::step_error_units,         \
+   fm::isa::step_control_units,       \
+   fm::isa::parity_units,             \
+   fm::isa::probe_units,              \
+   fm::isa::divergence_step_units,    \
+   fm::isa::adamw_ema_norm_units,     \
+   fm::isa::adamw_ema_units,          \
+   fm::isa::conv_weight_grad_units,   \
+   fm::isa::conv_weight_grad_sums,    \
+   fm::isa::conv3x3_weights,          \
+   fm::isa::conv3x3_units,            \
+   fm::isa::attention_units,          \
+   fm::isa::attention_backward_units, \
    fm::isa::assignment}
 
 inline std::vector<Isa> instruction_sets() {

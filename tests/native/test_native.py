@@ -42,36 +42,37 @@ def run(command: list[str]) -> bytes:
     return done.stdout
 
 
+MAINS = (
+    "kernels_test",
+    "sampling_test",
+    "training_test",
+    "assignment_test",
+    "conv_test",
+    "conv3x3_test",
+    "attention_test",
+    "formats_test",
+    "print_normals",
+)
+
+
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The test programs, each linked with the sanitized kernels of all instruction sets."""
     folder = tmp_path_factory.mktemp("native")
-    mains = (
-        "kernels_test",
-        "sampling_test",
-        "training_test",
-        "assignment_test",
-        "conv_test",
-        "conv3x3_test",
-        "formats_test",
-        "print_normals",
-    )
     with ThreadPoolExecutor(2) as pool:
         kernels = [
             pool.submit(compile_object, HERE / "units.cpp", folder / f"{isa}.o", *SANITIZERS, *flags, f"-DFM_ISA={isa}")
             for isa, flags in VARIANTS.items()
         ]
-        entries = [pool.submit(compile_object, HERE / f"{name}.cpp", folder / f"{name}.o", *SANITIZERS) for name in mains]
+        entries = [pool.submit(compile_object, HERE / f"{name}.cpp", folder / f"{name}.o", *SANITIZERS) for name in MAINS]
     objects = [str(job.result()) for job in kernels]
-    for name, entry in zip(mains, entries, strict=True):
+    for name, entry in zip(MAINS, entries, strict=True):
         run([str(COMPILER), *SANITIZERS, str(entry.result()), *objects, "-o", str(folder / name)])
-    return {name: folder / name for name in mains}
+    return {name: folder / name for name in MAINS}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["kernels_test", "sampling_test", "training_test", "assignment_test", "conv_test", "conv3x3_test", "formats_test"]
-)
+@pytest.mark.parametrize("name", [name for name in MAINS if name.endswith("_test")])
 def test_program(programs: dict[str, Path], name: str) -> None:
     printed = run([str(programs[name])]).decode().split()
     assert printed[0] == "portable"

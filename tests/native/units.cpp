@@ -1,6 +1,7 @@
 // The kernels that test programs run, of one instruction set, in one translation unit (FM_ISA is given on the command line).
 #include "cpu/adamw_ema.cpp"
 #include "cpu/assignment.cpp"
+#include "cpu/attention.cpp"
 #include "cpu/conv3x3.cpp"
 #include "cpu/conv_weight_grad.cpp"
 #include "cpu/divergence_step.cpp"
