@@ -188,14 +188,12 @@ def test_the_layer_is_the_plain_one(chosen, layout):
 
 @needs_default
 def test_where_the_kernel_does_not_run(chosen, monkeypatch):
-    """Other features and dtypes, frozen networks, transforms, a backend of the environment: without a word."""
+    """Other features and dtypes, transforms, a backend of the environment: without a word."""
     layer, x = layer_of(), fm.noise((2, 32, 3, 3), seed=6, step=0)
     Attention(24, heads=1, groups=4)(fm.noise((2, 24, 3, 3), seed=6, step=0))
     layer_of().double()(x.double())
     torch.func.vmap(lambda x: layer(x[None])[0])(x)
     torch.func.jvp(layer, (x,), (x,))
-    layer_of().requires_grad_(False)(x.clone().requires_grad_())
-    layer_of().eval()(x.clone().requires_grad_())
     monkeypatch.setattr(_backends, "ENVIRONMENT_BACKEND", "reference")
     layer(x)
     monkeypatch.setattr(_backends, "ENVIRONMENT_BACKEND", None)
@@ -214,3 +212,23 @@ def test_the_layer_in_a_compiled_training_step_and_under_autocast(chosen):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = layer(x)
     assert (rounded.float() - layer(x)).norm() < 2**-6 * layer(x).norm()
+
+
+@needs_default
+def test_the_divergence_of_a_network_uses_the_kernel(chosen):
+    """Exact by batched gradients, estimated by single ones: both as with the plain layer."""
+    layer, plain = (net.requires_grad_(False).eval() for net in (layer_of(), layer_of(fused=False)))
+    x = fm.noise((2, 32, 2, 2), seed=6, step=0)
+    for settings in ({"kind": "exact"}, {"probes": 3, "seed": 1, "step": 0}):
+        found, expected = (fm.divergence(lambda x, t, net=net: net(x), x, t=0.5, **settings) for net in (layer, plain))
+        torch.testing.assert_close(found.div, expected.div, rtol=1e-4, atol=1e-4)
+    assert chosen
+
+
+@needs_default
+def test_an_exported_layer_can_be_trained(chosen):
+    layer, x = layer_of(), fm.noise((2, 32, 3, 3), seed=6, step=0)
+    exported = torch.export.export(layer, (x,)).module()
+    found, wanted = (torch.autograd.grad(net(x).square().sum(), list(net.parameters())) for net in (exported, layer))
+    for got, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

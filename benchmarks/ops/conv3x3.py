@@ -1,6 +1,6 @@
 """conv3x3: a convolution of the U-Net that keeps height and width, or its gradient of x.
 
-Our layers use it where it is faster than PyTorch's own: on CPUs with AVX2 and no AVX-512. Sizes are (batch, inputs, outputs, side).
+Our layers use it where it is faster than PyTorch's own: on CPUs with AVX2 or AVX-512. Sizes are (batch, inputs, outputs, side).
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """conv_weight_grad: the gradients of the weight and the bias of a convolution of the U-Net, which keeps height and width.
 
-Our layers use it where it is faster than PyTorch's own: on CPUs with AVX2 and no AVX-512. Sizes are (batch, inputs, outputs, side).
+Our layers use it where it is faster than PyTorch's own: on CPUs with AVX2 or AVX-512. Sizes are (batch, inputs, outputs, side).
 """
 
 from collections.abc import Callable

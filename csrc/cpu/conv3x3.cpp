@@ -2,15 +2,13 @@
 // algorithm (winograd.h). The sums over c are 16 matrix products of a block of tiles with the transformed weights.
 #include <string.h>
 
+#include "products.h"
 #include "scratch.h"
 #include "winograd.h"
 
 namespace fm {
 namespace FM_ISA {
 namespace {
-
-// Tiles whose sums stay in registers with a block of outputs: 12 registers of 16, or of 32.
-constexpr int64_t kTilesAbreast = 12 / kOutputVectors;
 
 // The transformed inputs [16, tiles, C] and the products [16, tiles, O] of a block of tiles.
 struct TileBuffers {
@@ -68,42 +66,15 @@ FM_INLINE void transform_weight(const float* taps, float* to, int64_t stride) {
 
 // --- products ------------------------------------------------------------------------------------------------------------------------
 
-// to [kTiles, kConvOutputs] = v [kTiles, C] u [C, kConvOutputs]
-template <int kTiles>
-FM_INLINE void multiply(const Conv3x3Args& args, const float* v, const float* u, float* to) {
-  Floats sum[kTiles][kOutputVectors] = {};
-  for (int64_t c = 0; c < args.inputs; ++c, u += kConvOutputs) {
-    Floats weight[kOutputVectors];
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < kOutputVectors; ++k) weight[k] = load_whole(u + k * kWidth<float>);
-#pragma GCC unroll 12
-    for (int64_t t = 0; t < kTiles; ++t) {
-      Floats value = all(v[t * args.inputs + c]);
-#pragma GCC unroll 4
-      for (int64_t k = 0; k < kOutputVectors; ++k) sum[t][k] = fused(value, weight[k], sum[t][k]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int64_t t = 0; t < kTiles; ++t)
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < kOutputVectors; ++k) store_whole(to + t * args.outputs + k * kWidth<float>, sum[t][k]);
-}
-
-// One of the 16 products of all tiles and one block of outputs.
-FM_INLINE void multiply_block(const Conv3x3Args& args, const float* v, const float* u, int64_t count, float* to) {
-  int64_t t = 0;
-  for (; t + kTilesAbreast <= count; t += kTilesAbreast) multiply<kTilesAbreast>(args, v + t * args.inputs, u, to + t * args.outputs);
-  for (; t + 2 <= count; t += 2) multiply<2>(args, v + t * args.inputs, u, to + t * args.outputs);
-  if (t < count) multiply<1>(args, v + t * args.inputs, u, to + t * args.outputs);
-}
-
+// Each of the 16 products: of all tiles with one block of outputs after the other.
 FM_INLINE void multiply_all(const Conv3x3Args& args, int64_t count, const TileBuffers& buffers) {
   int64_t blocks = args.outputs / kConvOutputs;
   for (int64_t product = 0; product < kTileProducts; ++product)
     for (int64_t block = 0; block < blocks; ++block)
-      multiply_block(args, buffers.inputs + product * args.unit_tiles * args.inputs,
-                     args.transformed + (product * blocks + block) * args.inputs * kConvOutputs, count,
-                     buffers.products + product * args.unit_tiles * args.outputs + block * kConvOutputs);
+      multiply<false>(Left{buffers.inputs + product * args.unit_tiles * args.inputs, args.inputs, 1},
+                      Right{args.transformed + (product * blocks + block) * args.inputs * kConvOutputs, kConvOutputs}, args.inputs, count,
+                      kConvOutputs,
+                      Result{buffers.products + product * args.unit_tiles * args.outputs + block * kConvOutputs, args.outputs});
 }
 
 // --- results -------------------------------------------------------------------------------------------------------------------------

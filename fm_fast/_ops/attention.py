@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fm_fast import _backends, reference
 from fm_fast._ops import schemas
-from fm_fast._ops.guard import is_batched, needs_reference, run, savable
+from fm_fast._ops.guard import exports_gradient, is_batched, needs_reference, run, savable
 
 _attention = schemas.op("attention")
 _attention_backward = schemas.op("attention_backward")
@@ -35,7 +35,7 @@ def attention(joint: Tensor, backend: str) -> Tensor:
 
     Differentiable (twice); saved for that are the input, the result and a number a query and head.
     """
-    if needs_reference(backend):
+    if needs_reference(backend) or exports_gradient(joint):
         return reference.attention(joint)
     joint = joint.contiguous()
     if torch.is_grad_enabled() and joint.requires_grad:

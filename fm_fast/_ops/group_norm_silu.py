@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fm_fast import reference
 from fm_fast._ops import schemas
-from fm_fast._ops.guard import absent, is_batched, needs_reference, run, savable
+from fm_fast._ops.guard import absent, exports_gradient, is_batched, needs_reference, run, savable
 from fm_fast._ops.layout import memory_format, native_layout
 from fm_fast._ops.noise import drawer
 
@@ -40,7 +40,7 @@ def group_norm_silu(inputs: Inputs, key: Tensor | None, settings: NormSettings, 
     if x.dim() == 2:
         flat = (x[..., None], None if second is None else second[..., None], *others)
         return group_norm_silu(flat, key, settings, backend)[..., 0]  # type: ignore[arg-type]
-    if needs_reference(backend):
+    if needs_reference(backend) or exports_gradient(*inputs):
         return _plain(inputs, key, settings, backend)
     # The copy of an unusual layout happens here, where autograd sees it, and not inside the Function.
     tensors = (native_layout(x), *[None if t is None else native_layout(t) for t in inputs[1:]])

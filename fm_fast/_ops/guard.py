@@ -38,9 +38,14 @@ def needs_reference(backend: str, *tensors: Tensor | None) -> bool:
     return False
 
 
-def exports_gradient(o: Tensor) -> bool:
-    """Whether a program is exported through which a gradient is to flow: it would keep a raw op without the autograd Function around it."""
-    return torch.compiler.is_exporting() and torch.is_grad_enabled() and o.requires_grad
+def exports_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a program is exported through which gradients of ``tensors`` are to flow.
+
+    It would keep a raw op without the autograd Function around it.
+    """
+    if not (torch.compiler.is_exporting() and torch.is_grad_enabled()):
+        return False
+    return any([x is not None and x.requires_grad for x in tensors])
 
 
 def savable(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -15,9 +15,8 @@ class Attention(nn.Module):
     The channels of the joint projection are ordered as (query, key, value), then head, then feature. In channels_last the projections
     and what lies between them share their memory, without a copy.
 
-    With `fused` the products run in op ``attention`` or, where that has no kernel, in PyTorch's fused kernels, while the network is
-    trained or runs without gradients. The latter have no second derivative, and neither has forward mode or a batched backward, so
-    everything else (a divergence, torch.func) takes the plain formula.
+    With `fused` the products run in op ``attention``. Where that has no kernel, they run in PyTorch's fused kernels while the network is
+    trained or runs without gradients: those have no second derivative and no batched backward, so a divergence takes the plain formula.
     """
 
     def __init__(self, channels: int, heads: int, groups: int, fused: bool = True) -> None:
@@ -35,14 +34,15 @@ class Attention(nn.Module):
         return x + self.projection(image.contiguous(memory_format=_ops.memory_format(x)))
 
     def _mixed(self, joint: Tensor) -> Tensor:
-        if not self._may_fuse():
+        if not self.fused or _modes.transforms_active():
             return reference.attention(joint)
         backend = _ops.attention_backend(joint)
-        return _by_pytorch(joint) if backend == "reference" else _ops.attention(joint, backend)
+        if backend != "reference":
+            return _ops.attention(joint, backend)
+        return _by_pytorch(joint) if self._is_differentiated_plainly() else reference.attention(joint)
 
-    def _may_fuse(self) -> bool:
-        if not self.fused or _modes.transforms_active():
-            return False
+    def _is_differentiated_plainly(self) -> bool:
+        """Not at all, or as training does: once, by one gradient."""
         return not torch.is_grad_enabled() or (self.training and self.query_key_value.weight.requires_grad)
 
 
