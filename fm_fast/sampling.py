@@ -74,9 +74,9 @@ def sample(
     save: Save = None,
     callback: Callback | None = None,
     progress: bool = False,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_steps: int = 10_000,
+    rtol: float | None = None,
+    atol: float | None = None,
+    max_steps: int | None = None,
     per_sample: PerSample = False,
     churn: float = 0.0,
     seed: Whole | None = None,
@@ -107,8 +107,9 @@ def sample(
             evaluation, by polynomials of an order less than the step's (4 for dopri5 and tsit5): errors may be tens of times larger there.
         callback: called as ``callback(step, t, x)`` after each step that counts, with a copy of the state; not with ``per_sample``.
         progress: show a progress bar (needs tqdm; fixed-step methods).
-        rtol, atol, max_steps: of adaptive methods. The error's norm is over the whole batch, so a sample depends on its neighbours there,
-            unless ``per_sample``; max_steps counts the steps of a solve, those in vain too.
+        rtol, atol, max_steps: of adaptive methods, by default 1e-5, 1e-5 and 10_000; None for a fixed-step one. The error's norm is over
+            the whole batch, so a sample depends on its neighbours there, unless ``per_sample``; max_steps counts the steps of a solve,
+            those in vain too.
         per_sample: an adaptive method chooses the steps of each sample by itself: each has the accuracy asked for, whatever else is in the
             batch. The model is called with times that differ, until the last sample is at its end. With ``on_nonfinite="mark"``, samples
             whose solve fails become NaN instead of an error. Guidance is evaluated outside of its interval too, with a scale of 1.
@@ -167,9 +168,9 @@ def encode(
     save: Save = None,
     callback: Callback | None = None,
     progress: bool = False,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    max_steps: int = 10_000,
+    rtol: float | None = None,
+    atol: float | None = None,
+    max_steps: int | None = None,
     per_sample: PerSample = False,
     dtype: torch.dtype | None = None,
     grad: str = "none",

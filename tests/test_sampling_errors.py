@@ -23,6 +23,7 @@ def called(x, t, **cond):
     pytest.fail("the model was called before the arguments were checked")
 
 
+ADAPTIVE = {"method": "dopri5", "steps": None}
 BAD_ARGUMENTS = [
     ({"start": [1.0]}, TypeError, r"(noise|x1) must be a torch.Tensor, got list"),
     ({"start": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, r"(noise|x1) must be float64, .*, got torch.int64"),
@@ -97,11 +98,14 @@ BAD_ARGUMENTS = [
     ({"callback": 5}, TypeError, r"callback must be callable as callback\(step, t, x\), got int"),
     ({"progress": True, "method": "dopri5", "steps": None}, ValueError, r"progress needs a fixed-step method, got 'dopri5'"),
     # the rest
-    ({"rtol": 0.0}, ValueError, r"rtol must be positive, got 0.0"),
-    ({"atol": -1e-5}, ValueError, r"atol must be positive, got -1e-05"),
-    ({"rtol": "1e-5"}, TypeError, r"rtol must be a number, got str"),
-    ({"max_steps": 0}, ValueError, r"max_steps must be at least 1, got 0"),
-    ({"max_steps": 1e4}, TypeError, r"max_steps must be a whole number, got float"),
+    ({"rtol": 0.0, **ADAPTIVE}, ValueError, r"rtol must be positive, got 0.0"),
+    ({"atol": -1e-5, **ADAPTIVE}, ValueError, r"atol must be positive, got -1e-05"),
+    ({"rtol": "1e-5", **ADAPTIVE}, TypeError, r"rtol must be a number, got str"),
+    ({"max_steps": 0, **ADAPTIVE}, ValueError, r"max_steps must be at least 1, got 0"),
+    ({"max_steps": 1e4, **ADAPTIVE}, TypeError, r"max_steps must be a whole number, got float"),
+    ({"rtol": 1e-5}, ValueError, r"rtol must be None for the fixed-step method 'midpoint', whose accuracy is up to steps, got 1e-05"),
+    ({"atol": 1e-3, "method": "ab2"}, ValueError, r"atol must be None for the fixed-step method 'ab2'"),
+    ({"max_steps": 50, "method": "euler"}, ValueError, r"max_steps must be None for the fixed-step method 'euler', .*, got 50"),
     ({"dtype": torch.int8}, ValueError, r"dtype must be one of .*, got torch.int8"),
     ({"dtype": "bf16"}, ValueError, r"dtype must be one of .*, got 'bf16'"),
     ({"grad": "adjoint"}, ValueError, r"grad must be one of none, direct, checkpoint, got 'adjoint'"),

@@ -22,6 +22,7 @@ PerSample = bool | Literal["shrink"]
 Save = None | str | Sequence[float]
 GRADIENTS = ("none", "direct", "checkpoint")
 NONFINITE = ("raise", "mark")
+TOLERANCE, MAX_STEPS = 1e-5, 10_000  # of adaptive methods, where none are given
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,19 @@ def _known_plan(table: Table, nodes: bytes, path: Path, objective: str, folded: 
 
 def make_settings(
     start: Tensor, *, path: str | Path, objective: str | Objective, method: Method, steps: int | None,
-    grid: str | Grid | Sequence[float], t0: float, t1: float, save: Save, rtol: float, atol: float, max_steps: int,
-    per_sample: PerSample, dtype: torch.dtype | None, grad: str, backend: str | None, reverse: bool, churn: float = 0.0,
+    grid: str | Grid | Sequence[float], t0: float, t1: float, save: Save, rtol: float | None, atol: float | None,
+    max_steps: int | None, per_sample: PerSample, dtype: torch.dtype | None, grad: str, backend: str | None, reverse: bool,
+    churn: float = 0.0,
 ) -> Settings:  # fmt: skip
     """The arguments of a solve, checked and with names resolved."""
     _checks.one_of("dtype", dtype, (None, *_checks.FLOATING))
     _checks.one_of("grad", grad, GRADIENTS)
     check_setting(start, method, grad)
-    _checks.positive_number("rtol", rtol)
-    _checks.positive_number("atol", atol)
-    _checks.count("max_steps", max_steps)
     t0, t1 = float(_checks.finite_number("t0", t0)), float(_checks.finite_number("t1", t1))
     chosen_path, chosen_objective = as_path(path), as_objective(objective)
     chosen = as_method(method)
     table, adaptive = (None, chosen) if isinstance(chosen, EmbeddedRungeKutta) else (chosen, None)
+    accuracy = _accuracy(method, adaptive, rtol, atol, max_steps)
     _check_per_sample(per_sample, method, adaptive)
     _check_churn(churn, method, table)
     interval = (t0, t1, chosen_path, velocity_range(chosen_path, chosen_objective))
@@ -84,9 +84,25 @@ def make_settings(
     warn_if_ill_conditioned(chosen_path, chosen_objective, table, nodes)
     resolved = _backends.resolve("linear_step", start.device, backend)
     return Settings(
-        chosen_path, chosen_objective, table, adaptive, nodes, saved, rtol, atol, max_steps, per_sample,
+        chosen_path, chosen_objective, table, adaptive, nodes, saved, *accuracy, per_sample,
         dtype or start.dtype, grad, resolved, float(churn),
     )  # fmt: skip
+
+
+def _accuracy(
+    method: object, adaptive: EmbeddedRungeKutta | None, rtol: float | None, atol: float | None, max_steps: int | None
+) -> tuple[float, float, int]:
+    """The tolerances and the limit of an adaptive method; ValueError if a fixed-step one was given any, which would be in vain."""
+    given = {"rtol": rtol, "atol": atol, "max_steps": max_steps}
+    for name, value in given.items():
+        if value is not None and adaptive is None:
+            raise ValueError(f"{name} must be None for the fixed-step method {method!r}, whose accuracy is up to steps, got {value!r}")
+    for name in ("rtol", "atol"):
+        if given[name] is not None:
+            _checks.positive_number(name, given[name])
+    if max_steps is not None:
+        _checks.count("max_steps", max_steps)
+    return rtol or TOLERANCE, atol or TOLERANCE, max_steps or MAX_STEPS
 
 
 def _check_per_sample(per_sample: object, method: object, adaptive: EmbeddedRungeKutta | None) -> None:

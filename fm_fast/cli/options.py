@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fm_fast._solver.settings import MAX_STEPS, TOLERANCE
 from fm_fast.grids import NAMED as GRIDS
 from fm_fast.solvers import is_adaptive
 from fm_fast.train.config import TrainConfig
@@ -15,8 +16,6 @@ from fm_fast.train.identity import same_source
 from fm_fast.train.weights import AVERAGE
 
 SPLITS = ("train", "test")
-TOLERANCE = 1e-5
-MAX_STEPS = 10_000
 # Why fixed-step methods refuse what only adaptive ones take
 NOT_FOR_FIXED_STEPS = {
     "rtol": "has no tolerance",
@@ -93,10 +92,10 @@ def solver_of(options: argparse.Namespace, method: str, steps: int) -> dict[str,
         if value != left_out:
             kind, reason = ("adaptive", "places its own steps") if adaptive else ("fixed-step", NOT_FOR_FIXED_STEPS[name])
             raise ValueError(f"{name}: expected none for the {kind} method {method}, which {reason}, got {value}")
-    tolerances = {name: TOLERANCE if getattr(options, name) is None else getattr(options, name) for name in ("rtol", "atol")}
+    accuracy = {name: getattr(options, name) for name in ("rtol", "atol", "max_steps")}
     rest = {name: getattr(options, name) for name in ("grid", "t0", "t1")}
-    steps_of = {"steps": None if adaptive else options.steps or steps, "max_steps": options.max_steps or MAX_STEPS}
-    return {"method": method, **steps_of, "per_sample": "shrink" if options.per_sample else False, **tolerances, **rest}
+    taken = None if adaptive else options.steps or steps
+    return {"method": method, "steps": taken, "per_sample": "shrink" if options.per_sample else False, **accuracy, **rest}
 
 
 def held_out_data(source: str | None, limit: int | None, config: TrainConfig) -> Dataset:

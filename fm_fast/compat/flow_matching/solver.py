@@ -110,10 +110,10 @@ class ODESolver(nn.Module):
             raise ValueError(f"time_grid must run from 1 to 0, got {times[0]} to {times[-1]}")
         adaptive = isinstance(chosen, EmbeddedRungeKutta)
         nodes = _stops(chosen, method, step_size, time_grid, False).nodes
+        steps = {"rtol": rtol, "atol": atol, "max_steps": MAX_STEPS} if adaptive else {"grid": nodes[::-1].tolist()}
         found = log_likelihood(
-            _Timed(self.velocity_model, model_extras), x_1, method=chosen, grid="uniform" if adaptive else nodes[::-1].tolist(),
-            rtol=rtol, atol=atol, max_steps=MAX_STEPS, kind="exact" if exact_divergence else "rademacher", prior=log_p0,
-            create_graph=enable_grad,
+            _Timed(self.velocity_model, model_extras), x_1, method=chosen, **steps, kind="exact" if exact_divergence else "rademacher",
+            prior=log_p0, create_graph=enable_grad,
         )  # fmt: skip
         return found.x0.to(x_1.dtype), found.logp
 
