@@ -15,6 +15,7 @@ from fm_fast import couplings, grids, objectives, paths, random, solvers, testin
 from fm_fast._backends import info
 from fm_fast._version import __version__
 from fm_fast.bits import BitsPerDim, bits_per_dim
+from fm_fast.conversions import convert
 from fm_fast.likelihood import Divergence, Likelihood, SampleWithLogProb, divergence, log_likelihood, sample_with_log_prob
 from fm_fast.loss import FlowMatchingLoss, PathSample, flow_matching_loss, sample_path
 from fm_fast.paths import OT, VE, VP, Cosine
@@ -40,6 +41,7 @@ __all__ = [
     "Uniform",
     "__version__",
     "bits_per_dim",
+    "convert",
     "couplings",
     "divergence",
     "encode",

@@ -48,13 +48,13 @@ def data(x1: Tensor) -> None:
         raise ValueError("x1 must have a batch dimension [B, ...], got a scalar")
 
 
-def like(name: str, x: Tensor, x1: Tensor) -> None:
-    """A floating tensor of x1's shape on x1's device."""
+def like(name: str, x: Tensor, x1: Tensor, other: str = "x1") -> None:
+    """A floating tensor of x1's shape on x1's device; messages call x1 ``other``."""
     tensor(name, x)
     floating(name, x)
     if x.shape != x1.shape:
-        raise ValueError(f"{name} must have the shape of x1, {tuple(x1.shape)}, got {tuple(x.shape)}")
-    same_device(name, x, x1)
+        raise ValueError(f"{name} must have the shape of {other}, {tuple(x1.shape)}, got {tuple(x.shape)}")
+    same_device(name, x, x1, other)
 
 
 def floating(name: str, x: Tensor) -> None:

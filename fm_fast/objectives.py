@@ -166,6 +166,13 @@ def velocity_range(path: str | Path, objective: str | Objective) -> tuple[float,
     return _range(path, objective.velocity_divides_by_alpha, objective.velocity_divides_by_sigma)
 
 
+def common_range(path: Path, objective: Objective, other: Objective) -> tuple[float, float]:
+    """(t_min, t_max) where an output of the one objective can be turned into one of the other."""
+    both = (objective, other)
+    off_data = any(each.velocity_divides_by_sigma for each in both) or other.name == "score"
+    return _range(path, any(each.velocity_divides_by_alpha for each in both), off_data)
+
+
 def _range(path: Path, off_noise: bool, off_data: bool) -> tuple[float, float]:
     low, high = time_limits(path)
     if off_noise and getattr(path, "starts_at_noise", True):

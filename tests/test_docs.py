@@ -159,6 +159,9 @@ def check_recipes(results: list[tuple[str, Any]]) -> None:
 
     assert near_a_centre(found["student_in_one_step"]) > near_a_centre(found["teacher_in_one_step"]) + 0.3
     assert near_a_centre(found["stochastic"]) > 0.7
+    assert near_a_centre(found["preview"]) > near_a_centre(found["half_way"]) + 0.1
+    # x = t x1 + (1 - t) x0 and the score is -x0 / (1 - t).
+    torch.testing.assert_close(found["half_way"], 0.5 * found["preview"] - 0.25 * found["score"])
     completed = found["completed"]
     torch.testing.assert_close(completed[:, 0], torch.ones(512), rtol=0.0, atol=1e-5)
     assert near_a_centre(completed) > 0.6 and 0.2 < float((completed[:, 1] > 0).float().mean()) < 0.8

@@ -1,0 +1,65 @@
+"""One prediction as another: the velocity, the noise, the score or the data that a network's output amounts to."""
+
+import torch
+from torch import Tensor
+
+from fm_fast import _checks, reference
+from fm_fast.objectives import Objective, as_objective, common_range, schedule, velocity_factors
+from fm_fast.paths import Path, as_path
+
+PREDICTIONS = ("velocity", "noise", "score", "data")
+
+
+def convert(
+    output: Tensor, x: Tensor, t: Tensor | float, *, to: str, path: str | Path = "ot", objective: str | Objective = "velocity"
+) -> Tensor:
+    """What a network's output at (x, t) says of the velocity, the noise, the score or the data.
+
+    With x = alpha x1 + sigma x0 and the velocity alpha' x1 + sigma' x0, any one of velocity, x0, -x0 / sigma and x1 gives the others
+    (paper section 3 and appendix E.1). Of a trained network they are expectations given x: ``to="data"`` is where its flow is heading.
+
+    Args:
+        output: [B, ...], what the network returned for (x, t), floating.
+        x: [B, ...], the point on the path, of output's shape and device.
+        t: times, a number in [0, 1], a scalar tensor or [B]; kept inside the range in which both predictions are finite.
+        to: "velocity", "noise" (x0), "score" (-x0 / sigma, the gradient of log p_t) or "data" (x1).
+        path, objective: those of training; an objective of one's own too.
+
+    Returns:
+        [B, ...] of x's dtype, computed in float32 (float64 for float64 inputs) from factors computed in float64; differentiable in output
+        and x, and in t and the path's own parameters where they require a gradient.
+
+    Raises:
+        ValueError, TypeError: for any argument out of range or of wrong shape, dtype or device, naming it.
+
+    Naive equivalent for the velocity of the OT path and ``to="data"``::
+
+        x1 = x + (1 - t) * output        # t shaped to broadcast
+    """
+    _checks.state("x", x)
+    _checks.like("output", output, x, "x")
+    _checks.time(t, x, "x")
+    _checks.one_of("to", to, PREDICTIONS)
+    times = t if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64, device=x.device)
+    wide = reference.accumulation_dtype(x, output)
+    x_factor, output_factor = (_over(factor.to(wide), x) for factor in _factors(as_path(path), as_objective(objective), to, times))
+    return (x_factor * x.to(wide) + output_factor * output.to(wide)).to(x.dtype)
+
+
+def _factors(path: Path, objective: Objective, to: str, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, B) with the prediction A x + B o, float64."""
+    low, high = common_range(path, objective, as_objective(to))
+    t = t.to(torch.float64).clamp(low, high)
+    x_factor, output_factor = velocity_factors(path, objective, t)
+    if to == "velocity":
+        return x_factor, output_factor
+    p = schedule(path, t)
+    turn = p.da * p.s - p.ds * p.a  # of (x1, x0) to (x, velocity)
+    if to == "data":
+        return (p.s * x_factor - p.ds) / turn, p.s * output_factor / turn
+    scale = turn if to == "noise" else -p.s * turn
+    return (p.da - p.a * x_factor) / scale, -p.a * output_factor / scale
+
+
+def _over(factor: Tensor, x: Tensor) -> Tensor:
+    return reference.per_sample(factor, x) if factor.dim() else factor

@@ -1,0 +1,105 @@
+"""convert: every prediction as every other, against the noise and data that the point was made of."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+import fm_fast as fm
+from fm_fast.conversions import PREDICTIONS
+from fm_fast.objectives import OBJECTIVES as BUILT_IN
+from fm_fast.objectives import Objective
+
+PATHS = {"ot": fm.OT(sigma_min=0.1), "ot exact": "ot", "vp": "vp", "ve": fm.VE(sigma_max=10.0), "cosine": "cosine"}
+TIMES = torch.tensor([0.05, 0.3, 0.8, 0.97], dtype=torch.float64)
+
+
+def ends(dtype=torch.float64):
+    return [fm.noise((4, 3, 5), seed=9, step=step, dtype=dtype) for step in range(2)]
+
+
+def meanings(path, t):
+    """(x, what each prediction is there) of the ends, by the definitions, float64; t [B]."""
+    (x1, x0), path = ends(), fm.paths.as_path(path)
+    functions = (path.alpha, path.sigma, path.d_alpha, path.d_sigma)
+    a, s, da, ds = (torch.as_tensor(f(t), dtype=torch.float64).expand(len(t))[:, None, None] for f in functions)
+    exact = {"velocity": da * x1 + ds * x0, "noise": x0, "score": -x0 / s, "scoreflow": -x0 / s, "data": x1}
+    return a * x1 + s * x0, exact
+
+
+@pytest.mark.parametrize("to", PREDICTIONS)
+@pytest.mark.parametrize("objective", BUILT_IN)
+@pytest.mark.parametrize("path", PATHS)
+def test_every_prediction_gives_every_other(path, objective, to):
+    x, exact = meanings(PATHS[path], TIMES)
+    found = fm.convert(exact[objective], x, TIMES, path=PATHS[path], objective=objective, to=to)
+    torch.testing.assert_close(found, exact[to], rtol=1e-9, atol=1e-8)
+    single = fm.convert(exact[objective][2:3], x[2:3], 0.8, path=PATHS[path], objective=objective, to=to)
+    torch.testing.assert_close(single, exact[to][2:3], rtol=1e-9, atol=1e-8)
+
+
+def test_the_oracles_schedule_agrees():
+    """The schedules of the tests above are fm_fast's own; these are written down a second time."""
+    for path in ("vp", "cosine"):
+        a, s, *_ = oracle.schedule(path, TIMES.numpy())
+        (x1, x0), (x, _) = ends(), meanings(path, TIMES)
+        np.testing.assert_allclose(x, a[:, None, None] * x1.numpy() + s[:, None, None] * x0.numpy(), rtol=1e-9, atol=1e-9)
+
+
+def test_the_naive_formula_of_the_docstring():
+    x1, x0 = ends(torch.float32)
+    t = TIMES.float()
+    column = t[:, None, None]
+    x = column * x1 + (1 - column) * x0
+    torch.testing.assert_close(fm.convert(x1 - x0, x, t, to="data"), x + (1 - column) * (x1 - x0))
+
+
+@pytest.mark.parametrize("to", PREDICTIONS)
+@pytest.mark.parametrize("objective", BUILT_IN)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("t", [0.0, 1.0])
+def test_the_ends_are_finite(path, objective, to, t):
+    x1, x0 = ends(torch.float32)
+    assert fm.convert(x0, x1, t, path=PATHS[path], objective=objective, to=to).isfinite().all()
+
+
+def test_dtypes_gradients_and_transforms():
+    x1, x0 = ends(torch.float32)
+    assert fm.convert(x0.bfloat16(), x1.bfloat16(), 0.5, to="noise").dtype == torch.bfloat16
+    assert fm.convert(x0.double(), x1, 0.5, to="noise").dtype == torch.float32
+    output, x = x0.clone().requires_grad_(), x1.clone().requires_grad_()
+    gradients = torch.autograd.grad(fm.convert(output, x, 0.25, to="data").sum(), [output, x])
+    torch.testing.assert_close(gradients, (torch.full_like(x, 0.75), torch.ones_like(x)))
+    each = torch.func.vmap(lambda o, x, t: fm.convert(o[None], x[None], t, path="vp", to="score")[0])(x0, x1, TIMES)
+    expected = fm.convert(x0, x1, TIMES, path="vp", to="score")
+    torch.testing.assert_close(each, expected)
+    compiled = torch.compile(lambda o, x, t: fm.convert(o, x, t, path="vp", to="score"), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x0, x1, TIMES), expected)
+
+
+def test_an_objective_of_ones_own():
+    """Twice the noise."""
+    mine = Objective(
+        "mine", BUILT_IN["noise"].target, lambda p: (p.da / p.a, 0.5 * (p.ds - p.da * p.s / p.a)), velocity_divides_by_alpha=True
+    )
+    x, exact = meanings("cosine", TIMES)
+    torch.testing.assert_close(fm.convert(2.0 * exact["noise"], x, TIMES, path="cosine", objective=mine, to="data"), exact["data"])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"output": torch.zeros(4, 2)}, ValueError, r"output must have the shape of x, \(4, 3\), got \(4, 2\)"),
+        ({"output": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, r"output must be float64, .*, got torch.int64"),
+        ({"x": torch.zeros(())}, ValueError, r"x must have a batch dimension \[B, ...\], got a scalar"),
+        ({"t": 1.5}, ValueError, r"t must lie in \[0, 1\], got 1.5"),
+        ({"t": torch.zeros(3)}, ValueError, r"t must be a number, a scalar tensor or have shape \[4\], got \(3,\)"),
+        ({"to": "scoreflow"}, ValueError, r"to must be one of velocity, noise, score, data, got 'scoreflow'"),
+        ({"path": "linear"}, ValueError, r"path must be one of"),
+        ({"objective": "x1"}, ValueError, r"objective must be one of"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    arguments = {"output": torch.zeros(4, 3), "x": torch.zeros(4, 3), "t": 0.5, "to": "data", **change}
+    with pytest.raises(error, match=message):
+        fm.convert(arguments.pop("output"), arguments.pop("x"), arguments.pop("t"), **arguments)
