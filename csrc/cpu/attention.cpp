@@ -33,21 +33,17 @@ struct Head {
   FM_METHOD S* row(int64_t n) const { return data + n * stride; }
 };
 
+// Part 0 (queries), 1 (keys) or 2 (values) of a joint projection or its gradient; a unit is a head of a sample.
 template <class S>
-FM_INLINE Head<const S> part_of(const AttentionArgs& args, const void* joint, int64_t unit, int64_t part) {
+FM_INLINE Head<S> part_of(const AttentionArgs& args, S* joint, int64_t unit, int64_t part) {
   int64_t sample = unit / args.heads, head = unit % args.heads, channels = args.heads * args.features;
-  return Head<const S>{static_cast<const S*>(joint) + (sample * args.pixels * 3 + part) * channels + head * args.features, 3 * channels};
+  return Head<S>{joint + (sample * args.pixels * 3 + part) * channels + head * args.features, 3 * channels};
 }
 
 template <class S>
-FM_INLINE Head<const S> result_of(const AttentionArgs& args, const void* out, int64_t unit) {
+FM_INLINE Head<S> result_of(const AttentionArgs& args, S* out, int64_t unit) {
   int64_t sample = unit / args.heads, head = unit % args.heads, channels = args.heads * args.features;
-  return Head<const S>{static_cast<const S*>(out) + sample * args.pixels * channels + head * args.features, channels};
-}
-
-template <class S>
-FM_INLINE Head<S> writable(const Head<const S>& head) {
-  return Head<S>{const_cast<S*>(head.data), head.stride};
+  return Head<S>{out + sample * args.pixels * channels + head * args.features, channels};
 }
 
 // Float32 rows as they lie; others are converted into the buffer.
@@ -79,7 +75,6 @@ FM_INLINE void over_row(int64_t count, const Body& body) {
   if (n < count) body(n, First{count - n});
 }
 
-// Of rows that begin on whole vectors and are as long as one or longer; the lanes beyond `count` hold nothing that counts.
 FM_INLINE float largest(const float* row, int64_t count) {
   Vector<float> most = all(row[0]);
   int64_t n = 0;
@@ -125,28 +120,56 @@ FM_INLINE void score(const Sizes& n, const Head<const S>& query, int64_t first, 
 // --- forward -------------------------------------------------------------------------------------------------------------------------
 
 template <class S>
+class Forward {
+ public:
+  explicit Forward(const AttentionArgs& args)
+      : args_(args), n_(sizes_of(args)), memory_(2 * matrix() + 2 * block() + kQueries * n_.pitch) {}
+
+  // Queries from..to of a head.
+  void run(int64_t unit, int64_t from, int64_t to) {
+    transpose(part(unit, 1), n_.pixels, n_.features, n_.pitch, keys());
+    Right value = rows_of(part(unit, 2), n_.pixels, n_.features, values());
+    for (int64_t first = from; first < to; first += kQueries) attend(unit, first, lesser(kQueries, to - first), value);
+  }
+
+ private:
+  int64_t matrix() const { return n_.features * n_.pitch; }
+  int64_t block() const { return n_.features * kQueries; }
+  float* keys() { return memory_.data(); }
+  float* values() { return keys() + matrix(); }
+  float* queries() { return values() + matrix(); }
+  float* sums() { return queries() + block(); }
+  float* scores() { return sums() + block(); }
+  Head<const S> part(int64_t unit, int64_t i) const { return part_of(args_, static_cast<const S*>(args_.joint), unit, i); }
+
+  void attend(int64_t unit, int64_t first, int64_t rows, const Right& value) {
+    float factors[kQueries];
+    score(n_, part(unit, 0), first, rows, keys(), queries(), scores());
+    for (int64_t r = 0; r < rows; ++r) factors[r] = weigh(scores() + r * n_.pitch, &args_.log_sums[unit * n_.pixels + first + r]);
+    multiply<false>(Left{scores(), n_.pitch, 1}, value, n_.pixels, rows, n_.features, Result{sums(), n_.features});
+    Head<S> out = result_of(args_, static_cast<S*>(args_.out), unit);
+    for (int64_t r = 0; r < rows; ++r) store_row(sums() + r * n_.features, n_.features, factors[r], out.row(first + r));
+  }
+
+  // Scores become weights up to the factor that is returned.
+  float weigh(float* row, float* log_sum) {
+    float level = largest(row, n_.pixels), sum = exponentials(row, n_.pixels, level);
+    *log_sum = level + logf(sum);
+    return 1.0f / sum;
+  }
+
+  const AttentionArgs& args_;
+  Sizes n_;
+  Scratch<float, 16> memory_;
+};
+
+template <class S>
 void attend(const AttentionArgs& args, int64_t begin, int64_t end) {
-  Sizes n = sizes_of(args);
-  int64_t chunks = divide_up(n.pixels, kAttentionQueries), matrix = n.features * n.pitch, block = kQueries * n.features;
-  Scratch<float, 16> memory(2 * matrix + 2 * block + kQueries * n.pitch);
-  float *keys = memory.data(), *values = keys + matrix, *queries = values + matrix, *sums = queries + block, *scores = sums + block;
+  int64_t chunks = divide_up(args.pixels, kAttentionQueries);
+  Forward<S> forward(args);
   for (int64_t i = begin; i < end; ++i) {
-    int64_t unit = i / chunks, from = i % chunks * kAttentionQueries, to = lesser(from + kAttentionQueries, n.pixels);
-    transpose(part_of<S>(args, args.joint, unit, 1), n.pixels, n.features, n.pitch, keys);
-    Right value = rows_of(part_of<S>(args, args.joint, unit, 2), n.pixels, n.features, values);
-    Head<S> out = writable(result_of<S>(args, args.out, unit));
-    for (int64_t first = from; first < to; first += kQueries) {
-      int64_t rows = lesser(kQueries, to - first);
-      score(n, part_of<S>(args, args.joint, unit, 0), first, rows, keys, queries, scores);
-      float factors[kQueries];
-      for (int64_t r = 0; r < rows; ++r) {
-        float level = largest(scores + r * n.pitch, n.pixels), sum = exponentials(scores + r * n.pitch, n.pixels, level);
-        factors[r] = 1.0f / sum;
-        args.log_sums[unit * n.pixels + first + r] = level + logf(sum);
-      }
-      multiply<false>(Left{scores, n.pitch, 1}, value, n.pixels, rows, n.features, Result{sums, n.features});
-      for (int64_t r = 0; r < rows; ++r) store_row(sums + r * n.features, n.features, factors[r], out.row(first + r));
-    }
+    int64_t from = i % chunks * kAttentionQueries;
+    forward.run(i / chunks, from, lesser(from + kAttentionQueries, args.pixels));
   }
 }
 
@@ -165,45 +188,78 @@ FM_INLINE void score_gradients(const float* weights, float* gradients, int64_t c
 }
 
 template <class S>
-void differentiate(const AttentionArgs& args, int64_t begin, int64_t end) {
-  Sizes n = sizes_of(args);
-  int64_t matrix = n.features * n.pitch, block = kQueries * n.features;
-  Scratch<float, 16> memory(5 * matrix + 3 * block + 2 * kQueries * n.pitch);
-  float *keys = memory.data(), *values = keys + matrix, *key_rows = values + matrix;
-  float *grad_keys = key_rows + matrix, *grad_values = grad_keys + matrix;
-  float *queries = grad_values + matrix, *gradients = queries + block, *sums = gradients + block;
-  float *weights = sums + block, *grad_scores = weights + kQueries * n.pitch;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    Head<const S> query = part_of<S>(args, args.joint, unit, 0), key = part_of<S>(args, args.joint, unit, 1);
-    Head<const S> out = result_of<S>(args, args.out, unit), grad_out = result_of<S>(args, args.grad_out, unit);
-    transpose(key, n.pixels, n.features, n.pitch, keys);
-    transpose(part_of<S>(args, args.joint, unit, 2), n.pixels, n.features, n.pitch, values);
-    Right key_matrix = rows_of(key, n.pixels, n.features, key_rows);
-    for (int64_t i = 0; i < 2 * matrix; ++i) grad_keys[i] = 0.0f;
-    Head<S> grad_query = writable(part_of<S>(args, args.grad_joint, unit, 0));
-    for (int64_t first = 0; first < n.pixels; first += kQueries) {
-      int64_t rows = lesser(kQueries, n.pixels - first);
-      score(n, query, first, rows, keys, queries, weights);
-      Right gradient = rows_of(Head<const S>{grad_out.row(first), grad_out.stride}, rows, n.features, gradients);
-      multiply<false>(Left{gradient.data, gradient.row, 1}, Right{values, n.pitch}, n.features, rows, n.pitch,
-                      Result{grad_scores, n.pitch});
-      for (int64_t r = 0; r < rows; ++r) {
-        exponentials(weights + r * n.pitch, n.pixels, args.log_sums[unit * n.pixels + first + r]);
-        score_gradients(weights + r * n.pitch, grad_scores + r * n.pitch, n.pixels,
-                        dot(out.row(first + r), grad_out.row(first + r), n.features));
-      }
-      multiply<false>(Left{grad_scores, n.pitch, 1}, key_matrix, n.pixels, rows, n.features, Result{sums, n.features});
-      for (int64_t r = 0; r < rows; ++r) store_row(sums + r * n.features, n.features, n.scale, grad_query.row(first + r));
-      multiply<true>(Left{grad_scores, 1, n.pitch}, Right{queries, n.features}, rows, n.pixels, n.features, Result{grad_keys, n.features});
-      multiply<true>(Left{weights, 1, n.pitch}, gradient, rows, n.pixels, n.features, Result{grad_values, n.features});
-    }
-    Head<S> grad_key = writable(part_of<S>(args, args.grad_joint, unit, 1)),
-            grad_value = writable(part_of<S>(args, args.grad_joint, unit, 2));
-    for (int64_t i = 0; i < n.pixels; ++i) {
-      store_row(grad_keys + i * n.features, n.features, 1.0f, grad_key.row(i));
-      store_row(grad_values + i * n.features, n.features, 1.0f, grad_value.row(i));
+class Backward {
+ public:
+  explicit Backward(const AttentionArgs& args)
+      : args_(args), n_(sizes_of(args)), memory_(5 * matrix() + 3 * block() + 2 * kQueries * n_.pitch) {}
+
+  // All gradients of a head.
+  void run(int64_t unit) {
+    Head<const S> key = part(unit, 1);
+    transpose(key, n_.pixels, n_.features, n_.pitch, keys());
+    transpose(part(unit, 2), n_.pixels, n_.features, n_.pitch, values());
+    Right key_matrix = rows_of(key, n_.pixels, n_.features, key_rows());
+    for (int64_t i = 0; i < 2 * matrix(); ++i) grad_keys()[i] = 0.0f;
+    for (int64_t first = 0; first < n_.pixels; first += kQueries)
+      differentiate(unit, first, lesser(kQueries, n_.pixels - first), key_matrix);
+    for (int64_t i = 0; i < n_.pixels; ++i) {
+      store_row(grad_keys() + i * n_.features, n_.features, 1.0f, grad_part(unit, 1).row(i));
+      store_row(grad_values() + i * n_.features, n_.features, 1.0f, grad_part(unit, 2).row(i));
     }
   }
+
+ private:
+  int64_t matrix() const { return n_.features * n_.pitch; }
+  int64_t block() const { return n_.features * kQueries; }
+  float* keys() { return memory_.data(); }
+  float* values() { return keys() + matrix(); }
+  float* key_rows() { return values() + matrix(); }
+  float* grad_keys() { return key_rows() + matrix(); }
+  float* grad_values() { return grad_keys() + matrix(); }
+  float* queries() { return grad_values() + matrix(); }
+  float* gradients() { return queries() + block(); }
+  float* sums() { return gradients() + block(); }
+  float* weights() { return sums() + block(); }
+  float* grad_scores() { return weights() + kQueries * n_.pitch; }
+  Head<const S> part(int64_t unit, int64_t i) const { return part_of(args_, static_cast<const S*>(args_.joint), unit, i); }
+  Head<S> grad_part(int64_t unit, int64_t i) const { return part_of(args_, static_cast<S*>(args_.grad_joint), unit, i); }
+  Head<const S> out(int64_t unit) const { return result_of(args_, static_cast<const S*>(args_.out), unit); }
+  Head<const S> grad_out(int64_t unit) const { return result_of(args_, static_cast<const S*>(args_.grad_out), unit); }
+
+  // The gradients of some queries, and what they add to those of all keys and values.
+  void differentiate(int64_t unit, int64_t first, int64_t rows, const Right& key_matrix) {
+    const Result to_keys = {grad_keys(), n_.features}, to_values = {grad_values(), n_.features};
+    Head<const S> gradient_rows = {grad_out(unit).row(first), grad_out(unit).stride};
+    Right gradient = rows_of(gradient_rows, rows, n_.features, gradients());
+    make_weights(unit, first, rows, gradient);
+    multiply<false>(Left{grad_scores(), n_.pitch, 1}, key_matrix, n_.pixels, rows, n_.features, Result{sums(), n_.features});
+    for (int64_t r = 0; r < rows; ++r) store_row(sums() + r * n_.features, n_.features, n_.scale, grad_part(unit, 0).row(first + r));
+    multiply<true>(Left{grad_scores(), 1, n_.pitch}, Right{queries(), n_.features}, rows, n_.pixels, n_.features, to_keys);
+    multiply<true>(Left{weights(), 1, n_.pitch}, gradient, rows, n_.pixels, n_.features, to_values);
+  }
+
+  // The weights p and the gradients ds of the scores.
+  void make_weights(int64_t unit, int64_t first, int64_t rows, const Right& gradient) {
+    score(n_, part(unit, 0), first, rows, keys(), queries(), weights());
+    multiply<false>(Left{gradient.data, gradient.row, 1}, Right{values(), n_.pitch}, n_.features, rows, n_.pitch,
+                    Result{grad_scores(), n_.pitch});
+    for (int64_t r = 0; r < rows; ++r) {
+      float* row = weights() + r * n_.pitch;
+      float level = dot(out(unit).row(first + r), grad_out(unit).row(first + r), n_.features);
+      exponentials(row, n_.pixels, args_.log_sums[unit * n_.pixels + first + r]);
+      score_gradients(row, grad_scores() + r * n_.pitch, n_.pixels, level);
+    }
+  }
+
+  const AttentionArgs& args_;
+  Sizes n_;
+  Scratch<float, 16> memory_;
+};
+
+template <class S>
+void differentiate(const AttentionArgs& args, int64_t begin, int64_t end) {
+  Backward<S> backward(args);
+  for (int64_t unit = begin; unit < end; ++unit) backward.run(unit);
 }
 
 }  // namespace
