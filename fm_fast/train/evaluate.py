@@ -169,15 +169,17 @@ def evaluate_network(
     """Bits/dim of the held-out images, NFE of dopri5 and the quality of as many samples (sections 6.1 and E.2 of the paper).
 
     tolerance: of dopri5, absolute and relative, for samples and likelihoods; ends: t0 and t1 of their solves. likelihood: other arguments
-    of :func:`fm_fast.bits_per_dim`, such as ``draws`` and ``probes``; a fixed-step ``method`` with its ``steps`` takes dopri5's place
+    of :func:`fm_fast.bits_per_dim`, such as ``draws`` and ``probes``; a ``method`` with its ``steps`` or tolerances takes dopri5's place
     there. Raises ValueError for data that the network was not made for, fewer than two images, or no positive tolerance.
     """
     _checks.positive_number("tolerance", tolerance)
     if min(len(train), len(held_out)) < 2:
         raise ValueError(f"data, limit: expected at least 2 training and 2 held-out images, got {len(train)} and {len(held_out)}")
-    started, solver = time.perf_counter(), {"method": "dopri5", "rtol": tolerance, "atol": tolerance, "t0": ends[0], "t1": ends[1]}
-    bits = dataset_bits(model, config, held_out, batch_size, seed, unconditional, **{**solver, **likelihood})
-    samples = draw_by(model, config, held_out, seed, batch_size, unconditional, **solver)
+    started, interval = time.perf_counter(), {"t0": ends[0], "t1": ends[1]}
+    dopri5 = {"method": "dopri5", "rtol": tolerance, "atol": tolerance}
+    chosen = {**interval, **({} if "method" in likelihood else dopri5), **likelihood}
+    bits = dataset_bits(model, config, held_out, batch_size, seed, unconditional, **chosen)
+    samples = draw_by(model, config, held_out, seed, batch_size, unconditional, **interval, **dopri5)
     quality = sample_quality(samples, train_classifier(train), train, held_out, with_fid)
     return Evaluation(bits, samples, quality, time.perf_counter() - started)
 
