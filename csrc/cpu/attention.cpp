@@ -100,12 +100,15 @@ FM_INLINE float exponentials(float* row, int64_t count, float level) {
 }
 
 struct Sizes {
-  int64_t pixels, features, pitch;  // pitch: of rows of weights, whole lines of memory
+  int64_t pixels, features, columns;  // columns: whole vectors of pixels
+  int64_t pitch;  // of rows of pixels: an odd number of lines of memory, or those of rows below each other would share a few places in the
+                  // cache
   float scale;
 };
 
 FM_INLINE Sizes sizes_of(const AttentionArgs& args) {
-  return Sizes{args.pixels, args.features, divide_up(args.pixels, kLineElements) * kLineElements,
+  int64_t lines = divide_up(args.pixels, kLineElements);
+  return Sizes{args.pixels, args.features, lines * kLineElements, (lines | 1) * kLineElements,
                static_cast<float>(1.0 / sqrt(static_cast<double>(args.features)))};
 }
 
@@ -114,7 +117,7 @@ template <class S>
 FM_INLINE void score(const Sizes& n, const Head<const S>& query, int64_t first, int64_t rows, const float* keys, float* queries,
                      float* scores) {
   for (int64_t i = 0; i < rows; ++i) load_row(query.row(first + i), n.features, n.scale, queries + i * n.features);
-  multiply<false>(Left{queries, n.features, 1}, Right{keys, n.pitch}, n.features, rows, n.pitch, Result{scores, n.pitch});
+  multiply<false>(Left{queries, n.features, 1}, Right{keys, n.pitch}, n.features, rows, n.columns, Result{scores, n.pitch});
 }
 
 // --- forward -------------------------------------------------------------------------------------------------------------------------
@@ -123,7 +126,7 @@ template <class S>
 class Forward {
  public:
   explicit Forward(const AttentionArgs& args)
-      : args_(args), n_(sizes_of(args)), memory_(2 * matrix() + 2 * block() + kQueries * n_.pitch) {}
+      : args_(args), n_(sizes_of(args)), memory_(2 * matrix() + 2 * block() + kQueries * n_.pitch + kLineElements) {}
 
   // Queries from..to of a head.
   void run(int64_t unit, int64_t from, int64_t to) {
@@ -135,7 +138,7 @@ class Forward {
  private:
   int64_t matrix() const { return n_.features * n_.pitch; }
   int64_t block() const { return n_.features * kQueries; }
-  float* keys() { return memory_.data(); }
+  float* keys() { return on_a_line(memory_.data()); }
   float* values() { return keys() + matrix(); }
   float* queries() { return values() + matrix(); }
   float* sums() { return queries() + block(); }
@@ -191,7 +194,7 @@ template <class S>
 class Backward {
  public:
   explicit Backward(const AttentionArgs& args)
-      : args_(args), n_(sizes_of(args)), memory_(5 * matrix() + 3 * block() + 2 * kQueries * n_.pitch) {}
+      : args_(args), n_(sizes_of(args)), memory_(5 * matrix() + 3 * block() + 2 * kQueries * n_.pitch + kLineElements) {}
 
   // All gradients of a head.
   void run(int64_t unit) {
@@ -211,7 +214,7 @@ class Backward {
  private:
   int64_t matrix() const { return n_.features * n_.pitch; }
   int64_t block() const { return n_.features * kQueries; }
-  float* keys() { return memory_.data(); }
+  float* keys() { return on_a_line(memory_.data()); }
   float* values() { return keys() + matrix(); }
   float* key_rows() { return values() + matrix(); }
   float* grad_keys() { return key_rows() + matrix(); }
@@ -241,7 +244,7 @@ class Backward {
   // The weights p and the gradients ds of the scores.
   void make_weights(int64_t unit, int64_t first, int64_t rows, const Right& gradient) {
     score(n_, part(unit, 0), first, rows, keys(), queries(), weights());
-    multiply<false>(Left{gradient.data, gradient.row, 1}, Right{values(), n_.pitch}, n_.features, rows, n_.pitch,
+    multiply<false>(Left{gradient.data, gradient.row, 1}, Right{values(), n_.pitch}, n_.features, rows, n_.columns,
                     Result{grad_scores(), n_.pitch});
     for (int64_t r = 0; r < rows; ++r) {
       float* row = weights() + r * n_.pitch;

@@ -223,7 +223,7 @@ struct ToSigns {
   }
 };
 
-// Words of a block, or numbers made of them, in memory.
+// Of a group, in memory.
 constexpr int64_t kGroupNumbers = 4 * kLanes;
 
 template <class Finish>

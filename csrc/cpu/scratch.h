@@ -24,5 +24,8 @@ class Scratch {
   T* data_;
 };
 
+// The next whole line of memory; 16 floats more than the rest are enough.
+inline float* on_a_line(float* memory) { return memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64 / sizeof(float); }
+
 }  // namespace
 }  // namespace fm

@@ -75,9 +75,6 @@ FM_INLINE void transform_inputs(const Images& images, int64_t first, int64_t cou
   }
 }
 
-// The next whole line of memory.
-FM_INLINE float* on_a_line(float* memory) { return memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64 / sizeof(float); }
-
 }  // namespace
 }  // namespace FM_ISA
 }  // namespace fm
