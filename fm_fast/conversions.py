@@ -40,7 +40,7 @@ def convert(
     _checks.like("output", output, x, "x")
     _checks.time(t, x, "x")
     _checks.one_of("to", to, PREDICTIONS)
-    times = t if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64, device=x.device)
+    times = t if isinstance(t, Tensor) else x.new_full((), float(t), dtype=torch.float64)
     wide = reference.accumulation_dtype(x, output)
     x_factor, output_factor = (_over(factor.to(wide), x) for factor in _factors(as_path(path), as_objective(objective), to, times))
     return (x_factor * x.to(wide) + output_factor * output.to(wide)).to(x.dtype)

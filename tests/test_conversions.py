@@ -41,9 +41,10 @@ def test_every_prediction_gives_every_other(path, objective, to):
 def test_the_oracles_schedule_agrees():
     """The schedules of the tests above are fm_fast's own; these are written down a second time."""
     for path in ("vp", "cosine"):
-        a, s, *_ = oracle.schedule(path, TIMES.numpy())
-        (x1, x0), (x, _) = ends(), meanings(path, TIMES)
-        np.testing.assert_allclose(x, a[:, None, None] * x1.numpy() + s[:, None, None] * x0.numpy(), rtol=1e-9, atol=1e-9)
+        a, s, da, ds = (values[:, None, None] for values in oracle.schedule(path, TIMES.numpy()))
+        (x1, x0), (x, exact) = (end.numpy() for end in ends()), meanings(path, TIMES)
+        np.testing.assert_allclose(x, a * x1 + s * x0, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(exact["velocity"], da * x1 + ds * x0, rtol=1e-9, atol=1e-9)
 
 
 def test_the_naive_formula_of_the_docstring():
@@ -75,6 +76,36 @@ def test_dtypes_gradients_and_transforms():
     torch.testing.assert_close(each, expected)
     compiled = torch.compile(lambda o, x, t: fm.convert(o, x, t, path="vp", to="score"), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x0, x1, TIMES), expected)
+
+
+class Learned(torch.nn.Module):
+    """From noise of a width to be learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def alpha(self, t):
+        return t
+
+    def sigma(self, t):
+        return self.width * (1 - t)
+
+    def d_alpha(self, t):
+        return torch.ones_like(t)
+
+    def d_sigma(self, t):
+        return -self.width * torch.ones_like(t)
+
+
+def test_gradients_of_the_time_and_of_a_paths_own_parameters():
+    """The data are x + (1 - t) v whatever the width of the noise, and the score (t v - x) / ((1 - t) width^2)."""
+    v, x = ends()
+    t, path = TIMES.clone().requires_grad_(), Learned()
+    (slope,) = torch.autograd.grad(fm.convert(v, x, t, to="data", path=path).sum(), t)
+    torch.testing.assert_close(slope, -v.sum((1, 2)))
+    (slope,) = torch.autograd.grad(fm.convert(v, x, 0.5, to="score", path=path).sum(), path.width)
+    torch.testing.assert_close(slope, -2.0 * ((0.5 * v - x) / 0.5 / 2.0**3).sum())
 
 
 def test_an_objective_of_ones_own():
