@@ -55,13 +55,14 @@ class Trainer:
     """A provider at work; calling it takes one step.
 
     draw: a point with noise and times of its own. at: the point of given (x1, x0, t). model: from (x_t, t) to the output.
-    updates: what follows the gradient, by name, in order.
+    updates: what follows the gradient, by name, in order; the optimiser's step among them.
     """
 
     draw: Callable[[], Point]
     at: Callable[[Tensor, Tensor, Tensor], Point]
     model: Callable[[Tensor, Tensor], Tensor]
     updates: Mapping[str, Callable[[], Any]]
+    optimiser: torch.optim.Optimizer
     dtype: torch.dtype
 
     def __call__(self) -> None:
@@ -128,7 +129,7 @@ def our_trainer(given: Inputs, dtype: torch.dtype, fused: bool = True) -> Traine
         return fm.sample_path(x1, x0=x0, t=t, dtype=dtype)
 
     updates = {"clipping, Adam, average": optimiser.step, "clearing": optimiser.zero_grad}
-    return Trainer(draw, at, model, updates, dtype)
+    return Trainer(draw, at, model, updates, optimiser, dtype)
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def torchcfm_trainer(given: Inputs, dtype: torch.dtype) -> Trainer:
         "average": lambda: _average(network, average),
         "clearing": optimiser.zero_grad,
     }
-    return Trainer(draw, at, model, updates, dtype)
+    return Trainer(draw, at, model, updates, optimiser, dtype)
 
 
 @torch.no_grad()
