@@ -117,7 +117,7 @@ def make_key(
         _checks.whole("step", step, _checks.WORD)
     _checks.sample_ids(sample_ids, batch, device)
     if seed is None:
-        seed = fresh_seed(device) if draws else 0
+        seed = _read(fresh_seed(device)) if draws else 0
     parts = (seed, 0 if step is None else step, 0 if sample_ids is None else sample_ids)
     numbers = [part for part in parts if not isinstance(part, Tensor)]
     if device.type == "cpu" and len(numbers) == len(parts) and not torch.compiler.is_compiling():
@@ -127,6 +127,11 @@ def make_key(
         return _combined(units, numbers)
     # Also for compilers: torch.tensor is a chain of selections to inductor, which copies it into every use of a word.
     return torch.cat([_as_vector(part, device, units) for part in parts])
+
+
+def _read(seed: Tensor) -> Whole:
+    """The seed as a number, where it is at hand: a key of numbers takes less time to make than one of tensors."""
+    return int(seed) if _modes.values_readable(seed) else seed
 
 
 def _combined(units: Tensor, words: Sequence[int]) -> Tensor:

@@ -248,3 +248,12 @@ def test_a_device_without_an_index_is_the_current_one(monkeypatch):
     assert random._indexed(torch.device("cuda")) == torch.device("cuda", 3)
     for name in ("cpu", "meta", "cuda:1"):
         assert random._indexed(torch.device(name)) == torch.device(name)
+
+
+@pytest.mark.parametrize("ids", [None, 3, torch.tensor([5, 0])])
+def test_a_key_without_a_seed_holds_the_number_that_torch_draws(ids):
+    torch.manual_seed(0)
+    drawn = int(torch.randint(2**63 - 1, (1,)))
+    torch.manual_seed(0)
+    key = make_key(None, 7, ids, 2, torch.device("cpu"))
+    assert key.tolist() == [drawn, 7, *(ids.tolist() if isinstance(ids, torch.Tensor) else [ids or 0])] and key.dtype == torch.int64

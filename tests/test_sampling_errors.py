@@ -128,6 +128,14 @@ def test_bad_arguments(change, error, message, direction):
         direction(arguments.pop("model"), arguments.pop("start"), **arguments)
 
 
+@pytest.mark.parametrize("steps", [True, 1.0, [1], torch.tensor(1)])
+def test_steps_that_equal_a_number_seen_before(steps):
+    """Times that are kept from solve to solve are found by the number of steps."""
+    fm.sample(called, X0, steps=1)
+    with pytest.raises(TypeError, match="steps must be a whole number"):
+        fm.sample(called, X0, steps=steps)
+
+
 def test_a_misspelt_number_of_steps():
     with pytest.raises(ValueError, match=r"step needs churn > 0, .* \(the number of steps is steps\), got 4"):
         fm.sample(called, X0, method="dopri5", step=4)

@@ -136,7 +136,15 @@ def _fixed_nodes(
     grid: str | Grid | Sequence[float], steps: int | None, t0: float, t1: float, path: Path, limits: tuple[float, float]
 ) -> np.ndarray:
     with _modes.host_arithmetic():
+        if type(grid) is str and type(steps) is int and _modes.plainly_eager() and kernel_form(path)[0] != PathCode.given:
+            return _known_nodes(grid, steps, t0, t1, path, limits).copy()
         return grid_nodes(grid, steps, t0, t1, path, limits)
+
+
+@functools.lru_cache(maxsize=64)
+def _known_nodes(grid: str, steps: int, t0: float, t1: float, path: Path, limits: tuple[float, float]) -> np.ndarray:
+    """Kept for the reason of :func:`_known_plan`."""
+    return grid_nodes(grid, steps, t0, t1, path, limits)
 
 
 def _adaptive_nodes(
