@@ -131,7 +131,7 @@ def test_bad_arguments(change, error, message, direction):
 @pytest.mark.parametrize("steps", [True, 1.0, [1], torch.tensor(1)])
 def test_steps_that_equal_a_number_seen_before(steps):
     """Times that are kept from solve to solve are found by the number of steps."""
-    fm.sample(called, X0, steps=1)
+    fm.sample(model, X0, steps=1)
     with pytest.raises(TypeError, match="steps must be a whole number"):
         fm.sample(called, X0, steps=steps)
 
