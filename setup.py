@@ -213,20 +213,25 @@ def cuda_architectures(nvcc: Path) -> list[str]:
     if asked:
         return re.split(r"[;,\s]+", asked.strip(";, "))
     known = set(output_lines([str(nvcc), "--list-gpu-arch"]))
-    wanted = sorted({*DEFAULT_CUDA_ARCHITECTURES, *older_gpus()}, key=lambda name: tuple(map(int, name.split("."))))
+    wanted = sorted({*DEFAULT_CUDA_ARCHITECTURES, *uncovered_gpus()}, key=lambda name: tuple(map(int, name.split("."))))
     found = [name for name in wanted if f"compute_{name.replace('.', '')}" in known]
     if not found:
         raise NotBuilt(f"{nvcc} knows none of the GPU architectures {', '.join(wanted)}")
     return [*found[:-1], f"{found[-1]}+PTX"]
 
 
-def older_gpus() -> list[str]:
-    """Compute capabilities of this machine's GPUs that are older than the default list."""
+def uncovered_gpus() -> list[str]:
+    """Compute capabilities of this machine's GPUs that no binary of the default list runs on."""
     try:
         lines = output_lines(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
     except NotBuilt:
         return []
-    return [name for line in lines if re.fullmatch(r"\d+\.\d+", name := line.strip()) and int(name.split(".")[0]) < 8]
+    return [name for line in lines if re.fullmatch(r"\d+\.\d+", name := line.strip()) and not is_covered(name)]
+
+
+def is_covered(capability: str) -> bool:
+    major, minor = map(int, capability.split("."))
+    return any(own == major and first <= minor for own, first in (map(int, name.split(".")) for name in DEFAULT_CUDA_ARCHITECTURES))
 
 
 def architecture_flags(architecture: str) -> list[str]:

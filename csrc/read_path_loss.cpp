@@ -44,7 +44,7 @@ LossCall loss_call(const LossInputs& in, int reduction, const DataTransform& tra
   call.transform = transform;
   call.shape = shape_of(in.o);
   call.o = float_view(in.o, in.o);
-  call.x1 = view_of(in.x1, in.o);
+  call.x1 = data_view(in.x1, in.o);
   call.x0 = float_view_or_absent(in.x0, in.o);
   call.key_words = key_words(in.key, call.shape.batch);
   call.coefficients = dense_floats(in.coef, kColumns * call.shape.batch);

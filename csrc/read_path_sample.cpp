@@ -35,7 +35,7 @@ SampleCall read_path_sample(Arguments* in) {
   call.transform = read_transform(in);
   call.shape = shape_of(x1);
   call.x_t = float_view(x_t, x1);
-  call.x1 = view_of(x1, x1);
+  call.x1 = data_view(x1, x1);
   call.x0 = float_view_or_absent(x0, x1);
   call.key_words = key_words(key, call.shape.batch);
   call.coefficients = dense_floats(coef, kColumns * call.shape.batch);

@@ -111,6 +111,12 @@ View float_view(const abi::Tensor& tensor, const abi::Tensor& like) {
   return view;
 }
 
+View data_view(const abi::Tensor& tensor, const abi::Tensor& like) {
+  View view = view_of(tensor, like);
+  if (view.dtype == Dtype::int64) tensor.fail("expected a floating-point or uint8 tensor");
+  return view;
+}
+
 View channels_view(const abi::Tensor& tensor, const abi::Tensor& like, int64_t channels) {
   check_device(tensor);
   const int64_t* sizes = tensor.sizes();

@@ -27,6 +27,8 @@ Shape shape_of(const abi::Tensor& tensor);
 // View of a tensor with the sizes of `like`; an optional tensor without elements is absent.
 View view_of(const abi::Tensor& tensor, const abi::Tensor& like);
 View float_view(const abi::Tensor& tensor, const abi::Tensor& like);
+// Data: floating-point, or uint8, which the data map makes numbers of.
+View data_view(const abi::Tensor& tensor, const abi::Tensor& like);
 View float_view_or_absent(const abi::Tensor& tensor, const abi::Tensor& like);
 
 // A tensor [B, C, ...] of the dtype and sizes of `like`, but with `channels` channels.

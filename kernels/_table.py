@@ -82,7 +82,8 @@ def _kept(made: Tables, device: torch.device) -> Tables:
 @functools.lru_cache(maxsize=64)
 def _made_members(rows: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     _refuse_capture(device)
-    return _to_device(rows, device)
+    # With a wait: unlike the tables, whose addresses belong to one optimiser, these are shared by all of one structure, on any stream.
+    return _on_host(rows).to(device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -98,8 +99,12 @@ def _refuse_capture(device: torch.device) -> None:
         raise RuntimeError("gradients: expected memory that an earlier step had, as AdamWEMA.keep_gradients() gives, to capture a graph")
 
 
+def _on_host(rows: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+
 def _to_device(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    table = _on_host(rows)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 

@@ -214,10 +214,12 @@ NEW_NVCC, OLD_NVCC = [75, 80, 86, 89, 90, 100, 103, 120], [70, 75, 80, 86, 89, 9
         (OLD_NVCC, [], "8.0 9.0+PTX"),
         (NEW_NVCC, ["9.0", "8.6"], "8.0 9.0 10.0 12.0+PTX"),
         (NEW_NVCC, ["7.5", "7.0", "[N/A]"], "7.5 8.0 9.0 10.0 12.0+PTX"),
+        ([*NEW_NVCC, 110, 121], ["11.0", "12.1"], "8.0 9.0 10.0 11.0 12.0+PTX"),
+        ([*NEW_NVCC, 130], ["13.0"], "8.0 9.0 10.0 12.0 13.0+PTX"),
     ],
 )
 def test_gpu_architectures(known: list[int], gpus: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default list as far as nvcc knows it, the newest also as PTX, and older GPUs of the machine."""
+    """The default list as far as nvcc knows it, the newest also as PTX, and GPUs of the machine that run none of it."""
     module = load_setup(monkeypatch)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     answers = {"nvcc": [f"compute_{number}" for number in known], "nvidia-smi": gpus}

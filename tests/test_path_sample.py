@@ -277,6 +277,12 @@ def test_codes_that_no_kernel_knows_are_refused(message):
 
 
 @needs_cpp
+def test_data_of_a_dtype_that_no_kernel_reads_are_refused():
+    with pytest.raises(RuntimeError, match="argument x1: expected a floating-point or uint8 tensor"):
+        torch.ops.fm_fast.path_sample(**raw_arguments(x1=torch.ones(2, 3, dtype=torch.int64)))
+
+
+@needs_cpp
 @pytest.mark.parametrize("objective", [-1, 5, 2**40])
 def test_given_coefficients_may_be_those_of_any_objective(objective):
     arguments = raw_arguments(path=-1, t_sampler=-1, objective=objective)
