@@ -4,7 +4,8 @@
 # pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -46,6 +47,19 @@ class Kind:
     copy: torch.dtype | None
 
 
+class Memory(NamedTuple):
+    """Where a tensor is and how it lies there."""
+
+    address: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
 class Row(NamedTuple):
     """One tensor of a launch: a row of the table."""
 
@@ -57,14 +71,32 @@ class Row(NamedTuple):
     index: int  # of the tensor among all
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The tensors of one launch. Known by itself and not by its rows, which would take long to compare at every step."""
+
+    kind: Kind
+    rows: tuple[Row, ...]
+    aligned: bool
+
+
+Memories = tuple[tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]], ...]
 Tables = TypeVar("Tables", bound=tuple[Tensor, ...])
 _read_by_graphs: list[tuple[Tensor, ...]] = []  # at every replay, so they are never freed
 
 
-def tables(rows: tuple[Row, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def memories(tensors: Sequence[Tensor]) -> Memories:
+    """The fields of :class:`Memory` of each: what a launch is planned by, and its plan found by at later steps.
+
+    Plain tuples, which take a third of the time; with hundreds of parameters it is the largest part of a step on the host.
+    """
+    return tuple([(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors])
+
+
+def tables(batch: Batch, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(table, chunks of ``size`` elements) on the device. Made anew only where addresses are new, which must not be while a graph is
     captured: RuntimeError."""
-    return _kept(_made_tables(rows, size, device), device)
+    return _kept(_made_tables(batch, size, device), device)
 
 
 def members(rows: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
@@ -87,10 +119,10 @@ def _made_members(rows: tuple[tuple[int, int], ...], device: torch.device) -> Te
 
 
 @functools.lru_cache(maxsize=64)
-def _made_tables(rows: tuple[Row, ...], size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _made_tables(batch: Batch, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     _refuse_capture(device)
-    chunks = [(i, first) for i, row in enumerate(rows) for first in range(0, row.count, size)]
-    return _to_device(rows, device), _to_device(chunks, device)
+    chunks = [(i, first) for i, row in enumerate(batch.rows) for first in range(0, row.count, size)]
+    return _to_device(batch.rows, device), _to_device(chunks, device)
 
 
 def _refuse_capture(device: torch.device) -> None:
@@ -108,15 +140,16 @@ def _to_device(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
-def by_kind(kinds: Sequence[Kind], rows: Sequence[Row]) -> Iterator[tuple[Kind, tuple[Row, ...]]]:
+def by_kind(kinds: Sequence[Kind], rows: Sequence[Row]) -> tuple[Batch, ...]:
     """The rows of each kind; tensors without elements have no say."""
-    for kind in dict.fromkeys(kinds):
-        chosen = tuple(row for found, row in zip(kinds, rows, strict=True) if found == kind and row.count)
-        if chosen:
-            yield kind, chosen
+    found: dict[Kind, list[Row]] = {}
+    for kind, row in zip(kinds, rows, strict=True):
+        if row.count:
+            found.setdefault(kind, []).append(row)
+    return tuple(Batch(kind, tuple(chosen), _are_aligned(chosen)) for kind, chosen in found.items())
 
 
-def aligned(rows: Sequence[Row]) -> bool:
+def _are_aligned(rows: Sequence[Row]) -> bool:
     return all(address % 16 == 0 for row in rows for address in row[:4])
 
 
@@ -124,12 +157,12 @@ def type_of(dtype: torch.dtype | None) -> tl.dtype:
     return TYPES[dtype] if dtype is not None else tl.float32
 
 
-def check_alike(name: str, x: Tensor, p: Tensor) -> None:
-    if x.shape != p.shape or any(a != b for size, a, b in zip(p.shape, x.stride(), p.stride(), strict=True) if size != 1):
-        raise ValueError(f"{name} must have the shape and strides of its parameter, {tuple(p.shape)} and {p.stride()}, got {x.stride()}")
+def check_alike(name: str, x: Memory, p: Memory) -> None:
+    if x.shape != p.shape or any(a != b for size, a, b in zip(p.shape, x.strides, p.strides, strict=True) if size != 1):
+        raise ValueError(f"{name} must have the shape and strides of its parameter, {tuple(p.shape)} and {p.strides}, got {x.strides}")
 
 
-def check_gapless(name: str, x: Tensor) -> None:
-    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    if x.numel() and span != x.numel():
-        raise ValueError(f"{name} must have memory without gaps, got strides {x.stride()} for {tuple(x.shape)}")
+def check_gapless(name: str, x: Memory) -> None:
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.strides, strict=True))
+    if x.count and span != x.count:
+        raise ValueError(f"{name} must have memory without gaps, got strides {x.strides} for {tuple(x.shape)}")

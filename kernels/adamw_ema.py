@@ -12,6 +12,7 @@ a sum of squares in float64 in a fixed order, so it is bitwise repeatable.
 # Device functions are written in Triton's own language.
 # pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -28,14 +29,17 @@ from fm_fast.kernels._table import (
     INDEX,
     OFFSET,
     VALUE,
+    Batch,
     Kind,
+    Memories,
+    Memory,
     Row,
-    aligned,
     by_kind,
     check_alike,
     check_gapless,
     chunk_of,
     members,
+    memories,
     pointer_of,
     tables,
     type_of,
@@ -238,44 +242,55 @@ def _geometry() -> dict[str, int]:
 
 def launch_norm(total: Tensor, g: Sequence[Tensor]) -> None:
     """Run ``fm_fast::adamw_ema_norm``: the sum of squares of all g into total [1]."""
-    for i, gradient in enumerate(g):
-        check_gapless(f"g[{i}]", gradient)
-    rows = [Row(0, gradient.data_ptr(), 0, 0, gradient.numel(), 0) for gradient in g]
-    launches = [(kind, *tables(found, CHUNK, total.device), found) for kind, found in by_kind([Kind(x.dtype, None) for x in g], rows)]
-    partial = torch.empty(sum(len(chunks) for _, _, chunks, _ in launches), dtype=torch.float64, device=total.device)
+    launches = [(batch, *tables(batch, CHUNK, total.device)) for batch in _norm_plan(memories(g))]
+    partial = torch.empty(sum(len(chunks) for _, _, chunks in launches), dtype=torch.float64, device=total.device)
     if not launches:
         total.zero_()
         return
     first = 0
     with _launch.on_device(total.device):
-        for kind, table, chunks, found in launches:
+        for batch, table, chunks in launches:
             norm_kernel[(len(chunks),)](
-                partial[first:], table, chunks, G_TYPE=type_of(kind.gradient), ALIGNED=aligned(found), **_geometry()
+                partial[first:], table, chunks, G_TYPE=type_of(batch.kind.gradient), ALIGNED=batch.aligned, **_geometry()
             )
             first += len(chunks)
     combine(total, partial, 1.0)
 
 
-def _rows(
-    p: Sequence[Tensor], copies: Sequence[Tensor], g: Sequence[Tensor], m: Tensor, layout: Tensor, groups: int
-) -> tuple[list[Kind], list[Row]]:
-    """One row a parameter, checked: a wrong one would write into memory of others."""
-    if len(g) != len(p) or len(copies) not in (0, len(p)) or layout.shape != (len(p), 2):
-        raise ValueError(f"g, copies and layout must have one entry a parameter, {len(p)}, got {len(g)}, {len(copies)}, {len(layout)}")
+@functools.lru_cache(maxsize=64)
+def _norm_plan(g: Memories) -> tuple[Batch, ...]:
+    found = [Memory(*fields) for fields in g]
+    for i, gradient in enumerate(found):
+        check_gapless(f"g[{i}]", gradient)
+    return by_kind([Kind(x.dtype, None) for x in found], [Row(0, x.address, 0, 0, x.count, 0) for x in found])
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(p: Memories, copies: Memories, g: Memories, layout: tuple[int, ...], state: Memory, groups: int) -> tuple[Batch, ...]:
+    """One row a parameter, checked: a wrong one would write into memory of others. layout: where each begins, and its group, in turn."""
+    if len(g) != len(p) or len(copies) not in (0, len(p)):
+        raise ValueError(f"g and copies must have one entry a parameter, {len(p)}, got {len(g)} and {len(copies)}")
     kinds, rows, begin = [], [], 0
-    for i, (weights, gradient, (offset, group)) in enumerate(zip(p, g, layout.tolist(), strict=True)):
-        copy = copies[i] if copies and copies[i].numel() else None
-        for name, tensor in (("g", gradient if gradient.numel() else None), ("copies", copy)):
-            if tensor is not None:
-                check_alike(f"{name}[{i}]", tensor, weights)
+    places = zip(layout[::2], layout[1::2], strict=True)
+    for i, (fields, other, (offset, group)) in enumerate(zip(p, g, places, strict=True)):
+        weights, gradient, copy = Memory(*fields), _present(other), _present(copies[i]) if copies else None
+        for name, memory in (("g", gradient), ("copies", copy)):
+            if memory is not None:
+                check_alike(f"{name}[{i}]", memory, weights)
         check_gapless(f"p[{i}]", weights)
-        if weights.dtype != m.dtype or offset < begin or offset + weights.numel() > m.numel() or not 0 <= group < groups:
-            raise ValueError(f"layout and m must hold p[{i}], {weights.numel()} of {weights.dtype}, behind {begin}, got {offset}, {group}")
-        begin = offset + weights.numel()
-        kinds.append(Kind(gradient.dtype if gradient.numel() else None, None if copy is None else copy.dtype))
-        addresses = (weights.data_ptr(), gradient.data_ptr() if gradient.numel() else 0, 0 if copy is None else copy.data_ptr())
-        rows.append(Row(*addresses, offset, weights.numel(), i))
-    return kinds, rows
+        if weights.dtype != state.dtype or offset < begin or offset + weights.count > state.count or not 0 <= group < groups:
+            raise ValueError(f"layout and m must hold p[{i}], {weights.count} of {weights.dtype}, behind {begin}, got {offset}, {group}")
+        begin = offset + weights.count
+        kinds.append(Kind(gradient.dtype if gradient else None, copy.dtype if copy else None))
+        addresses = (weights.address, gradient.address if gradient else 0, copy.address if copy else 0)
+        rows.append(Row(*addresses, offset, weights.count, i))
+    return by_kind(kinds, rows)
+
+
+def _present(fields: tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]) -> Memory | None:
+    """None for a tensor without elements, which stands for one that is not there."""
+    found = Memory(*fields)
+    return found if found.count else None
 
 
 def launch(
@@ -292,18 +307,19 @@ def launch(
     decays: Tensor,
 ) -> None:
     """Run ``fm_fast::adamw_ema``: update everything in place, or count the step as skipped where total is not finite."""
-    _check_state(m, v, averages, counts, total, settings, decays, len(p))
+    _check_state(m, v, averages, counts, layout, total, settings, decays, len(p))
     count = len(averages)
-    kinds, rows = _rows(p, copies, g, m, layout, len(settings))
+    places, state = tuple(layout.flatten().tolist()), Memory(*memories([m])[0])
+    batches = _plan(memories(p), memories(copies), memories(g), places, state, len(settings))
     numbers, rates = m.new_empty(len(p), NUMBERS.value), m.new_empty(max(count, 1))
     finite = torch.empty(1, dtype=torch.int32, device=m.device)
-    belonging = members(tuple((group, int(x.numel() > 0)) for (_, group), x in zip(layout.tolist(), g, strict=True)), m.device)
+    belonging = members(tuple([(group, int(x.numel() > 0)) for group, x in zip(places[1::2], g, strict=True)]), m.device)
     powers = {"PARAMETERS": min(_launch.power_of_two(len(p)), MOST_PARAMETERS), "AVERAGES": _launch.power_of_two(count)}
     with _launch.on_device(m.device):
         numbers_kernel[(1,)](numbers, rates, finite, counts, total, settings, decays, belonging, len(p), count, **powers, num_warps=1)
-        for kind, found in by_kind(kinds, rows):
-            table, chunks = tables(found, CHUNK, m.device)
-            is_aligned = aligned(found) and m.numel() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (m, v, averages))
+        for batch in batches:
+            kind, (table, chunks) = batch.kind, tables(batch, CHUNK, m.device)
+            is_aligned = batch.aligned and m.numel() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (m, v, averages))
             adamw_ema_kernel[(len(chunks),)](
                 table, chunks, m, v, averages, numbers, rates, finite, m.numel(),
                 HAS_GRADIENT=kind.gradient is not None, G_TYPE=type_of(kind.gradient), HAS_COPY=kind.copy is not None,
@@ -312,13 +328,15 @@ def launch(
 
 
 def _check_state(
-    m: Tensor, v: Tensor, averages: Tensor, counts: Tensor, total: Tensor, settings: Tensor, decays: Tensor, parameters: int
-) -> None:
+    m: Tensor, v: Tensor, averages: Tensor, counts: Tensor, layout: Tensor, total: Tensor, settings: Tensor, decays: Tensor,
+    parameters: int,
+) -> None:  # fmt: skip
     wanted = {
         "m": (m, (m.numel(),), m.dtype),
         "v": (v, (m.numel(),), m.dtype),
         "averages": (averages, (len(averages), m.numel()), m.dtype),
         "counts": (counts, (OWN.value + parameters,), torch.int64),
+        "layout": (layout, (parameters, 2), torch.int64),
         "total": (total, (1,), torch.float64),
         "settings": (settings, (len(settings), SETTINGS.value), torch.float64),
         "decays": (decays, (len(averages), DECAYS.value), torch.float64),

@@ -95,10 +95,10 @@ def check_copies_are_the_weights_rounded(dtype):
 @pytest.mark.parametrize("aligned", [True, False])
 def check_aligned_memory(aligned, monkeypatch):
     """What lies on 16 bytes is addressed so, and nothing else is."""
-    from fm_fast.kernels import adamw_ema
+    from fm_fast.kernels import _table
 
-    seen = []
-    monkeypatch.setattr(adamw_ema, "aligned", lambda rows, original=adamw_ema.aligned: seen.append(original(rows)) or seen[-1])
+    seen, original = [], _table._are_aligned
+    monkeypatch.setattr(_table, "_are_aligned", lambda rows: seen.append(original(rows)) or seen[-1])
     memory = torch.zeros(4096 + 16)
     start = (-memory.data_ptr() // 4) % 4 + (0 if aligned else 1)
     p, g = memory[start : start + 1000], memory[start + 1008 : start + 2008]
@@ -159,7 +159,7 @@ def check_no_gradients_at_all():
 
 
 WRONG = {
-    "must have one entry a parameter, 2, got 1, 0, 2": {"g": [torch.ones(2, 3)]},
+    "must have one entry a parameter, 2, got 1 and 0": {"g": [torch.ones(2, 3)]},
     r"g\[0\] must have the shape and strides": {"g": [torch.ones(3, 2).t(), torch.ones(4)]},
     r"copies\[0\] must have the shape": {"copies": [torch.ones(6), torch.empty(0)]},
     r"p\[0\] must have memory without gaps": {"p": [torch.ones(2, 6)[:, ::2], torch.ones(4)], "g": [torch.empty(0), torch.ones(4)]},
@@ -168,6 +168,7 @@ WRONG = {
     "layout and m must hold .* got 34, 0": {"layout": torch.tensor([[0, 0], [34, 0]])},
     "layout and m must hold .* got 16, 1": {"layout": torch.tensor([[0, 0], [16, 1]])},
     "v must be contiguous torch.float32": {"v": torch.zeros(5)},
+    "layout must be contiguous torch.int64": {"layout": torch.zeros(4, dtype=torch.int64)},
     "counts must be": {"counts": torch.zeros(2)},
     "settings must be": {"settings": torch.ones(1, 5, dtype=torch.float64)},
     "decays must be": {"decays": torch.ones(1, 4, dtype=torch.float64)},
@@ -187,6 +188,19 @@ def check_wrong_arguments(message):
         launch(**arguments | WRONG[message])
 
 
+def check_what_is_kept_is_found_by_everything_that_was_checked():
+    """The plan of a step is that of later ones with the same memory; not where the same addresses hold something else."""
+    tensors, gradient = [torch.ones(2, 3)], torch.ones(6)
+    state = state_of(tensors)
+    triton_step(tensors, [gradient.view(2, 3)], state)
+    with pytest.raises(ValueError, match=r"g\[0\] must have the shape and strides"):
+        triton_step(tensors, [gradient.as_strided((2, 3), (1, 2))], state)
+    with pytest.raises(ValueError, match=r"p\[0\] must have memory without gaps"):
+        triton_step([tensors[0].as_strided((2, 2), (3, 1))], [torch.empty(0)], state)
+    triton_step(tensors, [gradient.view(2, 3).double()], state)
+    assert state.counts.tolist() == [2, 0, 2]
+
+
 def check_gradients_with_gaps_are_refused():
     from fm_fast.kernels.adamw_ema import launch_norm
 
@@ -201,7 +215,7 @@ def check_tables_while_a_graph_is_captured(monkeypatch):
     capturing, there = [False], torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(_table, "_to_device", lambda rows, device: torch.tensor(rows))
-    known, new = (tuple([_table.Row(16 * i, 32, 0, 0, 5, 0)]) for i in (1, 2))
+    known, new = (_table.Batch(_table.Kind(None, None), (_table.Row(16 * i, 32, 0, 0, 5, 0),), True) for i in (1, 2))
     made = _table.tables(known, 4, there)
     assert made[1].tolist() == [[0, 0], [0, 4]] and _table._read_by_graphs == []
     capturing[0] = True
