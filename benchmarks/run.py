@@ -6,13 +6,14 @@ A provider whose results are wrong stops the run before any time is shown.
 """
 
 import argparse
+import functools
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from benchmarks.costs import Costs
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from benchmarks.results import Row
     from benchmarks.timing import Clock, Step
 
+Result = TypeVar("Result")
 WARM_UP_SECONDS, GPU_WARM_UP_SECONDS = 0.5, 0.1
 SMALL_STEP_MS = 2.0
 PARTS = ("full", "forward", "backward")
@@ -82,24 +84,39 @@ class Gated:
 
 
 def gate(op: "Op", setting: "Setting", only: list[str] | None) -> Gated:
-    """Every provider after its check; SystemExit if one is wrong. On a GPU a peer that is wrong is left out, and costs us no rows."""
+    """Every provider after its check; SystemExit if one is wrong."""
     given, found = [op.inputs(setting) for _ in range(_input_sets(op, setting))], Gated({}, {})
     for i, provider in enumerate(op.providers(setting)):
         if i and only is not None and not any(text in provider.name for text in only):
             continue
-        steps = [provider.build(inputs, setting) for inputs in given]
-        try:
-            errors = [_checked(op, setting, provider, *pair) for pair in zip(given, steps, strict=True)] if provider.gated else []
-        except SystemExit as wrong:
-            if provider.ours or setting.device.type == "cpu":
-                raise
-            print(f"left out: {wrong}")
+        built = _unless_left_out(op, setting, provider.name, functools.partial(_built, op, setting, provider, given))
+        if built is None:
             continue
-        found.steps[provider.name] = steps
-        known = [error for error in errors if error is not None]
-        if known:
-            found.errors[provider.name] = max(known)
+        found.steps[provider.name], errors = built
+        if errors:
+            found.errors[provider.name] = max(errors)
     return found
+
+
+def _built(op: "Op", setting: "Setting", provider: "Provider", given: list) -> tuple[list, list[float]]:
+    """Its steps on each set of inputs, and the errors of steps that are as inexact as its arithmetic."""
+    steps = [provider.build(inputs, setting) for inputs in given]
+    if not provider.gated:
+        return steps, []
+    errors = [_checked(op, setting, provider, *pair) for pair in zip(given, steps, strict=True)]
+    return steps, [error for error in errors if error is not None]
+
+
+def _unless_left_out(op: "Op", setting: "Setting", provider: str, work: Callable[[], Result]) -> Result | None:
+    """What the work gives. On a GPU another's provider that is wrong or fails is left out, and costs us no rows: None."""
+    try:
+        return work()
+    except (Exception, SystemExit) as error:
+        if provider.startswith("fm_fast") or setting.device.type == "cpu":
+            raise
+        failure = f"{op.name}, {setting.size}, {setting.problem}: {provider} failed: {type(error).__name__}: {error}"
+        print(f"left out: {error if isinstance(error, SystemExit) else failure}")
+        return None
 
 
 def _checked(op: "Op", setting: "Setting", provider: "Provider", inputs: Any, step: Any) -> float | None:
@@ -132,7 +149,8 @@ def measure(op: "Op", setting: "Setting", options: argparse.Namespace) -> "list[
     gated, rounds = gate(op, setting, options.only), options.rounds or op.rounds
     bandwidth, unit = None, op.unit
     if setting.device.type == "cuda" and op.observe is None:
-        replays = {name: timing.captured(sets) for name, sets in gated.steps.items()}
+        tried = {name: _unless_left_out(op, setting, name, functools.partial(timing.captured, sets)) for name, sets in gated.steps.items()}
+        replays = {name: replay for name, replay in tried.items() if replay is not None}
         timing.warm_up(replays, GPU_WARM_UP_SECONDS, torch.cuda.synchronize)
         clock = timing.device_clock(len(next(iter(gated.steps.values()))))
         values, bandwidth = timing.interleaved(replays, rounds, clock), timing.copy_bandwidth(setting.device)
@@ -142,7 +160,9 @@ def measure(op: "Op", setting: "Setting", options: argparse.Namespace) -> "list[
         values = (op.observe or _milliseconds)({name: sets[0] for name, sets in gated.steps.items()}, rounds, now)
         unit = f"cpu_{op.unit}" if options.clock == "cpu" and op.unit in TIMES else op.unit
     # Last: what is counted is not timed.
-    costs = {name: op.costs(sets[0], setting.device) for name, sets in gated.steps.items()}
+    costs = {
+        name: _unless_left_out(op, setting, name, functools.partial(op.costs, gated.steps[name][0], setting.device)) for name in values
+    }
     return _rows(op, setting, values, gated.errors, costs, bandwidth, unit)
 
 
@@ -156,7 +176,7 @@ def _milliseconds(steps: "Mapping[str, Step]", rounds: int, now: "Clock") -> dic
 
 
 def _rows(
-    op: "Op", setting: "Setting", times: dict[str, list[float]], errors: dict[str, float], costs: "dict[str, Costs]",
+    op: "Op", setting: "Setting", times: dict[str, list[float]], errors: dict[str, float], costs: "dict[str, Costs | None]",
     copy_bandwidth: float | None, unit: str,
 ) -> "list[Row]":  # fmt: skip
     from benchmarks import timing
@@ -178,10 +198,12 @@ def _rows(
     return rows
 
 
-def _counted(op: "Op", setting: "Setting", costs: "Costs") -> dict[str, float]:
+def _counted(op: "Op", setting: "Setting", costs: "Costs | None") -> dict[str, float]:
     """What is known of a step's costs, by metric."""
     from benchmarks.costs import MIB
 
+    if costs is None:
+        return {}
     found = {"peak_mib": costs.peak / MIB, "kernels": costs.kernels}
     if op.tensor_bytes is not None:
         size = op.tensor_bytes(setting)

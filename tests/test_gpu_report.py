@@ -12,7 +12,8 @@ import torch
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks import gpu_report, plan, results, run
+from benchmarks import gpu_report, plan, results, run, timing
+from benchmarks.costs import Costs
 from benchmarks.op import Op, Provider, Setting
 
 SURROUNDINGS = {"device": "Some GPU", "date": "2026-01-02", "triton": ""}
@@ -183,6 +184,40 @@ def test_a_wrong_peer_costs_us_no_rows_on_a_gpu(device, capsys):
     providers[0] = provider("fm_fast", "wrong")
     with pytest.raises(SystemExit, match="fm_fast is wrong"):
         run.gate(op, setting, None)
+
+
+@pytest.mark.parametrize("where", ["build", "check", "capture", "costs"])
+def test_a_peer_that_fails_costs_us_no_rows_on_a_gpu(where, monkeypatch, capsys):
+    """Whatever it is: memory that runs out, a compiler, a wait that a capture forbids."""
+
+    def fail_in(place, name):
+        if place == where and name == "peer":
+            raise RuntimeError("no memory")
+
+    def build(name):
+        fail_in("build", name)
+        return lambda: name
+
+    def costs(step, device):
+        fail_in("costs", step())
+        return Costs(0, 3, None)
+
+    providers = [Provider(name, lambda inputs, setting, name=name: build(name)) for name in ("fm_fast", "peer", "other")]
+
+    def check(inputs, setting, step):
+        fail_in("check", step())
+
+    op = Op("op", {}, (), lambda setting: None, lambda setting: providers, check, lambda setting: 1 << 30, costs=costs, rounds=1)
+    monkeypatch.setattr(timing, "captured", lambda steps: fail_in("capture", steps[0]()) or steps[0])
+    monkeypatch.setattr(timing, "device_clock", lambda sets: lambda step: 1.0)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1.0)
+    monkeypatch.setattr(timing, "warm_up", lambda *arguments: None)
+    setting = Setting(torch.device("cuda"), "size", (1,), torch.float32, "mode")
+    rows = run.measure(op, setting, run.parse(["--device", "cuda"]))
+    shown = ["fm_fast", "other"] if where != "costs" else ["fm_fast", "peer", "other"]
+    assert [row.provider for row in rows if row.metric == "ratio"] == shown
+    assert [row.provider for row in rows if row.metric == "kernels"] == ["fm_fast", "other"]
+    assert "left out: op, size, mode: peer failed: RuntimeError: no memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), SystemExit("naive eager is wrong, so nothing is timed")])
