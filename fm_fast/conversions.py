@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from fm_fast import _checks, reference
-from fm_fast.objectives import Objective, as_objective, common_range, schedule, velocity_factors
-from fm_fast.paths import Path, as_path
+from fm_fast.objectives import Objective, Schedule, as_objective, common_range, schedule, velocity_factors
+from fm_fast.paths import EDGE, Path, as_path
 
 PREDICTIONS = ("velocity", "noise", "score", "data")
 
@@ -50,15 +50,26 @@ def _factors(path: Path, objective: Objective, to: str, t: Tensor) -> tuple[Tens
     """(A, B) with the prediction A x + B o, float64."""
     low, high = common_range(path, objective, as_objective(to))
     t = t.to(torch.float64).clamp(low, high)
-    x_factor, output_factor = velocity_factors(path, objective, t)
     if to == "velocity":
-        return x_factor, output_factor
+        return velocity_factors(path, objective, t)
+    t = _while_moving(path, t)
+    x_factor, output_factor = velocity_factors(path, objective, t)
     p = schedule(path, t)
-    turn = p.da * p.s - p.ds * p.a  # of (x1, x0) to (x, velocity)
+    turn = _turn(p)
     if to == "data":
         return (p.s * x_factor - p.ds) / turn, p.s * output_factor / turn
     scale = turn if to == "noise" else -p.s * turn
     return (p.da - p.a * x_factor) / scale, -p.a * output_factor / scale
+
+
+def _turn(p: Schedule) -> Tensor:
+    """The determinant of (x, velocity) in (x1, x0)."""
+    return p.da * p.s - p.ds * p.a
+
+
+def _while_moving(path: Path, t: Tensor) -> Tensor:
+    """A little inside of an end where the path stands still: the velocity there is 0 whatever noise and data are."""
+    return torch.where(_turn(schedule(path, t)) == 0.0, t.clamp(EDGE, 1.0 - EDGE), t)
 
 
 def _over(factor: Tensor, x: Tensor) -> Tensor:

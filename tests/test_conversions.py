@@ -64,6 +64,35 @@ def test_the_ends_are_finite(path, objective, to, t):
     assert fm.convert(x0, x1, t, path=PATHS[path], objective=objective, to=to).isfinite().all()
 
 
+class Smooth:
+    """A path of one's own that stands still at both ends."""
+
+    def alpha(self, t):
+        return t * t * (3 - 2 * t)
+
+    def sigma(self, t):
+        return 1 - self.alpha(t)
+
+    def d_alpha(self, t):
+        return 6 * t * (1 - t)
+
+    def d_sigma(self, t):
+        return -6 * t * (1 - t)
+
+
+@pytest.mark.parametrize("t", [0.0, 1.0])
+@pytest.mark.parametrize("objective", BUILT_IN)
+def test_ends_where_the_path_stands_still(objective, t):
+    x1, x0 = ends()
+    for to in PREDICTIONS:
+        found = fm.convert(x0, x1, t, path=Smooth(), objective=objective, to=to)
+        assert found.isfinite().all()
+        if objective == to:
+            torch.testing.assert_close(found, x0, rtol=1e-6, atol=1e-6)
+    noise = fm.convert(x0, x1, torch.tensor([0.5, 1.0, 0.5, 1.0]), path=Smooth(), objective="score", to="noise")
+    torch.testing.assert_close(noise, -x0 * torch.tensor([0.5, 0.0, 0.5, 0.0], dtype=x0.dtype)[:, None, None], rtol=1e-9, atol=1e-8)
+
+
 def test_dtypes_gradients_and_transforms():
     x1, x0 = ends(torch.float32)
     assert fm.convert(x0.bfloat16(), x1.bfloat16(), 0.5, to="noise").dtype == torch.bfloat16
