@@ -91,6 +91,8 @@ def time(t: object, x1: Tensor, name: str = "x1") -> None:
 
 def weight(value: object, x1: Tensor) -> None:
     """A tensor [B], or one that broadcasts to x1's shape."""
+    if callable(value) and not isinstance(value, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor, got {type(value).__name__}; weights of t are computed from the t of sample_path")
     tensor("weight", value)
     assert isinstance(value, Tensor)
     if value.is_complex():
@@ -157,6 +159,8 @@ def data_map(x1: Tensor, flip: float, levels: int, dequantise: bool) -> None:
     if flip > 0.0 and x1.dim() < 3:
         raise ValueError(f"flip mirrors the last dimension of [B, C, ..., W] data, got x1 of shape {tuple(x1.shape)}")
     grey_levels(levels)
+    if levels != 256 and x1.dtype != torch.uint8:
+        raise ValueError(f"levels is for uint8 x1, which it maps to [-1, 1], got {levels} for {x1.dtype}")
     if x1.dtype == torch.uint8 and levels < 256 and x1.numel() and _modes.values_readable(x1) and int(x1.max()) >= levels:
         raise ValueError(f"x1 must lie in 0..{levels - 1} for levels={levels}, got values up to {int(x1.max())}")
     if not isinstance(dequantise, bool):

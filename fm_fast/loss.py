@@ -3,6 +3,7 @@
 The fused kernels read x1 and the output and write x_t and the gradient; noise and target are never stored.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -157,6 +158,8 @@ def sample_path(
     _check_inputs(x1, x0, t, dtype, flip, levels, dequantise)
     draws = x0 is None or t is None or flip > 0.0 or dequantise
     _require_step(seed, step, draws)
+    if draws and seed is not None and sample_ids is None:
+        _warn_if_ranks_draw_alike()
     spec = path_spec(path, objective, t_sampler, flip, levels, dequantise)
     key = random.make_key(seed, step, sample_ids, x1.shape[0], x1.device, draws)
     chosen = _backends.resolve("path_sample", x1.device, backend)
@@ -346,6 +349,17 @@ def _require_step(seed: Whole | None, step: Whole | None, draws: bool) -> None:
         raise ValueError("step was given without a seed; give both, or neither to draw the seed from torch's generator")
     if seed is not None and step is None and draws:
         raise ValueError("seed was given without a step, which would repeat the same noise every call; give step=<training step>")
+
+
+def _warn_if_ranks_draw_alike() -> None:
+    """UserWarning in a process group, whose ranks would all have the samples 0 to B - 1 of the same seed."""
+    if torch.compiler.is_compiling() or random.world_size() == 1:
+        return
+    warnings.warn(
+        f"seed was given without sample_ids in a process group of {random.world_size()} ranks, which all draw the same noise then: give "
+        "sample_ids=<position of the first sample in the global batch>, such as rank * len(x1), or 0 where that is meant",
+        stacklevel=3,
+    )
 
 
 def _as_times(t: Tensor | float, x1: Tensor, spec: PathSpec, wide: torch.dtype) -> Tensor:

@@ -97,7 +97,8 @@ def _check_noise_arguments(shape: tuple[int, ...], stream: str, index: int, dtyp
         raise TypeError("index must be a whole number, got a tensor")
     _checks.whole("index", index, INDEX_LIMIT)
     if not isinstance(shape, (tuple, list)) or not all(_checks.is_whole(size) or isinstance(size, torch.SymInt) for size in shape):
-        raise TypeError(f"shape must be a tuple of whole numbers, got {shape!r}")
+        found = type(shape).__name__ if isinstance(shape, Tensor) else repr(shape)
+        raise TypeError(f"shape must be a tuple of whole numbers, got {found}")
     if len(shape) == 0 or any(size < 0 for size in shape):
         raise ValueError(f"shape must be [B, ...] of whole numbers, got {tuple(shape)}")
 
@@ -166,5 +167,13 @@ def fresh_seed(device: torch.device) -> Tensor:
 
 
 def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return torch.distributed.get_rank() if _in_a_group() else 0
+
+
+def world_size() -> int:
+    """Of the process group; 1 outside of one."""
+    return torch.distributed.get_world_size() if _in_a_group() else 1
+
+
+def _in_a_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -109,7 +109,7 @@ def sample(
         progress: show a progress bar (needs tqdm; fixed-step methods).
         rtol, atol, max_steps: of adaptive methods, by default 1e-5, 1e-5 and 10_000; None for a fixed-step one. The error's norm is over
             the whole batch, so a sample depends on its neighbours there, unless ``per_sample``; max_steps counts the steps of a solve,
-            those in vain too.
+            those in vain too. An error is estimated, not known: fehlberg2's estimate is tens to hundreds of times too small.
         per_sample: an adaptive method chooses the steps of each sample by itself: each has the accuracy asked for, whatever else is in the
             batch. The model is called with times that differ, until the last sample is at its end. With ``on_nonfinite="mark"``, samples
             whose solve fails become NaN instead of an error. Guidance is evaluated outside of its interval too, with a scale of 1.

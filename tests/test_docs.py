@@ -159,6 +159,10 @@ def check_recipes(results: list[tuple[str, Any]]) -> None:
 
     assert near_a_centre(found["student_in_one_step"]) > near_a_centre(found["teacher_in_one_step"]) + 0.3
     assert near_a_centre(found["stochastic"]) > 0.7
+    assert near_a_centre(found["moved"]) > 0.7 and float(found["of_data"].logp.mean()) > -3.0  # exactly: -1.0; the source's: -3.4
+    original, varied = x1[:256], found["varied"]
+    assert near_a_centre(varied) > 0.7 and not torch.equal(varied, original)
+    assert float((torch.cdist(varied, centres).argmin(1) == torch.cdist(original, centres).argmin(1)).float().mean()) > 0.7
     assert near_a_centre(found["preview"]) > near_a_centre(found["half_way"]) + 0.1
     # x = t x1 + (1 - t) x0 and the score is -x0 / (1 - t).
     torch.testing.assert_close(found["half_way"], 0.5 * found["preview"] - 0.25 * found["score"])

@@ -39,6 +39,7 @@ BAD_SAMPLE_ARGUMENTS = [
     ({"x1": torch.zeros(4, 3), "flip": 0.5}, ValueError, r"flip mirrors the last dimension .* got x1 of shape \(4, 3\)"),
     ({"levels": 1}, ValueError, r"levels must be a whole number in \[2, 256\], got 1"),
     ({"levels": 17.9}, ValueError, r"levels must be a whole number in \[2, 256\], got 17.9"),
+    ({"levels": 17}, ValueError, r"levels is for uint8 x1, which it maps to \[-1, 1\], got 17 for torch.float32"),
     (
         {"x1": torch.full((4, 3), 255, dtype=torch.uint8), "levels": 17},
         ValueError,
@@ -106,6 +107,11 @@ BAD_LOSS_ARGUMENTS = [
     ({"weight": torch.ones(4).to_sparse()}, TypeError, r"weight must be a dense tensor, got torch.sparse_coo"),
     ({"weight": torch.ones(4) * 1j}, TypeError, r"weight must be real, got torch.complex64"),
     ({"weight": 2.0}, TypeError, r"weight must be a torch.Tensor, got float"),
+    (
+        {"weight": torch.exp},
+        TypeError,
+        r"weight must be a torch.Tensor, got builtin.*; weights of t are computed from the t of sample_path",
+    ),
     ({"weight": torch.ones(8)}, ValueError, r"weight must have shape \[4\] or broadcast to \(4, 3, 8, 8\), got \(8,\)"),
     ({"weight": torch.ones(4, 3, 8, 7)}, ValueError, r"weight must have shape \[4\] or broadcast to .*, got \(4, 3, 8, 7\)"),
     ({"weight": torch.ones(4, device="meta")}, ValueError, r"weight must be on the device of x1, cpu, got meta"),
@@ -141,6 +147,7 @@ def test_a_seed_alone_is_enough_when_nothing_is_drawn():
         ({"index": torch.tensor(1)}, TypeError, r"index must be a whole number, got a tensor"),
         ({"index": 2**24}, ValueError, r"index must lie in \[0, 16777216\), got 16777216"),
         ({"shape": 3}, TypeError, r"shape must be a tuple of whole numbers, got 3"),
+        ({"shape": torch.zeros(3)}, TypeError, r"shape must be a tuple of whole numbers, got Tensor"),
         ({"shape": (2, None)}, TypeError, r"shape must be a tuple of whole numbers, got \(2, None\)"),
         ({"shape": (2.0, 3)}, TypeError, r"shape must be a tuple of whole numbers, got \(2.0, 3\)"),
         ({"shape": ()}, ValueError, r"shape must be \[B, ...\] of whole numbers, got \(\)"),

@@ -79,7 +79,7 @@ BAD_ARGUMENTS = [
     (
         {"guidance": fm.Guidance(2.0, {"y": torch.zeros(3)}), **GUIDED},
         ValueError,
-        r"guidance.null\['y'\] must broadcast to the condition's shape \(4,\), got \(3,\)",
+        r"guidance.null\['y'\] must broadcast to the condition's shape \(4,\), got \(3,\); for others, give a model",
     ),
     (
         {"guidance": fm.Guidance(2.0, {"y": -1}), "cond": {"y": 3}},

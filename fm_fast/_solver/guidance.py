@@ -148,7 +148,10 @@ def _doubled(name: str, value: Any, null: Any, batch: int) -> Any:
             return torch.cat([value, other.expand_as(value)])
         except RuntimeError:
             shapes = f"{tuple(value.shape)}, got {tuple(other.shape)}"
-            raise ValueError(f"guidance.null[{name!r}] must broadcast to the condition's shape {shapes}") from None
+            raise ValueError(
+                f"guidance.null[{name!r}] must broadcast to the condition's shape {shapes}; for others, give a model of "
+                "your own that calls the network twice and mixes"
+            ) from None
     if null is value or (not isinstance(null, Tensor) and not isinstance(value, Tensor) and _equal(null, value)):
         return value
     raise ValueError(f"guidance.null[{name!r}]: only conditions that are tensors with one entry a sample ([{batch}, ...]) can be replaced")

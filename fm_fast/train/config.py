@@ -181,7 +181,9 @@ def _check(config: TrainConfig) -> None:
 def fit_to_data(config: TrainConfig, image_shape: tuple[int, ...], classes: int) -> TrainConfig:
     """The same run with the network's channels, size and classes taken from the data (image_shape is C, H, W)."""
     channels, height, width = image_shape
-    require("data", height == width, "square images [N, C, H, W] (resize cuts out the middle square of a folder's)", f"{height}x{width}")
+    square = "square images [N, C, H, W] (resize cuts out the middle square of a folder's)"
+    found = f"{height}x{width}" + (f"; are these {channels}x{height} images with their {width} colours last?" if width in (1, 3, 4) else "")
+    require("data", height == width, square, found)
     known, factor = classes if config.conditional else 0, config.super_resolution
     require("super_resolution", height % factor == width % factor == 0, f"a divisor of the images' size, {height}x{width}", factor)
     _check_levels(config.model, height)
