@@ -1,8 +1,9 @@
 """How group_norm_silu cuts its work on a GPU, and what its forward and backward kernels share.
 
 A program has some whole groups of one sample: a tile [CHANNELS, POSITIONS] that walks over the positions. The same tile serves both
-layouts, since the compiler lets neighbouring threads follow whichever stride is one: channels_last programs have 32 channels or more,
-so that a position's are whole sectors of memory. Where all positions fit into one tile they are read once and stay in registers.
+layouts, since the compiler lets neighbouring threads follow whichever stride is one: channels_last programs have 32 channels or more, so
+that a position's are whole sectors of memory, and just one sector where the GPU would otherwise stand idle. Where all positions fit into
+one tile they are read once and stay in registers.
 """
 
 # Device functions are written in Triton's own language.
@@ -24,6 +25,8 @@ from fm_fast.kernels._tile import read
 TILE = 2048  # elements of a tile that walks
 HELD_TILE = 8192  # elements of a sample's groups that one forward tile may hold; the backward pass holds two tensors, of TILE at most
 CHANNELS_LAST_CHANNELS = 32
+SECTOR = 32  # bytes
+FEW_PROGRAMS = 128  # fewer than a large GPU has multiprocessors
 MOST_JOINED_CHANNELS = 64  # of several groups: their sums compare every pair of channels
 ELEMENTS_PER_THREAD = 16
 DROPOUT_STREAM = int(contract.Stream.dropout)
@@ -152,7 +155,7 @@ def norm_plan(x: Tensor, strides: list[_launch.Strides], channels: int, groups: 
     batch, _, points = contract.logical_shape(x.shape)
     width = channels // groups
     channels_last = points == 1 or strides[0][1] < strides[0][2]
-    wanted = CHANNELS_LAST_CHANNELS if channels_last else min(MOST_JOINED_CHANNELS, -(-1024 // points))
+    wanted = _channels_last_channels(x, batch, channels) if channels_last else min(MOST_JOINED_CHANNELS, -(-1024 // points))
     joined = max(1, min(groups, wanted // width))
     tile_channels = _launch.power_of_two(joined * width)
     row = max(4, _launch.power_of_two(points))
@@ -171,6 +174,11 @@ def norm_plan(x: Tensor, strides: list[_launch.Strides], channels: int, groups: 
         wide=_launch.is_wide(channels, points, strides),
         device=x.device,
     )
+
+
+def _channels_last_channels(x: Tensor, batch: int, channels: int) -> int:
+    few = batch * -(-channels // CHANNELS_LAST_CHANNELS) < FEW_PROGRAMS
+    return SECTOR // x.element_size() if few else CHANNELS_LAST_CHANNELS
 
 
 Addressed = tuple[Tensor | None, tuple[int, ...]]

@@ -16,7 +16,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton_binaries import Recorder, compiled
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-SMALL, LARGE = (4, 128, 16, 16), (4, 128, 64, 64)  # one tile holds the positions of a program's groups, or not
+SMALL, LARGE = (32, 128, 16, 16), (32, 128, 64, 64)  # one tile holds the positions of a program's groups, or not
+SMALL_FEW, LARGE_FEW = ((4, *shape[1:]) for shape in (SMALL, LARGE))  # so few samples that a program has fewer channels
 GROUPS = 32
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
@@ -46,6 +47,9 @@ CASES = [
     Case(BFLOAT16, "NHWC", LARGE, (102, 80, 512), (134, 128, 512)),
     Case(BFLOAT16, "NCHW", LARGE, (60, 56, 64), (106, 72, 64)),
     Case(BFLOAT16, "NHWC", LARGE, (107, 80, 512), (144, 136, 512), second=True),  # a tenth of an instruction above 106 with Triton 3.8
+    Case(BFLOAT16, "NHWC", SMALL_FEW, (70, 80, 512), (142, 128, 256)),
+    Case(BFLOAT16, "NHWC", LARGE_FEW, (96, 80, 256), (142, 128, 256)),
+    Case(FLOAT32, "NHWC", LARGE_FEW, (68, 64, 128), (110, 96, 128)),
 ]
 DROPOUT = Case(BFLOAT16, "NHWC", SMALL, (70, 128, 8192), (200, 168, 4608), dropout=0.1)
 

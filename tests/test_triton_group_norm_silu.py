@@ -51,6 +51,15 @@ def check_sizes_layouts_and_dropout(case):
     check(case)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if "l" in case.layouts], ids=str)
+def check_as_where_samples_are_many(case, monkeypatch):
+    """Programs of more channels."""
+    from fm_fast.kernels import _norm
+
+    monkeypatch.setattr(_norm, "FEW_PROGRAMS", 0)
+    check(case)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["c", "l"])
 def check_dtypes(dtype, layout):
