@@ -71,6 +71,18 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
             checkpoint.read_checkpoint(path)
 
 
+def test_a_state_that_is_none(tmp_path):
+    """Complete files with the right settings, as nothing of fm_fast writes them."""
+    config = tiny()
+    stored = new_state(config, CPU).state_dict()
+    without = {name: value for name, value in stored.items() if name != "optimiser"}
+    for number, state in enumerate(({}, 5, without, stored | {"step": "x"}, stored | {"average": {}})):
+        file = tmp_path / f"{number}.pt"
+        checkpoint.save_checkpoint(file, state, config)
+        with pytest.raises(ValueError, match=rf"{number}.pt: expected the state of a run, got another \("):
+            checkpoint.resume(file, new_state(config, CPU), config)
+
+
 def test_a_file_cut_off_at_any_length_is_a_damaged_one(tmp_path):
     """In some such files torch's reader looks for a table of contents at a negative position, which is an OSError."""
     config, path = tiny(model=replace(tiny().model, channels=32)), tmp_path / "c.pt"

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import fields, replace
 
 import numpy as np
@@ -95,6 +97,8 @@ def test_errors_are_one_line_and_exit_code_1(arguments, message, capsys, tmp_pat
         (["--model.attention-sizes", "16,4"], "model.attention_sizes: expected heights of the network's levels, 8, 4, got (16, 4)"),
         (["--coupling", "optimal", "--batch-size", "1"], "coupling: expected independent where a process has one image a step, which"),
         (["--label-drop", "1"], "label_drop: expected less than 1, or --no-conditional: the network would never be told a label, got 1.0"),
+        (["--no-conditional", "--guidance", "3"], "guidance: expected 1 for a network that is told no labels or always a label, got 3.0"),
+        (["--no-conditional", "--evaluate"], "evaluate: expected only for the shipped digits with their classes; the command evaluate"),
         (["--label-drop", "0.2", "--no-conditional"], "label_drop: expected 0 for a network that is told no labels, got 0.2"),
     ],
 )
@@ -121,8 +125,10 @@ def test_what_has_no_effect_is_said(tmp_path, capsys):
 def test_what_has_no_effect_is_said_where_nobody_named_it(tmp_path, capsys):
     """As by a script, or by a run that was begun before it was refused."""
     config = replace(parsed("digits", *SMALL), steps=1, batch_size=1, coupling="optimal", label_drop=1.0, evaluate=False, out=str(tmp_path))
-    train(config)
+    train(replace(config, parallel="fsdp", micro_batch=4))
     said = capsys.readouterr().out
+    assert "note: parallel fsdp has no effect in one process\n" in said
+    assert "note: micro_batch 4 has no effect, because a process has 1 images a step\n" in said
     assert "note: coupling optimal has no effect, because a process has one image a step\n" in said
     assert "warning: label_drop 1: the network is never told a label, so it learns nothing about the classes\n" in said
 
@@ -259,3 +265,10 @@ def test_version(capsys):
 def test_info_in_a_fresh_process():
     answer = run_python("import runpy; runpy.run_module('fm_fast', run_name='__main__')", "info")
     assert "fm_fast" in answer.stdout and "backends" in answer.stdout
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    """As after `fm-fast info | head -1`."""
+    command = f"{sys.executable} -c 'from fm_fast.cli import main; raise SystemExit(main([\"info\"]))' | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == "" and done.returncode in (0, 1)

@@ -101,7 +101,9 @@ def test_each_row_of_a_picture_belongs_to_one_class(count, columns):
 
 def test_no_guidance_by_a_class_that_was_never_learnt(tmp_path, capsys):
     run, out = str(tmp_path / "run"), str(tmp_path / "samples.npz")
-    assert main([*RUN, "--label-drop", "0", "--guidance", "3", "--out", run]) == 0
+    assert main([*RUN, "--label-drop", "0", "--guidance", "3", "--out", run]) == 1
+    assert "guidance: expected 1 for a network that is told no labels or always a label, got 3.0" in capsys.readouterr().err
+    assert main([*RUN, "--label-drop", "0", "--out", run]) == 0
     assert main(["sample", run, "--count", "2", "--out", out]) == 0
     assert "guidance 1" in capsys.readouterr().out
     assert main(["sample", run, "--count", "2", "--guidance", "2", "--out", out]) == 1

@@ -166,6 +166,22 @@ def test_a_share_that_leaves_a_side_empty(form, share, tmp_path):
             load_dataset(tmp_path / ("set.npz" if form == "npz" else "set"), split, Preparation(test_share=share))
 
 
+@pytest.mark.parametrize("share", [0.4, 0.9])
+def test_one_image_cannot_be_shared_out(share, tmp_path):
+    np.savez(tmp_path / "one.npz", images=random_images(1, 4, 4), labels=np.zeros(1, dtype=np.int64))
+    for split in ("train", "test"):
+        with pytest.raises(ValueError, match=f"test_share: expected one that leaves images on both sides of 1, got {share}"):
+            load_dataset(tmp_path / "one.npz", split, Preparation(test_share=share))
+
+
+@pytest.mark.parametrize("label", [50_000_000, 2**40, 2**63 - 1])
+def test_labels_that_are_no_numbers_of_classes(label, tmp_path):
+    """Each class has a row of weights: such labels would end in the system's words for memory that is not there, or without any."""
+    np.savez(tmp_path / "set.npz", images=random_images(2, 4, 4), labels=np.array([0, label]))
+    with pytest.raises(ValueError, match=rf"set.npz: expected labels 0, 1, 2, ..., at most 1000000 classes, got a label {label}$"):
+        load_dataset(tmp_path / "set.npz")
+
+
 def test_an_image_that_claims_to_be_huge(tmp_path):
     image = pytest.importorskip("PIL.Image")
     (tmp_path / "cat").mkdir()

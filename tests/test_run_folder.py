@@ -1,5 +1,6 @@
 """The folder of a run: numbered checkpoints, the newest valid one, old ones deleted, and no run in another's way."""
 
+import errno
 import json
 import shutil
 import sys
@@ -227,6 +228,32 @@ def test_what_a_killed_run_left_is_tidied(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
     records = log.read_text().splitlines()
     assert records[:4] == lines.splitlines() and [json.loads(record)["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+
+
+FOREIGN = [b'{"a": 1}', b"5", b"null", b"[]", b'{"step": "x", "loss": 1}', b'{"step": 1}', b"\xff\xfe\x00bad"]
+
+
+@pytest.mark.parametrize("line", FOREIGN, ids=repr)
+def test_a_log_is_not_needed_to_go_on(line, tmp_path):
+    """Whatever somebody has written into it."""
+    run(tmp_path, steps=2, log_every=1, checkpoint_every=2)
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes() + line + b"\n")
+    run(tmp_path, True, steps=4, log_every=1)
+    assert [record["step"] for record in map(json.loads, log.read_text().splitlines()) if "loss" in record] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+    file = tmp_path / "name"
+    with pytest.raises(OSError, match=r"No space left on device: '.*name'"), replaced_whole(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_is_not_replaced():
+    with replaced_whole(Path("/dev/null")) as place:
+        place.write_text("lost")
+    assert Path("/dev/null").is_char_device()
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):

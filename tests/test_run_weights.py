@@ -12,7 +12,7 @@ from fm_fast.train.data import digits
 from fm_fast.train.loop import advance
 from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.step import new_state
-from fm_fast.train.weights import load_model, save_weights
+from fm_fast.train.weights import FORMAT, VERSION, load_model, save_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,6 +70,26 @@ def test_damaged_and_foreign_weights(tmp_path, state_and_config):
     save_weights(file, {"a": torch.zeros(2)}, config, 2)
     with pytest.raises(ValueError, match=r"w.safetensors: expected the settings and weights of a network, got others"):
         load_model(file)
+
+
+def test_weights_for_which_there_is_no_room(tmp_path, state_and_config, monkeypatch):
+    safetensors = pytest.importorskip("safetensors")
+    state, config = state_and_config
+
+    def full(tensors, file, metadata):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"w.safetensors: expected room for the weights, .*No space left on device"):
+        save_weights(tmp_path / "w.safetensors", state.average.state_dict(), config, 2)
+
+
+def test_metadata_that_are_not_settings(tmp_path, state_and_config):
+    safetensors = pytest.importorskip("safetensors.torch")
+    for others in ({}, {"config": "xx"}):
+        safetensors.save_file({"a": torch.zeros(2)}, tmp_path / "w.safetensors", {"format": FORMAT, "version": VERSION} | others)
+        with pytest.raises(ValueError, match=r"w.safetensors: expected the settings of a run in its metadata, got others"):
+            load_model(tmp_path / "w.safetensors")
 
 
 def test_weights_that_changed_are_found(tmp_path, state_and_config):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import subprocess
 import sys
 import time
 import types
@@ -52,6 +53,24 @@ def test_norms_of_gradients_are_averaged_and_skipped_steps_counted(tmp_path):
         logger.step(step, torch.tensor(1.0), 0.1, gradient_norm=torch.tensor(norm, dtype=torch.float64))
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(record["gradient_norm"], record["skipped_steps"]) for record in records] == [(4.0, 1), (None, 4), (2.0, 4)]
+
+
+def test_numbers_that_json_has_not_are_null(tmp_path):
+    logger = Logger(RunFolder(tmp_path), tiny(log_every=1), 0, Team(CPU))
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        logger.step(1, torch.tensor(math.nan), 0.1, torch.tensor([[math.inf] * 4, [1.0] * 4]))
+    record = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert record["loss"] is None and record["loss_by_quartile"] == [None] * 4 and record["not_finite"] == 1
+
+
+@pytest.mark.parametrize("output", ["closed", "full"])
+def test_without_an_output_a_run_goes_on_in_silence(output, tmp_path):
+    network = "--model.channels 8 --model.groups 4 --model.head-channels 8"
+    words = f"train digits --steps 2 --batch-size 4 {network} --no-evaluate --sample-steps 1 --samples-per-class 1 --out {tmp_path / 'run'}"
+    command = f"{sys.executable} -m fm_fast {words} {'>&-' if output == 'closed' else '> /dev/full'}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "checkpoint-00000002.pt").is_file()
 
 
 def test_the_log_of_a_run_has_norms_before_clipping(tmp_path):
@@ -132,6 +151,9 @@ def test_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match="--tensorboard needs it: pip install tensorboard"):
         log_lines(tmp_path / "log.jsonl", tensorboard=True)
+    with pytest.raises(ImportError, match="--tensorboard needs it"):  # before the data are looked for
+        train(tiny(tensorboard=True, data="nowhere", out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_curve_is_where_the_losses_are(tmp_path):

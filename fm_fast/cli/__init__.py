@@ -13,6 +13,7 @@ from fm_fast.cli.likelihood import add_likelihood
 from fm_fast.cli.reproduce import add_reproduce
 from fm_fast.cli.sample import add_sample
 from fm_fast.cli.train import add_train
+from fm_fast.train.interrupt import say_nothing_more
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             options.run(options)
+    except BrokenPipeError:  # nobody reads any more, as after `| head`
+        say_nothing_more([1])
+        return 1
     except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
         print(f"fm-fast: error: {error}", file=sys.stderr)
         return 1

@@ -23,6 +23,7 @@ from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import Dataset, load_dataset
 from fm_fast.train.devices import pick_device
 from fm_fast.train.evaluate import Evaluation, evaluate_network
+from fm_fast.train.files import replaced_whole
 from fm_fast.train.quality import require_torch_fidelity
 from fm_fast.train.weights import load_model
 
@@ -65,7 +66,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(report(result))
     if options.json is not None:
         content = _settings(options, config, held_out) | record(result)
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with replaced_whole(options.json) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from fm_fast.solvers import ADAPTIVE, METHODS
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import Dataset
 from fm_fast.train.devices import pick_device
+from fm_fast.train.files import replaced_whole
 from fm_fast.train.likelihood import DatasetBits, dataset_bits
 from fm_fast.train.weights import load_model
 
@@ -65,7 +66,8 @@ def _likelihood(options: argparse.Namespace) -> None:
     result = dataset_bits(model.to(device), config, dataset.to(device), options.batch_size, options.seed, options.unconditional, **solver)
     print(_report(result))
     if options.json is not None:
-        options.json.write_text(json.dumps(_record(options, dataset, solver, result)) + "\n", encoding="utf-8")
+        with replaced_whole(options.json) as temporary:
+            temporary.write_text(json.dumps(_record(options, dataset, solver, result)) + "\n", encoding="utf-8")
 
 
 def _solver(options: argparse.Namespace) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from fm_fast.train.condition import NULL_CLASS
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import levels_of
 from fm_fast.train.devices import pick_device
+from fm_fast.train.files import replaced_whole
 from fm_fast.train.likelihood import require_fitting
 from fm_fast.train.picture import write_images
 from fm_fast.train.sample import BatchDone, enlargements, ignore, sample_classes, sample_enlarged
@@ -160,7 +161,8 @@ def _write(out: Path | None, images: Tensor, labels: Tensor, levels: int, count:
     if out is None:
         return
     if out.suffix == ".npz":
-        np.savez_compressed(out, images=images.numpy(), labels=labels.numpy())
+        with replaced_whole(out) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, images=images.numpy(), labels=labels.numpy())
     else:
         write_images(out, images, levels, columns=_columns(count))
 

@@ -115,10 +115,21 @@ def restore(path: Path, content: dict[str, Any], state: TrainState, config: Trai
     conflicts = [*data_conflicts(stored, content.get("data"), config, data), *resume_conflicts(stored, config)]
     if conflicts:
         raise ValueError(f"{path}: cannot resume with other settings: {'; '.join(conflicts)}")
-    taken = content["state"]["step"]
+    with _told_as_damage(path):
+        taken = int(content["state"]["step"])
     if taken > config.steps:
         raise ValueError(f"{path}: steps: expected at least the {taken} that this run has taken, got {config.steps}")
-    state.load_state_dict(content["state"])
+    with _told_as_damage(path):
+        state.load_state_dict(content["state"])
+
+
+@contextlib.contextmanager
+def _told_as_damage(path: Path) -> Iterator[None]:
+    """Whatever is raised where the state is not one: ValueError with the file's name."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: expected the state of a run, got another ({first_line(error)})") from error
 
 
 def resume(path: Path, state: TrainState, config: TrainConfig) -> None:

@@ -8,7 +8,7 @@ from fm_fast.train.data import DataOrder, Dataset
 
 EPOCHS = 15
 BATCH = 100
-MOST_STEPS = 2000
+FEWEST_STEPS, MOST_STEPS = 50, 2000
 CHUNK = 1000
 
 
@@ -35,7 +35,7 @@ def train_classifier(data: Dataset) -> Classifier:
         channels, height, width = data.images.shape[1:]
         model = Classifier(channels, height, width, data.classes).to(data.device)
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=1e-2)
-    order, steps = DataOrder(len(data), seed=0), min(EPOCHS * len(data) // BATCH, MOST_STEPS)
+    order, steps = DataOrder(len(data), seed=0), min(max(EPOCHS * len(data) // BATCH, FEWEST_STEPS), MOST_STEPS)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, steps)
     for step in range(steps):
         images, labels = data.batch(order.indices(step * BATCH, BATCH))

@@ -1,12 +1,13 @@
 """The course of a run as pictures, drawn from its logs: losses, and the quality of samples."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from fm_fast.train.files import read_records, replaced_whole
 
 WIDTH, HEIGHT = 800, 500
 LEFT, TOP, RIGHT, BOTTOM = 70, 20, 20, 50  # margins of a panel
@@ -53,8 +54,8 @@ def can_draw() -> bool:
 def read_curves(log: Path) -> dict[str, Points]:
     """(step, loss) by name: the mean loss and those of the quartiles of t. Losses that are not positive numbers are left out."""
     curves: dict[str, Points] = {name: [] for name in LOSSES}
-    for record in _records(log):
-        values = [record["loss"], *record.get("loss_by_quartile", [])]
+    for record in read_records(log):
+        values = [record.get("loss"), *record.get("loss_by_quartile", [])]
         for name, value in zip(LOSSES, values, strict=False):
             if _is_positive(value):
                 curves[name].append((record["step"], value))
@@ -69,7 +70,7 @@ def draw_curves(log: Path, picture: Path) -> None:
 
 def draw_quality(log: Path, picture: Path) -> None:
     """Shares and distances of the samples against the step, beside those of real images, as a PNG. Needs Pillow."""
-    records = _records(log)
+    records = read_records(log)
     shares, distances = (
         {NAMES[name]: Curve(colour, _points(records, name), _level(records, name)) for name, colour in names.items()}
         for names in (SHARES, DISTANCES)
@@ -77,20 +78,16 @@ def draw_quality(log: Path, picture: Path) -> None:
     _draw([Panel(shares, logarithmic=False), Panel(distances)], picture)
 
 
-def _records(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text().splitlines()]
-
-
 def _points(records: list[dict[str, Any]], name: str) -> Points:
     keep = _is_positive if name in DISTANCES else lambda value: value is not None
-    return [(record["step"], record[name]) for record in records if keep(record[name])]
+    return [(record["step"], record[name]) for record in records if keep(record.get(name))]
 
 
 def _level(records: list[dict[str, Any]], name: str) -> float | None:
     """Of real images: 1 for the novelty, which is relative to theirs."""
     if name == "novelty" or not records:
         return 1.0
-    level = records[-1][f"real_{name}"]
+    level = records[-1].get(f"real_{name}")
     return level if name in SHARES or _is_positive(level) else None
 
 
@@ -113,7 +110,8 @@ def _draw(panels: Sequence[Panel], picture: Path) -> None:
     for number, panel in enumerate(panels):
         if panel.values:
             _draw_panel(draw, panel, _Axes(panel, (number * width + LEFT, TOP, (number + 1) * width - RIGHT, HEIGHT - BOTTOM), max(steps)))
-    image.save(picture)
+    with replaced_whole(picture) as temporary:
+        image.save(temporary, "PNG")
 
 
 class _Axes:

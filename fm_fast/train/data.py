@@ -19,6 +19,7 @@ DIGITS = Path(__file__).parent.parent / "datasets" / "digits.npz"
 DIGITS_TRAIN = 1500
 DIGITS_LEVELS = 17
 LEVELS = 256
+MOST_CLASSES = 1_000_000  # each has a row of weights; more are labels of another kind
 TEST_FILES = ("t10k", "test")  # beginnings of their names
 IDX_IMAGES = re.compile(r"-images[-.]idx3-ubyte(\.gz)?$")
 # How held-out images come about: a test part of the source, a share of it that is put aside, or not at all.
@@ -139,6 +140,8 @@ def make_dataset(name: str, images: Tensor, labels: Tensor, levels: int = LEVELS
         raise ValueError(f"{name}: expected one label an image, {len(images)}, got {list(labels.shape)}")
     images = images.unsqueeze(1) if images.ndim == 3 else images
     classes = int(labels.max()) + 1 if classes is None else classes
+    if classes > MOST_CLASSES:
+        raise ValueError(f"{name}: expected labels 0, 1, 2, ..., at most {MOST_CLASSES} classes, got a label {classes - 1}")
     _check_ranges(name, images, labels, levels, classes)
     return Dataset(name, images.contiguous(), labels.to(torch.int64), classes, levels, **marks)
 

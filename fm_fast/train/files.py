@@ -1,10 +1,12 @@
 """Files that are never half written, and folders that one run at a time writes into."""
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -18,8 +20,12 @@ TEMPORARY = ".tmp"
 def replaced_whole(path: Path) -> Iterator[Path]:
     """Yields the name of a temporary file beside `path`; what was written to it takes the place of `path` at the end.
 
-    Whatever happens, also loss of power, `path` is the old file or the new one: the content reaches the disk before its name does.
+    Whatever happens, also loss of power, `path` is the old file or the new one: the content reaches the disk before its name does. What is
+    no file, as a device or a pipe, is written directly. An OSError that names no file, as that of a full disk, is raised with the name.
     """
+    if path.exists() and not path.is_file():
+        yield path
+        return
     descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=TEMPORARY, dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
@@ -29,9 +35,22 @@ def replaced_whole(path: Path) -> Iterator[Path]:
         _to_disk(temporary)
         os.replace(temporary, path)
         _to_disk(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """The records of a log, one JSON object with a number "step" a line; other lines, as one that was cut off, are left out."""
+    records = []
+    for line in file.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
+    return records
 
 
 def as_folder(name: str, text: str) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.devices import peak_memory, peak_tflops
 from fm_fast.train.distributed import Team
-from fm_fast.train.files import replaced_whole
+from fm_fast.train.files import read_records, replaced_whole
 from fm_fast.train.interrupt import say_nothing_more
 from fm_fast.train.prepare import GIB
 from fm_fast.train.run_folder import RunFolder
@@ -65,7 +65,7 @@ class Logger:
         self._quartiles: list[Tensor] = []
         self._since = time.perf_counter()
         self._bar = _progress_bar(config.steps, first_step) if team.first else None
-        self._board = _tensorboard(folder.path) if team.first and config.tensorboard else None
+        self._board = _summary_writer()(str(folder.path / "tensorboard")) if team.first and config.tensorboard else None
         if team.first and first_step > 0:
             _keep_records(folder.log, first_step)
             if folder.quality.is_file():
@@ -153,7 +153,7 @@ class Logger:
 
     def _write(self, record: dict[str, Any], file: Path, prefix: str = "") -> None:
         with file.open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
+            stream.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in _scalars(record):
                 self._board.add_scalar(prefix + name, value, record["step"])
@@ -168,11 +168,22 @@ class Logger:
 
 
 def tell(text: str) -> None:
-    """Print a line. Where nobody reads any more, as when Ctrl-C has ended the other side of a pipe, the run goes on in silence."""
+    """Print a line. Where nobody reads any more, as when Ctrl-C has ended the other side of a pipe, the run goes on in silence, and so it
+    does where the output cannot be written, as on a full disk.
+    """
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         say_nothing_more([sys.stdout.fileno()])
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON has not, also within lists and records."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
@@ -184,27 +195,25 @@ def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
     return found
 
 
-def _tensorboard(folder: Path) -> Any:
+def require_sinks(config: TrainConfig) -> None:
+    """ImportError for a log that was asked for and cannot be written."""
+    if config.tensorboard:
+        _summary_writer()
+
+
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError("tensorboard: --tensorboard needs it: pip install tensorboard") from error
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter
 
 
 def _keep_records(file: Path, last_step: int) -> None:
     """Leave the records up to that step only: a run that was killed may have logged steps after its last checkpoint."""
-    lines = file.read_text().splitlines() if file.is_file() else []
+    kept = [record for record in read_records(file) if record["step"] <= last_step] if file.is_file() else []
     with replaced_whole(file) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= last_step))
-
-
-def _step_of(line: str) -> float:
-    """Infinity for a line that was cut off."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
+        temporary.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
 
 
 def _duration(seconds: float) -> str:
@@ -214,7 +223,7 @@ def _duration(seconds: float) -> str:
 
 def _progress_bar(total: int, first: int) -> Any:
     """A tqdm bar where tqdm is installed and somebody watches, else None."""
-    if not sys.stdout.isatty() or find_spec("tqdm") is None:
+    if sys.stdout is None or not sys.stdout.isatty() or find_spec("tqdm") is None:
         return None
     from tqdm import tqdm
 

@@ -24,7 +24,7 @@ from fm_fast.train.initial import initial_weights
 from fm_fast.train.interrupt import deferred_interrupt, stop
 from fm_fast.train.judge import Judge, judge_of
 from fm_fast.train.likelihood import require_fitting
-from fm_fast.train.log import Logger, tell
+from fm_fast.train.log import Logger, require_sinks, tell
 from fm_fast.train.picture import write_images
 from fm_fast.train.remarks import refuse_without_effect, remarks
 from fm_fast.train.run_folder import RunFolder
@@ -76,6 +76,7 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
         raise ValueError("resume, overwrite: expected one of them, got both")
     out = as_folder("out", config.out)
     as_folder("cache", os.path.expanduser(config.cache))
+    require_sinks(config)
     with joined(config.device) as team:
         is_wanted(config, team.device, team.share.world)  # raises before the work where it cannot be
         config, dataset = _loaded(config, team)

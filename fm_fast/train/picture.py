@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fm_fast.train.files import replaced_whole
+
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 COLOUR_TYPES = {1: 0, 3: 2}
 BACKGROUND = 96
@@ -34,10 +36,13 @@ def to_8_bit(images: Tensor, levels: int) -> Tensor:
 def write_images(path: Path, images: Tensor, levels: int, columns: int) -> None:
     """Integer images [N, C, H, W] with values 0..levels-1 in rows of `columns`, enlarged to about PICTURE_SIZE pixels, as a PNG.
 
-    Of images that are neither grey nor in three colours, the first three channels are shown, or the first of two.
+    Of images that are neither grey nor in three colours, the first three channels are shown, or the first of two. `path` is never half a
+    file.
     """
     images = images[:, : 3 if images.shape[1] >= 3 else 1]
-    write_png(path, image_grid(to_8_bit(images, levels).cpu(), columns, scale=max(PICTURE_SIZE // images.shape[-1], 1)))
+    grid = image_grid(to_8_bit(images, levels).cpu(), columns, scale=max(PICTURE_SIZE // images.shape[-1], 1))
+    with replaced_whole(path) as temporary:
+        write_png(temporary, grid)
 
 
 def write_png(path: Path, image: Tensor) -> None:

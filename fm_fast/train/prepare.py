@@ -48,7 +48,7 @@ def pooled_and_padded(name: str, images: Tensor, preparation: Preparation) -> Te
 def rows_of_split(size: int, share: float, split: str) -> Tensor:
     """The indices int64 [n] of "train" or "test", in ascending order: which images are held out depends on their number only."""
     held_out = round(size * share)
-    if share > 0.0 and size > 1 and not 0 < held_out < size:
+    if share > 0.0 and not 0 < held_out < size:
         raise ValueError(f"test_share: expected one that leaves images on both sides of {size}, got {share:g}")
     order = noise((size,), seed=0, step=0, stream="data_order", index=1, kind="word", device="cpu").argsort(stable=True)
     return (order[:held_out] if split == "test" else order[held_out:]).sort().values

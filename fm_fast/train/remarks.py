@@ -33,6 +33,10 @@ def _idle(config: TrainConfig, share: int) -> dict[str, str]:
         found["label_drop"] = "less than 1, or --no-conditional: the network would never be told a label"
     elif not config.conditional and config.label_drop > 0.0:
         found["label_drop"] = "0 for a network that is told no labels"
+    if not config.knows_the_null_class and config.guidance != 1.0:
+        found["guidance"] = "1 for a network that is told no labels or always a label"
+    if config.evaluate and config.super_resolution == 1 and not (config.data == "digits" and config.conditional):
+        found["evaluate"] = "only for the shipped digits with their classes; the command evaluate judges other runs"
     return found
 
 
@@ -45,6 +49,10 @@ def remarks(config: TrainConfig, dataset: Dataset, share: int) -> list[str]:
     found, heights = list(dataset.left_out), _heights(config)
     if config.coupling == "optimal" and share == 1:
         found.append("note: coupling optimal has no effect, because a process has one image a step")
+    if config.parallel != "ddp" and share == config.batch_size:
+        found.append(f"note: parallel {config.parallel} has no effect in one process")
+    if config.micro_batch >= share:
+        found.append(f"note: micro_batch {config.micro_batch} has no effect, because a process has {share} images a step")
     if _never_told(config):
         found.append("warning: label_drop 1: the network is never told a label, so it learns nothing about the classes")
     if config.test_share > 0.0 and dataset.division == TEST_PART:

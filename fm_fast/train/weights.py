@@ -33,15 +33,19 @@ def can_write_weights() -> bool:
 
 def save_weights(path: Path, weights: dict[str, Tensor], config: TrainConfig, step: int) -> None:
     """Write the weights with their names, and in the file's metadata the configuration, the step and a checksum of all that is read back,
-    which the format has not by itself; `path` is never half a file.
+    which the format has not by itself; `path` is never half a file. Raises OSError if it cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     described = json.dumps(to_dict(config))
     metadata = {"format": FORMAT, "version": VERSION, "step": str(step), "config": described, "sha256": _digest(described, tensors)}
-    with replaced_whole(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    try:
+        with replaced_whole(path) as temporary:
+            save_file(tensors, temporary, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: expected room for the weights, but they could not be written ({first_line(error)})") from error
 
 
 def _digest(config: str, weights: dict[str, Tensor]) -> str:
@@ -117,4 +121,7 @@ def _read_weights(path: Path) -> Stored:
         raise ValueError(f"{path}: expected weights of fm_fast (format {FORMAT!r}, version {VERSION!r}), got {found}")
     if "sha256" in metadata and metadata["sha256"] != _digest(metadata["config"], weights):
         raise ValueError(f"{path}: expected the weights as they were written, but their checksum differs: the file is damaged")
-    return {"config": json.loads(metadata["config"]), "state": {"average": weights}}
+    try:
+        return {"config": json.loads(metadata["config"]), "state": {"average": weights}}
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: expected the settings of a run in its metadata, got others ({first_line(error)})") from error
