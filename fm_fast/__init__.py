@@ -63,7 +63,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """The networks and the trainer, which are imported only where they are used."""
-    if name in ("nn", "train"):
+    """The networks, the trainer and other libraries' calls, which are imported only where they are used."""
+    if name in ("compat", "nn", "train"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

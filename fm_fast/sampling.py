@@ -92,7 +92,8 @@ def sample(
     Args:
         model: called as ``model(x, t, **cond)`` with x [B, ...] and t [B]; returns a tensor of x's shape. It must not keep or change
             x, a buffer that the next step overwrites, or change t.
-        noise: [B, ...]: ``fm.noise(shape, seed=0, step=0)``; for VE, times ``fm.paths.prior_scale(path)``.
+        noise: [B, ...]: ``fm.noise(shape, seed=2, step=0)``, of another seed than the training's; for VE, times
+            ``fm.paths.prior_scale(path)``.
         cond: keyword arguments passed on to the model untouched, but for ``guidance`` and ``per_sample="shrink"``, which take every tensor
             whose first size is the batch's to have one entry a sample (see ``Guidance.shared``).
         path, objective: those of training. Models trained to predict noise, score or data sample like any other.

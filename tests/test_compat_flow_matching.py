@@ -9,8 +9,8 @@ from torch import nn
 import fm_fast as fm
 from fm_fast.compat.flow_matching import path as paths
 from fm_fast.compat.flow_matching.path import scheduler as schedulers
-from fm_fast.compat.flow_matching.solver import ODESolver
-from fm_fast.compat.flow_matching.utils import ModelWrapper
+from fm_fast.compat.flow_matching.solver import ODESolver, Solver
+from fm_fast.compat.flow_matching.utils import ModelWrapper, expand_tensor_like, gradient, unsqueeze_to_match
 
 SCHEDULERS = {
     "CondOTScheduler": (lambda t: t, lambda t: 1 - t),
@@ -255,6 +255,54 @@ def test_a_solver_is_a_module_and_a_scheduler_may_have_no_path():
     torch.testing.assert_close(paths.AffineProbPath(Own()).sample(x_0, x_1, t).x_t, paths.CondOTProbPath().sample(x_0, x_1, t).x_t)
     with pytest.raises(NotImplementedError, match="Scheduler must have a path or a __call__ of its own"):
         schedulers.Scheduler()(t)
+
+
+def test_paths_and_solvers_have_a_base():
+    assert isinstance(paths.CondOTProbPath(), paths.ProbPath) and isinstance(ODESolver(Field()), Solver)
+    for base in (paths.ProbPath, Solver):
+        with pytest.raises(TypeError, match="abstract"):
+            base()
+
+    class Still(paths.ProbPath):
+        def sample(self, x_0, x_1, t):
+            self.assert_sample_shape(x_0, x_1, t)
+            return paths.PathSample(x_t=x_0, dx_t=0.0 * x_0, x_1=x_1, x_0=x_0, t=t)
+
+    class Doubling(Solver):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def sample(self, x_0):
+            return self.scale * x_0
+
+    x_0, x_1, t = ends()
+    assert Still().sample(x_0, x_1, t).x_t is x_0 and torch.equal(Doubling().sample(x_0), 2.0 * x_0)
+    for wrong in (t[0], t[:3], t[:, None]):
+        with pytest.raises(ValueError, match=r"t must have shape \[5\]"):
+            Still().sample(x_0, x_1, wrong)
+
+
+def test_helpers_of_flow_matching():
+    utils = theirs("utils")
+    x, _, t = ends()
+    for how in ("suffix", "prefix"):
+        assert torch.equal(unsqueeze_to_match(t, x, how), utils.unsqueeze_to_match(t, x, how))
+    assert torch.equal(unsqueeze_to_match(x, t), x)
+    assert torch.equal(expand_tensor_like(t, x), utils.expand_tensor_like(t, x))
+    expand_tensor_like(t, before := t.clone()).zero_()
+    assert torch.equal(t, before), "the result is the caller's"
+    for seeds in (None, 3.0 * x):
+        grown = []
+        for by in (gradient, utils.gradient):
+            leaf = x.clone().requires_grad_()
+            once = by(torch.sin(leaf), leaf, seeds, create_graph=True)
+            grown += [once, by(once, leaf)]
+        assert torch.equal(grown[0], grown[2]) and torch.equal(grown[1], grown[3])
+    with pytest.raises(ValueError, match=r"input_tensor must have shape \[5\], got \(4,\)"):
+        expand_tensor_like(t[:4], x)
+    with pytest.raises(ValueError, match="how must be one of prefix, suffix, got 'middle'"):
+        unsqueeze_to_match(t, x, "middle")
 
 
 def solve(**changed):

@@ -2,11 +2,15 @@
 
 import importlib
 import math
+import sys
+import types
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fm_fast.compat import torchcfm as ours
+from fm_fast.compat.torchdiffeq import odeint
 
 MATCHERS = [
     "ConditionalFlowMatcher",
@@ -73,6 +77,62 @@ def test_pairs_drawn_with_replacement():
     assert torch.equal(paired[0][0], x0[ORDER[place]]) and len(place.unique()) < 8
 
 
+@pytest.mark.parametrize("name", PAIRED)
+def test_the_sampler_of_a_matcher(name):
+    """As programs call it, on torchcfm's matchers too: there by draws from the plan."""
+    x0, x1 = pair()
+    labels = torch.arange(8)
+    for module in (ours, theirs()):
+        sampler = getattr(module, name)(0.5).ot_sampler
+        for one, other in (sampler.sample_plan(x0, x1), sampler.sample_plan_with_labels(x0, x1, labels, 10 * labels)[:2]):
+            assert float((one - other).abs().max()) < 0.1, "pairs lie next to each other"
+        y0, y1 = sampler.sample_plan_with_labels(x0, x1, labels, 10 * labels)[2:]
+        assert torch.equal(y0, ORDER[y1 // 10])
+    found = getattr(ours, name)(0.5).ot_sampler.sample_plan(x0, x1)
+    assert torch.equal(found[0], x0[ORDER]) and torch.equal(found[1], x1)
+    found[1].zero_()
+    assert bool(x1.any()), "a caller may write to what it is given"
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_a_sampler_of_ones_own(name):
+    class Backwards:
+        def sample_plan(self, x0, x1):
+            return x0.flip(0), x1
+
+        def sample_plan_with_labels(self, x0, x1, y0=None, y1=None):
+            return x0.flip(0), x1, y0.flip(0), y1
+
+    x0, x1 = pair()
+    matcher = getattr(ours, name)(0.5)
+    matcher.ot_sampler = Backwards()
+    _, _, ut, y0, _ = matcher.guided_sample_location_and_conditional_flow(x0, x1, torch.arange(8), torch.arange(8), torch.full((8,), 0.5))
+    torch.testing.assert_close(ut, x1 - x0.flip(0))
+    assert y0.tolist() == list(range(8))[::-1]
+    torch.testing.assert_close(matcher.sample_location_and_conditional_flow(x0, x1, torch.full((8,), 0.5))[2], x1 - x0.flip(0))
+
+
+def test_a_sampler_of_torchcfm_in_a_matchers_place():
+    x0, x1 = pair()
+    matcher = ours.ExactOptimalTransportConditionalFlowMatcher(0.0)
+    matcher.ot_sampler = pytest.importorskip("torchcfm.optimal_transport", exc_type=ImportError).OTPlanSampler("sinkhorn", reg=1.0)
+    _, xt, ut = matcher.sample_location_and_conditional_flow(x0, x1)
+    assert xt.shape == ut.shape == x1.shape and bool(ut.isfinite().all())
+
+
+SETTINGS = [{"reg": 2.0}, {"reg_m": 3.0}, {"normalize_cost": True}, {"num_threads": 2}, {"num_threads": "max"}, {"warn": False}]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_settings_that_change_no_exact_plan(setting):
+    """Here and in torchcfm."""
+    x0, x1 = pair()
+    plan = ours.OTPlanSampler("exact").get_map(x0, x1)
+    assert (ours.OTPlanSampler("exact", **setting).get_map(x0, x1) == plan).all()
+    other = pytest.importorskip("torchcfm.optimal_transport", exc_type=ImportError).OTPlanSampler("exact", **setting)
+    torch.testing.assert_close(other.get_map(x0, x1), plan, rtol=1e-12, atol=1e-12)
+
+
 def test_a_sampler_of_other_plans_is_refused():
     with pytest.raises(ValueError, match="method must be one of exact, got 'sinkhorn'"):
         ours.OTPlanSampler("sinkhorn")
@@ -112,6 +172,22 @@ def test_the_numbers_of_torchcfm(name, sigma, return_noise):
     assert len(draws[0]) == len(draws[1]) == 3 + return_noise
     for found, expected in zip(*draws, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MATCHERS)
+def test_a_width_in_a_tensor(name):
+    """Of torch's float32: the numbers of the same width as a number, and torchcfm's."""
+    x0, x1 = pair(torch.float32)
+    width, t = torch.tensor(0.5), torch.linspace(0.1, 0.9, 8)
+    matcher, other = getattr(ours, name)(width), getattr(theirs(), name)(width)
+    assert type(matcher.sigma) is float
+    found = seeded(matcher.sample_location_and_conditional_flow, x0, x1, t=t)
+    for one, same in zip(found, seeded(getattr(ours, name)(0.5).sample_location_and_conditional_flow, x0, x1, t=t), strict=True):
+        assert torch.equal(one, same)
+    noise = torch.ones_like(x0)
+    xt = matcher.sample_xt(x0, x1, t, noise)
+    torch.testing.assert_close(xt, other.sample_xt(x0, x1, t, noise))
+    torch.testing.assert_close(matcher.compute_conditional_flow(x0, x1, t, xt), other.compute_conditional_flow(x0, x1, t, xt))
 
 
 @pytest.mark.parametrize("name", MATCHERS)
@@ -190,7 +266,7 @@ def test_labels_stay_with_their_samples(name):
     labels = torch.arange(8)
     draw = getattr(ours, name)(0.1).guided_sample_location_and_conditional_flow
     t, xt, ut, y0, y1 = seeded(draw, x0, x1, y0=10 * labels, y1=labels)
-    assert torch.equal(y0, 10 * ORDER) and y1 is labels
+    assert torch.equal(y0, 10 * ORDER) and torch.equal(y1, labels)
     for found, expected in zip((t, xt, ut), seeded(getattr(ours, name)(0.1).sample_location_and_conditional_flow, x0, x1), strict=True):
         assert torch.equal(found, expected)
     assert seeded(draw, x0, x1, return_noise=True)[3:5] == (None, None)
@@ -198,6 +274,10 @@ def test_labels_stay_with_their_samples(name):
 
 WRONG = [
     (lambda x0, x1: ours.ConditionalFlowMatcher(-1.0), ValueError, "sigma must not be negative, got -1.0"),
+    (lambda x0, x1: ours.ConditionalFlowMatcher(torch.tensor(-1.0)), ValueError, "sigma must not be negative, got -1.0"),
+    (lambda x0, x1: ours.ConditionalFlowMatcher(torch.ones(2)), TypeError, "sigma must be a number, got Tensor"),
+    (lambda x0, x1: ours.ConditionalFlowMatcher(torch.ones((), requires_grad=True)), ValueError, "sigma must not require a gradient"),
+    (lambda x0, x1: ours.OTPlanSampler("exact", threads=2), TypeError, "unexpected keyword argument 'threads'"),
     (lambda x0, x1: ours.SchrodingerBridgeConditionalFlowMatcher(0.0), ValueError, "sigma must be positive, got 0.0"),
     (
         lambda x0, x1: ours.SchrodingerBridgeConditionalFlowMatcher(1.0, "sinkhorn"),
@@ -263,3 +343,16 @@ def test_a_subclass_that_places_points_itself_gets_its_noise():
     _, xt, _, epsilon = seeded(draw, x0, x1, return_noise=True)
     torch.testing.assert_close(xt, x0 + 0.1 * epsilon)
     assert torch.equal(seeded(draw, x0, x1)[1], xt)
+
+
+def test_a_model_of_points_and_times_as_a_field(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchdyn", types.ModuleType("torchdyn"))  # of which its utilities want a data set
+    monkeypatch.setitem(sys.modules, "torchdyn.datasets", SimpleNamespace(generate_moons=None))
+    other = pytest.importorskip("torchcfm.utils", exc_type=ImportError)
+    model, x = torch.nn.Linear(3, 2), torch.randn(5, 2)
+    field = ours.utils.torch_wrapper(model)
+    for t in (torch.tensor(0.25), torch.tensor([0.25])):
+        assert torch.equal(field(t, x, "more", args=None), other.torch_wrapper(model)(t, x))
+    assert torch.equal(field(torch.full((5,), 0.25, dtype=torch.float64), x), field(torch.tensor(0.25), x))
+    states = odeint(field, x, torch.linspace(0.0, 1.0, 3), method="dopri5", rtol=1e-4, atol=1e-4)
+    assert states.shape == (3, 5, 2) and [name for name, _ in field.named_parameters()] == ["model.weight", "model.bias"]

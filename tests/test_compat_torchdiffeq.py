@@ -170,9 +170,7 @@ def test_an_adjoint_records_nothing_without_gradients():
 
 
 def test_what_an_adjoint_has_not():
-    with pytest.raises(ValueError, match=r"adjoint_rtol, adjoint_method must be None: gradients are those of the steps taken"):
-        odeint_adjoint(pull, Y0, TIMES, adjoint_rtol=1e-3, adjoint_method="rk4", adjoint_options=None)
-    with pytest.raises(TypeError, match="odeint_adjoint got unknown arguments adjoint_tolerance"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'adjoint_tolerance'"):
         odeint_adjoint(pull, Y0, TIMES, adjoint_tolerance=None)
     with pytest.raises(ValueError, match="func must have none of torchdiffeq's callbacks"):
         odeint_adjoint(WithCallback(), Y0, TIMES)
@@ -184,7 +182,7 @@ def test_one_time_alone(method):
     assert torch.equal(odeint(pull, Y0, single, method=method), torchdiffeq.odeint(pull, Y0, single, method=method))
     odeint(pull, before := Y0.clone(), single, method=method).zero_()
     assert torch.equal(before, Y0)
-    with pytest.raises(ValueError, match="options must hold nothing but"):
+    with pytest.raises(ValueError, match="options must be among"):
         odeint(pull, Y0, single, method=method, options={"bogus": 1})
     found = odeint(pull, (Y0, Y0[0]), single, method=method)
     assert torch.equal(found[0], Y0[None]) and torch.equal(found[1], Y0[:1])
@@ -339,12 +337,6 @@ WRONG = [
     ({"t": TIMES.clone().requires_grad_()}, ValueError, "t must not require a gradient"),
     ({"method": "implicit_adams"}, ValueError, "method must be one of euler, midpoint, .*, got 'implicit_adams'"),
     ({"method": "rk4", "options": {"step_size": 0.0}}, ValueError, "step_size must be positive, got 0.0"),
-    (
-        {"method": "rk4", "options": {"perturb": True}},
-        ValueError,
-        "options must hold nothing but 'step_size' for the method 'rk4', got 'perturb'",
-    ),
-    ({"options": {"first_step": 0.1}}, ValueError, "options must hold nothing but 'max_num_steps' for the method 'dopri5'"),
     ({"options": {"max_num_steps": 3}, "func": lambda t, y: torch.sin(300 * y)}, RuntimeError, "dopri5 did not reach the end"),
     ({"rtol": 0.0}, ValueError, "rtol must be positive"),
     ({"func": lambda t, y: y[0], "method": "euler"}, ValueError, r"func must return the shape of its input, \(3, 4\), got \(4,\)"),

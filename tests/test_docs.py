@@ -269,6 +269,14 @@ def test_every_public_name_is_in_the_reference() -> None:
         assert homes & shown, f"{name} is on no page of docs/api"
 
 
+def test_samples_start_from_another_seed_than_the_trainings() -> None:
+    """The losses of the documents are of seed 0, and that noise of theirs is what a sample would start from."""
+    for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
+        found = re.findall(r"fm\.sample\(.*fm\.noise\([^()]*seed=0.*", page.read_text(encoding="utf-8"))
+        assert not found, f"{page.name}: {found}"
+    assert "fm.noise(shape, seed=0" not in (fm.sample.__doc__ or "")
+
+
 def test_every_directive_names_something() -> None:
     for name in directives():
         assert name in sys.modules or _resolved(name) is not None, f"{name} does not exist"

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fm_fast import _checks
@@ -61,6 +62,24 @@ def stops_at(times: np.ndarray, step_size: float | None, wanted: Sequence[int]) 
     count = max(1, math.ceil(abs(times[-1] - times[0]) / step_size - WHOLE_STEPS))
     even = times[0] + math.copysign(step_size, times[-1] - times[0]) * np.arange(1, count)
     return _merged(times, even, WHOLE_STEPS * step_size, wanted)
+
+
+def stops_on(times: np.ndarray, grid: object, rounding: float, wanted: Sequence[int]) -> Stops:
+    """Fixed steps that end at the nodes of the grid [N], from the first of the times to the last, and at each of the times.
+
+    rounding: of the times and the grid, relative: a node as near to a time is that time.
+    """
+    name = "the grid of options['grid_constructor']"
+    nodes = times_of(name, grid)
+    if nodes[0] != times[0] or nodes[-1] != times[-1]:
+        raise ValueError(f"{name} must run from t[0] = {times[0]} to t[-1] = {times[-1]}, got {nodes[0]} to {nodes[-1]}")
+    same = min(4.0 * rounding * np.abs(nodes).max(), 0.25 * np.abs(np.diff(nodes)).min())
+    return _merged(times, nodes[1:-1], same, wanted)
+
+
+def rounding_of(*tensors: Tensor) -> float:
+    """The largest relative rounding of their dtypes."""
+    return max(torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0 for x in tensors)
 
 
 def _merged(times: np.ndarray, others: np.ndarray, same: float, wanted: Sequence[int]) -> Stops:

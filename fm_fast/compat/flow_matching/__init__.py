@@ -1,4 +1,4 @@
-"""The call surface of facebookresearch/flow_matching: ``path``, ``path.scheduler``, ``solver`` and ``utils``.
+"""The call surface of facebookresearch/flow_matching, under its own module names: ``path``, ``path.scheduler``, ``solver`` and ``utils``.
 
 ::
 
@@ -7,3 +7,7 @@
 
 Discrete paths and manifolds are not covered.
 """
+
+from fm_fast.compat.flow_matching import path, solver, utils
+
+__all__ = ["path", "solver", "utils"]

@@ -1,33 +1,14 @@
-"""The matchers of torchcfm, for loops that compute their own loss from (t, x_t, u_t), and its sampler of optimal pairs.
-
-::
-
-    from fm_fast.compat.torchcfm import ConditionalFlowMatcher   # was: from torchcfm.conditional_flow_matching import ...
-
-A seed of torch's generator gives torchcfm's numbers, up to rounding, on the CPU. On purpose it differs in this:
-
-* Without a width, sigma = 0, no noise is drawn: most of the time that a step of torchcfm takes. The generator then goes on earlier.
-* Times are drawn on the device of x0; torchcfm draws them on the CPU and waits for the copy.
-* ``TargetConditionalFlowMatcher`` and ``SchrodingerBridgeConditionalFlowMatcher`` take u_t from the noise that they drew. torchcfm divides
-  it out of x_t, and what is left of it in 16 bits, or near the ends, is often not finite.
-* Optimal pairs are an assignment (:mod:`fm_fast.couplings`): each sample once, instead of draws with replacement from the plan, which
-  ``OTPlanSampler`` makes where ``replace=True`` asks for them.
-* Shapes, dtypes and devices of x0 and x1, and t, are checked. x_t and u_t have the dtype of x0, whatever that of t.
-
-Entropic, unbalanced and partial plans are not covered. :func:`fm_fast.flow_matching_loss` fuses noise, point, target and loss, which
-separate tensors cannot.
-"""
+"""The matchers: how a batch of ends becomes times, points and velocities."""
 
 import math
 import warnings
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fm_fast import _checks
-from fm_fast.couplings import optimal_order
+from fm_fast.compat.torchcfm._arguments import check_pair, width
+from fm_fast.compat.torchcfm.optimal_transport import OTPlanSampler
 
 __all__ = [
     "ConditionalFlowMatcher",
@@ -56,10 +37,8 @@ class ConditionalFlowMatcher:
     A subclass may put its own in place of any method.
     """
 
-    def __init__(self, sigma: float = 0.0) -> None:
-        if _checks.finite_number("sigma", sigma) < 0.0:
-            raise ValueError(f"sigma must not be negative, got {sigma}")
-        self.sigma = sigma
+    def __init__(self, sigma: float | Tensor = 0.0) -> None:
+        self.sigma = width(sigma)
 
     def compute_mu_t(self, x0: Tensor, x1: Tensor, t: float | Tensor) -> Tensor:
         """The mean of x_t given both ends."""
@@ -98,7 +77,7 @@ class ConditionalFlowMatcher:
             x0, x1: source and data [B, ...], floating, of one shape, dtype and device, which x_t and u_t have too.
             t: [B] in [0, 1], of any floating dtype; drawn uniformly in that of x0 if None.
         """
-        _check_pair(x0, x1)
+        check_pair(x0, x1)
         times = _times(t, x0)
         epsilon = self.sample_noise_like(x0) if return_noise or self._is_wide() else None
         xt = self.sample_xt(x0, x1, times, epsilon).to(x0.dtype)
@@ -149,14 +128,21 @@ class VariancePreservingConditionalFlowMatcher(ConditionalFlowMatcher):
 
 
 class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
-    """:class:`ConditionalFlowMatcher` on the pairs of least squared distance."""
+    """:class:`ConditionalFlowMatcher` on the pairs of least squared distance.
+
+    ``ot_sampler`` makes them: any object with the methods ``sample_plan`` and ``sample_plan_with_labels`` may be put in its place.
+    """
+
+    def __init__(self, sigma: float | Tensor = 0.0) -> None:
+        super().__init__(sigma)
+        self.ot_sampler = OTPlanSampler("exact")
 
     def sample_location_and_conditional_flow(
         self, x0: Tensor, x1: Tensor, t: Tensor | None = None, return_noise: bool = False
     ) -> Draw | DrawWithNoise:
         """As :meth:`ConditionalFlowMatcher.sample_location_and_conditional_flow`, x0 in the order of its pairs."""
-        _check_pair(x0, x1)
-        return super().sample_location_and_conditional_flow(x0[optimal_order(x0, x1)], x1, t, return_noise)
+        x0, x1 = self.ot_sampler.sample_plan(x0, x1)
+        return super().sample_location_and_conditional_flow(x0, x1, t, return_noise)
 
     def guided_sample_location_and_conditional_flow(
         self,
@@ -167,61 +153,21 @@ class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
         t: Tensor | None = None,
         return_noise: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """(t, x_t, u_t, y0, y1), and the noise: the labels y0 [B, ...] in the order of x0, y1 as they are."""
-        _check_pair(x0, x1)
-        _check_labels(x1, y0=y0)
-        order = optimal_order(x0, x1)
-        draw = super().sample_location_and_conditional_flow(x0[order], x1, t, return_noise)
-        return (*draw[:3], None if y0 is None else y0[order.to(y0.device)], y1, *draw[3:])
-
-
-class OTPlanSampler:
-    """Pairs of least squared distance of two batches of one shape (Tong et al. 2023, Pooladian et al. 2023).
-
-    method: "exact", without torchcfm's further settings. There are no plans between batches of different sizes, no draws from a plan
-    (``sample_map``) and no trajectories.
-    """
-
-    def __init__(self, method: str = "exact") -> None:
-        _checks.one_of("method", method, ("exact",))
-
-    def get_map(self, x0: Tensor, x1: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """The plan [B, B]: 1 / B for x0_i and x1_j that are a pair, else 0."""
-        order = self._order(x0, x1).cpu()
-        plan = np.zeros((len(order), len(order)))
-        plan[order, np.arange(len(order))] = 1.0 / max(len(order), 1)
-        return plan
-
-    def sample_plan(self, x0: Tensor, x1: Tensor, replace: bool = False) -> tuple[Tensor, Tensor]:
-        """x0 and x1 in an order in which they are pairs: every pair once, in the order of x1, or as many drawn with replacement."""
-        x0, x1, _, _ = self.sample_plan_with_labels(x0, x1, replace=replace)
-        return x0, x1
-
-    def sample_plan_with_labels(
-        self, x0: Tensor, x1: Tensor, y0: Tensor | None = None, y1: Tensor | None = None, replace: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """As :meth:`sample_plan`, and the labels y0 [B, ...] and y1 [B, ...] that go with them."""
-        i, j = self._order(x0, x1), torch.arange(len(x1), device=x1.device)
-        _check_labels(x1, y0=y0, y1=y1)
-        if replace:
-            j = torch.randint(max(len(x1), 1), (len(x1),), device=x1.device)
-            i = i[j]
-        return x0[i], x1[j], None if y0 is None else y0[i.to(y0.device)], None if y1 is None else y1[j.to(y1.device)]
-
-    def _order(self, x0: Tensor, x1: Tensor) -> Tensor:
-        _check_pair(x0, x1)
-        return optimal_order(x0, x1)
+        """(t, x_t, u_t, y0, y1), and the noise: the labels y0 [B, ...] in the order of x0, y1 in that of x1."""
+        x0, x1, y0, y1 = self.ot_sampler.sample_plan_with_labels(x0, x1, y0, y1)
+        draw = super().sample_location_and_conditional_flow(x0, x1, t, return_noise)
+        return (*draw[:3], y0, y1, *draw[3:])
 
 
 class SchrodingerBridgeConditionalFlowMatcher(ExactOptimalTransportConditionalFlowMatcher):
     """A Brownian bridge of width sigma sqrt(t (1 - t)) between optimal pairs (Tong et al. 2023)."""
 
-    def __init__(self, sigma: float = 1.0, ot_method: str = "exact") -> None:
+    def __init__(self, sigma: float | Tensor = 1.0, ot_method: str = "exact") -> None:
         super().__init__(sigma)
-        _checks.positive_number("sigma", sigma)
+        _checks.positive_number("sigma", self.sigma)
         _checks.one_of("ot_method", ot_method, ("exact",))
-        if sigma < 1e-3:
-            warnings.warn(f"sigma = {sigma} makes the bridge's velocity very large beside its width", stacklevel=2)
+        if self.sigma < 1e-3:
+            warnings.warn(f"sigma = {self.sigma} makes the bridge's velocity very large beside its width", stacklevel=2)
 
     def compute_sigma_t(self, t: float | Tensor) -> float | Tensor:
         return self.sigma * torch.sqrt(torch.as_tensor(t * (1.0 - t)))
@@ -246,23 +192,6 @@ def _pull(t: Tensor, offset: Tensor) -> Tensor:
 def _are_its_own(matcher: ConditionalFlowMatcher, owner: type, *names: str) -> bool:
     """Whether these methods are those of the class ``owner``: neither a subclass nor the object itself has put others in their place."""
     return all(getattr(getattr(matcher, name), "__func__", None) is getattr(owner, name) for name in names)
-
-
-def _check_labels(x1: Tensor, **labels: Tensor | None) -> None:
-    for name, y in labels.items():
-        if y is not None:
-            _checks.tensor(name, y)
-            if y.shape[:1] != x1.shape[:1]:
-                raise ValueError(f"{name} must have a label for each of the {len(x1)} samples, got shape {tuple(y.shape)}")
-
-
-def _check_pair(x0: object, x1: object) -> None:
-    for name, x in (("x0", x0), ("x1", x1)):
-        _checks.state(name, x)
-    assert isinstance(x0, Tensor) and isinstance(x1, Tensor)
-    _checks.like("x0", x0, x1)
-    if x0.dtype != x1.dtype:
-        raise TypeError(f"x0 must have the dtype of x1, {x1.dtype}, got {x0.dtype}")
 
 
 def _times(t: Tensor | None, x0: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fm_fast import _checks
 from fm_fast._solver.ode import Stops, solve_ode
 from fm_fast.compat._methods import MAX_STEPS, accuracy_of, method_named, stops_at, times_of
+from fm_fast.compat.flow_matching.solver.solver import Solver
 from fm_fast.likelihood import log_likelihood
 from fm_fast.solvers import EmbeddedRungeKutta, Table
 
@@ -29,7 +30,7 @@ __all__ = ["ODESolver"]
 FORWARD, BACKWARD = torch.tensor([0.0, 1.0], device="cpu"), torch.tensor([1.0, 0.0], device="cpu")
 
 
-class ODESolver(nn.Module):
+class ODESolver(Solver):
     """Solves dx/dt = velocity_model(x=x, t=t, **extras), t without dimensions."""
 
     def __init__(self, velocity_model: Callable[..., Tensor]) -> None:

@@ -1,0 +1,63 @@
+"""``OTPlanSampler``: optimal pairs of two batches, by an assignment (:mod:`fm_fast.couplings`)."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fm_fast import _checks
+from fm_fast.compat.torchcfm._arguments import check_labels, check_pair
+from fm_fast.couplings import optimal_order
+
+__all__ = ["OTPlanSampler"]
+
+
+class OTPlanSampler:
+    """Pairs of least squared distance of two batches of one shape (Tong et al. 2023, Pooladian et al. 2023).
+
+    There are no plans between batches of different sizes, no draws from a plan (``sample_map``) and no trajectories.
+
+    Args:
+        method: "exact".
+        reg, reg_m, normalize_cost, num_threads, warn: not looked at. They are settings of entropic plans, a factor of all costs, and what
+            torchcfm's solver runs on and says: no exact assignment depends on them.
+    """
+
+    def __init__(
+        self,
+        method: str = "exact",
+        reg: float = 0.05,
+        reg_m: float = 1.0,
+        normalize_cost: bool = False,
+        num_threads: int | str = 1,
+        warn: bool = True,
+    ) -> None:
+        _checks.one_of("method", method, ("exact",))
+
+    def get_map(self, x0: Tensor, x1: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The plan [B, B]: 1 / B for x0_i and x1_j that are a pair, else 0."""
+        order = self._order(x0, x1).cpu()
+        plan = np.zeros((len(order), len(order)))
+        plan[order, np.arange(len(order))] = 1.0 / max(len(order), 1)
+        return plan
+
+    def sample_plan(self, x0: Tensor, x1: Tensor, replace: bool = False) -> tuple[Tensor, Tensor]:
+        """x0 and x1 in an order in which they are pairs: every pair once, in the order of x1, or as many drawn with replacement."""
+        x0, x1, _, _ = self.sample_plan_with_labels(x0, x1, replace=replace)
+        return x0, x1
+
+    def sample_plan_with_labels(
+        self, x0: Tensor, x1: Tensor, y0: Tensor | None = None, y1: Tensor | None = None, replace: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """As :meth:`sample_plan`, and the labels y0 [B, ...] and y1 [B, ...] that go with them."""
+        i, j = self._order(x0, x1), torch.arange(len(x1), device=x1.device)
+        check_labels(x1, y0=y0, y1=y1)
+        if replace:
+            j = torch.randint(max(len(x1), 1), (len(x1),), device=x1.device)
+            i = i[j]
+        return x0[i], x1[j], None if y0 is None else y0[i.to(y0.device)], None if y1 is None else y1[j.to(y1.device)]
+
+    def _order(self, x0: Tensor, x1: Tensor) -> Tensor:
+        check_pair(x0, x1)
+        return optimal_order(x0, x1)
