@@ -108,7 +108,7 @@ BAD_LOSS_ARGUMENTS = [
     ({"weight": torch.ones(4) * 1j}, TypeError, r"weight must be real, got torch.complex64"),
     ({"weight": 2.0}, TypeError, r"weight must be a torch.Tensor, got float"),
     (
-        {"weight": torch.exp},
+        {"weight": len},
         TypeError,
         r"weight must be a torch.Tensor, got builtin.*; weights of t are computed from the t of sample_path",
     ),
