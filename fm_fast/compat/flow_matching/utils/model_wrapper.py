@@ -1,5 +1,6 @@
 """``ModelWrapper``: a network whose call differs from model(x=x, t=t, **extras)."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ __all__ = ["ModelWrapper"]
 class ModelWrapper(nn.Module):
     """Holds ``model``; a subclass says in ``forward`` how it is called."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Callable[..., Tensor]) -> None:
         super().__init__()
         self.model = model
 
