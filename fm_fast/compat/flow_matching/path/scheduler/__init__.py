@@ -4,6 +4,7 @@ from fm_fast.compat.flow_matching.path.scheduler.schedule_transform import Sched
 from fm_fast.compat.flow_matching.path.scheduler.scheduler import (
     CondOTScheduler,
     ConvexScheduler,
+    ConvexScheduler,
     CosineScheduler,
     LinearVPScheduler,
     PolynomialConvexScheduler,
@@ -15,9 +16,11 @@ from fm_fast.compat.flow_matching.path.scheduler.scheduler import (
 __all__ = [
     "CondOTScheduler",
     "ConvexScheduler",
+    "ConvexScheduler",
     "CosineScheduler",
     "LinearVPScheduler",
     "PolynomialConvexScheduler",
+    "ScheduleTransformedModel",
     "ScheduleTransformedModel",
     "Scheduler",
     "SchedulerOutput",
