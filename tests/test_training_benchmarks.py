@@ -32,7 +32,7 @@ def test_both_learn_alike(monkeypatch, tmp_path, capsys):
         (name, metric) for name in ("fm_fast", "torchcfm", "torchcfm, disturbed") for metric in ("late_loss", "ratio")
     ]  # fmt: skip
     assert rows[3]["median"] == pytest.approx(1.0, abs=1e-5) and 1.0 < rows[0]["median"] < 2.0
-    assert rows[0]["mode"] == "4 steps, warm-up 4, 1 seeds" and f"{rows[0]['median']:.5f}" in capsys.readouterr().out
+    assert rows[0]["mode"] == "4 steps, warm-up 5000, 1 seeds" and f"{rows[0]['median']:.5f}" in capsys.readouterr().out
 
 
 def test_bfloat16_is_held_against_autocast_and_against_float32(monkeypatch, tmp_path):
@@ -96,6 +96,6 @@ def test_the_parts_of_every_provider_are_written(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_both_learn_alike_at_a_size_that_matters(monkeypatch, tmp_path):
-    run(monkeypatch, loss_curves, "--size", "16x16", "--steps", 120, "--seeds", 0, "--out", tmp_path / "rows.json")
+    run(monkeypatch, loss_curves, "--size", "16x16", "--steps", 120, "--warm-up", 300, "--seeds", 0, "--out", tmp_path / "rows.json")
     ours, _, theirs, ratio, *_ = json.loads((tmp_path / "rows.json").read_text())
     assert abs(ratio["median"] - 1.0) < 1e-5 and max(ours["median"], theirs["median"]) < 1.3
