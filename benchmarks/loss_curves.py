@@ -4,8 +4,8 @@
     python -m benchmarks.loss_curves --size 16x16 --seeds 0 1 --dtype bfloat16
 
 The data are the shipped digits, enlarged and in three equal colours. The learning rate rises linearly over --warm-up steps, by default the
-5000 of torchcfm's script for CIFAR-10. Prints the mean loss of the last fifth of the steps of each, and fails where ours differs by more than
-TOLERANCE from torchcfm's.
+5000 of torchcfm's script for CIFAR-10. Prints the mean loss of the last fifth of the steps of each, and fails where ours differs by more
+than TOLERANCE from torchcfm's.
 
 Training amplifies rounding, where the rate rises faster to percents. A third run tells by how much: in float32, torchcfm's own step once
 more, from weights times 1 + 2^-23, the least float32 knows. What torchcfm's two differ by, no other step can be asked to undercut.
