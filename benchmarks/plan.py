@@ -63,6 +63,7 @@ GPU_PLAN = (
     Entry("divergence_step", ("large",), ("4 probes",), 100),
     Entry("adamw_ema", ("wide",), ("1 average",), 100),
     Entry("group_norm_silu", ("32x32", "16x16", "8x8"), ("NHWC", "NHWC modulated"), 100, dtypes=("bfloat16",)),
+    Entry("training", ("CIFAR, 128", "CIFAR, 512"), None, 5, dtypes=("bfloat16",)),
 )
 
 

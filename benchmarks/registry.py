@@ -7,7 +7,7 @@ from benchmarks.op import Op
 NAMES = (
     "noise", "path_sample", "path_loss", "linear_step", "step_error", "step_control", "sampler", "adaptive", "probe", "divergence_step",
     "divergence", "likelihood", "adamw_ema", "group_norm_silu", "conv3x3", "conv_weight_grad", "attention", "coupling", "train_step",
-    "share",
+    "training", "share",
 )  # fmt: skip
 
 

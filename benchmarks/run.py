@@ -89,7 +89,7 @@ def gate(op: "Op", setting: "Setting", only: list[str] | None) -> Gated:
     for i, provider in enumerate(op.providers(setting)):
         if i and only is not None and not any(text in provider.name for text in only):
             continue
-        built = _unless_left_out(op, setting, provider.name, functools.partial(_built, op, setting, provider, given))
+        built = _unless_left_out(op, setting, provider.name, functools.partial(_built, op, setting, provider, given), not provider.ours)
         if built is None:
             continue
         found.steps[provider.name], errors = built
@@ -107,12 +107,12 @@ def _built(op: "Op", setting: "Setting", provider: "Provider", given: list) -> t
     return steps, [error for error in errors if error is not None]
 
 
-def _unless_left_out(op: "Op", setting: "Setting", provider: str, work: Callable[[], Result]) -> Result | None:
-    """What the work gives. On a GPU another's provider that is wrong or fails is left out, and costs us no rows: None."""
+def _unless_left_out(op: "Op", setting: "Setting", provider: str, work: Callable[[], Result], may_fail: bool) -> Result | None:
+    """What the work gives. On a GPU a provider that is wrong or fails where it may is left out, and costs us no rows: None."""
     try:
         return work()
     except (Exception, SystemExit) as error:
-        if provider.startswith("fm_fast") or setting.device.type == "cpu":
+        if not may_fail or setting.device.type == "cpu":
             raise
         failure = f"{op.name}, {setting.size}, {setting.problem}: {provider} failed: {type(error).__name__}: {error}"
         print(f"left out: {error if isinstance(error, SystemExit) else failure}")
@@ -149,8 +149,7 @@ def measure(op: "Op", setting: "Setting", options: argparse.Namespace) -> "list[
     gated, rounds = gate(op, setting, options.only), options.rounds or op.rounds
     bandwidth, unit = None, op.unit
     if setting.device.type == "cuda" and op.observe is None:
-        tried = {name: _unless_left_out(op, setting, name, functools.partial(timing.captured, sets)) for name, sets in gated.steps.items()}
-        replays = {name: replay for name, replay in tried.items() if replay is not None}
+        replays = _captured(op, setting, gated)
         timing.warm_up(replays, GPU_WARM_UP_SECONDS, torch.cuda.synchronize)
         clock = timing.device_clock(len(next(iter(gated.steps.values()))))
         values, bandwidth = timing.interleaved(replays, rounds, clock), timing.copy_bandwidth(setting.device)
@@ -160,10 +159,17 @@ def measure(op: "Op", setting: "Setting", options: argparse.Namespace) -> "list[
         values = (op.observe or _milliseconds)({name: sets[0] for name, sets in gated.steps.items()}, rounds, now)
         unit = f"cpu_{op.unit}" if options.clock == "cpu" and op.unit in TIMES else op.unit
     # Last: what is counted is not timed.
-    costs = {
-        name: _unless_left_out(op, setting, name, functools.partial(op.costs, gated.steps[name][0], setting.device)) for name in values
-    }
+    counts = {name: functools.partial(op.costs, gated.steps[name][0], setting.device) for name in values}
+    costs = {name: _unless_left_out(op, setting, name, count, True) for name, count in counts.items()}
     return _rows(op, setting, values, gated.errors, costs, bandwidth, unit)
+
+
+def _captured(op: "Op", setting: "Setting", gated: Gated) -> "dict[str, Step]":
+    from benchmarks import timing
+
+    work = {name: functools.partial(timing.captured, sets) for name, sets in gated.steps.items()}
+    tried = {name: _unless_left_out(op, setting, name, capture, not name.startswith("fm_fast")) for name, capture in work.items()}
+    return {name: replay for name, replay in tried.items() if replay is not None}
 
 
 def _milliseconds(steps: "Mapping[str, Step]", rounds: int, now: "Clock") -> dict[str, list[float]]:

@@ -11,8 +11,11 @@ import torch
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import loss_curves, peers, step_parts
+from benchmarks import run as benchmark
 from benchmarks.op import Setting
-from benchmarks.ops import train_step
+from benchmarks.ops import train_step, training
+from fm_fast.nn import UNet
+from fm_fast.nn.presets import PRESETS as NETWORKS
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -99,3 +102,34 @@ def test_both_learn_alike_at_a_size_that_matters(monkeypatch, tmp_path):
     run(monkeypatch, loss_curves, "--size", "16x16", "--steps", 120, "--warm-up", 300, "--seeds", 0, "--out", tmp_path / "rows.json")
     ours, _, theirs, ratio, *_ = json.loads((tmp_path / "rows.json").read_text())
     assert abs(ratio["median"] - 1.0) < 1e-5 and max(ours["median"], theirs["median"]) < 1.3
+
+
+def test_the_networks_of_the_script_have_as_many_parameters():
+    config = NETWORKS[training.PRESET]
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in network.parameters()) for network in (UNet(config), training.torchcfm_network(config))]
+    assert counts == [35_746_307] * 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_whole_steps_on_random_images(dtype, monkeypatch, tmp_path):
+    monkeypatch.setattr(training, "WARM_UP_SECONDS", 0.0)
+    path = tmp_path / "rows.json"
+    benchmark.main(["--op", "training", "--dtype", dtype, "--threads", "1", "--rounds", "1", "--out", str(path)])
+    rows = [row for row in json.loads(path.read_text()) if row["metric"] == "ratio"]
+    others = ["torchcfm, float32"] + ["torchcfm, autocast"] * (dtype == "bfloat16")
+    assert [row["provider"] for row in rows] == ["fm_fast", *others] and all(row["median"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(("losses", "message"), [((1.2, 1.3), "the first loss is 1.2"), ((1.333, 9.0), "the second loss is 9")])
+def test_steps_that_do_something_else_are_found(losses, message):
+    setting = Setting(torch.device("cpu"), "tiny", training.SIZES["tiny"], torch.float32, "")
+    found = iter(losses)
+    with pytest.raises(AssertionError, match=message):
+        training.check(training.inputs(setting), setting, lambda: torch.tensor(next(found)))
+
+
+def test_on_a_gpu_steps_are_replayed_and_taken_kernel_by_kernel():
+    setting = Setting(torch.device("cuda"), "CIFAR, 128", training.GPU_SIZES["CIFAR, 128"], torch.bfloat16, "")
+    names = ["fm_fast", "fm_fast, kernel by kernel", "torchcfm, float32", "torchcfm, autocast"]
+    assert [provider.name for provider in training.providers(setting)] == names

@@ -169,18 +169,18 @@ def torchcfm_trainer(given: Inputs, dtype: torch.dtype) -> Trainer:
     updates = {
         "clipping": lambda: torch.nn.utils.clip_grad_norm_(network.parameters(), NORM),
         "Adam": optimiser.step,
-        "average": lambda: _average(network, average),
+        "average": lambda: average_state(network, average, DECAY),
         "clearing": optimiser.zero_grad,
     }
     return Trainer(draw, at, model, updates, optimiser, dtype)
 
 
 @torch.no_grad()
-def _average(model: nn.Module, average: nn.Module) -> None:
-    """As its examples do it: tensor after tensor of the state dict."""
+def average_state(model: nn.Module, average: nn.Module, decay: float) -> None:
+    """As torchcfm's examples do it: tensor after tensor of the state dict."""
     weights, averages = model.state_dict(), average.state_dict()
     for name, value in weights.items():
-        averages[name].copy_(averages[name] * DECAY + value * (1.0 - DECAY))
+        averages[name].copy_(averages[name] * decay + value * (1.0 - decay))
 
 
 def providers(setting: Setting) -> list[Provider]:
