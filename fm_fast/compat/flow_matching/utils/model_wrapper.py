@@ -1,7 +1,6 @@
 """``ModelWrapper``: a network whose call differs from model(x=x, t=t, **extras)."""
 
 from collections.abc import Callable
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn

@@ -4,7 +4,6 @@ from fm_fast.compat.flow_matching.path.scheduler.schedule_transform import Sched
 from fm_fast.compat.flow_matching.path.scheduler.scheduler import (
     CondOTScheduler,
     ConvexScheduler,
-    ConvexScheduler,
     CosineScheduler,
     LinearVPScheduler,
     PolynomialConvexScheduler,
@@ -16,11 +15,9 @@ from fm_fast.compat.flow_matching.path.scheduler.scheduler import (
 __all__ = [
     "CondOTScheduler",
     "ConvexScheduler",
-    "ConvexScheduler",
     "CosineScheduler",
     "LinearVPScheduler",
     "PolynomialConvexScheduler",
-    "ScheduleTransformedModel",
     "ScheduleTransformedModel",
     "Scheduler",
     "SchedulerOutput",

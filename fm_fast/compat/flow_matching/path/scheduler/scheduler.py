@@ -85,26 +85,12 @@ class CosineScheduler(Scheduler):
     def snr_inverse(self, snr: Tensor) -> Tensor:
         return _inverse("snr", snr, math.inf, lambda ratio: torch.atan(ratio) * (2.0 / math.pi))
 
-    def snr_inverse(self, snr: Tensor) -> Tensor:
-        return _inverse("snr", snr, math.inf, lambda ratio: torch.atan(ratio) * (2.0 / math.pi))
-
 
 class VPScheduler(Scheduler):
     """The variance-preserving diffusion of the paper's appendix E.1."""
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         super().__init__(VP(beta_min, beta_max))
-        self.beta_min, self.beta_max = beta_min, beta_max
-
-    def snr_inverse(self, snr: Tensor) -> Tensor:
-        """The times; below 0, down to -inf, for a ratio smaller than the schedule has at 0."""
-        return _inverse("snr", snr, math.inf, self._time)
-
-    def _time(self, ratio: Tensor) -> Tensor:
-        """With s = 1 - t, T = beta_min s + (beta_max - beta_min) s^2 / 2 = log(1 + 1 / ratio^2), solved for s through q = 1 / T."""
-        q = 1.0 / torch.log1p(ratio**-2)
-        linear = self.beta_min * q
-        return 1.0 - 2.0 / (linear + torch.sqrt(linear**2 + 2.0 * (self.beta_max - self.beta_min) * q))
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def snr_inverse(self, snr: Tensor) -> Tensor:
@@ -173,20 +159,6 @@ class LinearVPScheduler(Scheduler):
 
     def __init__(self) -> None:
         super().__init__(LinearVP())
-
-    def snr_inverse(self, snr: Tensor) -> Tensor:
-        # ratio / sqrt(1 + ratio^2), but not nan where the ratio is infinite
-        return _inverse("snr", snr, math.inf, lambda ratio: torch.sin(torch.atan(ratio)))
-
-
-def _inverse(name: str, value: Tensor, limit: float, formula: Callable[[Tensor], Tensor]) -> Tensor:
-    """The formula at values in [0, limit], in float64; of value's dtype."""
-    _checks.tensor(name, value)
-    _checks.floating(name, value)
-    if _modes.values_readable(value) and bool(((value < 0.0) | (value > limit)).any()):
-        bounds = "must not be negative" if limit == math.inf else f"must lie in [0, {limit:g}]"
-        raise ValueError(f"{name} {bounds}, got values from {float(value.min())} to {float(value.max())}")
-    return formula(value.double()).to(value.dtype)
 
     def snr_inverse(self, snr: Tensor) -> Tensor:
         # ratio / sqrt(1 + ratio^2), but not nan where the ratio is infinite
