@@ -7,13 +7,15 @@ namespace fm {
 namespace cuda {
 namespace {
 
+constexpr int kControlBlocks = 6;  // a multiprocessor; left to itself, nvcc 13.0 spills a register for sm_120
+
 // Whole numbers, which may be added in any order.
 __device__ void add_to_total(int64_t* total, int64_t count) {
   double sum = sum_block(static_cast<double>(count));  // exact: doubles hold whole numbers up to 2^53
   if (threadIdx.x == 0 && sum != 0) atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(sum));
 }
 
-__global__ void __launch_bounds__(kThreads) step_control_kernel(const ControlCall call) {
+__global__ void __launch_bounds__(kThreads, kControlBlocks) step_control_kernel(const ControlCall call) {
   Tally sum = {};
   for (int64_t sample = int64_t(blockIdx.x) * kThreads + threadIdx.x; sample < call.batch; sample += int64_t(gridDim.x) * kThreads) {
     Tally one = control_sample(call, sample);
@@ -28,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) step_control_kernel(const ControlCal
 
 void step_control(const ControlCall& call, void* stream) {
   if (call.batch == 0) return;
-  int64_t needed = (call.batch + kThreads - 1) / kThreads, most = device_blocks(kBlocks);
+  int64_t needed = (call.batch + kThreads - 1) / kThreads, most = device_blocks(kControlBlocks);
   launch(step_control_kernel, needed < most ? needed : most, stream, call);
 }
 
