@@ -1,5 +1,6 @@
 """Sample quality against closed forms: distances of known normals, two-sample tests whose answer is known, judges of real digits."""
 
+import dataclasses
 import math
 import sys
 import types
@@ -7,7 +8,7 @@ import types
 import pytest
 import torch
 
-from fm_fast.train.classifier import features, train_classifier
+from fm_fast.train.classifier import agreement, features, train_classifier
 from fm_fast.train.data import digits
 from fm_fast.train.quality import feature_distance, fid, frechet_distance, median_distance, nearest_neighbour_accuracy
 
@@ -132,3 +133,11 @@ def test_fid_gives_torch_fidelity_rgb_images_of_8_bits(monkeypatch):
     assert image.shape == (3, 8, 8) and image.dtype == torch.uint8 and set(image.flatten().tolist()) == {255}
     with pytest.raises(ValueError, match="images: expected 1 or 3 channels for FID, got 2"):
         fid(torch.zeros(2, 2, 8, 8, dtype=torch.uint8), grey)
+
+
+def test_the_judge_of_a_few_images_is_trained():
+    """However small a share of an epoch's steps they are: an untrained one would judge by chance."""
+    data = digits()
+    rows = torch.tensor([int((data.labels == label).nonzero()[0]) for label in range(6)])
+    few = dataclasses.replace(data, images=data.images[rows], labels=data.labels[rows])
+    assert agreement(train_classifier(few), few.images, few.labels) == 1.0

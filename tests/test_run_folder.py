@@ -230,6 +230,16 @@ def test_what_a_killed_run_left_is_tidied(tmp_path):
     assert records[:4] == lines.splitlines() and [json.loads(record)["step"] for record in records] == [1, 2, 3, 4, 5, 6]
 
 
+def test_records_that_were_kept_are_json(tmp_path):
+    """Also where an earlier version wrote numbers that JSON has not."""
+    run(tmp_path, steps=2, log_every=1, checkpoint_every=2)
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text().replace('"gradient_norm": ', '"gradient_norm": NaN, "earlier": '))
+    run(tmp_path, True, steps=3, log_every=1)
+    records = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) for line in log.read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3] and records[0]["gradient_norm"] is None
+
+
 FOREIGN = [b'{"a": 1}', b"5", b"null", b"[]", b'{"step": "x", "loss": 1}', b'{"step": 1}', b"\xff\xfe\x00bad"]
 
 

@@ -213,7 +213,7 @@ def _keep_records(file: Path, last_step: int) -> None:
     """Leave the records up to that step only: a run that was killed may have logged steps after its last checkpoint."""
     kept = [record for record in read_records(file) if record["step"] <= last_step] if file.is_file() else []
     with replaced_whole(file) as temporary:
-        temporary.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
+        temporary.write_text("".join(f"{json.dumps(_finite(record), allow_nan=False)}\n" for record in kept))
 
 
 def _duration(seconds: float) -> str:
