@@ -20,17 +20,20 @@ from fm_fast.time_samplers import TimeSampler
 
 
 class _Writes(NamedTuple):
-    """How often each tensor was written to in place; None where torch does not count it."""
+    """How often the data (x1 and a given x0) and the point were written to in place; None where torch does not count it."""
 
-    x1: int | None = None
-    x0: int | None = None
+    data: int | None = None
     point: int | None = None
 
 
 def _count_writes(x1: Tensor, x0: Tensor | None, point: Tensor | None) -> _Writes:
     if torch.compiler.is_compiling() or _modes.transforms_active():
         return _Writes()
-    return _Writes(*[None if x is None or x.is_inference() else x._version for x in (x1, x0, point)])
+    try:
+        return _Writes(x1._version if x0 is None else x1._version + x0._version, None if point is None else point._version)
+    except RuntimeError:  # some were made in inference mode, where nothing is counted
+        counted = [x._version for x in (x1, x0) if x is not None and not x.is_inference()]
+        return _Writes(sum(counted), None if point is None or point.is_inference() else point._version)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +79,7 @@ class PathSample:
     def _unchanged(self) -> int | None:
         """How often the drawn point was written to; RuntimeError if what is read again is no longer what the point was made of."""
         now = self._count_writes()
-        if _changed(self._writes.x1, now.x1) or _changed(self._writes.x0, now.x0):
+        if _changed(self._writes.data, now.data):
             raise RuntimeError(
                 "x1 or x0 was changed in place since sample_path, and is read again for the loss, x0 or target; give it a copy"
             )
@@ -178,7 +181,8 @@ def sample_path(
             return _plain_sample(x1, x0, times, key, spec, out, wide)
     x_t, times, coefficients = _ops.path_sample(x1, x0, times, coefficients, key, spec, out, wide, chosen)
     point = x_t if _ops.recovers_noise(x0, chosen) else None
-    return PathSample(x_t, _as_shown(times, x1, out), coefficients, x1, x0, key, spec, chosen, point, _count_writes(x1, x0, point))
+    shown = times if wide is torch.float32 else _as_shown(times, x1, out)
+    return PathSample(x_t, shown, coefficients, x1, x0, key, spec, chosen, point, _count_writes(x1, x0, point))
 
 
 def _plain_sample(
@@ -339,7 +343,8 @@ def _check_inputs(
         _checks.like("x0", x0, x1)
     if t is not None:
         _checks.time(t, x1)
-    _checks.one_of("dtype", dtype, (None, *_checks.FLOATING))
+    if dtype is not None:
+        _checks.one_of("dtype", dtype, (None, *_checks.FLOATING))
     _checks.probability("flip", flip)
     _checks.data_map(x1, flip, levels, dequantise)
 
@@ -353,7 +358,7 @@ def _require_step(seed: Whole | None, step: Whole | None, draws: bool) -> None:
 
 def _warn_if_ranks_draw_alike() -> None:
     """UserWarning in a process group, whose ranks would all have the samples 0 to B - 1 of the same seed."""
-    if torch.compiler.is_compiling() or random.world_size() == 1:
+    if random.world_size() == 1 or torch.compiler.is_compiling():
         return
     warnings.warn(
         f"seed was given without sample_ids in a process group of {random.world_size()} ranks, which all draw the same noise then: give "

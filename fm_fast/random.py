@@ -20,6 +20,7 @@ is recomputed instead of stored, and there is no generator state to save.
 
 import array
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ DEFAULT_KIND = {
 }
 STREAMS, KINDS = [stream.name for stream in Stream], [kind.name for kind in Kind]
 Whole = int | Tensor
+_GROUPS_EXIST = torch.distributed.is_available()
 
 
 def noise(
@@ -120,14 +122,17 @@ def make_key(
     if seed is None:
         seed = _read(fresh_seed(device)) if draws else 0
     parts = (seed, 0 if step is None else step, 0 if sample_ids is None else sample_ids)
-    numbers = [part for part in parts if not isinstance(part, Tensor)]
-    if device.type == "cpu" and len(numbers) == len(parts) and not torch.compiler.is_compiling():
-        return _host_words(numbers)
+    if _are_numbers(parts) and device.type == "cpu" and not torch.compiler.is_compiling():
+        return _host_words(parts)
     units = unit_words(device)
-    if units is not None and len(numbers) == len(parts):
-        return _combined(units, numbers)
+    if units is not None and _are_numbers(parts):
+        return _combined(units, parts)
     # Also for compilers: torch.tensor is a chain of selections to inductor, which copies it into every use of a word.
     return torch.cat([_as_vector(part, device, units) for part in parts])
+
+
+def _are_numbers(parts: Sequence[Whole]) -> TypeGuard[Sequence[int]]:
+    return not any([isinstance(part, Tensor) for part in parts])
 
 
 def _read(seed: Tensor) -> Whole:
@@ -176,4 +181,4 @@ def world_size() -> int:
 
 
 def _in_a_group() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return _GROUPS_EXIST and torch.distributed.is_initialized()

@@ -62,7 +62,7 @@ def test_float16_adds_the_op_that_computes_its_gradient_late():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_gpu_adds_an_op_that_may_end_at_once_and_no_memory(dtype, monkeypatch):
-    monkeypatch.setattr(sys.modules["fm_fast._ops.path_loss"], "_is_on_device", lambda grad_output: True)
+    monkeypatch.setattr(sys.modules["fm_fast._ops.path_loss"], "_is_on_device", lambda number: True)
     ops, memory, expected = record(dtype)
     assert ops == ["fm_fast.path_sample.default", "fm_fast.path_loss.default", "fm_fast.path_loss_backward.default"]
     assert memory == expected

@@ -86,7 +86,7 @@ def test_half_precision_gradient():
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_the_device_finishes_the_gradient(dtype, monkeypatch):
-    monkeypatch.setattr(sys.modules["fm_fast._ops.path_loss"], "_is_on_device", lambda grad_output: grad_output.dim() == 0)
+    monkeypatch.setattr(sys.modules["fm_fast._ops.path_loss"], "_is_on_device", lambda number: True)
     parity.check_finished_gradient(PLACE, dtype)
 
 

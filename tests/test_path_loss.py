@@ -159,7 +159,7 @@ def test_a_second_backward_gives_the_same_gradient(dtype, grad_output, backend):
 @pytest.mark.skipif(_backends.why_not("path_loss", "cpu", "cpp") is not None, reason="no C++ kernels")
 def test_the_op_may_look_at_grad_output_itself(dtype, monkeypatch):
     """As on a GPU, where the host would have to wait."""
-    monkeypatch.setattr(sys.modules["fm_fast._ops.path_loss"], "_is_on_device", lambda grad_output: grad_output.dim() == 0)
+    monkeypatch.setattr(sys.modules["fm_fast._ops.path_loss"], "_is_on_device", lambda number: True)
     parity.check_finished_gradient(parity.Place("cpu", "cpp"), dtype)
     parity.check_early_exit(parity.Place("cpu", "cpp"), torch.ops.fm_fast.path_loss_backward.default, (4, 3, 8, 8))
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fm_fast import _backends, reference
 from fm_fast._ops import schemas
-from fm_fast._ops.guard import exports_gradient, is_batched, needs_reference, run, savable
+from fm_fast._ops.guard import exports_gradient, is_batched, needs_reference, record, run, savable
 
 _attention = schemas.op("attention")
 _attention_backward = schemas.op("attention_backward")
@@ -39,7 +39,7 @@ def attention(joint: Tensor, backend: str) -> Tensor:
         return reference.attention(joint)
     joint = joint.contiguous()
     if torch.is_grad_enabled() and joint.requires_grad:
-        return _Attention.apply(joint, backend)
+        return record(_Attention, joint, backend)
     return _fused(joint, backend)[0]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fm_fast import reference
 from fm_fast._ops import schemas
-from fm_fast._ops.guard import absent, exports_gradient, is_batched, needs_reference, run, savable
+from fm_fast._ops.guard import absent, exports_gradient, is_batched, needs_reference, record, run, savable
 from fm_fast._ops.layout import memory_format, native_layout
 from fm_fast._ops.noise import drawer
 
@@ -46,7 +46,7 @@ def group_norm_silu(inputs: Inputs, key: Tensor | None, settings: NormSettings, 
     tensors = (native_layout(x), *[None if t is None else native_layout(t) for t in inputs[1:]])
     tail = (settings.groups, settings.eps, settings.activation, settings.dropout, settings.index)
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
-        return _GroupNormSiLU.apply(*tensors, key, tail, backend)
+        return record(_GroupNormSiLU, *tensors, key, tail, backend)
     return _fused(tensors, key, tail, backend)[0]
 
 

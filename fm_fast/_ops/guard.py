@@ -13,7 +13,7 @@ _NOTHING = torch.empty(0, device="cpu")
 
 def absent(like: Tensor) -> Tensor:
     """A tensor without elements. Where torch.compile may look, one of its own a call, because it refuses the same tensor twice."""
-    return _NOTHING if like.device.type == "cpu" and _modes.plainly_eager() else like.new_empty(0)
+    return _NOTHING if like.is_cpu and _modes.plainly_eager() else like.new_empty(0)
 
 
 def run(op: Any, *arguments: Any) -> None:
@@ -25,6 +25,13 @@ def run(op: Any, *arguments: Any) -> None:
         op(*arguments)
     finally:
         torch._C._set_grad_enabled(True)
+
+
+def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply`` where the guard has found no transform: without torch's own search for one, which is slow."""
+    if torch.compiler.is_compiling():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def needs_reference(backend: str, *tensors: Tensor | None) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fm_fast import reference
 from fm_fast._ops import schemas
-from fm_fast._ops.guard import absent, is_batched, savable
+from fm_fast._ops.guard import absent, is_batched, record, savable
 from fm_fast._ops.layout import native_layout
 from fm_fast._ops.noise import drawer
 from fm_fast._spec import PathSpec
@@ -44,7 +44,7 @@ def path_loss(
     tail = (reference.REDUCTIONS.index(reduction), *spec.data_map)
     if torch.is_grad_enabled() and o.requires_grad:
         o, *others = savable(inputs)
-        return _PathLoss.apply(o, tuple(others), x_t, tail, backend)
+        return record(_PathLoss, o, tuple(others), x_t, tail, backend)
     with torch.no_grad():  # the raw op would otherwise look for gradients to refuse
         return _fused_loss(inputs, x_t, tail, backend, with_gradient=False)[0]
 
@@ -85,10 +85,12 @@ class _PathLoss(torch.autograd.Function):
         elif gradient.dtype == torch.float16:
             result = torch.empty_like(inputs[0])
             _path_loss_backward[ctx.backend](result, *inputs, grad_output.contiguous(), *ctx.tail)
+        elif not _is_plain_number(grad_output):
+            result = _scaled(gradient, grad_output)
         elif _is_on_device(grad_output):
             result = _finished_by_device(ctx, inputs, gradient, grad_output)
-        else:
-            result = _scaled(gradient, grad_output)
+        else:  # the usual loss.backward() needs no multiplication
+            result = gradient if grad_output.item() == 1 else _scaled(gradient, grad_output)
         return result, None, None, None, None
 
 
@@ -101,23 +103,16 @@ def _finished_by_device(ctx: Any, inputs: list[Tensor], gradient: Tensor, grad_o
 
 
 def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
-    if _is_one(grad_output):
-        return gradient
     return (gradient * reference.per_sample(grad_output, gradient) if grad_output.dim() else gradient * grad_output).to(gradient.dtype)
-
-
-def _is_one(grad_output: Tensor) -> bool:
-    """Whether the usual loss.backward() runs, which needs no multiplication."""
-    return _is_plain_number(grad_output) and grad_output.device.type == "cpu" and grad_output.item() == 1
-
-
-def _is_on_device(grad_output: Tensor) -> bool:
-    """Whether to see that it is one means to wait for a device."""
-    return _is_plain_number(grad_output) and grad_output.device.type != "cpu"
 
 
 def _is_plain_number(grad_output: Tensor) -> bool:
     return not torch.compiler.is_compiling() and type(grad_output) is Tensor and grad_output.dim() == 0 and not is_batched(grad_output)
+
+
+def _is_on_device(number: Tensor) -> bool:
+    """Whether to see that it is one means to wait for a device."""
+    return not number.is_cpu
 
 
 def _differentiable_gradient(inputs: list[Tensor], tail: tuple[Any, ...], grad_output: Tensor, backend: str) -> Tensor:
