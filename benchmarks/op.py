@@ -94,6 +94,7 @@ class Op:
         relation: "ratio" to our value, or "share" of the first provider's where that is the whole of which the others are parts.
         tensor_bytes: of one full-size tensor, by which memory and traffic are also given; None where no tensor stands for the op.
         costs: of a step on a device, if they are not those of one call.
+        work: what a step does, by the metric of its rate, which is this number over the step's milliseconds.
         parts: of a step that can be timed alone, after the whole.
         gpu_sizes: further sizes, on a GPU.
     """
@@ -113,5 +114,6 @@ class Op:
     relation: str = "ratio"
     tensor_bytes: Callable[[Setting], int] | None = None
     costs: Callable[[Any, torch.device], Costs] = of_step
+    work: Callable[[Setting], Mapping[str, float]] = lambda setting: {}
     parts: tuple[str, ...] = ("full",)
     gpu_sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

@@ -23,7 +23,8 @@ class Row:
 
     ``metric`` is the op's unit ("ms", "us" a solver step, "nats2" of variance), with "cpu_" before it where CPU time was taken; "ratio"
     (its value over ours, paired) or "share" (of the whole that its table begins with); "error" in place of a ratio, where the provider's
-    arithmetic is too coarse; "copy_share" (of bandwidth). Of a single step: "peak_mib" and "peak_tensors", its additional memory in MiB and
+    arithmetic is too coarse; "copy_share" (of bandwidth); "images_per_second", "tflops", "share_of_peak" (of the device's
+    best speed in the setting's dtype). Of a single step: "peak_mib" and "peak_tensors", its additional memory in MiB and
     in full-size tensors; "kernels"; "passes", the bytes that they read and write in full-size tensors. What cannot be known has no row.
     """
 

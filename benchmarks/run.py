@@ -27,6 +27,12 @@ SMALL_STEP_MS = 2.0
 PARTS = ("full", "forward", "backward")
 TIMES = ("ms", "us")
 # What is counted of a step, by metric, and its head in a table
+RATES = {
+    "copy_share": "{:.0%} of copy",
+    "images_per_second": "{:,.0f} images/s",
+    "tflops": "{:.3g} TFLOP/s",
+    "share_of_peak": "{:.0%} of peak",
+}
 COUNTED = {"peak_mib": "peak MiB", "peak_tensors": "tensors", "kernels": "kernels", "passes": "passes"}
 
 
@@ -199,6 +205,8 @@ def _rows(
             summaries[op.relation] = timing.ratios(times, name, ours)
         if copy_bandwidth and op.bytes_moved and name not in errors:
             summaries["copy_share"] = timing.summarise([op.bytes_moved(setting) / ms / copy_bandwidth for ms in values])
+        for metric, amount in op.work(setting).items():
+            summaries[metric] = timing.summarise([amount / ms for ms in values])
         summaries |= {metric: timing.summarise([value]) for metric, value in _counted(op, setting, costs[name]).items()}
         rows += [Row(op.name, name, *common, metric, value.median, value.p20, value.p80) for metric, value in summaries.items()]
     return rows
@@ -228,8 +236,8 @@ def table(rows: "list[Row]", ours: str) -> str:
     lines = [f"\n{first.op}, {first.size}, {first.dtype}, {first.mode}", f"{'provider':<34}{first.metric:>28}{relation:>36}{heads}"]
     for name, found in cells.items():
         counts = "".join(f"{_short(found[metric].median) if metric in found else '':>9}" for metric in COUNTED)
-        share = f"   {found['copy_share'].median:.0%} of copy" if "copy_share" in found else ""
-        lines.append(f"{name:<34}{_spread(found[first.metric]):>28}{_related(found):>36}{counts}{share}".rstrip())
+        rates = "".join(f"   {form.format(found[metric].median)}" for metric, form in RATES.items() if metric in found)
+        lines.append(f"{name:<34}{_spread(found[first.metric]):>28}{_related(found):>36}{counts}{rates}".rstrip())
     return "\n".join(lines)
 
 

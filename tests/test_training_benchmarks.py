@@ -112,13 +112,19 @@ def test_the_networks_of_the_script_have_as_many_parameters():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_whole_steps_on_random_images(dtype, monkeypatch, tmp_path):
+def test_whole_steps_on_random_images(dtype, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(training, "WARM_UP_SECONDS", 0.0)
     path = tmp_path / "rows.json"
     benchmark.main(["--op", "training", "--dtype", dtype, "--threads", "1", "--rounds", "1", "--out", str(path)])
-    rows = [row for row in json.loads(path.read_text()) if row["metric"] == "ratio"]
+    found = json.loads(path.read_text())
+    rows = {metric: [row for row in found if row["metric"] == metric] for metric in ("ms", "ratio", "images_per_second", "tflops")}
     others = ["torchcfm, float32"] + ["torchcfm, autocast"] * (dtype == "bfloat16")
-    assert [row["provider"] for row in rows] == ["fm_fast", *others] and all(row["median"] > 0 for row in rows)
+    for same in rows.values():
+        assert [row["provider"] for row in same] == ["fm_fast", *others] and all(row["median"] > 0 for row in same)
+    images = training.SIZES["tiny"][0]
+    for time, rate in zip(rows["ms"], rows["images_per_second"], strict=True):
+        assert rate["median"] == pytest.approx(images / (time["median"] * 1e-3))
+    assert f"{rows['images_per_second'][0]['median']:,.0f} images/s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("losses", "message"), [((1.2, 1.3), "the first loss is 1.2"), ((1.333, 9.0), "the second loss is 9")])
@@ -127,6 +133,16 @@ def test_steps_that_do_something_else_are_found(losses, message):
     found = iter(losses)
     with pytest.raises(AssertionError, match=message):
         training.check(training.inputs(setting), setting, lambda: torch.tensor(next(found)))
+
+
+def test_the_share_of_peak_is_that_of_the_dtype(monkeypatch):
+    """The network's 37.3 GFLOP an image, forward and backward; 989 and 494 TFLOP/s by the data sheet."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    for dtype, peak in ((torch.bfloat16, 989.0), (torch.float32, 494.0)):
+        setting = Setting(torch.device("cuda"), "CIFAR, 128", training.GPU_SIZES["CIFAR, 128"], dtype, "")
+        rates = {metric: amount / 12.8 for metric, amount in training.work(setting).items()}  # of a step of 12.8 ms
+        assert rates["images_per_second"] == pytest.approx(10_000)
+        assert rates["tflops"] == pytest.approx(373, rel=0.01) and rates["share_of_peak"] == pytest.approx(rates["tflops"] / peak)
 
 
 def test_on_a_gpu_steps_are_replayed_and_taken_kernel_by_kernel():

@@ -21,6 +21,7 @@ from fm_fast.nn import UNetConfig
 from fm_fast.nn.presets import PRESETS as NETWORKS
 from fm_fast.train.config import TrainConfig, fit_to_data
 from fm_fast.train.data import DataOrder, Dataset, make_dataset
+from fm_fast.train.devices import flops_per_image, peak_tflops
 from fm_fast.train.graph import GraphedStep
 from fm_fast.train.presets import PRESETS
 from fm_fast.train.step import new_state, training_step
@@ -43,10 +44,17 @@ class Inputs:
 def inputs(setting: Setting) -> Inputs:
     words = torch.randint(256, (IMAGES, *setting.shape[1:]), dtype=torch.uint8, generator=torch.Generator().manual_seed(SEED))
     dataset = make_dataset("random images", words, torch.zeros(IMAGES, dtype=torch.int64)).to(setting.device)
-    model = NETWORKS[PRESET] if setting.size in GPU_SIZES else TINY
-    precision = str(setting.dtype).removeprefix("torch.")
+    model, precision = network_for(setting), precision_of(setting)
     config = replace(PRESETS[PRESET], batch_size=setting.shape[0], precision=precision, model=model, seed=SEED)
     return Inputs(dataset, fit_to_data(config, dataset.images.shape[1:], dataset.classes))
+
+
+def network_for(setting: Setting) -> UNetConfig:
+    return NETWORKS[PRESET] if setting.size in GPU_SIZES else TINY
+
+
+def precision_of(setting: Setting) -> str:
+    return str(setting.dtype).removeprefix("torch.")
 
 
 def _ours(graph: bool) -> Callable[[Inputs, Setting], Step]:
@@ -125,6 +133,16 @@ def observe(steps: Mapping[str, Step], rounds: int, now: timing.Clock) -> dict[s
     return timing.interleaved(steps, rounds, timing.host_clock(CALLS, now))
 
 
+def work(setting: Setting) -> dict[str, float]:
+    """Of the network's matrix products and convolutions, and of the best speed of the setting's dtype, whichever a provider runs in."""
+    images = setting.shape[0]
+    tflop = images * flops_per_image(network_for(setting)) * 1e-12
+    peak = peak_tflops(setting.device, precision_of(setting))
+    rates = {"images_per_second": images * 1e3, "tflops": tflop * 1e3}
+    return rates if peak is None else rates | {"share_of_peak": tflop * 1e3 / peak}
+
+
 OP = Op(
-    "training", SIZES, ("random images",), inputs, providers, check, peers=("torchcfm",), rounds=5, observe=observe, gpu_sizes=GPU_SIZES
+    "training", SIZES, ("random images",), inputs, providers, check, peers=("torchcfm",), rounds=5, observe=observe, work=work,
+    gpu_sizes=GPU_SIZES,
 )  # fmt: skip
