@@ -48,8 +48,18 @@ def test_options_replace_the_values_of_the_preset():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "digits", "--stepz", "3"], "unrecognized arguments: --stepz"),
-        (["train", "digits", "--step", "3"], "unrecognized arguments: --step"),
+        (["train", "digits", "--stepz", "3"], "fm-fast train: error: unrecognized arguments: --stepz (did you mean --steps?)\n"),
+        (["train", "digits", "--step=3"], "unrecognized arguments: --step=3 (did you mean --steps?)\n"),
+        (
+            ["train", "--batchsize", "8", "--blocks", "1"],
+            "unrecognized arguments: --batchsize --blocks (did you mean --batch-size and --model.blocks?)\n",
+        ),
+        (["train", "--zzz"], "unrecognized arguments: --zzz\ntry fm-fast train --help\n"),
+        (
+            ["reproduce", "table1", "--job", "1"],
+            "fm-fast reproduce table1: error: unrecognized arguments: --job (did you mean --jobs?)\n",
+        ),
+        (["info", "more"], "fm-fast info: error: unrecognized arguments: more\n"),
         (["train", "digits", "--steps", "three"], "argument --steps: invalid int value: 'three'"),
         (["train", "letters"], "invalid choice: 'letters'"),
         (["train", "digits", "--model.multipliers", "1,x"], "argument --model.multipliers: invalid list of whole numbers: '1,x'"),

@@ -279,8 +279,8 @@ def test_a_network_that_was_not_trained_dequantised(tmp_path, capsys):
     [
         (["sample"], "the following arguments are required: RUN"),
         (["likelihood"], "the following arguments are required: RUN"),
-        (["sample", "r", "--step", "3"], "unrecognized arguments: --step 3"),
-        (["likelihood", "r", "--probe", "3"], "unrecognized arguments: --probe 3"),
+        (["sample", "r", "--step", "3"], "unrecognized arguments: --step (did you mean --steps?)"),
+        (["likelihood", "r", "--probe", "3"], "unrecognized arguments: --probe (did you mean --probes?)"),
         (["sample", "r", "--steps", "0"], "argument --steps: expected a whole number of at least 1, got '0'"),
         (["sample", "r", "--steps", "2.5"], "argument --steps: expected a whole number of at least 1, got '2.5'"),
         (["sample", "r", "--count", "x"], "argument --count: expected a whole number of at least 1, got 'x'"),

@@ -10,6 +10,7 @@ import fm_fast
 from fm_fast._version import __version__
 from fm_fast.cli.evaluate import add_evaluate
 from fm_fast.cli.likelihood import add_likelihood
+from fm_fast.cli.parser import Parser
 from fm_fast.cli.reproduce import add_reproduce
 from fm_fast.cli.sample import add_sample
 from fm_fast.cli.train import add_train
@@ -44,7 +45,7 @@ def _show_warning(message: Warning | str, *place: Any) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line; every setting of a training run is an option of `train`."""
-    root = argparse.ArgumentParser(prog="fm-fast", description="Flow matching for PyTorch.", allow_abbrev=False)
+    root = Parser(prog="fm-fast", description="Flow matching for PyTorch.")
     root.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = root.add_subparsers(required=True, metavar="command")
     add_train(commands)
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add_likelihood(commands)
     add_evaluate(commands)
     add_reproduce(commands)
-    info = commands.add_parser("info", help="print versions and which backend runs here, and why", allow_abbrev=False)
+    info = commands.add_parser("info", help="print versions and which backend runs here, and why")
     info.set_defaults(run=_info)
     return root
 

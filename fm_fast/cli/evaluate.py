@@ -33,7 +33,7 @@ NOT_FID = "a distance of a small classifier's features, trained on this data set
 def add_evaluate(commands: Any) -> None:
     """The command's options."""
     parser = commands.add_parser(
-        "evaluate", allow_abbrev=False, help="bits/dim, NFE and sample quality of a checkpoint",
+        "evaluate", help="bits/dim, NFE and sample quality of a checkpoint",
         description="Bits per dimension of held-out images and NFE by dopri5, as in the paper's Table 1, and the quality of as many"
         " samples: agreement with a small classifier, Fréchet distance of its features (not FID), 1-nearest-neighbour two-sample test.",
     )  # fmt: skip

@@ -31,7 +31,7 @@ STEPS = 100
 def add_likelihood(commands: Any) -> None:
     """The command's options."""
     parser = commands.add_parser(
-        "likelihood", allow_abbrev=False, help="bits per dimension of data under a checkpoint",
+        "likelihood", help="bits per dimension of data under a checkpoint",
         description="Bits per dimension of data under the weights of a checkpoint, by the paper's protocol: dequantisation, the"
         " flow's ODE back to noise, the divergence by random probes. The network should have been trained with --dequantise.",
     )  # fmt: skip

@@ -13,7 +13,7 @@ SOURCES = ("digits", "fashion")
 def add_reproduce(commands: Any) -> None:
     """The command and its comparisons."""
     parser = commands.add_parser(
-        "reproduce", allow_abbrev=False, help="the paper's comparisons at a small size, as tables and figures",
+        "reproduce", help="the paper's comparisons at a small size, as tables and figures",
         description="The paper's comparisons at a size that two CPU cores compute in minutes. Finished parts are kept in the folder and not"
         " computed again. Figures need matplotlib: pip install 'fm_fast[plot]'.",
     )  # fmt: skip
@@ -39,7 +39,7 @@ def add_reproduce(commands: Any) -> None:
 
 
 def _add(comparisons: Any, name: str, text: str, steps: int, steps_text: str) -> argparse.ArgumentParser:
-    parser = comparisons.add_parser(name, allow_abbrev=False, help=text, description=text)
+    parser = comparisons.add_parser(name, help=text, description=text)
     parser.add_argument("--out", type=Path, default=Path("out/reproduce"), metavar="FOLDER", help="where everything goes [out/reproduce]")
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="the numbers are a function of it and the settings [0]")
     parser.add_argument("--steps", type=positive, default=steps, metavar="INT", help=f"{steps_text} [{steps}]")

@@ -41,7 +41,7 @@ DEFAULT_OUT = Path("samples.png")
 def add_sample(commands: Any) -> None:
     """The command's options."""
     parser = commands.add_parser(
-        "sample", allow_abbrev=False, help="draw samples from a checkpoint",
+        "sample", help="draw samples from a checkpoint",
         description="Draw samples with the weights of a checkpoint, as a picture, as an array, or as a file each.",
     )  # fmt: skip
     add_run(parser)

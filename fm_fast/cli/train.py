@@ -19,7 +19,7 @@ FROM_DATA = ("image_size", "image_channels", "classes", "low_resolution_channels
 def add_train(commands: Any) -> None:
     """The command's options: every setting of a run."""
     parser = commands.add_parser(
-        "train", allow_abbrev=False, help="train the reference U-Net",
+        "train", help="train the reference U-Net",
         description="Train the reference U-Net. `fm-fast train digits` uses the shipped digits, `fm-fast train --data PATH` your images.\n"
         "Defaults in brackets are those of digits; other presets have their own. Several processes, one a device:\n"
         "torchrun --nproc-per-node N --no-python fm-fast train ...",
