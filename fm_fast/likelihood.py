@@ -26,7 +26,7 @@ from fm_fast._solver.probes import make_probes
 from fm_fast._solver.recording import check_gradient, solving
 from fm_fast._solver.settings import PerSample, Settings, check_finite, make_settings
 from fm_fast.grids import Grid
-from fm_fast.objectives import Objective, as_objective, velocity_factors
+from fm_fast.objectives import Objective, as_objective, velocity_factors, velocity_range
 from fm_fast.paths import Path, as_path
 from fm_fast.random import Whole
 from fm_fast.solvers import EmbeddedRungeKutta, Method
@@ -112,7 +112,8 @@ def divergence(
         model, cond, path, objective, guidance: as in :func:`fm_fast.sample`. Unless ``create_graph``, the parameters of a module do not
             require gradients meanwhile, so another thread must not train the same module then: it would find no gradients.
         x: [B, ...], float64, float32, bfloat16 or float16: the model's input.
-        t: a number in [0, 1], a scalar tensor or [B].
+        t: a number in [0, 1], a scalar tensor or [B]; kept inside the range in which the velocity is finite, for the model too, as in a
+            solve.
         probes: probe vectors a sample and replicate.
         kind: "auto" (exact where a sample has at most max(4, probes) elements, else rademacher), "exact", "rademacher", "gaussian",
             "hadamard" or "coloured" (images; a power of two of probes, one for each colour); see ``fm_fast/_solver/probes.py``.
@@ -147,7 +148,7 @@ def divergence(
     estimator = Estimator(chosen, key, len(x), mode, memory_budget, create_graph, resolved)
     check_gradient(create_graph)
     with solving(model, create_graph):
-        times, scale = _as_times(t, x), field.scale_at(t)
+        times, scale = _as_times(t, x, velocity_range(chosen_path, chosen_objective)), field.scale_at(t)
         recorded = estimator.record(lambda given: field.checked_output_at(given, times, scale), x)
         estimator.add(recorded, 0, 0.0, 1.0)
         output = recorded.output if create_graph or _modes.transforms_active() else recorded.output.detach()
@@ -155,10 +156,10 @@ def divergence(
         return _divergence(estimator, v, velocity_factors(chosen_path, chosen_objective, times))
 
 
-def _as_times(t: Tensor | float, x: Tensor) -> Tensor:
+def _as_times(t: Tensor | float, x: Tensor, limits: tuple[float, float]) -> Tensor:
     wide = reference.accumulation_dtype(x)
     times = t.to(wide) if isinstance(t, Tensor) else torch.full((), t, dtype=wide, device=x.device)
-    return times.expand(len(x)).clone()  # a model may write into them
+    return times.clamp(*limits).expand(len(x)).clone()  # a model may write into them
 
 
 def _divergence(estimator: Estimator, v: Tensor, factors: tuple[Tensor, Tensor]) -> Divergence:

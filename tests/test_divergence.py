@@ -1,10 +1,12 @@
 """fm.divergence against the trace of the Jacobian by forward-mode differentiation, and what it does to the model and its memory."""
 
+import flows
 import pytest
 import torch
 from torch import nn
 
 import fm_fast as fm
+from fm_fast.objectives import velocity_range
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 SHAPES = [(3, 5), (2, 3, 4), (2, 2, 3, 4), (2, 3, 2, 2, 2), (4, 1), (3,)]
@@ -66,6 +68,19 @@ def test_the_divergence_is_that_of_the_velocity_whatever_the_network_predicts(pa
     d = fm.divergence(model, x, t, path=path, objective=objective, kind="exact")
     torch.testing.assert_close(d.div, jacobian_trace(velocity, x, t), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(d.v, velocity(x, t).detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("objective", ["velocity", "noise", "score", "scoreflow", "data"])
+def test_at_an_end_the_model_is_asked_where_its_velocity_is_finite(path, objective, end):
+    """As solves do: an output at t = 0 would be divided by the alpha of another time."""
+    field = flows.mixture(path)
+    x = inputs((3, 2))[0]
+    inside = min(max(end, velocity_range(path, objective)[0]), velocity_range(path, objective)[1])
+    d = fm.divergence(field.model(objective), x, end, path=path, objective=objective)
+    torch.testing.assert_close(d.v, field.velocity(x, inside), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(d.div, field.divergence(x, inside), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "hadamard", "coloured", "gaussian"])

@@ -1,6 +1,6 @@
 """The checkerboard of Figures 4 and 9, and Figure 10 for it: five objectives in two dimensions, one small network and one budget for all.
 
-The paper gives the network's shape only (section 7 of its appendix E), so numbers are not comparable with it; the setting here is
+The paper gives the network's shape only (appendix E), so numbers are not comparable with it; the setting here is
 4 layers of 128 SiLU units, batch 512, Adam at 1e-3, uniform times, and outputs as in the paper: no preconditioning.
 """
 
