@@ -1,13 +1,16 @@
 """One prediction as another: the velocity, the noise, the score or the data that a network's output amounts to."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
-from fm_fast import _checks, reference
+from fm_fast import _checks, _modes, reference
 from fm_fast.objectives import Objective, Schedule, as_objective, common_range, schedule, velocity_factors
 from fm_fast.paths import EDGE, Path, as_path
 
 PREDICTIONS = ("velocity", "noise", "score", "data")
+LARGE_FACTOR = 1e3
 
 
 def convert(
@@ -21,7 +24,8 @@ def convert(
     Args:
         output: [B, ...], what the network returned for (x, t), floating.
         x: [B, ...], the point on the path, of output's shape and device.
-        t: times, a number in [0, 1], a scalar tensor or [B]; kept inside the range in which both predictions are finite.
+        t: times, a number in [0, 1], a scalar tensor or [B]; kept inside the range in which both predictions are finite. At an end outside
+            of it, such as t = 0 for the velocity of a predicted noise on the OT path, the network must be asked inside too.
         to: "velocity", "noise" (x0), "score" (-x0 / sigma, the gradient of log p_t) or "data" (x1).
         path, objective: those of training; an objective of one's own too.
 
@@ -32,6 +36,8 @@ def convert(
     Raises:
         ValueError, TypeError: for any argument out of range or of wrong shape, dtype or device, naming it.
 
+    Warns (UserWarning) of such an end, where values may be looked at without a wait.
+
     Naive equivalent for the velocity of the OT path and ``to="data"``::
 
         x1 = x + (1 - t) * output        # t shaped to broadcast
@@ -41,15 +47,26 @@ def convert(
     _checks.time(t, x, "x")
     _checks.one_of("to", to, PREDICTIONS)
     times = t if isinstance(t, Tensor) else x.new_full((), float(t), dtype=torch.float64)
-    wide = reference.accumulation_dtype(x, output)
-    x_factor, output_factor = (_over(factor.to(wide), x) for factor in _factors(as_path(path), as_objective(objective), to, times))
-    return (x_factor * x.to(wide) + output_factor * output.to(wide)).to(x.dtype)
+    chosen_path, chosen_objective, wide = as_path(path), as_objective(objective), reference.accumulation_dtype(x, output)
+    limits = common_range(chosen_path, chosen_objective, as_objective(to))
+    x_factor, output_factor = _factors(chosen_path, chosen_objective, to, times.to(torch.float64).clamp(*limits))
+    _warn_of_ends(times, limits, output_factor)
+    return (_over(x_factor.to(wide), x) * x.to(wide) + _over(output_factor.to(wide), x) * output.to(wide)).to(x.dtype)
+
+
+def _warn_of_ends(times: Tensor, limits: tuple[float, float], factor: Tensor) -> None:
+    """UserWarning where the output of a time outside the limits is multiplied by the huge factor of the limit."""
+    if not _modes.values_readable(times, factor):
+        return
+    if bool((((times < limits[0]) | (times > limits[1])) & (factor.abs() > LARGE_FACTOR)).any()):
+        warnings.warn(
+            f"t is outside [{limits[0]:.7g}, {limits[1]:.7g}], where both predictions are finite: call the network, too, with t kept inside",
+            stacklevel=3,
+        )
 
 
 def _factors(path: Path, objective: Objective, to: str, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(A, B) with the prediction A x + B o, float64."""
-    low, high = common_range(path, objective, as_objective(to))
-    t = t.to(torch.float64).clamp(low, high)
+    """(A, B) with the prediction A x + B o at times t, float64."""
     if to == "velocity":
         return velocity_factors(path, objective, t)
     t = _while_moving(path, t)

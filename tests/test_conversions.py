@@ -1,5 +1,7 @@
 """convert: every prediction as every other, against the noise and data that the point was made of."""
 
+import warnings
+
 import numpy as np
 import oracle
 import pytest
@@ -55,6 +57,7 @@ def test_the_naive_formula_of_the_docstring():
     torch.testing.assert_close(fm.convert(x1 - x0, x, t, to="data"), x + (1 - column) * (x1 - x0))
 
 
+@pytest.mark.filterwarnings("ignore:t is outside")
 @pytest.mark.parametrize("to", PREDICTIONS)
 @pytest.mark.parametrize("objective", BUILT_IN)
 @pytest.mark.parametrize("path", PATHS)
@@ -62,6 +65,28 @@ def test_the_naive_formula_of_the_docstring():
 def test_the_ends_are_finite(path, objective, to, t):
     x1, x0 = ends(torch.float32)
     assert fm.convert(x0, x1, t, path=PATHS[path], objective=objective, to=to).isfinite().all()
+
+
+# Of the OT path: the conversions that multiply the output by a huge number at an end
+HUGE = {
+    0.0: {(objective, to) for objective in ("noise", "score", "scoreflow") for to in ("velocity", "data")},
+    1.0: {("data", "velocity"), ("data", "noise"), ("data", "score"), ("velocity", "score"), ("noise", "score")},
+}
+
+
+@pytest.mark.parametrize("to", PREDICTIONS)
+@pytest.mark.parametrize("objective", BUILT_IN)
+@pytest.mark.parametrize("t", [0.0, 1.0])
+def test_a_time_at_which_the_output_is_another_than_that_of_the_limit_is_told(objective, to, t):
+    x1, x0 = ends()
+    inside = min(max(t, 1e-5), 1.0 - 1e-5)
+    for given in (t, torch.tensor(t), torch.full((len(x1),), t)):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            fm.convert(x0, x1, given, objective=objective, to=to)
+            fm.convert(x0, x1, inside, objective=objective, to=to)
+        messages = [str(warning.message) for warning in found]
+        assert len(messages) == ((objective, to) in HUGE[t]) and all("call the network, too, with t kept inside" in m for m in messages)
 
 
 class Smooth:
@@ -80,6 +105,7 @@ class Smooth:
         return -6 * t * (1 - t)
 
 
+@pytest.mark.filterwarnings("ignore:t is outside")
 @pytest.mark.parametrize("t", [0.0, 1.0])
 @pytest.mark.parametrize("objective", BUILT_IN)
 def test_ends_where_the_path_stands_still(objective, t):
