@@ -60,7 +60,8 @@ def _warn_of_ends(times: Tensor, limits: tuple[float, float], factor: Tensor) ->
         return
     if bool((((times < limits[0]) | (times > limits[1])) & (factor.abs() > LARGE_FACTOR)).any()):
         warnings.warn(
-            f"t is outside [{limits[0]:.7g}, {limits[1]:.7g}], where both predictions are finite: call the network, too, with t kept inside",
+            f"t is outside [{limits[0]:.7g}, {limits[1]:.7g}], where both predictions are finite: "
+            "call the network, too, with t kept inside",
             stacklevel=3,
         )
 

@@ -21,7 +21,7 @@ from fm_fast._solver.estimator import Estimator
 from fm_fast._solver.field import Model, make_field
 from fm_fast._solver.guidance import Guidance
 from fm_fast._solver.integrate import Integral, Task, integrate, integrate_coarsely
-from fm_fast._solver.prior import Prior, as_prior, log_prior, tried_prior, warn_if_not_of_the_prior
+from fm_fast._solver.prior import Prior, as_prior, log_prior, tried_prior, warn_if_begun_late, warn_if_not_of_the_prior
 from fm_fast._solver.probes import make_probes
 from fm_fast._solver.recording import check_gradient, solving
 from fm_fast._solver.settings import PerSample, Settings, check_finite, make_settings
@@ -214,7 +214,7 @@ def log_likelihood(
             methods draw new probes at every evaluation that counts, adaptive ones hold theirs for the whole solve.
         prior: log-density [B] of the state at t0, as a function of it or a distribution of whole samples; by default that of
             N(0, prior_scale^2) of the path at t0 = 0: exact for OT and Cosine, and for VP and VE as near as their noise end is to pure
-            noise. It is tried on x1 before the solve.
+            noise; a later t0 than about 0.02 has another density, of which a UserWarning tells. It is tried on x1 before the solve.
         error_estimate: solve again with half the steps and report ``disc_err`` = |difference| / (2^order - 1). Both solves are compared
             by one more probe, held over the two steps that a coarse step replaces, so that the probes' noise does not enter; ``logp``
             stays as it is. Needs an even number of steps; costs half as many calls of the model again, and one and a half
@@ -249,6 +249,8 @@ def log_likelihood(
         mark=on_nonfinite == "mark",
     )  # fmt: skip
     density = tried_prior(prior, x1)
+    if density is None:
+        warn_if_begun_late(settings.path, float(settings.nodes[-1]))
     fine = integrate(task, x1, controlled=error_estimate and not task.probes.exact)
     with torch.set_grad_enabled(create_graph):
         logp = log_prior(density, fine.x, settings.path) + fine.value
@@ -345,6 +347,7 @@ def sample_with_log_prob(
     )  # fmt: skip
     with torch.set_grad_enabled(create_graph):
         if prior is None:
+            warn_if_begun_late(settings.path, float(settings.nodes[0]))
             warn_if_not_of_the_prior(noise, settings.path, float(settings.nodes[0]))
         before = log_prior(as_prior(prior), noise.to(reference.accumulation_dtype(noise)), settings.path)
     integral = integrate(task, noise)

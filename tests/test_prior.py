@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from flows import mixture
 from sampling_helpers import Counted, noise64
 from torch.distributions import Independent, MultivariateNormal, Normal, Uniform
 
@@ -40,7 +41,47 @@ def test_noise_that_may_be_right_is_not_warned_of(draw):
         draw(Counted(), fm.paths.prior_scale("ve") * noise, path="ve", steps=2)
         draw(Counted(), 0.1 * noise, path="vp", steps=2)  # temperature
         draw(Counted(), noise[:1], path="ve", steps=2)  # too few numbers to tell
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
         draw(Counted(), noise, path="ve", t0=0.5, steps=2)
+    assert not [warning for warning in found if "standard deviation" in str(warning.message)]
+
+
+@pytest.mark.parametrize("solve", [fm.log_likelihood, fm.sample_with_log_prob])
+@pytest.mark.parametrize(("path", "late", "early"), [("ot", 0.1, 0.01), ("cosine", 0.1, 0.01), ("vp", 0.5, 0.1), ("ve", 0.1, 0.001)])
+def test_a_solve_that_begins_where_the_density_is_another_is_told(path, late, early, solve):
+    field = mixture(path)
+    x = field.sample(16, 1.0 if solve is fm.log_likelihood else late, seed=0)
+
+    def log_prob(**prior):
+        return solve(field, x, path=path, method="rk4", steps=16, t0=late, **prior).logp
+
+    right = log_prob(prior=lambda x0: field.log_prob(x0, late))
+    with pytest.warns(
+        UserWarning, match=rf"takes the state at t0 = {late} for the noise that \w+\(.*\) begins with, but has another density"
+    ):
+        wrong = log_prob()
+    assert float((wrong - right).abs().max()) > 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solve(Counted(), x, path=path, t0=early, steps=2)
+        solve(Counted(), x, path=Own(), t0=late, steps=2)
+
+
+class Own:
+    """The OT path, as a path of one's own."""
+
+    def alpha(self, t):
+        return t
+
+    def sigma(self, t):
+        return 1 - t
+
+    def d_alpha(self, t):
+        return torch.ones_like(t)
+
+    def d_sigma(self, t):
+        return -torch.ones_like(t)
 
 
 BAD_PRIORS = [

@@ -10,9 +10,11 @@ from torch.distributions import Distribution
 
 from fm_fast import _modes, reference
 from fm_fast._codes import PathCode
+from fm_fast.objectives import schedule
 from fm_fast.paths import Path, kernel_form, prior_scale, time_limits
 
 Prior = Callable[[Tensor], Tensor]
+LATE = 0.03  # of a standard deviation: alpha / sigma more than at the path's start, or log sigma less
 ENOUGH = 32  # numbers, whose root mean square is then within a third of what it should be
 
 
@@ -58,6 +60,22 @@ def warn_if_not_of_the_prior(noise: Tensor, path: Path, begin: float) -> None:
         warnings.warn(
             f"noise has a standard deviation of about {found:.3g}, where {path!r} begins with {scale:.3g}: give "
             "fm.paths.prior_scale(path) * fm.noise(...)",
+            stacklevel=3,
+        )
+
+
+def warn_if_begun_late(path: Path, begin: float) -> None:
+    """UserWarning where a solve begins so late on a path that its normal distribution is not the density there."""
+    if kernel_form(path)[0] == PathCode.given or _modes.transforms_active():
+        return
+    with torch.no_grad(), _modes.host_arithmetic():
+        point = schedule(path, torch.tensor([time_limits(path)[0], begin], dtype=torch.float64))
+        more_data, less_noise = (point.a / point.s).diff(), -point.s.log().diff()
+        late = float(torch.maximum(more_data, less_noise)) > LATE
+    if late:
+        warnings.warn(
+            f"the likelihood takes the state at t0 = {begin:.6g} for the noise that {path!r} begins with, but has another density there: "
+            "give it as prior, or a t0 nearer to 0",
             stacklevel=3,
         )
 
