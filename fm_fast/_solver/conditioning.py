@@ -33,7 +33,7 @@ def warn_if_ill_conditioned(path: Path, objective: Objective, table: Table | Non
     factors = widths * error_factors(path, objective, times)
     worst = int(factors.argmax())
     if factors[worst] > LARGEST_FACTOR:
-        remedy = "t0=0.01" if times[worst] < 0.5 else "t1=0.99"
+        remedy = "t0=0.01" if times[worst] < 0.5 else "t1=0.999"
         warnings.warn(
             f"objective {objective.name!r} does not determine the velocity well at t = {times[worst]:.6g}: a step there multiplies an "
             f"error of the network's output by {factors[worst]:.2g}. Solve with {remedy}, or train the velocity",
