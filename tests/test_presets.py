@@ -9,6 +9,8 @@ import pytest
 from fm_fast.cli import main, parser
 from fm_fast.cli.train import config_from
 from fm_fast.nn.presets import PRESETS as NETWORKS
+from fm_fast.paths import OT
+from fm_fast.train.config import Recipe
 from fm_fast.train.data import digits
 from fm_fast.train.evaluate import draw_samples
 from fm_fast.train.presets import PRESETS, SUMMARIES
@@ -30,6 +32,7 @@ def test_presets_of_the_paper(name):
     preset = PRESETS[name]
     found = (preset.batch_size, preset.steps, preset.learning_rate, preset.warmup, preset.schedule)
     assert found == TABLE_3[name] and (preset.beta1, preset.beta2, preset.weight_decay, preset.clip) == (0.9, 0.999, 0.0, 0.0)
+    assert preset.ema_decay == 0.0 and preset.recipe == Recipe(OT(), "velocity", t_sampler="uniform")  # the paper names no average
     assert preset.model == NETWORKS[name] and preset.objective == "fm-ot" and preset.dequantise and not preset.conditional
     assert preset.precision == ("float32" if preset.model.image_size == 32 else "bfloat16")
 

@@ -13,7 +13,7 @@ from trainer_helpers import CPU, TINY_NET, assert_same_state, flat, tiny
 
 import fm_fast as fm
 from fm_fast import sample_path
-from fm_fast.nn import UNet
+from fm_fast.nn import Preconditioned, UNet
 from fm_fast.train.config import from_dict, to_dict
 from fm_fast.train.data import DataOrder, digits
 from fm_fast.train.loop import advance
@@ -210,6 +210,33 @@ def test_times_are_drawn_as_asked_for(objective, t_sampler):
     torch.testing.assert_close(t, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("objective", "prediction"), [("fm-ot", "velocity"), ("data-ot", "data")])
+def test_noise_may_be_left_at_the_data(objective, prediction, monkeypatch):
+    """x_t = t x1 + (1 - (1 - sigma_min) t) x0 and u = x1 - (1 - sigma_min) x0 (equations 22 and 23)."""
+    config = tiny(objective=objective, sigma_min=0.25, batch_size=16)
+    assert config.recipe.path == fm.OT(0.25) and config.recipe.objective == prediction
+    points, draw = [], sample_path
+    monkeypatch.setattr("fm_fast.train.step.sample_path", lambda *inputs, **named: (points.append(draw(*inputs, **named)), points[-1])[1])
+    batch = Batch(torch.full((16, 1, 8, 8), 8, dtype=torch.uint8), torch.arange(16) % 10, levels=17, step=3)  # x1 = 0 everywhere
+    sample_losses(new_state(config, CPU), config, batch)
+    (point,) = points
+    t = point.t[:, None, None, None]
+    torch.testing.assert_close(point.x_t, (1 - 0.75 * t) * point.x0)
+    torch.testing.assert_close(point.target, -0.75 * point.x0 if prediction == "velocity" else torch.zeros_like(point.x0))
+
+
+def test_preconditioning_is_as_asked_for():
+    ways = {(name, way): False for name in ("fm-ot", "ddpm", "score", "scoreflow", "data-ot") for way in ("auto", "off")}
+    ways |= {(name, way): True for name in ("ddpm", "score", "scoreflow", "fm-vp", "fm-ve") for way in ("on",)}
+    ways |= {("ddpm", "auto"): True, ("score", "auto"): True, ("scoreflow", "auto"): True}
+    for (objective, way), expected in ways.items():
+        state = new_state(tiny(objective=objective, preconditioned=way), CPU)
+        assert isinstance(state.model, Preconditioned) is expected, (objective, way)
+    config = tiny(objective="fm-vp", preconditioned="on", steps=30, batch_size=32, learning_rate=4e-3)
+    losses = torch.stack(advance(new_state(config, CPU), config, digits(), 30))
+    assert losses[-10:].mean() < 0.9 * losses[:5].mean()
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_run_resumes_bit_by_bit(precision, tmp_path):
     config, data = tiny(precision=precision, ema_widths=(0.05, 0.1), micro_batch=7, coupling="optimal", **SETTINGS), digits()
@@ -263,6 +290,11 @@ def test_settings_of_the_step():
     assert from_dict(to_dict(config)) == config
     for change, message in (
         ({"t_sampler": "beta"}, "t_sampler: expected one of auto, uniform, stratified, logit-normal, got 'beta'"),
+        ({"preconditioned": "yes"}, "preconditioned: expected one of auto, on, off, got 'yes'"),
+        ({"preconditioned": "on"}, "preconditioned: expected auto or off for fm-ot, got 'on'"),
+        ({"preconditioned": "on", "objective": "data-ot"}, "preconditioned: expected auto or off for data-ot, got 'on'"),
+        ({"sigma_min": 1.0}, r"sigma_min: expected a number in \[0, 1\), got 1.0"),
+        ({"sigma_min": 0.1, "objective": "ddpm"}, "sigma_min: expected 0 for ddpm, which has another path, got 0.1"),
         ({"coupling": "sinkhorn"}, "coupling: expected one of independent, optimal, got 'sinkhorn'"),
         ({"coupling": "optimal", "super_resolution": 2}, "coupling: expected independent, for super-resolution, got 'optimal'"),
         ({"precision": "float16"}, "precision: expected one of float32, bfloat16, got 'float16'"),

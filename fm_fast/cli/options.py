@@ -52,7 +52,7 @@ def add_ends(parser: argparse.ArgumentParser) -> None:
     """The interval of a solve."""
     parser.add_argument("--t0", type=float, default=0.0, metavar="FLOAT", help="time of the noise, where the solve has one end [0]")
     parser.add_argument("--t1", type=float, default=1.0, metavar="FLOAT", help="time of the data, the other end; 0.999 for likelihoods of a"
-                        " network that predicts data (data-ot), which are ill-conditioned at 1: those of data with a little noise [1]")  # fmt: skip
+                        " network that predicts data (data-ot), ill-conditioned at 1: those of slightly noisy data [1]")  # fmt: skip
 
 
 def _width_or_name(text: str) -> str | float:

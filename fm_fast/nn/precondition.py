@@ -27,6 +27,11 @@ PREDICTIONS: dict[str, Callable[[Schedule, Tensor, Tensor], Tensor]] = {
 }
 
 
+def can_precondition(path: Path, objective: str) -> bool:
+    """Whether :class:`Preconditioned` takes them: the velocity of a path that starts at alpha = 0 does not follow from the noise."""
+    return objective in PREDICTIONS and not (objective == "velocity" and getattr(path, "starts_at_noise", True))
+
+
 class Preconditioned(nn.Module):
     """A noise prediction o = c_skip x + c_out network(c_in x, t), or what follows from it, after Karras et al. (2022, section 5).
 
@@ -45,7 +50,7 @@ class Preconditioned(nn.Module):
         super().__init__()
         if objective not in PREDICTIONS:
             raise ValueError(f"objective: expected one of {', '.join(PREDICTIONS)}, got {objective!r}")
-        if objective == "velocity" and getattr(path, "starts_at_noise", True):
+        if not can_precondition(path, objective):
             raise ValueError(f"path: expected one whose alpha is not 0 at t = 0 with objective 'velocity', got {path!r}")
         self.network = network
         self.path = path

@@ -17,7 +17,7 @@ from fm_fast.reproduce.checkerboard import NAMES
 from fm_fast.reproduce.results import Parts, summary, write_json
 from fm_fast.reproduce.threads import one_thread
 from fm_fast.train.classifier import train_classifier
-from fm_fast.train.config import RECIPES, TrainConfig
+from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import Dataset, load_dataset
 from fm_fast.train.evaluate import draw_samples, sample_quality
 from fm_fast.train.likelihood import dataset_bits
@@ -111,7 +111,7 @@ def first(data: Dataset, count: int) -> Dataset:
 
 
 def _bits_by_draws(model: torch.nn.Module, config: TrainConfig, data: Dataset, seed: int) -> tuple[float, ...]:
-    recipe = RECIPES[config.objective]
+    recipe = config.recipe
     result = bits_per_dim(
         model, data.images, levels=data.levels, draws=max(DRAWS), cond={"y": data.labels}, path=recipe.path, objective=recipe.objective,
         method="dopri5", rtol=DRAWS_TOLERANCE, atol=DRAWS_TOLERANCE, seed=seed,

@@ -7,6 +7,7 @@ from fm_fast import time_samplers
 from fm_fast._checks import MAX_SEED
 from fm_fast._fields import check_types, require
 from fm_fast.nn import UNetConfig
+from fm_fast.nn.precondition import can_precondition
 from fm_fast.paths import OT, VE, VP, Cosine, Path
 from fm_fast.solvers import METHODS
 from fm_fast.train.averaging import WIDEST
@@ -48,6 +49,7 @@ PARALLEL = ("ddp", "fsdp")
 CUDA_GRAPH = ("auto", "on", "off")
 COUPLINGS = ("independent", "optimal")
 TIMES = ("auto", *time_samplers.NAMED)
+PRECONDITIONED = ("auto", "on", "off")
 PARALLEL_TEXT = "the batch only (ddp), or weights, moments and averages too (fsdp)"
 
 
@@ -75,6 +77,10 @@ class TrainConfig:
     init_from: str = _option("", "begin with the average of this run, as for fine-tuning: a folder or file", resumable=True)
     objective: str = _option("fm-ot", f"path and prediction, first those of the paper's Table 1: {', '.join(RECIPES)}")
     t_sampler: str = _option("auto", f"how training times are drawn: {', '.join(TIMES)}; auto: as suits the objective")
+    sigma_min: float = _option(0.0, "noise that is left at t = 1 on the path of fm-ot and data-ot: the paper's sigma_min")
+    preconditioned: str = _option(
+        "auto", f"keep the network's input and output at unit size: {', '.join(PRECONDITIONED)}; auto: as suits the objective"
+    )
     coupling: str = _option("independent", "how noise and images are paired: independent, or optimal within each process's part of a class")
     steps: int = _option(500, "training steps in all", resumable=True)
     batch_size: int = _option(128, "images a step")
@@ -120,7 +126,12 @@ class TrainConfig:
     @property
     def recipe(self) -> Recipe:
         usual = RECIPES[self.objective]
-        return usual if self.t_sampler == "auto" else replace(usual, t_sampler=self.t_sampler)
+        return Recipe(
+            OT(self.sigma_min) if isinstance(usual.path, OT) else usual.path,
+            usual.objective,
+            usual.t_sampler if self.t_sampler == "auto" else self.t_sampler,
+            usual.preconditioned if self.preconditioned == "auto" else self.preconditioned == "on",
+        )
 
     @property
     def knows_the_null_class(self) -> bool:
@@ -151,7 +162,7 @@ NOT_NEGATIVE = (
 UNLIMITED = ("memory_limit", "clip")
 CHOICES = {
     "schedule": SCHEDULES, "precision": PRECISIONS, "parallel": PARALLEL, "cuda_graph": CUDA_GRAPH, "coupling": COUPLINGS,
-    "t_sampler": TIMES,
+    "t_sampler": TIMES, "preconditioned": PRECONDITIONED,
 }  # fmt: skip
 
 
@@ -171,11 +182,20 @@ def _check(config: TrainConfig) -> None:
         require(name, 0.0 <= getattr(config, name) < 1.0, "a number in [0, 1)", getattr(config, name))
     for width in config.ema_widths:
         require("ema_widths", 0.0 < width <= WIDEST, f"shares of the run, at most {WIDEST:.4f}", width)
+    _check_recipe(config)
     require("seed", config.seed < MAX_SEED, "less than 2^63", config.seed)
     require("learning_rate", config.learning_rate > 0.0, "a positive number", config.learning_rate)
     paired = config.coupling != "independent"
     require("coupling", not (paired and config.super_resolution > 1), "independent, for super-resolution", config.coupling)
     require("sample_method", config.sample_method in METHODS, f"one of {', '.join(METHODS)}", config.sample_method)
+
+
+def _check_recipe(config: TrainConfig) -> None:
+    usual, name = RECIPES[config.objective], config.objective
+    require("sigma_min", 0.0 <= config.sigma_min < 1.0, "a number in [0, 1)", config.sigma_min)
+    require("sigma_min", config.sigma_min == 0.0 or isinstance(usual.path, OT), f"0 for {name}, which has another path", config.sigma_min)
+    possible = can_precondition(usual.path, usual.objective)
+    require("preconditioned", possible or config.preconditioned != "on", f"auto or off for {name}", config.preconditioned)
 
 
 def fit_to_data(config: TrainConfig, image_shape: tuple[int, ...], classes: int) -> TrainConfig:

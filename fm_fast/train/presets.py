@@ -6,10 +6,10 @@ from fm_fast.nn import UNetConfig
 from fm_fast.nn.presets import PRESETS as NETWORKS
 from fm_fast.train.config import TrainConfig
 
-# What all runs of Lipman et al. 2023 (Table 3) share: Adam without weight decay or clipping. The paper names no average of the weights
-# and no guidance; its ImageNet models know no classes. Its "polynomial" schedule is linear.
+# What all runs of Lipman et al. 2023 (Table 3) share: Adam without weight decay, clipping or an average of the weights, uniform times
+# (equation 9) and no guidance; its ImageNet models know no classes. Its "polynomial" schedule is linear.
 _PAPER = TrainConfig(
-    data="", beta1=0.9, beta2=0.999, weight_decay=0.0, clip=0.0, ema_decay=0.9999, conditional=False, label_drop=0.0,
+    data="", beta1=0.9, beta2=0.999, weight_decay=0.0, clip=0.0, ema_decay=0.0, t_sampler="uniform", conditional=False, label_drop=0.0,
     guidance=1.0, dequantise=True,
     sample_steps=100, sample_every=5000, checkpoint_every=5000, log_every=100, evaluate=False,
 )  # fmt: skip
@@ -50,10 +50,10 @@ _PRESETS = {
     "imagenet128-paper": ("ImageNet 128x128 as in Lipman et al. 2023", _paper(
         "imagenet128-paper", steps=500_000, batch_size=1536, learning_rate=1e-4, warmup=20_000, precision="bfloat16", resize=128
     )),
-    # The paper gives no settings for its super-resolution: these follow its 128x128 run, with a smaller batch and labels.
+    # The paper gives no settings for its super-resolution: these follow its 128x128 run, with a smaller batch, labels and an average.
     "sr64-256": ("super-resolution from 64x64 to 256x256", _paper(
         "sr64-256", steps=500_000, batch_size=256, learning_rate=1e-4, warmup=20_000, precision="bfloat16", resize=256, super_resolution=4,
-        conditional=True, dequantise=False, samples_per_class=4,
+        conditional=True, dequantise=False, samples_per_class=4, ema_decay=0.9999, t_sampler="auto",
     )),
 }  # fmt: skip
 SUMMARIES = {name: summary for name, (summary, _) in _PRESETS.items()}
