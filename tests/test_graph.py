@@ -12,6 +12,7 @@ from torch import nn
 from trainer_helpers import CPU, TINY_NET, assert_same_state, flat, tiny
 
 from fm_fast import _ops
+from fm_fast.nn.convolution import PYTORCH
 from fm_fast.train.data import DataOrder, digits
 from fm_fast.train.graph import GraphedStep, is_wanted
 from fm_fast.train.loop import advance, train
@@ -26,7 +27,8 @@ DROPPING = dataclasses.replace(TINY_NET, dropout=0.5)
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """Checks look at no values there. And one warm-up is enough here."""
+    """Checks look at no values there, and convolutions are PyTorch's. And one warm-up is enough here."""
+    monkeypatch.setattr("fm_fast.nn.convolution._kernels", lambda x, weight: PYTORCH)
     monkeypatch.setattr("fm_fast._modes.values_readable", lambda *x: False)
     monkeypatch.setattr("fm_fast.train.graph.WARM_UP_STEPS", WARM_UPS)
 

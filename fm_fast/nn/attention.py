@@ -48,5 +48,5 @@ class Attention(nn.Module):
 
 def _by_pytorch(joint: Tensor) -> Tensor:
     """The same by PyTorch's fused kernels."""
-    query, key, value = joint.permute(2, 0, 3, 1, 4).unbind(0)
+    query, key, value = (part.transpose(1, 2) for part in joint.unbind(2))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)

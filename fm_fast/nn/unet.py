@@ -120,7 +120,7 @@ class UNet(nn.Module):
             image = torch.cat([image, enlarged], dim=1)
         # The fused layers train a seventh faster in this layout (CPU, float32); the plain ones keep what they are given.
         keeps = not self.fused or _modes.transforms_active()
-        return image if keeps else image.contiguous(memory_format=torch.channels_last)
+        return image if keeps else image.to(memory_format=torch.channels_last)
 
 
 class _Middle(nn.Module):
