@@ -98,14 +98,15 @@ def solver_of(options: argparse.Namespace, method: str, steps: int) -> dict[str,
     return {"method": method, "steps": taken, "per_sample": "shrink" if options.per_sample else False, **accuracy, **rest}
 
 
-def held_out_data(source: str | None, limit: int | None, config: TrainConfig) -> Dataset:
+def held_out_data(source: str | None, limit: int | None, config: TrainConfig, **changes: Any) -> Dataset:
     """The first `limit` images, or all, of digits:train, PATH:test, PATH (its test split) or the run's data, prepared as the run does.
 
-    What is left out of a folder is told.
+    changes: of the preparation of other data than the run's. What is left out of a folder is told.
     """
     source = source or f"{config.data}:test"
     path, split = _parts(source)
-    dataset = load_dataset(path, split, config.preparation)
+    own = same_source(path, config.data)
+    dataset = load_dataset(path, split, config.preparation if own else replace(config.preparation, **changes))
     for line in dataset.left_out:
         print(f"fm-fast: {line}", file=sys.stderr)
     return replace(dataset, name=source, images=dataset.images[:limit], labels=dataset.labels[:limit])

@@ -11,7 +11,7 @@ from torch import Tensor
 from fm_fast.random import noise
 from fm_fast.train.cifar import find_cifar_folder, read_cifar10
 from fm_fast.train.idx import read_idx
-from fm_fast.train.image_folder import beside_parts, list_images, no_labels, read_images, split_folder
+from fm_fast.train.image_folder import beside_parts, list_images, no_labels, preparation_of, read_images, split_folder
 from fm_fast.train.npz import array_names, read_npz
 from fm_fast.train.prepare import Preparation, pooled_and_padded, rows_of_split
 
@@ -80,6 +80,7 @@ def load_dataset(source: str | Path, split: str = "train", preparation: Preparat
     if split not in ("train", "test"):
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
     dataset = _read(source, split, preparation)
+    preparation = preparation.of_size(*dataset.images.shape[-2:])
     _check_size(dataset, preparation.resize)
     if dataset.division == UNDIVIDED and preparation.test_share > 0.0:
         rows = rows_of_split(len(dataset), preparation.test_share, split)
@@ -219,7 +220,7 @@ def _from_image_folder(folder: Path, split: str, preparation: Preparation) -> Da
     train, test = (split_folder(folder, name) for name in ("train", "test"))
     images_in = test if split == "test" and test else train or folder
     listing = list_images(images_in, train or folder, preparation.unlabelled)
-    files, labels = listing.files, listing.labels
+    files, labels, preparation = listing.files, listing.labels, preparation_of(listing.files, preparation)
     division = TEST_PART if test else SHARE if preparation.test_share > 0.0 else UNDIVIDED
     if division == SHARE:  # before the images are read
         rows = rows_of_split(len(files), preparation.test_share, split)

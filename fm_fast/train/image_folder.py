@@ -129,6 +129,11 @@ def _files(folder: Path) -> Iterator[Path]:
         seen.add(real)
 
 
+def preparation_of(files: list[Path], preparation: Preparation) -> Preparation:
+    """What happens to these images, by the size of the first."""
+    return preparation.of_size(*read_image(files[0], 0).shape[-2:]) if preparation.as_is else preparation
+
+
 def read_images(files: list[Path], preparation: Preparation) -> tuple[Tensor, bool]:
     """(RGB images uint8 [N, 3, H, W], whether they lie in a mapped file).
 
