@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -163,7 +164,18 @@ def test_command(run, tmp_path, capsys, trained_classifier):
     assert f"bits/dim: {record['bits_per_dim']:.4f} +- {record['std_err']:.4f}" in answer.out
     assert f"NFE: {record['nfe']:.1f} (mean over 6 samples" in answer.out and len(record["nfe_of_batches"]) == 2
     assert record["objective"] == "fm-ot" and record["fid"] is None and "not FID" in record["frechet_is"]
+    assert record["restoration"] is None and "PSNR" not in answer.out
     assert 0 <= record["agreement"] <= 1 and 0 <= record["nearest_neighbour"] <= 1 and record["novelty"] > 0
+
+
+def test_the_inception_network_judges_as_well(run, tmp_path, capsys, monkeypatch, trained_classifier):
+    measured = {"frechet_inception_distance": 12.5, "inception_score_mean": 3.25, "inception_score_std": 0.5}
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.SimpleNamespace(calculate_metrics=lambda **arguments: measured))
+    out = tmp_path / "result.json"
+    assert main(["evaluate", str(run), "--limit", "4", "--tolerance", "1e-2", "--fid", "--json", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert (record["fid"], record["inception_score"]) == (12.5, 3.25)
+    assert "FID: 12.50\ninception score: 3.25\n" in capsys.readouterr().out
 
 
 def test_training_images_as_held_out_ones_are_noticed(run, capsys, trained_classifier):

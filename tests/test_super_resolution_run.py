@@ -15,9 +15,9 @@ from fm_fast.cli import main
 from fm_fast.train.condition import reduced
 from fm_fast.train.config import fit_to_data
 from fm_fast.train.data import DataOrder, digits
-from fm_fast.train.evaluate import signal_to_noise
 from fm_fast.train.loop import advance, train
 from fm_fast.train.picture import write_png
+from fm_fast.train.restoration import signal_to_noise, similarity
 from fm_fast.train.sample import sample, sample_enlarged, to_integers
 from fm_fast.train.step import Batch, new_state, sample_losses
 from fm_fast.train.weights import load_model
@@ -87,8 +87,9 @@ def test_wrong_factors(factor, message):
 
 def test_the_ratio_is_that_of_its_definition():
     one = torch.full((2, 1, 4, 4), 100, dtype=torch.uint8)
-    assert signal_to_noise(one + 10, one, 256) == pytest.approx(10.0 * math.log10(255**2 / 100.0))
-    assert signal_to_noise(one, one, 256) == pytest.approx(20.0 * math.log10(255 / 0.5))
+    images = torch.cat([one + 10, one])
+    by_hand = [10.0 * math.log10(255**2 / 100.0)] * 2 + [20.0 * math.log10(255 / 0.5)] * 2
+    assert signal_to_noise(images, torch.cat([one, one]), 256).tolist() == pytest.approx(by_hand)
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +128,25 @@ def test_the_run_can_be_drawn_from(run, tmp_path, capsys):
     assert "classes: expected all or none, because an image brings its own, got 3" in capsys.readouterr().err
 
 
-def test_the_run_can_be_judged(run, tmp_path):
+def test_the_run_can_be_judged(run, tmp_path, capsys):
     assert main(["likelihood", str(run), "--limit", "4", "--steps", "2", "--json", str(tmp_path / "bits.json")]) == 0
     assert json.loads((tmp_path / "bits.json").read_text())["images"] == 4
     arguments = ["--limit", "20", "--tolerance", "0.1", "--json", str(tmp_path / "quality.json")]
     assert main(["evaluate", str(run), *arguments]) == 0
-    assert json.loads((tmp_path / "quality.json").read_text())["samples"] == 20
+    record, text = json.loads((tmp_path / "quality.json").read_text()), capsys.readouterr().out
+    held_out = digits("test").images[:20]
+    interpolated = to_integers(F.interpolate(reduced(held_out, 17, 2), size=(8, 8), mode="bicubic"), 17)
+    expected = {
+        "psnr": float(signal_to_noise(interpolated, held_out, 17).mean()),
+        "ssim": float(similarity(interpolated, held_out, 17).mean()),
+    }
+    found = record["restoration"]
+    assert record["samples"] == 20 and found["bicubic"] == pytest.approx(expected) and found["window"] == 7
+    assert 0.0 < found["samples"]["psnr"] < found["bicubic"]["psnr"] and found["samples"]["ssim"] < found["bicubic"]["ssim"]
+    for name, unit, digit in (("psnr", " dB", 2), ("ssim", "", 3)):
+        values = [f"{found[kind][name]:.{digit}f}{unit}" for kind in ("samples", "bicubic")]
+        assert f"{name.upper()}: {values[0]} (bicubic interpolation: {values[1]}" in text
+    assert "windows of 7x7 pixels, because 11x11 do not fit the images" in text
 
 
 def small_digits(count):

@@ -25,6 +25,7 @@ from fm_fast.train.devices import pick_device
 from fm_fast.train.evaluate import Evaluation, evaluate_network
 from fm_fast.train.files import replaced_whole
 from fm_fast.train.quality import require_torch_fidelity
+from fm_fast.train.restoration import WINDOW, Restoration
 from fm_fast.train.weights import load_model
 
 NOT_FID = "a distance of a small classifier's features, trained on this data set; it is not FID"
@@ -35,7 +36,8 @@ def add_evaluate(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate", help="bits/dim, NFE and sample quality of a checkpoint",
         description="Bits per dimension of held-out images and NFE by dopri5, as in the paper's Table 1, and the quality of as many"
-        " samples: agreement with a small classifier, Fréchet distance of its features (not FID), 1-nearest-neighbour two-sample test.",
+        " samples: agreement with a small classifier, Fréchet distance of its features (not FID), 1-nearest-neighbour two-sample test;"
+        " of a super-resolution run also PSNR and SSIM, as in Table 2.",
     )  # fmt: skip
     add_run(parser)
     parser.add_argument("--data", metavar="SOURCE", help="held-out images: digits:test or PATH[:train|:test] [the run's data, :test]")
@@ -45,7 +47,7 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--probes", type=positive, default=1, metavar="INT", help="probe vectors of the divergence, fixed for a solve [1]")
     parser.add_argument("--tolerance", type=float, default=1e-5, metavar="FLOAT", help="absolute and relative, of dopri5 [1e-5]")
     add_ends(parser)
-    parser.add_argument("--fid", action="store_true", help="also the Inception distance (needs torch-fidelity, downloads its network)")
+    parser.add_argument("--fid", action="store_true", help="also FID and the inception score (needs torch-fidelity, downloads its network)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
     parser.set_defaults(run=_evaluate)
 
@@ -101,8 +103,18 @@ def report(result: Evaluation) -> str:
         f"1-NN two-sample accuracy: {quality.nearest_neighbour:.3f} (real images: {quality.real_nearest_neighbour:.3f};"
         " 0.5: cannot be told apart)\n"
         f"distance to the nearest training image, relative to that of held-out images: {novelty}\n"
-        + (f"FID: {quality.fid:.2f}\n" if quality.fid is not None else "")
+        + (f"FID: {quality.fid:.2f}\ninception score: {quality.inception_score:.2f}\n" if quality.fid is not None else "")
+        + ("" if result.restoration is None else _restored(result.restoration))
         + f"{result.seconds:.1f} s"
+    )
+
+
+def _restored(found: Restoration) -> str:
+    side = found.window
+    smaller = "" if side == WINDOW else f"; windows of {side}x{side} pixels, because {WINDOW}x{WINDOW} do not fit the images"
+    return (
+        f"PSNR: {found.samples.psnr:.2f} dB (bicubic interpolation: {found.bicubic.psnr:.2f} dB)\n"
+        f"SSIM: {found.samples.ssim:.3f} (bicubic interpolation: {found.bicubic.ssim:.3f}{smaller})\n"
     )
 
 
@@ -119,4 +131,5 @@ def record(result: Evaluation) -> dict[str, Any]:
         "bits_per_dim": bits.mean, "std_err": None if math.isnan(bits.mean_std_err) else bits.mean_std_err,
         "likelihood_nfe": bits.nfe, "nfe": samples.nfe, "nfe_of_batches": list(samples.nfe_of_batches), "samples": len(samples.images),
         **asdict(result.quality), "frechet_is": NOT_FID, "seconds": result.seconds,
+        "restoration": None if result.restoration is None else asdict(result.restoration),
     }  # fmt: skip
