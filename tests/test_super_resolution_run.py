@@ -173,9 +173,11 @@ def test_images_of_the_reduced_size_are_what_the_network_is_told(run, tmp_path):
     assert first == (small[0, 0].float() * 255 / 16).round().int().tolist()
 
 
-def test_images_of_the_reduced_size_need_no_labels(run, tmp_path):
+def test_images_of_the_reduced_size_need_no_labels(run, tmp_path, capsys):
     np.savez(tmp_path / "small.npz", images=small_digits(2)[0].numpy())
     words = ["sample", str(run), "--data", str(tmp_path / "small.npz"), "--out", str(tmp_path / "large.npz")]
+    assert main(words) == 1
+    assert "small.npz: expected labels beside images; --no-conditional" in capsys.readouterr().err
     assert main([*words, "--classes", "none"]) == 0
     assert np.load(tmp_path / "large.npz")["labels"].tolist() == [-1, -1]
 

@@ -35,11 +35,11 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... [auto]")
 
 
-def add_solver(parser: argparse.ArgumentParser, steps_help: str, steps: int | None) -> None:
-    """The solver's options but for its name."""
+def add_solver(parser: argparse.ArgumentParser, steps_help: str, steps: int | None, default: str = f"{TOLERANCE:g}") -> None:
+    """The solver's options but for its name; default: what the help says of tolerances that are not given."""
     parser.add_argument("--steps", type=positive, default=steps, metavar="INT", help=steps_help)
     parser.add_argument("--grid", choices=list(GRIDS), metavar="NAME", default="uniform", help=f"time grid: {', '.join(GRIDS)} [uniform]")
-    tolerance = f"tolerance of an adaptive method [{TOLERANCE:g}]"
+    tolerance = f"tolerance of an adaptive method [{default}]"
     parser.add_argument("--rtol", type=float, metavar="FLOAT", help=f"relative {tolerance}")
     parser.add_argument("--atol", type=float, metavar="FLOAT", help=f"absolute {tolerance}")
     parser.add_argument("--max-steps", type=positive, metavar="INT", help=f"an adaptive method gives up after so many [{MAX_STEPS}]")

@@ -13,7 +13,7 @@ from fm_fast.train.cifar import find_cifar_folder, read_cifar10
 from fm_fast.train.idx import read_idx
 from fm_fast.train.image_folder import beside_parts, list_images, no_labels, preparation_of, read_images, split_folder
 from fm_fast.train.npz import array_names, read_npz
-from fm_fast.train.prepare import Preparation, pooled_and_padded, rows_of_split
+from fm_fast.train.prepare import WITHOUT_LABELS, Preparation, pooled_and_padded, rows_of_split
 
 DIGITS = Path(__file__).parent.parent / "datasets" / "digits.npz"
 DIGITS_TRAIN = 1500
@@ -186,9 +186,7 @@ def _arrays_of(path: Path, preparation: Preparation) -> tuple[bool, bool]:
             f"{path}: expected test_images and test_labels where there are images and labels, or neither, got {', '.join(sorted(names))}"
         )
     if not labelled and not preparation.unlabelled:
-        raise ValueError(
-            f"{path}: expected labels beside images; --no-conditional trains a network without, got {', '.join(sorted(names))}"
-        )
+        raise ValueError(f"{path}: expected labels beside images; {WITHOUT_LABELS}, got {', '.join(sorted(names))}")
     return labelled, divided
 
 

@@ -1,7 +1,7 @@
 """How good a trained network is: the short report at the end of training, and the whole protocol of `fm-fast evaluate`."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,16 +100,20 @@ class Samples:
 
     images: uint8 [N, C, H, W]; labels: int64 [N], those that the network was told. nfe_of_batches: calls of the network for each
     batch of `batch_size` samples (the last may be smaller); the solver's error norm is over a batch, so the count belongs to its size.
+    nfe_of_each: int64 [N], calls until a sample was at its end, where each had steps of its own, else None.
     """
 
     images: Tensor
     labels: Tensor
     nfe_of_batches: tuple[int, ...]
     batch_size: int
+    nfe_of_each: Tensor | None = None
 
     @property
     def nfe(self) -> float:
-        """Mean over the samples of the calls that their batch took."""
+        """Mean over the samples of the calls that they, or their batch, took."""
+        if self.nfe_of_each is not None:
+            return float(self.nfe_of_each.double().mean())
         sizes = [min(self.batch_size, len(self.images) - first) for first in range(0, len(self.images), self.batch_size)]
         return sum(count * size for count, size in zip(self.nfe_of_batches, sizes, strict=True)) / len(self.images)
 
@@ -158,13 +162,15 @@ def evaluate_network(
     tolerance: float = 1e-5,
     unconditional: bool = False,
     with_fid: bool = False,
+    solver: Mapping[str, Any] | None = None,
     ends: tuple[float, float] = (0.0, 1.0),
     **likelihood: Any,
 ) -> Evaluation:
     """Bits/dim of the held-out images, NFE of dopri5 and the quality of as many samples (sections 6.1 and E.2 of the paper).
 
-    tolerance: of dopri5, absolute and relative, for samples and likelihoods; ends: t0 and t1 of their solves. likelihood: other arguments
-    of :func:`fm_fast.bits_per_dim`, such as ``draws`` and ``probes``; a ``method`` with its ``steps`` or tolerances takes dopri5's place
+    tolerance: of dopri5, absolute and relative, for samples and likelihoods; ends: t0 and t1 of their solves. solver: arguments of
+    :func:`fm_fast.sample` that take dopri5's place for the samples (Figure 7). likelihood: other arguments of
+    :func:`fm_fast.bits_per_dim`, such as ``draws`` and ``probes``; a ``method`` with its ``steps`` or tolerances takes dopri5's place
     there. Raises ValueError for data that the network was not made for, fewer than two images, or no positive tolerance.
     """
     _checks.positive_number("tolerance", tolerance)
@@ -174,7 +180,7 @@ def evaluate_network(
     dopri5 = {"method": "dopri5", "rtol": tolerance, "atol": tolerance}
     chosen = {**interval, **({} if "method" in likelihood else dopri5), **likelihood}
     bits = dataset_bits(model, config, held_out, batch_size, seed, unconditional, **chosen)
-    samples = draw_by(model, config, held_out, seed, batch_size, unconditional, **interval, **dopri5)
+    samples = draw_by(model, config, held_out, seed, batch_size, unconditional, **{**interval, **(dopri5 if solver is None else solver)})
     quality = sample_quality(samples, train_classifier(train), train, held_out, with_fid)
     restored = (
         restoration(samples.images, held_out.images, held_out.levels, config.super_resolution) if config.super_resolution > 1 else None
@@ -196,7 +202,7 @@ def draw_by(
     """The same by another solver: arguments of :func:`fm_fast.sample`."""
     knows_classes = config.model.classes > 0
     labels = torch.full_like(like.labels, NULL_CLASS) if unconditional or not knows_classes else like.labels
-    parts, counts = [], []
+    parts, counts, each = [], [], []
     for first, rows in _batches(labels, batch_size):
         x0 = starting_noise((len(rows), *like.images.shape[1:]), config.recipe, seed, EVALUATION_NOISE, rows.device, first)
         low = reduced_if_wanted(config, like.images[first : first + len(rows)].to(rows.device), like.levels)
@@ -206,7 +212,8 @@ def draw_by(
         )  # fmt: skip
         parts.append(to_integers(solved.x, like.levels))
         counts.append(solved.nfe)
-    return Samples(torch.cat(parts), labels, tuple(counts), batch_size)
+        each += [] if solved.nfe_of_each is None else [solved.nfe_of_each]
+    return Samples(torch.cat(parts), labels, tuple(counts), batch_size, torch.cat(each) if each else None)
 
 
 def _batches(labels: Tensor, batch_size: int) -> Iterator[tuple[int, Tensor]]:

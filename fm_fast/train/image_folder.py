@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fm_fast.train.files import as_folder, replaced_whole
 from fm_fast.train.image_file import read_image
-from fm_fast.train.prepare import GIB, Preparation
+from fm_fast.train.prepare import GIB, WITHOUT_LABELS, Preparation
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 TEST_FOLDERS = ("test", "val", "validation")
@@ -70,9 +70,7 @@ def _without_classes(folder: Path, images: list[Path], others: list[Path], unlab
     if not images:
         raise FileNotFoundError(f"{folder}: expected IDX files, CIFAR-10 batches, or a subfolder of images for each class")
     if not unlabelled:
-        raise ValueError(
-            f"{folder}: expected a subfolder of images for each class; --no-conditional trains a network without, got {len(images)} images"
-        )
+        raise ValueError(f"{folder}: expected a subfolder of images for each class; {WITHOUT_LABELS}, got {len(images)} images")
     return Listing(images, no_labels(len(images)), 1, _left_out(folder, [], others))
 
 

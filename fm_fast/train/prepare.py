@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fm_fast.random import noise
 
 GIB = 2**30
+WITHOUT_LABELS = "--no-conditional trains a network without, sample --classes none enlarges without"  # why data may lack them
 
 
 @dataclass(frozen=True)
