@@ -21,12 +21,13 @@ def is_reduced(config: TrainConfig, dataset: Dataset) -> bool:
 
 
 def as_originals(config: TrainConfig, dataset: Dataset) -> Dataset:
-    """Images of the network's size whose reduced images are the given ones, in the run's grey levels: each pixel becomes a block.
+    """Images of the network's size whose reduced images are the given ones: each pixel becomes a block.
 
-    Raises ValueError for values beyond these levels.
+    Files do not tell their grey levels, so they are taken to have the run's. Raises ValueError for values beyond these levels.
     """
-    levels, factor, highest = levels_of(config.data), config.super_resolution, int(dataset.images.max())
+    levels, highest = min(dataset.levels, levels_of(config.data)), int(dataset.images.max())
     if highest >= levels:
         raise ValueError(f"data: expected values below {levels}, the grey levels that the run was trained on, got {highest}")
+    factor = config.super_resolution
     blocks = dataset.images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     return replace(dataset, images=blocks, levels=levels, mapped=False)
