@@ -60,7 +60,7 @@ def test_a_class_without_images_is_named(tmp_path):
         ("images labels test_labels", False, "expected test_images and test_labels"),
         ("images labels test_images", True, "expected test_images and test_labels"),
         ("images test_images test_labels", True, "expected test_images and test_labels"),
-        ("images", False, "expected labels beside images; --no-conditional trains a network without, got images"),
+        ("images", False, "expected labels beside images; --no-conditional .*--classes none enlarges without, got images"),
         ("images test_images", False, "expected labels beside images; --no-conditional"),
         ("pictures", True, "expected arrays images, labels, found pictures"),
     ],
@@ -172,3 +172,12 @@ def test_other_than_folders_of_images_are_not_resized(tmp_path, idx_folder):
         with pytest.raises(ValueError, match=rf"resize: expected 0 for .* of {size} pixels, because only .* folder are resized .*, got 4"):
             load_dataset(source, "train", Preparation(resize=4))
     assert load_dataset("digits", "train", Preparation(resize=8)).images.shape[-1] == 8, "nothing to do"
+
+
+def test_data_of_one_size_can_be_exempt_from_preparation(tmp_path):
+    images, labels = np.arange(96, dtype=np.uint8).reshape(6, 1, 4, 4), np.arange(6)
+    np.savez(tmp_path / "set.npz", images=images, labels=labels)
+    exempt = load_dataset(tmp_path / "set.npz", "test", Preparation(pool=2, pad=1, test_share=0.5, as_is=4))
+    assert np.array_equal(exempt.images.numpy(), images) and exempt.labels.tolist() == labels.tolist()
+    other = load_dataset(tmp_path / "set.npz", "test", Preparation(pool=2, pad=1, test_share=0.5, as_is=2))
+    assert other.images.shape == (3, 1, 4, 4) and int(other.images[:, :, 0].max()) == 0

@@ -172,6 +172,7 @@ def check_recipes(results: list[tuple[str, Any]]) -> None:
     torch.testing.assert_close(found["steps_between"][[0, -1]], x1[:2], rtol=0.0, atol=1e-3)
     assert found["steps_between"].shape == (9, 2)
     assert float(found["usual"].logp.mean() - found["unusual"].logp.mean()) > 1.0
+    assert found["large"].shape == (4, 3, 16, 16) and found["large"].dtype == torch.uint8
     assert found["decoded"].shape == (2, 3, 64, 64) and found["chunk"].shape == (64, 8, 2)
     assert bool(found["loss"].isfinite())
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -14,12 +15,13 @@ import fm_fast as fm
 from fm_fast.cli import main
 from fm_fast.train.classifier import train_classifier
 from fm_fast.train.data import Dataset, digits
-from fm_fast.train.evaluate import Samples, draw_samples, evaluate_network, sample_quality
+from fm_fast.train.evaluate import Samples, draw_by, draw_samples, evaluate_network, sample_quality
 from fm_fast.train.likelihood import _merged, dataset_bits
 
 SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "2", "--samples-per-class", "2"]
 TRAIN = ["train", "--steps", "2", "--batch-size", "16", "--no-evaluate", *SMALL]
-OPTIONS = "weights seed batch-size device data limit unconditional draws probes tolerance t0 t1 fid json"
+SOLVER = "method steps grid rtol atol max-steps per-sample t0 t1"
+OPTIONS = f"weights seed batch-size device data limit unconditional draws probes tolerance {SOLVER} fid json"
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,26 @@ def test_bits_are_those_of_the_likelihood_by_dopri5(trained_classifier):
     assert fixed.bits.nfe == 8, "a fixed-step method takes dopri5's place"
 
 
+def test_another_solver_takes_the_place_of_dopri5_for_the_samples_alone(trained_classifier):
+    held_out, settings = first(digits("test"), 5), {"seed": 2, "batch_size": 3, "tolerance": 1e-2}
+    usual = evaluate_network(Counting().eval(), tiny(), digits(), held_out, **settings)
+    model = Counting().eval()
+    midpoint = evaluate_network(model, tiny(), digits(), held_out, **settings, solver={"method": "midpoint", "steps": 4})
+    torch.testing.assert_close(midpoint.bits.bpd, usual.bits.bpd, rtol=0.0, atol=0.0)
+    assert midpoint.samples.nfe_of_batches == (8, 8) and midpoint.samples.nfe == 8.0
+    x0 = fm.noise((5, 1, 8, 8), seed=2, step=0, index=3)
+    drawn = fm.sample(model, x0, cond={"y": held_out.labels}, method="midpoint", steps=4).x
+    assert torch.equal(midpoint.samples.images, ((drawn + 1) * 8.5).floor().clamp(0, 16).to(torch.uint8))
+
+
+def test_nfe_of_steps_of_each_samples_own():
+    like, solver = first(digits("test"), 5), {"method": "bosh3", "rtol": 1e-4, "atol": 1e-4, "per_sample": "shrink"}
+    samples = draw_by(Counting(), tiny(), like, 0, 2, **solver)
+    alone = draw_by(Counting(), tiny(), like, 0, 1, method="bosh3", rtol=1e-4, atol=1e-4).nfe_of_batches
+    assert samples.nfe_of_each is not None and tuple(samples.nfe_of_each.tolist()) == alone
+    assert samples.nfe == pytest.approx(sum(alone) / 5)
+
+
 class OnTheHost(torch.Tensor):
     """Images in a mapped file while all else is on a GPU: they meet no other tensor before `to`; rows of them may be picked."""
 
@@ -163,7 +185,60 @@ def test_command(run, tmp_path, capsys, trained_classifier):
     assert f"bits/dim: {record['bits_per_dim']:.4f} +- {record['std_err']:.4f}" in answer.out
     assert f"NFE: {record['nfe']:.1f} (mean over 6 samples" in answer.out and len(record["nfe_of_batches"]) == 2
     assert record["objective"] == "fm-ot" and record["fid"] is None and "not FID" in record["frechet_is"]
+    assert record["restoration"] is None and "PSNR" not in answer.out
     assert 0 <= record["agreement"] <= 1 and 0 <= record["nearest_neighbour"] <= 1 and record["novelty"] > 0
+
+
+def record_of(run, tmp_path, *arguments):
+    out = tmp_path / "result.json"
+    assert main(["evaluate", str(run), "--limit", "4", "--tolerance", "1e-2", "--json", str(out), *arguments]) == 0
+    return json.loads(out.read_text())
+
+
+def test_the_samples_solver_is_the_commands(run, tmp_path, capsys, trained_classifier):
+    usual = record_of(run, tmp_path)
+    assert (usual["method"], usual["steps"], usual["rtol"], usual["atol"]) == ("dopri5", None, 1e-2, 1e-2)
+    assert "bits/dim by dopri5, tolerance 0.01; samples by dopri5, rtol 0.01, atol 0.01" in capsys.readouterr().out
+    fixed = record_of(run, tmp_path, "--method", "rk4", "--steps", "3")
+    assert (fixed["nfe"], fixed["method"], fixed["steps"], fixed["rtol"]) == (12.0, "rk4", 3, None)
+    assert (fixed["bits_per_dim"], fixed["likelihood_nfe"]) == (usual["bits_per_dim"], usual["likelihood_nfe"])
+    answer = capsys.readouterr().out
+    assert "bits/dim by dopri5, tolerance 0.01; samples by rk4, 3 steps" in answer and "NFE: 12.0 (mean over 4 samples of their" in answer
+    assert record_of(run, tmp_path, "--method", "euler")["nfe"] == 2.0, "the steps of the run's pictures"
+    capsys.readouterr()
+    each = record_of(run, tmp_path, "--method", "bosh3", "--atol", "0.1", "--per-sample")
+    assert (each["rtol"], each["atol"], each["per_sample"]) == (1e-2, 0.1, "shrink") and each["nfe"] > 0.0
+    answer = capsys.readouterr().out
+    assert "samples by bosh3, rtol 0.01, atol 0.1" in answer and "(mean over 4 samples with steps of their own)" in answer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "3"], "steps: expected none for the adaptive method dopri5, which places its own steps, got 3"),
+        (["--method", "bosh3", "--grid", "karras"], "grid: expected none for the adaptive method bosh3, which places its own steps"),
+        (
+            ["--method", "midpoint", "--rtol", "0.1"],
+            "rtol: expected none for the fixed-step method midpoint, which has no tolerance, got 0.1",
+        ),
+        (["--method", "midpoint", "--per-sample"], "per_sample: expected none for the fixed-step method midpoint"),
+        (["--method", "midpoint", "--max-steps", "9"], "max_steps: expected none for the fixed-step method midpoint"),
+    ],
+)
+def test_options_that_the_method_has_not_are_refused(arguments, message, run, capsys):
+    assert main(["evaluate", str(run), "--limit", "4", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"fm-fast: error: {message}") and error.count("\n") == 1
+
+
+def test_the_inception_network_judges_as_well(run, tmp_path, capsys, monkeypatch, trained_classifier):
+    measured = {"frechet_inception_distance": 12.5, "inception_score_mean": 3.25, "inception_score_std": 0.5}
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.SimpleNamespace(calculate_metrics=lambda **arguments: measured))
+    out = tmp_path / "result.json"
+    assert main(["evaluate", str(run), "--limit", "4", "--tolerance", "1e-2", "--fid", "--json", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert (record["fid"], record["inception_score"]) == (12.5, 3.25)
+    assert "FID: 12.50\ninception score: 3.25\n" in capsys.readouterr().out
 
 
 def test_training_images_as_held_out_ones_are_noticed(run, capsys, trained_classifier):

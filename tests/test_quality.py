@@ -10,7 +10,7 @@ import torch
 
 from fm_fast.train.classifier import agreement, features, train_classifier
 from fm_fast.train.data import digits
-from fm_fast.train.quality import feature_distance, fid, frechet_distance, median_distance, nearest_neighbour_accuracy
+from fm_fast.train.quality import feature_distance, frechet_distance, inception, median_distance, nearest_neighbour_accuracy
 
 WIDE = torch.float64
 
@@ -109,30 +109,33 @@ def test_features_tell_noise_from_digits():
     assert feature_distance(features(classifier, noise), of_held_out) > 10 * real
 
 
-# FID, of which the network is a download
+# FID and the inception score, of which the network is a download
 
 
 def test_fid_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(ImportError, match=r"FID needs torch-fidelity: pip install 'fm_fast\[fid\]'"):
-        fid(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+        inception(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
 
 
-def test_fid_gives_torch_fidelity_rgb_images_of_8_bits(monkeypatch):
+def test_torch_fidelity_gets_rgb_images_of_8_bits(monkeypatch):
     seen = {}
 
     def calculate_metrics(**arguments):
         seen.update(arguments)
-        return {"frechet_inception_distance": 12.5}
+        return {"frechet_inception_distance": 12.5, "inception_score_mean": 3.25, "inception_score_std": 0.5}
 
     monkeypatch.setitem(sys.modules, "torch_fidelity", types.SimpleNamespace(calculate_metrics=calculate_metrics))
     grey = torch.full((3, 1, 8, 8), 16, dtype=torch.uint8)
-    assert fid(grey, torch.zeros(5, 1, 8, 8, dtype=torch.uint8), levels=17) == 12.5
+    assert inception(grey, torch.zeros(5, 1, 8, 8, dtype=torch.uint8), levels=17) == (12.5, 3.25)
     assert (len(seen["input1"]), len(seen["input2"]), seen["fid"], seen["cuda"]) == (3, 5, True, False)
+    assert seen["isc"] and seen["isc_splits"] == 3, "a part without images has no score"
     image = seen["input1"][0]
     assert image.shape == (3, 8, 8) and image.dtype == torch.uint8 and set(image.flatten().tolist()) == {255}
     with pytest.raises(ValueError, match="images: expected 1 or 3 channels for FID, got 2"):
-        fid(torch.zeros(2, 2, 8, 8, dtype=torch.uint8), grey)
+        inception(torch.zeros(2, 2, 8, 8, dtype=torch.uint8), grey)
+    inception(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), grey)
+    assert seen["isc_splits"] == 10
 
 
 def test_the_judge_of_a_few_images_is_trained():

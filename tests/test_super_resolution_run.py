@@ -15,9 +15,10 @@ from fm_fast.cli import main
 from fm_fast.train.condition import reduced
 from fm_fast.train.config import fit_to_data
 from fm_fast.train.data import DataOrder, digits
-from fm_fast.train.evaluate import signal_to_noise
 from fm_fast.train.loop import advance, train
-from fm_fast.train.sample import sample_enlarged, to_integers
+from fm_fast.train.picture import write_png
+from fm_fast.train.restoration import signal_to_noise, similarity
+from fm_fast.train.sample import sample, sample_enlarged, to_integers
 from fm_fast.train.step import Batch, new_state, sample_losses
 from fm_fast.train.weights import load_model
 
@@ -86,8 +87,9 @@ def test_wrong_factors(factor, message):
 
 def test_the_ratio_is_that_of_its_definition():
     one = torch.full((2, 1, 4, 4), 100, dtype=torch.uint8)
-    assert signal_to_noise(one + 10, one, 256) == pytest.approx(10.0 * math.log10(255**2 / 100.0))
-    assert signal_to_noise(one, one, 256) == pytest.approx(20.0 * math.log10(255 / 0.5))
+    images = torch.cat([one + 10, one])
+    by_hand = [10.0 * math.log10(255**2 / 100.0)] * 2 + [20.0 * math.log10(255 / 0.5)] * 2
+    assert signal_to_noise(images, torch.cat([one, one]), 256).tolist() == pytest.approx(by_hand)
 
 
 @pytest.fixture(scope="module")
@@ -126,21 +128,97 @@ def test_the_run_can_be_drawn_from(run, tmp_path, capsys):
     assert "classes: expected all or none, because an image brings its own, got 3" in capsys.readouterr().err
 
 
-def test_the_run_can_be_judged(run, tmp_path):
+def test_the_run_can_be_judged(run, tmp_path, capsys):
     assert main(["likelihood", str(run), "--limit", "4", "--steps", "2", "--json", str(tmp_path / "bits.json")]) == 0
     assert json.loads((tmp_path / "bits.json").read_text())["images"] == 4
     arguments = ["--limit", "20", "--tolerance", "0.1", "--json", str(tmp_path / "quality.json")]
     assert main(["evaluate", str(run), *arguments]) == 0
-    assert json.loads((tmp_path / "quality.json").read_text())["samples"] == 20
+    record, text = json.loads((tmp_path / "quality.json").read_text()), capsys.readouterr().out
+    held_out = digits("test").images[:20]
+    interpolated = to_integers(F.interpolate(reduced(held_out, 17, 2), size=(8, 8), mode="bicubic"), 17)
+    expected = {
+        "psnr": float(signal_to_noise(interpolated, held_out, 17).mean()),
+        "ssim": float(similarity(interpolated, held_out, 17).mean()),
+    }
+    found = record["restoration"]
+    assert record["samples"] == 20 and found["bicubic"] == pytest.approx(expected) and found["window"] == 7
+    assert 0.0 < found["samples"]["psnr"] < found["bicubic"]["psnr"] and found["samples"]["ssim"] < found["bicubic"]["ssim"]
+    for name, unit, digit in (("psnr", " dB", 2), ("ssim", "", 3)):
+        values = [f"{found[kind][name]:.{digit}f}{unit}" for kind in ("samples", "bicubic")]
+        assert f"{name.upper()}: {values[0]} (bicubic interpolation: {values[1]}" in text
+    assert "windows of 7x7 pixels, because 11x11 do not fit the images" in text
+
+
+def small_digits(count):
+    """uint8 [N, 1, 4, 4], as somebody without the originals has them, and their labels."""
+    held_out = digits("test")
+    return F.avg_pool2d(held_out.images[:count].float(), 2).round().to(torch.uint8), held_out.labels[:count]
+
+
+def test_images_of_the_reduced_size_are_what_the_network_is_told(run, tmp_path):
+    small, labels = small_digits(3)
+    np.savez(tmp_path / "small.npz", images=small.numpy(), labels=labels.numpy())
+    words = ["sample", str(run), "--data", str(tmp_path / "small.npz"), "--steps", "2", "--out"]
+    assert main([*words, str(tmp_path / "large.npz"), "--images", str(tmp_path / "each")]) == 0
+    found = np.load(tmp_path / "large.npz")
+    model, config = load_model(run)
+    x0, told = fm.noise((3, 1, 8, 8), seed=0, step=0, index=1), 2 * (small.float() + 0.5) / 17 - 1
+    by_hand = sample(model, x0, labels, config.recipe, 2, guidance=config.guidance, low_resolution=told)
+    assert torch.equal(torch.from_numpy(found["images"]), to_integers(by_hand, 17)) and found["labels"].tolist() == labels.tolist()
+    assert len(list((tmp_path / "each").glob("*.png"))) == 3
+    assert main([*words, str(tmp_path / "large.png")]) == 0
+    width, height, _, rows = decode_png((tmp_path / "large.png").read_bytes())
+    assert (width, height) == (2 * 102 + 6, 3 * 102 + 6), "what was given and the sample: there is no original"
+    first = [row[6 : 6 + 96 : 24] for row in rows[6 : 6 + 96 : 24]]
+    assert first == (small[0, 0].float() * 255 / 16).round().int().tolist()
+
+
+def test_images_of_the_reduced_size_need_no_labels(run, tmp_path, capsys):
+    np.savez(tmp_path / "small.npz", images=small_digits(2)[0].numpy())
+    words = ["sample", str(run), "--data", str(tmp_path / "small.npz"), "--out", str(tmp_path / "large.npz")]
+    assert main(words) == 1
+    assert "small.npz: expected labels beside images; --no-conditional" in capsys.readouterr().err
+    assert main([*words, "--classes", "none"]) == 0
+    assert np.load(tmp_path / "large.npz")["labels"].tolist() == [-1, -1]
+
+
+def test_images_of_the_reduced_size_are_neither_resized_nor_held_out(tmp_path):
+    """What the run does to photographs before it reduces them is not done to images that are small already."""
+    write_folder(tmp_path / "large", side=12, count=10)
+    small = write_folder(tmp_path / "small", side=4, count=3)
+    words = ["train", "images", "--data", str(tmp_path / "large"), "--resize", "8", "--test-share", "0.2", "--super-resolution", "2"]
+    words += ["--steps", "1", "--batch-size", "4", "--no-conditional", "--no-evaluate", "--out", str(tmp_path / "run"), *SMALL]
+    assert main([*words, "--model.multipliers", "1,2", "--model.attention-sizes", "4", "--model.blocks", "1"]) == 0
+    model, config = load_model(tmp_path / "run")
+    words = ["sample", str(tmp_path / "run"), "--steps", "2", "--out", str(tmp_path / "x.npz"), "--data"]
+    assert main([*words, str(tmp_path / "small")]) == 0
+    x0, told = fm.noise((3, 3, 8, 8), seed=0, step=0, index=1), 2 * (small.float() + 0.5) / 256 - 1
+    by_hand = to_integers(sample(model, x0, None, config.recipe, 2, low_resolution=told), 256)
+    assert torch.equal(torch.from_numpy(np.load(tmp_path / "x.npz")["images"]), by_hand)
+    assert main([*words, str(tmp_path / "large")]) == 0
+    assert len(np.load(tmp_path / "x.npz")["images"]) == 2, "the run's own data: the held-out ones"
+
+
+def write_folder(folder, side, count):
+    """PNG files, and their pixels uint8 [N, 3, H, W]."""
+    folder.mkdir()
+    images = torch.randint(0, 256, (count, 3, side, side), generator=torch.Generator().manual_seed(side), dtype=torch.uint8)
+    for number, image in enumerate(images):
+        write_png(folder / f"{number}.png", image)
+    return images
 
 
 def test_images_that_do_not_fit_the_network(run, tmp_path, capsys):
-    for shape, labels, message in [
-        ((4, 1, 4, 4), 0, "data: expected images of (1, 8, 8) for this network, got (1, 4, 4)"),
-        ((4, 3, 8, 8), 0, "data: expected images of (1, 8, 8) for this network, got (3, 8, 8)"),
-        ((4, 1, 8, 8), 12, "data: expected at most 10 classes for this network, got 13"),
+    sizes = "data: expected images of (1, 8, 8) for this network, or of (1, 4, 4) to enlarge as they are, got"
+    for shape, value, label, message in [
+        ((4, 1, 6, 6), 0, 0, f"{sizes} (1, 6, 6)"),
+        ((4, 3, 8, 8), 0, 0, f"{sizes} (3, 8, 8)"),
+        ((4, 3, 4, 4), 0, 0, f"{sizes} (3, 4, 4)"),
+        ((4, 1, 8, 8), 0, 12, "data: expected at most 10 classes for this network, got 13"),
+        ((4, 1, 4, 4), 0, 12, "data: expected at most 10 classes for this network, got 13"),
+        ((4, 1, 4, 4), 17, 0, "data: expected values below 17, the grey levels that the run was trained on, got 17"),
     ]:
-        np.savez(tmp_path / "set.npz", images=np.zeros(shape, np.uint8), labels=np.full(4, labels))
+        np.savez(tmp_path / "set.npz", images=np.full(shape, value, np.uint8), labels=np.full(4, label))
         assert main(["sample", str(run), "--data", str(tmp_path / "set.npz"), "--out", str(tmp_path / "x.png")]) == 1
         assert message in capsys.readouterr().err
 

@@ -35,11 +35,11 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... [auto]")
 
 
-def add_solver(parser: argparse.ArgumentParser, steps_help: str, steps: int | None) -> None:
-    """The solver's options but for its name."""
+def add_solver(parser: argparse.ArgumentParser, steps_help: str, steps: int | None, default: str = f"{TOLERANCE:g}") -> None:
+    """The solver's options but for its name; default: what the help says of tolerances that are not given."""
     parser.add_argument("--steps", type=positive, default=steps, metavar="INT", help=steps_help)
     parser.add_argument("--grid", choices=list(GRIDS), metavar="NAME", default="uniform", help=f"time grid: {', '.join(GRIDS)} [uniform]")
-    tolerance = f"tolerance of an adaptive method [{TOLERANCE:g}]"
+    tolerance = f"tolerance of an adaptive method [{default}]"
     parser.add_argument("--rtol", type=float, metavar="FLOAT", help=f"relative {tolerance}")
     parser.add_argument("--atol", type=float, metavar="FLOAT", help=f"absolute {tolerance}")
     parser.add_argument("--max-steps", type=positive, metavar="INT", help=f"an adaptive method gives up after so many [{MAX_STEPS}]")
@@ -98,14 +98,15 @@ def solver_of(options: argparse.Namespace, method: str, steps: int) -> dict[str,
     return {"method": method, "steps": taken, "per_sample": "shrink" if options.per_sample else False, **accuracy, **rest}
 
 
-def held_out_data(source: str | None, limit: int | None, config: TrainConfig) -> Dataset:
+def held_out_data(source: str | None, limit: int | None, config: TrainConfig, **changes: Any) -> Dataset:
     """The first `limit` images, or all, of digits:train, PATH:test, PATH (its test split) or the run's data, prepared as the run does.
 
-    What is left out of a folder is told.
+    changes: of the preparation of other data than the run's. What is left out of a folder is told.
     """
     source = source or f"{config.data}:test"
     path, split = _parts(source)
-    dataset = load_dataset(path, split, config.preparation)
+    own = same_source(path, config.data)
+    dataset = load_dataset(path, split, config.preparation if own else replace(config.preparation, **changes))
     for line in dataset.left_out:
         print(f"fm-fast: {line}", file=sys.stderr)
     return replace(dataset, name=source, images=dataset.images[:limit], labels=dataset.labels[:limit])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from fm_fast.cli.options import (
@@ -24,10 +25,11 @@ from fm_fast.cli.options import (
 from fm_fast.solvers import ADAPTIVE, METHODS
 from fm_fast.train.condition import NULL_CLASS
 from fm_fast.train.config import TrainConfig
-from fm_fast.train.data import levels_of
+from fm_fast.train.data import Dataset, levels_of
 from fm_fast.train.devices import pick_device
 from fm_fast.train.files import replaced_whole
 from fm_fast.train.likelihood import require_fitting
+from fm_fast.train.low_resolution import as_originals, is_reduced, reduced_side
 from fm_fast.train.picture import write_images
 from fm_fast.train.sample import BatchDone, enlargements, ignore, sample_classes, sample_enlarged
 from fm_fast.train.single_images import ImageFiles, require_empty
@@ -47,8 +49,9 @@ def add_sample(commands: Any) -> None:
     add_run(parser)
     parser.add_argument("--classes", nargs="+", default=["all"], metavar="CLASS", help="class numbers, all, or none (no condition) [all]")
     parser.add_argument("--count", type=positive, default=10, metavar="INT", help="samples of each class [10]")
-    parser.add_argument("--data", metavar="SOURCE", help="of a super-resolution run: the images to reduce and to enlarge again, --count in"
-                        " all; digits:test, PATH[:train|:test] [the run's data, :test]")  # fmt: skip
+    parser.add_argument("--data", metavar="SOURCE", help="of a super-resolution run: images to enlarge, --count in all (of the network's"
+                        " size: they are reduced first; without labels: --classes none); digits:test, PATH[:train|:test]"
+                        " [the run's data, :test]")  # fmt: skip
     parser.add_argument("--out", type=_output_file, metavar="FILE",
                         help="a .png picture, one row a class, or an .npz archive with images (uint8 [N, C, H, W]) and labels"
                         " [samples.png, or none with --images]")  # fmt: skip
@@ -110,22 +113,36 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _enlarged(options: argparse.Namespace, targets: _Targets, model: nn.Module, config: TrainConfig, solver: dict[str, Any]) -> Tensor:
-    """Samples of images' reduced images, written beside these and the originals; a row of a picture holds one image, or an archive all."""
+    """Samples of small images, written beside these and, where there are such, the originals.
+
+    A row of a picture holds one image, or an archive all.
+    """
     if options.classes not in (["all"], ["none"]):
         raise ValueError(f"classes: expected all or none, because an image brings its own, got {' '.join(options.classes)}")
-    originals = held_out_data(options.data, options.count, config)
-    require_fitting(config, originals)
-    if are_undivided(originals, config):
-        warn_of_training_images()
-    if options.classes == ["none"]:
-        originals = replace(originals, labels=originals.labels.fill_(NULL_CLASS))
+    originals, reduced = _to_enlarge(options, config)
     each = targets.of_batches(config, originals.levels)
     drawn = sample_enlarged(model, config, originals, options.seed, options.batch_size, each, **solver)
     if targets.out is not None and targets.out.suffix == ".png":
-        _write(targets.out, enlargements(config, originals, drawn), originals.labels, originals.levels, 3)
+        shown = enlargements(config, originals, drawn, shown=not reduced)
+        _write(targets.out, shown, originals.labels, originals.levels, len(shown) // len(drawn))
     else:
         _write(targets.out, drawn, originals.labels, originals.levels, len(drawn))
     return drawn
+
+
+def _to_enlarge(options: argparse.Namespace, config: TrainConfig) -> tuple[Dataset, bool]:
+    """Images of the network's size with the labels to tell it, and whether they stand for images that were small already."""
+    without_class = options.classes == ["none"]
+    unlabelled = without_class or config.preparation.unlabelled
+    found = held_out_data(options.data, options.count, config, unlabelled=unlabelled, as_is=reduced_side(config))
+    if without_class:
+        found = replace(found, labels=torch.full_like(found.labels, NULL_CLASS), classes=0)
+    reduced = is_reduced(config, found)
+    originals = as_originals(config, found) if reduced else found
+    require_fitting(config, originals)
+    if are_undivided(found, config):
+        warn_of_training_images()
+    return originals, reduced
 
 
 def _classes(names: Sequence[str], known: int) -> list[int]:

@@ -101,7 +101,7 @@ def _row(objective: str, config: TrainConfig) -> Row:
     return Row(
         objective=objective, bits_per_dim=bits.mean, std_err=bits.mean_std_err, nfe=samples.nfe,
         draws=DRAWS, bits_by_draws=_bits_by_draws(model, config, first(held_out, DRAW_IMAGES), seed),
-        **{name: value for name, value in asdict(quality).items() if name != "fid"},
+        **{name: value for name, value in asdict(quality).items() if name not in ("fid", "inception_score")},
     )  # fmt: skip
 
 

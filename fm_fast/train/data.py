@@ -11,9 +11,9 @@ from torch import Tensor
 from fm_fast.random import noise
 from fm_fast.train.cifar import find_cifar_folder, read_cifar10
 from fm_fast.train.idx import read_idx
-from fm_fast.train.image_folder import beside_parts, list_images, no_labels, read_images, split_folder
+from fm_fast.train.image_folder import beside_parts, list_images, no_labels, preparation_of, read_images, split_folder
 from fm_fast.train.npz import array_names, read_npz
-from fm_fast.train.prepare import Preparation, pooled_and_padded, rows_of_split
+from fm_fast.train.prepare import WITHOUT_LABELS, Preparation, pooled_and_padded, rows_of_split
 
 DIGITS = Path(__file__).parent.parent / "datasets" / "digits.npz"
 DIGITS_TRAIN = 1500
@@ -80,6 +80,7 @@ def load_dataset(source: str | Path, split: str = "train", preparation: Preparat
     if split not in ("train", "test"):
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
     dataset = _read(source, split, preparation)
+    preparation = preparation.of_size(*dataset.images.shape[-2:])
     _check_size(dataset, preparation.resize)
     if dataset.division == UNDIVIDED and preparation.test_share > 0.0:
         rows = rows_of_split(len(dataset), preparation.test_share, split)
@@ -185,9 +186,7 @@ def _arrays_of(path: Path, preparation: Preparation) -> tuple[bool, bool]:
             f"{path}: expected test_images and test_labels where there are images and labels, or neither, got {', '.join(sorted(names))}"
         )
     if not labelled and not preparation.unlabelled:
-        raise ValueError(
-            f"{path}: expected labels beside images; --no-conditional trains a network without, got {', '.join(sorted(names))}"
-        )
+        raise ValueError(f"{path}: expected labels beside images; {WITHOUT_LABELS}, got {', '.join(sorted(names))}")
     return labelled, divided
 
 
@@ -219,7 +218,7 @@ def _from_image_folder(folder: Path, split: str, preparation: Preparation) -> Da
     train, test = (split_folder(folder, name) for name in ("train", "test"))
     images_in = test if split == "test" and test else train or folder
     listing = list_images(images_in, train or folder, preparation.unlabelled)
-    files, labels = listing.files, listing.labels
+    files, labels, preparation = listing.files, listing.labels, preparation_of(listing.files, preparation)
     division = TEST_PART if test else SHARE if preparation.test_share > 0.0 else UNDIVIDED
     if division == SHARE:  # before the images are read
         rows = rows_of_split(len(files), preparation.test_share, split)

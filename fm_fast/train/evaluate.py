@@ -1,14 +1,12 @@
 """How good a trained network is: the short report at the end of training, and the whole protocol of `fm-fast evaluate`."""
 
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fm_fast import _checks, sampling
 from fm_fast.train.classifier import Classifier, agreement, features, train_classifier
@@ -16,7 +14,8 @@ from fm_fast.train.condition import NULL_CLASS, condition_of, reduced_if_wanted
 from fm_fast.train.config import Recipe, TrainConfig
 from fm_fast.train.data import UNDIVIDED, Dataset
 from fm_fast.train.likelihood import DatasetBits, dataset_bits
-from fm_fast.train.quality import feature_distance, fid, median_distance, nearest_neighbour_accuracy
+from fm_fast.train.quality import feature_distance, inception, median_distance, nearest_neighbour_accuracy
+from fm_fast.train.restoration import Restoration, bicubic, restoration, signal_to_noise
 from fm_fast.train.sample import sample, starting_noise, to_integers
 
 PER_CLASS = 20
@@ -87,15 +86,9 @@ def evaluate_enlargement(model: nn.Module, config: TrainConfig, originals: Datas
     low = reduced_if_wanted(config, originals.images, originals.levels)
     assert low is not None
     drawn = sample(model, x0, originals.labels if config.model.classes else None, config.recipe, steps, low_resolution=low)
-    bicubic = functional.interpolate(low, size=originals.images.shape[2:], mode="bicubic")
-    found = (signal_to_noise(to_integers(images, originals.levels), originals.images, originals.levels) for images in (drawn, bicubic))
+    enlarged = (to_integers(images, originals.levels) for images in (drawn, bicubic(low, originals.images.shape[2:])))
+    found = (float(signal_to_noise(images, originals.images, originals.levels).mean()) for images in enlarged)
     return Enlargement(*found, held_out=originals.division != UNDIVIDED)
-
-
-def signal_to_noise(images: Tensor, originals: Tensor, levels: int) -> float:
-    """Mean over images uint8 [N, C, H, W] of the peak ratio in dB; one that equals its original counts as half a level off."""
-    errors = (images.double() - originals.double()).square().flatten(1).mean(1).clamp(min=0.25)
-    return float((20.0 * math.log10(levels - 1) - 10.0 * errors.log10()).mean())
 
 
 # The protocol of `fm-fast evaluate`
@@ -107,16 +100,20 @@ class Samples:
 
     images: uint8 [N, C, H, W]; labels: int64 [N], those that the network was told. nfe_of_batches: calls of the network for each
     batch of `batch_size` samples (the last may be smaller); the solver's error norm is over a batch, so the count belongs to its size.
+    nfe_of_each: int64 [N], calls until a sample was at its end, where each had steps of its own, else None.
     """
 
     images: Tensor
     labels: Tensor
     nfe_of_batches: tuple[int, ...]
     batch_size: int
+    nfe_of_each: Tensor | None = None
 
     @property
     def nfe(self) -> float:
-        """Mean over the samples of the calls that their batch took."""
+        """Mean over the samples of the calls that they, or their batch, took."""
+        if self.nfe_of_each is not None:
+            return float(self.nfe_of_each.double().mean())
         sizes = [min(self.batch_size, len(self.images) - first) for first in range(0, len(self.images), self.batch_size)]
         return sum(count * size for count, size in zip(self.nfe_of_batches, sizes, strict=True)) / len(self.images)
 
@@ -129,7 +126,7 @@ class SampleQuality:
     classes. frechet: Fréchet distance of that classifier's features. It is not FID, and comparable only for one data set and
     number of images. nearest_neighbour: accuracy of the 1-nearest-neighbour two-sample test, 0.5 where they cannot be told apart.
     novelty: median distance to the nearest training image, relative to that of held-out images; near 0 for copies; None if the held-out
-    images are training images. fid: Inception distance to the held-out images, None if not asked for.
+    images are training images. fid: Inception distance to the held-out images, inception_score: of the samples; None if not asked for.
     """
 
     agreement: float | None
@@ -140,15 +137,17 @@ class SampleQuality:
     real_nearest_neighbour: float
     novelty: float | None
     fid: float | None
+    inception_score: float | None
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What one row of the paper's Table 1 holds, for one network."""
+    """What one row of the paper's Table 1 holds, for one network, and of Table 2 in `restoration`, of a super-resolution network alone."""
 
     bits: DatasetBits
     samples: Samples
     quality: SampleQuality
+    restoration: Restoration | None
     seconds: float
 
 
@@ -163,13 +162,15 @@ def evaluate_network(
     tolerance: float = 1e-5,
     unconditional: bool = False,
     with_fid: bool = False,
+    solver: Mapping[str, Any] | None = None,
     ends: tuple[float, float] = (0.0, 1.0),
     **likelihood: Any,
 ) -> Evaluation:
     """Bits/dim of the held-out images, NFE of dopri5 and the quality of as many samples (sections 6.1 and E.2 of the paper).
 
-    tolerance: of dopri5, absolute and relative, for samples and likelihoods; ends: t0 and t1 of their solves. likelihood: other arguments
-    of :func:`fm_fast.bits_per_dim`, such as ``draws`` and ``probes``; a ``method`` with its ``steps`` or tolerances takes dopri5's place
+    tolerance: of dopri5, absolute and relative, for samples and likelihoods; ends: t0 and t1 of their solves. solver: arguments of
+    :func:`fm_fast.sample` that take dopri5's place for the samples (Figure 7). likelihood: other arguments of
+    :func:`fm_fast.bits_per_dim`, such as ``draws`` and ``probes``; a ``method`` with its ``steps`` or tolerances takes dopri5's place
     there. Raises ValueError for data that the network was not made for, fewer than two images, or no positive tolerance.
     """
     _checks.positive_number("tolerance", tolerance)
@@ -179,9 +180,12 @@ def evaluate_network(
     dopri5 = {"method": "dopri5", "rtol": tolerance, "atol": tolerance}
     chosen = {**interval, **({} if "method" in likelihood else dopri5), **likelihood}
     bits = dataset_bits(model, config, held_out, batch_size, seed, unconditional, **chosen)
-    samples = draw_by(model, config, held_out, seed, batch_size, unconditional, **interval, **dopri5)
+    samples = draw_by(model, config, held_out, seed, batch_size, unconditional, **{**interval, **(dopri5 if solver is None else solver)})
     quality = sample_quality(samples, train_classifier(train), train, held_out, with_fid)
-    return Evaluation(bits, samples, quality, time.perf_counter() - started)
+    restored = (
+        restoration(samples.images, held_out.images, held_out.levels, config.super_resolution) if config.super_resolution > 1 else None
+    )
+    return Evaluation(bits, samples, quality, restored, time.perf_counter() - started)
 
 
 def draw_samples(
@@ -198,7 +202,7 @@ def draw_by(
     """The same by another solver: arguments of :func:`fm_fast.sample`."""
     knows_classes = config.model.classes > 0
     labels = torch.full_like(like.labels, NULL_CLASS) if unconditional or not knows_classes else like.labels
-    parts, counts = [], []
+    parts, counts, each = [], [], []
     for first, rows in _batches(labels, batch_size):
         x0 = starting_noise((len(rows), *like.images.shape[1:]), config.recipe, seed, EVALUATION_NOISE, rows.device, first)
         low = reduced_if_wanted(config, like.images[first : first + len(rows)].to(rows.device), like.levels)
@@ -208,7 +212,8 @@ def draw_by(
         )  # fmt: skip
         parts.append(to_integers(solved.x, like.levels))
         counts.append(solved.nfe)
-    return Samples(torch.cat(parts), labels, tuple(counts), batch_size)
+        each += [] if solved.nfe_of_each is None else [solved.nfe_of_each]
+    return Samples(torch.cat(parts), labels, tuple(counts), batch_size, torch.cat(each) if each else None)
 
 
 def _batches(labels: Tensor, batch_size: int) -> Iterator[tuple[int, Tensor]]:
@@ -223,6 +228,7 @@ def sample_quality(samples: Samples, classifier: Classifier, train: Dataset, hel
     real, references = train.images[:count].to(held_out.device), originals[:count]
     usual = median_distance(originals, train.images)
     known = bool((samples.labels != NULL_CLASS).all())
+    fid, inception_score = inception(samples.images, originals, train.levels) if with_fid else (None, None)
     return SampleQuality(
         agreement=agreement(classifier, samples.images, samples.labels) if known else None,
         real_agreement=agreement(classifier, originals, held_out.labels),
@@ -231,7 +237,8 @@ def sample_quality(samples: Samples, classifier: Classifier, train: Dataset, hel
         nearest_neighbour=nearest_neighbour_accuracy(samples.images[:count], references),
         real_nearest_neighbour=nearest_neighbour_accuracy(real, references),
         novelty=median_distance(samples.images, train.images) / usual if usual > 0.0 else None,
-        fid=fid(samples.images, originals, train.levels) if with_fid else None,
+        fid=fid,
+        inception_score=inception_score,
     )
 
 

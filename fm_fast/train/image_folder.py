@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fm_fast.train.files import as_folder, replaced_whole
 from fm_fast.train.image_file import read_image
-from fm_fast.train.prepare import GIB, Preparation
+from fm_fast.train.prepare import GIB, WITHOUT_LABELS, Preparation
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 TEST_FOLDERS = ("test", "val", "validation")
@@ -70,9 +70,7 @@ def _without_classes(folder: Path, images: list[Path], others: list[Path], unlab
     if not images:
         raise FileNotFoundError(f"{folder}: expected IDX files, CIFAR-10 batches, or a subfolder of images for each class")
     if not unlabelled:
-        raise ValueError(
-            f"{folder}: expected a subfolder of images for each class; --no-conditional trains a network without, got {len(images)} images"
-        )
+        raise ValueError(f"{folder}: expected a subfolder of images for each class; {WITHOUT_LABELS}, got {len(images)} images")
     return Listing(images, no_labels(len(images)), 1, _left_out(folder, [], others))
 
 
@@ -127,6 +125,11 @@ def _files(folder: Path) -> Iterator[Path]:
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         yield from (Path(place) / name for name in names if real not in seen and not name.startswith("."))
         seen.add(real)
+
+
+def preparation_of(files: list[Path], preparation: Preparation) -> Preparation:
+    """What happens to these images, by the size of the first."""
+    return preparation.of_size(*read_image(files[0], 0).shape[-2:]) if preparation.as_is else preparation
 
 
 def read_images(files: list[Path], preparation: Preparation) -> tuple[Tensor, bool]:

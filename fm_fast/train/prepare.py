@@ -1,6 +1,6 @@
 """What happens to the images of a data set before training sees them, and which of them are held out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fm_fast.random import noise
 
 GIB = 2**30
+WITHOUT_LABELS = "--no-conditional trains a network without, sample --classes none enlarges without"  # why data may lack them
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Preparation:
     resize: cut out the middle square and bring it to this height and width, 0 to leave the images as they are. pool: replace blocks of
     this many pixels a side by their mean. pad: add a frame of this many pixels of value 0. test_share: share of the images, always the
     same ones, that is held out of data that come without a test set. memory_limit: GiB of pixels above which a folder's images lie in a
-    file that is mapped into memory, in `cache`. unlabelled: data may come without labels.
+    file that is mapped into memory, in `cache`. unlabelled: data may come without labels. as_is: of data of this height and width nothing
+    is changed or held out; 0 for no such size.
     """
 
     resize: int = 0
@@ -28,10 +30,15 @@ class Preparation:
     memory_limit: float = 4.0
     cache: str = "~/.cache/fm_fast"
     unlabelled: bool = False
+    as_is: int = 0
 
     @property
     def limit_in_bytes(self) -> float:
         return self.memory_limit * GIB
+
+    def of_size(self, height: int, width: int) -> "Preparation":
+        """What happens to images of that size."""
+        return replace(self, resize=0, pool=1, pad=0, test_share=0.0) if height == width == self.as_is else self
 
 
 def pooled_and_padded(name: str, images: Tensor, preparation: Preparation) -> Tensor:

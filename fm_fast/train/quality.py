@@ -9,6 +9,7 @@ from torch import Tensor
 from fm_fast.train.picture import to_8_bit
 
 CHUNK = 1000  # images whose distances to all others are in memory at once
+SCORE_PARTS = 10  # of the images, over whose inception scores the mean is taken
 
 
 def frechet_distance(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> float:
@@ -28,7 +29,7 @@ def feature_distance(one: Tensor, other: Tensor) -> float:
     """Fréchet distance of the normal distributions fitted to two sets of features, [N, D] and [M, D].
 
     The formula of FID (Heusel et al. 2017, "GANs trained by a two time-scale update rule"), on whatever features are given. It is FID only
-    for the features of the Inception network: see :func:`fid`. Biased upwards for few samples, so compare at equal N and M.
+    for the features of the Inception network: see :func:`inception`. Biased upwards for few samples, so compare at equal N and M.
     Raises ValueError for fewer than two rows or unequal dimensions.
     """
     if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[1] or min(len(one), len(other)) < 2:
@@ -71,17 +72,20 @@ def median_distance(images: Tensor, references: Tensor) -> float:
     return float(torch.stack([torch.cdist(rows, part).amin(1) for part in parts]).amin(0).median())
 
 
-def fid(images: Tensor, references: Tensor, levels: int = 256) -> float:
-    """Fréchet Inception distance (Heusel et al. 2017) of two sets of images uint8 [N, C, H, W], C = 1 or 3, by torch-fidelity.
+def inception(images: Tensor, references: Tensor, levels: int = 256) -> tuple[float, float]:
+    """(Fréchet Inception distance of two sets of images, inception score of the first), uint8 [N, C, H, W], C = 1 or 3, by torch-fidelity.
 
-    Grey images are repeated to three channels and `levels` grey levels are stretched to 256. The network's weights are downloaded at the
-    first call. Raises ImportError, naming the extra, where torch-fidelity is not installed.
+    Heusel et al. (2017), as in :func:`feature_distance`, and Salimans et al. (2016), "Improved techniques for training GANs": the mean
+    over ten parts of the images, or one an image where they are fewer. Grey images are repeated to three channels and `levels` grey levels
+    are stretched to 256. The network's weights are downloaded at the first call. Raises ImportError, naming the extra, where torch-fidelity
+    is not installed.
     """
     inputs = [_Images(_as_rgb(part, levels)) for part in (images, references)]
     measured = require_torch_fidelity().calculate_metrics(
-        input1=inputs[0], input2=inputs[1], fid=True, cuda=images.is_cuda, batch_size=min(64, len(images)), verbose=False
-    )
-    return float(measured["frechet_inception_distance"])
+        input1=inputs[0], input2=inputs[1], fid=True, isc=True, isc_splits=min(SCORE_PARTS, len(images)), cuda=images.is_cuda,
+        batch_size=min(64, len(images)), verbose=False,
+    )  # fmt: skip
+    return float(measured["frechet_inception_distance"]), float(measured["inception_score_mean"])
 
 
 def require_torch_fidelity() -> Any:

@@ -96,13 +96,17 @@ def sample_enlarged(
     return torch.cat(parts)
 
 
-def enlargements(config: TrainConfig, originals: Dataset, drawn: Tensor, each: int = 1) -> Tensor:
-    """For a picture, uint8 [N (each + 2), C, H, W]: every reduced image with its pixels enlarged, `each` samples, and the original."""
+def enlargements(config: TrainConfig, originals: Dataset, drawn: Tensor, each: int = 1, shown: bool = True) -> Tensor:
+    """For a picture, uint8 [N (each + 2), C, H, W]: every reduced image with its pixels enlarged, `each` samples, and the original.
+
+    shown: whether the originals are; else there is one image less a row.
+    """
     factor, images = config.super_resolution, originals.images.cpu()
     low = reduced_if_wanted(config, images, originals.levels)
     assert low is not None
     coarse = to_integers(low, originals.levels).repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
-    return torch.cat([coarse[:, None], drawn.unflatten(0, (len(images), each)), images[:, None]], dim=1).flatten(0, 1)
+    last = [images[:, None]] if shown else []
+    return torch.cat([coarse[:, None], drawn.unflatten(0, (len(images), each)), *last], dim=1).flatten(0, 1)
 
 
 def to_integers(y: Tensor, levels: int) -> Tensor:

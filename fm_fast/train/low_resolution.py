@@ -1,0 +1,33 @@
+"""Images for a super-resolution network to enlarge: originals, of which it is told the means, or images that are small already."""
+
+from dataclasses import replace
+
+from fm_fast.train.config import TrainConfig
+from fm_fast.train.data import Dataset, levels_of
+
+
+def reduced_side(config: TrainConfig) -> int:
+    """Height and width of what the network is told."""
+    return config.model.image_size // config.super_resolution
+
+
+def is_reduced(config: TrainConfig, dataset: Dataset) -> bool:
+    """Whether the images are small already. Raises ValueError for another size than that and the network's own."""
+    shape = tuple(dataset.images.shape[1:])
+    full, low = ((config.model.image_channels, side, side) for side in (config.model.image_size, reduced_side(config)))
+    if shape not in (full, low):
+        raise ValueError(f"data: expected images of {full} for this network, or of {low} to enlarge as they are, got {shape}")
+    return shape == low
+
+
+def as_originals(config: TrainConfig, dataset: Dataset) -> Dataset:
+    """Images of the network's size whose reduced images are the given ones: each pixel becomes a block.
+
+    Files do not tell their grey levels, so they are taken to have the run's. Raises ValueError for values beyond these levels.
+    """
+    levels, highest = min(dataset.levels, levels_of(config.data)), int(dataset.images.max())
+    if highest >= levels:
+        raise ValueError(f"data: expected values below {levels}, the grey levels that the run was trained on, got {highest}")
+    factor = config.super_resolution
+    blocks = dataset.images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    return replace(dataset, images=blocks, levels=levels, mapped=False)
