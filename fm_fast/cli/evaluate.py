@@ -87,8 +87,9 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _solver(options: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
-    """That of the samples, which has the tolerance of the likelihoods unless it has its own."""
+    """That of the samples, which has the tolerance of the likelihoods unless it has its own; its ends are those of `evaluate_network`."""
     solver = solver_of(options, options.method, config.sample_steps)
+    del solver["t0"], solver["t1"]
     if not is_adaptive(options.method):
         return solver
     return solver | {name: options.tolerance for name in ("rtol", "atol") if solver[name] is None}
@@ -140,7 +141,7 @@ def _restored(found: Restoration) -> str:
 
 
 def _settings(options: argparse.Namespace, config: TrainConfig, held_out: Dataset) -> dict[str, Any]:
-    names = ("weights", "seed", "batch_size", "unconditional", "draws", "probes", "tolerance")
+    names = ("weights", "seed", "batch_size", "unconditional", "draws", "probes", "tolerance", "t0", "t1")
     given = {name: getattr(options, name) for name in names}
     return {"checkpoint": str(options.checkpoint), "data": held_out.name, "objective": config.objective, **given}
 

@@ -168,7 +168,8 @@ def evaluate_network(
 ) -> Evaluation:
     """Bits/dim of the held-out images, NFE of dopri5 and the quality of as many samples (sections 6.1 and E.2 of the paper).
 
-    tolerance: of dopri5, absolute and relative, for samples and likelihoods; ends: t0 and t1 of their solves. solver: arguments of
+    tolerance: of dopri5, absolute and relative, for samples and likelihoods. ends: t0 of both solves, and t1 of the likelihoods; samples
+    always end at 1, since what is drawn for an earlier time has noise in it. solver: arguments of
     :func:`fm_fast.sample` that take dopri5's place for the samples (Figure 7). likelihood: other arguments of
     :func:`fm_fast.bits_per_dim`, such as ``draws`` and ``probes``; a ``method`` with its ``steps`` or tolerances takes dopri5's place
     there. Raises ValueError for data that the network was not made for, fewer than two images, or no positive tolerance.
@@ -176,11 +177,12 @@ def evaluate_network(
     _checks.positive_number("tolerance", tolerance)
     if min(len(train), len(held_out)) < 2:
         raise ValueError(f"data, limit: expected at least 2 training and 2 held-out images, got {len(train)} and {len(held_out)}")
-    started, interval = time.perf_counter(), {"t0": ends[0], "t1": ends[1]}
+    started, (t0, t1) = time.perf_counter(), ends
     dopri5 = {"method": "dopri5", "rtol": tolerance, "atol": tolerance}
-    chosen = {**interval, **({} if "method" in likelihood else dopri5), **likelihood}
+    chosen = {"t0": t0, "t1": t1, **({} if "method" in likelihood else dopri5), **likelihood}
     bits = dataset_bits(model, config, held_out, batch_size, seed, unconditional, **chosen)
-    samples = draw_by(model, config, held_out, seed, batch_size, unconditional, **{**interval, **(dopri5 if solver is None else solver)})
+    by = {"t0": t0, **(dopri5 if solver is None else solver)}
+    samples = draw_by(model, config, held_out, seed, batch_size, unconditional, **by)
     quality = sample_quality(samples, train_classifier(train), train, held_out, with_fid)
     restored = (
         restoration(samples.images, held_out.images, held_out.levels, config.super_resolution) if config.super_resolution > 1 else None
