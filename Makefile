@@ -24,7 +24,7 @@ help:
 	@echo "make docs        this documentation as a site, into build/site"
 	@echo "make bench       every CPU benchmark of the README and its figures"
 	@echo "make bench-regression  every op beside its reference, compared with the run before"
-	@echo "make gpu-report  build, tests and benchmarks on a CUDA machine (STAGE=build|test|sanitize|bench for one of them)"
+	@echo "make gpu-report  build, tests and benchmarks on a CUDA machine (STAGE=build|test|sanitize|bench for one of them, OUT=folder)"
 	@echo "make clean       remove the environment and everything that was built"
 
 $(BIN)/python:
@@ -84,7 +84,7 @@ bench-regression: $(BIN)/python
 
 # In the Python that is there, whose torch knows the GPU; its first stage installs this checkout, without a network.
 gpu-report:
-	$(PYTHON) -m benchmarks.gpu_report $(STAGE)
+	$(PYTHON) -m benchmarks.gpu_report $(STAGE) $(if $(OUT),--out $(OUT))
 
 clean:
 	rm -rf $(VENV) build dist fm_fast/_native *.egg-info .pytest_cache .ruff_cache

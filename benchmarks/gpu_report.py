@@ -1,12 +1,13 @@
 """Everything that needs a GPU, in one command: ``make gpu-report``, or ``python -m benchmarks.gpu_report [build|test|sanitize|bench]``.
 
-It runs on the GPU that is there, without a network, and prints a short table last. Rows go to
-benchmarks/results/<device>-<date>.json as they are measured, what came of each stage to <device>-<date>-stages.json, also as it comes.
+It runs on the GPU that is there, without a network, and prints a short table last. Rows go to <device>-<date>.json in
+benchmarks/results or the folder --out, as they are measured; what came of each stage to <device>-<date>-stages.json, also as it comes.
 Where a command may not take long, `bench --op path_loss noise` measures these alone. Exits with 2 where there is no GPU, with 1 if a
 stage failed.
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -38,7 +39,8 @@ SANITIZERS = {
     "memcheck": (["--report-api-errors", "no"], SANITIZED_TESTS),
     "racecheck": ([], f"({SANITIZED_TESTS}) and not triton"),
 }
-SANITIZER_SECONDS = 110
+# Of a stage's tests, of a sanitizer's and of a trivial program under it: a stage is to end within four minutes.
+TEST_SECONDS, SANITIZER_SECONDS, TRIVIAL_SECONDS = 230, 75, 40
 TRIVIAL = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda').add_(1).cpu()"]
 LIBRARY = "from fm_fast import _backends; raise SystemExit(_backends.why_not('path_loss', 'cuda', 'cuda'))"
 UNFINISHED = "FAILED: it was ended before it had finished"
@@ -67,7 +69,8 @@ def test(options: argparse.Namespace) -> Outcomes:
     shared = ["-n", str(PROCESSES), "--dist", "loadgroup"] if find_spec("xdist") else []
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "tests.xml")
-        outcome = _outcome([*PYTEST, *TESTS, *shared, f"--junitxml={report}"])
+        outcome = _limited([*PYTEST, *TESTS, *shared, f"--junitxml={report}"], TEST_SECONDS)
+        outcome = f"FAILED: {outcome}" if outcome.startswith("not ") else outcome
         yield "tests", outcome if outcome == "ok" else ": ".join([outcome, *_failed_tests(report)])
 
 
@@ -97,18 +100,16 @@ def _beside_nvcc(name: str) -> str | None:
 
 def _sanitized(tool: list[str], chosen: str) -> str:
     """A run that takes too long has found nothing so far."""
-    if not _succeeds([*tool, *TRIVIAL]):
-        return "refused here, on a trivial program too: its output is above"
-    try:
-        return _outcome([*tool, *PYTEST, TESTS[0], "-k", chosen], SANITIZER_SECONDS)
-    except subprocess.TimeoutExpired:
-        return f"not at its end after {SANITIZER_SECONDS} s"
+    trivial = _limited([*tool, *TRIVIAL], TRIVIAL_SECONDS)
+    if trivial != "ok":
+        return "refused here, on a trivial program too: " + ("its output is above" if trivial == "FAILED" else trivial)
+    return _limited([*tool, *PYTEST, TESTS[0], "-k", chosen], SANITIZER_SECONDS)
 
 
 def bench(options: argparse.Namespace) -> Outcomes:
     """What the plan lists, in its dtypes; rows are written after each setting, whose providers are timed in turns."""
     surroundings = results.environment(torch.device("cuda"), None)
-    path, entries = _path(surroundings, ""), [entry for entry in plan.GPU_PLAN if not options.op or entry.op in options.op]
+    path, entries = _path(options.out, surroundings, ""), [entry for entry in plan.GPU_PLAN if not options.op or entry.op in options.op]
     earlier = [record for record in _records(path) if record["op"] not in {entry.op for entry in entries}]
     rows: list[results.Row] = []
     tables = []
@@ -119,9 +120,10 @@ def bench(options: argparse.Namespace) -> Outcomes:
             if new:
                 rows += new
                 tables.append(run.table(new, new[0].provider))
+                print(tables[-1], flush=True)  # also where the rest does not come to its end
                 results.write(path, rows, surroundings, earlier)
             yield f"{op.name}, {setting.size}, {dtype}, {setting.problem}", outcome
-    print("\n".join(tables))
+    print("\n".join(["\nAll of them:", *tables]))
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -156,13 +158,21 @@ def _outcome(command: list[str], seconds: float | None = None) -> str:
     return "ok" if _succeeds(command, seconds) else "FAILED"
 
 
-def _path(surroundings: Mapping[str, str], suffix: str) -> Path:
-    return results.FOLDER / ("-".join("_".join(surroundings[part].split()) for part in ("device", "date")) + f"{suffix}.json")
+def _limited(command: list[str], seconds: float) -> str:
+    """The same of a command that may hang."""
+    try:
+        return _outcome(command, seconds)
+    except subprocess.TimeoutExpired:
+        return f"not at its end after {seconds} s"
 
 
-def _record(stage: str, outcomes: Mapping[str, str], surroundings: Mapping[str, str]) -> None:
+def _path(folder: Path, surroundings: Mapping[str, str], suffix: str) -> Path:
+    return folder / ("-".join("_".join(surroundings[part].split()) for part in ("device", "date")) + f"{suffix}.json")
+
+
+def _record(folder: Path, stage: str, outcomes: Mapping[str, str], surroundings: Mapping[str, str]) -> None:
     """Put what came of a stage into the report's file."""
-    path = _path(surroundings, "-stages")
+    path = _path(folder, surroundings, "-stages")
     stages = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**surroundings, "stages": {**stages, stage: outcomes}}, indent=1) + "\n", encoding="utf-8")
@@ -173,18 +183,19 @@ def _run_stage(stage: str, options: argparse.Namespace) -> bool:
     surroundings = results.environment(torch.device("cuda"), None)
     print(", ".join(f"{name} {value}" for name, value in surroundings.items() if value))
     outcomes: dict[str, str] = {}
-    _record(stage, {stage: UNFINISHED}, surroundings)
+    record = functools.partial(_record, options.out, stage, surroundings=surroundings)
+    record({stage: UNFINISHED})
     for name, outcome in STAGES[stage](options):
         outcomes[name] = outcome
-        _record(stage, {**outcomes, stage: UNFINISHED}, surroundings)
-    _record(stage, outcomes, surroundings)
+        record({**outcomes, stage: UNFINISHED})
+    record(outcomes)
     print("\n".join(f"{stage}: {name}: {outcome}" for name, outcome in outcomes.items()))
     return not any(outcome.startswith("FAILED") for outcome in outcomes.values())
 
 
-def _in_new_process(stage: str) -> bool:
+def _in_new_process(stage: str, folder: Path) -> bool:
     """A stage of its own process: one that follows the build must import what was built."""
-    return _succeeds([sys.executable, "-m", "benchmarks.gpu_report", stage])
+    return _succeeds([sys.executable, "-m", "benchmarks.gpu_report", stage, "--out", str(folder)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -192,6 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("stage", nargs="?", default="all", choices=("all", *STAGES))
     planned = [entry.op for entry in plan.GPU_PLAN]
     parser.add_argument("--op", nargs="+", choices=planned, metavar="OP", help="of stage bench alone: these ops, beside earlier rows")
+    parser.add_argument(
+        "--out", type=Path, default=results.FOLDER, metavar="FOLDER", help="where the report's files go [benchmarks/results]"
+    )
     options = parser.parse_args(arguments)
     if options.op and options.stage != "bench":
         parser.error(f"--op: expected stage bench, got {options.stage}")
@@ -199,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no CUDA device here: nothing was run")
         return 2
     if options.stage == "all":
-        outcomes = {name: _in_new_process(name) for name in STAGES}
+        outcomes = {name: _in_new_process(name, options.out) for name in STAGES}
         print(", ".join(f"{name}: {'ok' if good else 'FAILED'}" for name, good in outcomes.items()))
         return 0 if all(outcomes.values()) else 1
     return 0 if _run_stage(options.stage, options) else 1

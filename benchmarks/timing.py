@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fm_fast.train.graph import leave_failed_capture
+
 Step = Callable[[], object]
 # Seconds, of the wall or of the process's CPU time
 Clock = Callable[[], float]
@@ -111,8 +113,9 @@ def captured(steps: list[Step]) -> Step:
         with torch.cuda.graph(graph):
             results = [step() for step in steps]
         del results
-    finally:
-        torch.cuda.set_stream(current)  # which a capture that fails leaves behind
+    except BaseException:
+        leave_failed_capture(current)
+        raise
     return graph.replay
 
 

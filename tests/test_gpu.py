@@ -14,7 +14,7 @@ from trainer_helpers import tiny
 import fm_fast as fm
 from fm_fast import _backends, _ops, random
 from fm_fast.train.data import DataOrder, digits
-from fm_fast.train.graph import WARM_UP_STEPS, GraphedStep
+from fm_fast.train.graph import WARM_UP_STEPS, CudaRecorder, GraphedStep
 from fm_fast.train.loop import advance
 from fm_fast.train.step import new_state
 
@@ -375,6 +375,18 @@ def test_replayed_training_steps_are_the_steps(objective, precision):
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(torch.stack(found), wanted, rtol=1e-3 if precision == "float32" else 5e-2, atol=0)
     assert int(replayed.optimiser.updates) == replayed.step == WARM_UP_STEPS + 8
+
+
+def test_a_capture_that_fails_leaves_no_trace():
+    """Random numbers and further captures; the sum is waited for, which no graph can hold."""
+    x, recorder = torch.ones(1, device="cuda"), CudaRecorder(torch.device("cuda"))
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        recorder.record(lambda: x.item())
+    assert torch.cuda.current_stream() == before and bool(torch.randn(4, device="cuda").isfinite().all())
+    replay = recorder.record(lambda: x.add_(1))
+    replay()
+    assert float(x) == 2.0
 
 
 @large

@@ -52,7 +52,8 @@ def test_all_stages_run_in_processes_of_their_own(machine, capsys):
     commands, fails = machine
     fails.append("gpu_report test")
     assert gpu_report.main([]) == 1
-    assert [command.split()[-1] for command in commands] == ["build", "test", "sanitize", "bench"]
+    stage_of = [command.split("gpu_report ")[1] for command in commands]
+    assert stage_of == [f"{stage} --out {results.FOLDER}" for stage in ("build", "test", "sanitize", "bench")]
     assert "test: FAILED" in capsys.readouterr().out
 
 

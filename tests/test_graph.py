@@ -14,7 +14,7 @@ from trainer_helpers import CPU, TINY_NET, assert_same_state, flat, tiny
 from fm_fast import _ops
 from fm_fast.nn.convolution import PYTORCH
 from fm_fast.train.data import DataOrder, digits
-from fm_fast.train.graph import GraphedStep, is_wanted
+from fm_fast.train.graph import CudaRecorder, GraphedStep, is_wanted
 from fm_fast.train.loop import advance, train
 from fm_fast.train.step import new_state, training_step
 
@@ -31,6 +31,39 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr("fm_fast.nn.convolution._kernels", lambda x, weight: PYTORCH)
     monkeypatch.setattr("fm_fast._modes.values_readable", lambda *x: False)
     monkeypatch.setattr("fm_fast.train.graph.WARM_UP_STEPS", WARM_UPS)
+
+
+def test_a_capture_that_fails_is_left_by_another(monkeypatch):
+    """The current stream is what it was, and the capture that follows tells torch's generator that none is running."""
+    done = []
+
+    class Graph:
+        def __init__(self, graph, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            done.append("begun")
+
+        def __exit__(self, *error):
+            done.append("ended")
+            if len(done) == 2:
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+    class Stream:
+        device = torch.device("cpu")
+
+        def __init__(self, device=None):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: done.append(stream))
+    current = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        CudaRecorder(CPU).record(lambda: None)
+    assert done == ["begun", "ended", current, "begun", "ended", current]
 
 
 def graphed(config, data, state, steps, recorder, **options):

@@ -15,7 +15,7 @@ from fm_fast.train import train
 from fm_fast.train.condition import drop_labels
 from fm_fast.train.config import RECIPES, fit_to_data, from_dict, to_dict
 from fm_fast.train.data import digits
-from fm_fast.train.devices import pick_device
+from fm_fast.train.devices import autotuning, pick_device
 from fm_fast.train.distributed import Team
 from fm_fast.train.evaluate import agreement, evaluate, median_distance, train_classifier
 from fm_fast.train.log import Logger
@@ -201,6 +201,15 @@ def test_devices_by_number(monkeypatch):
     assert [pick_device(name) for name in ("auto", "cuda", "cuda:1")] == [torch.device(name) for name in ("cuda", "cuda", "cuda:1")]
     with pytest.raises(ValueError, match="device: expected cuda:N with N at most 1, got 'cuda:2'"):
         pick_device("cuda:2")
+
+
+def test_cudnn_times_its_convolutions_where_asked_for_and_no_longer():
+    before, seen = torch.backends.cudnn.benchmark, []
+    for wanted in (True, False):
+        with pytest.raises(ZeroDivisionError), autotuning(wanted):
+            seen.append(torch.backends.cudnn.benchmark)
+            raise ZeroDivisionError
+    assert seen == [True, False] and torch.backends.cudnn.benchmark == before
 
 
 # Log and report

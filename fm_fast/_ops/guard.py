@@ -1,5 +1,6 @@
 """The transform guard: when an op's kernel may run, and how it is called."""
 
+import functools
 from typing import Any
 
 import torch
@@ -13,7 +14,17 @@ _NOTHING = torch.empty(0, device="cpu")
 
 def absent(like: Tensor) -> Tensor:
     """A tensor without elements. Where torch.compile may look, one of its own a call, because it refuses the same tensor twice."""
-    return _NOTHING if like.is_cpu and _modes.plainly_eager() else like.new_empty(0)
+    if _modes.plainly_eager():
+        if like.is_cpu:
+            return _NOTHING
+        if like.is_cuda and type(like) in (Tensor, torch.nn.Parameter):  # and not a fake tensor of a device that is not there
+            return _nothing_on(like.device)
+    return like.new_empty(0)
+
+
+@functools.cache
+def _nothing_on(device: torch.device) -> Tensor:
+    return torch.empty(0, device=device)
 
 
 def run(op: Any, *arguments: Any) -> None:

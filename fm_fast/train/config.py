@@ -88,6 +88,9 @@ class TrainConfig:
     precision: str = _option("float32", f"dtype of the weights, with float32 masters in the optimiser: {', '.join(PRECISIONS)}")
     compile: bool = _option(False, "run the network through torch.compile", resumable=True)
     cuda_graph: str = _option("off", "record a step once and replay it (CUDA, one process): on, off, auto where it can be", resumable=True)
+    autotune: bool = _option(
+        False, "let cuDNN time its convolutions at first use (CUDA): faster, but last bits may differ from run to run", resumable=True
+    )
     learning_rate: float = _option(2e-3, "AdamW's peak learning rate")
     schedule: str = _option("linear", f"course of the learning rate after the warm-up: {', '.join(SCHEDULES)}")
     warmup: int = _option(20, "steps over which the learning rate rises linearly")

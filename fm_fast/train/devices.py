@@ -1,8 +1,10 @@
 """The device of a run: which one, what it could do at best, and how much of its memory was used."""
 
+import contextlib
 import functools
 import re
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -38,6 +40,17 @@ def pick_device(name: str) -> torch.device:
     if number >= max(count, 1):
         raise ValueError(f"device: expected cuda:N with N at most {count - 1}, got {name!r}")
     return torch.device(name)
+
+
+@contextlib.contextmanager
+def autotuning(wanted: bool) -> Iterator[None]:
+    """Whether cuDNN times its convolutions at first use, instead of guessing which is fastest."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:

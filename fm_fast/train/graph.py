@@ -4,6 +4,7 @@ A graph repeats the same kernels on the same memory. So what differs from step t
 and labels, the ids of paired noise, the number of the step, of which all noise is a function, and the learning rate.
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
@@ -46,9 +47,21 @@ class CudaRecorder:
             with torch.cuda.graph(graph, stream=self._stream):
                 work()
         except RuntimeError:
-            torch.cuda.set_stream(current)  # a capture that fails leaves its own stream as the current one
+            leave_failed_capture(current)
             raise
         return graph.replay
+
+
+def leave_failed_capture(current: torch.cuda.Stream) -> None:
+    """Make ``current`` the current stream, and random numbers possible, again.
+
+    A capture that fails leaves its own stream as the current one. And torch's generator goes on counting for it (CUDAGraph::capture_end
+    throws before it tells the generator), so that every later draw is an error, until the next capture ends well.
+    """
+    torch.cuda.set_stream(current)
+    with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(current.device)):
+        torch.zeros(1, device=current.device)
+    torch.cuda.set_stream(current)
 
 
 def why_not(config: TrainConfig, device: torch.device, world: int) -> str | None:

@@ -14,7 +14,7 @@ from fm_fast.train.checkpoint import read_checkpoint, restore
 from fm_fast.train.config import TrainConfig, fit_to_data
 from fm_fast.train.curve import can_draw, draw_curves, draw_quality
 from fm_fast.train.data import DataOrder, Dataset, load_dataset
-from fm_fast.train.devices import flops_per_image
+from fm_fast.train.devices import autotuning, flops_per_image
 from fm_fast.train.distributed import StopVote, Team, joined, state_of, team_network
 from fm_fast.train.evaluate import Enlargement, Quality, evaluate, evaluate_enlargement
 from fm_fast.train.files import as_folder
@@ -65,7 +65,8 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
     `config.quality_every` asks for it quality.jsonl and quality.png.
 
     resuming: continue from the newest valid checkpoint in `config.out`, bit by bit as if the run had not been interrupted (same
-    machine, same number of threads and processes; with other numbers, up to the order of summation). overwriting: delete another run's
+    machine, same number of threads and processes; with other numbers, or on a GPU, whose convolutions may add in another order at every
+    run, up to the order of summation). overwriting: delete another run's
     files there after the first step, so that a run that fails before deletes nothing. asked: names of settings that are refused, not only
     remarked on, where they have no effect (train/remarks.py). Ctrl-C, SIGTERM and SIGHUP let the step finish and write a checkpoint, then
     raise KeyboardInterrupt, SystemExit(143) and SystemExit(129). Under torchrun every process calls this, and the first writes.
@@ -77,7 +78,7 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
     out = as_folder("out", config.out)
     as_folder("cache", os.path.expanduser(config.cache))
     require_sinks(config)
-    with joined(config.device) as team:
+    with joined(config.device) as team, autotuning(config.autotune):
         is_wanted(config, team.device, team.share.world)  # raises before the work where it cannot be
         config, dataset = _loaded(config, team)
         share = len(team.share.samples(config.batch_size))

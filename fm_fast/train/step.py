@@ -149,6 +149,9 @@ def averages_of(config: TrainConfig) -> tuple[Averaging, ...]:
 def new_state(config: TrainConfig, device: torch.device, weights: dict[str, Tensor] | None = None) -> TrainState:
     """The state before the first step, with weights of another run where they are given."""
     model = build_model(config, weights).to(device, DTYPES[config.precision])
+    if device.type == "cuda" and config.parallel != "fsdp":  # which takes contiguous parameters only
+        # Else each convolution would turn its weights and their gradient at every step.
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     betas, largest_norm = (config.beta1, config.beta2), config.clip if config.clip > 0.0 else math.inf
     optimiser = AdamWEMA(
         model.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, max_norm=largest_norm,
