@@ -23,6 +23,7 @@ def absent(like: Tensor) -> Tensor:
 
 
 @functools.cache
+@torch.inference_mode(False)  # autograd keeps it for backward passes
 def _nothing_on(device: torch.device) -> Tensor:
     return torch.empty(0, device=device)
 

@@ -69,7 +69,7 @@ def warn_if_begun_late(path: Path, begin: float) -> None:
     if kernel_form(path)[0] == PathCode.given or _modes.transforms_active():
         return
     with torch.no_grad(), _modes.host_arithmetic():
-        point = schedule(path, torch.tensor([time_limits(path)[0], begin], dtype=torch.float64))
+        point = schedule(path, torch.tensor([time_limits(path)[0], begin], dtype=torch.float64, device="cpu"))
         more_data, less_noise = (point.a / point.s).diff(), -point.s.log().diff()
         late = float(torch.maximum(more_data, less_noise)) > LATE
     if late:

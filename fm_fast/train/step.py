@@ -203,7 +203,7 @@ def training_step(
     """One step, in place: loss, gradient, clipping, AdamW, averages. A step whose gradient is not finite is counted and changes no weight.
 
     share: the part of the batch to compute; the loss is the mean over it. network: called instead of `state.model`, e.g. the same model
-    compiled or in DistributedDataParallel. Nothing waits for the device.
+    compiled or in DistributedDataParallel. Nothing waits for the device, but the copy of a mapped data set's images may.
     """
     batch = next_batch(state, config, dataset, order, share)
     set_learning_rate(state, config)
