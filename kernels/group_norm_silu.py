@@ -33,13 +33,28 @@ from fm_fast.kernels._tile import sample_and_chunk, write
 
 
 @triton.jit
-def _add_moments(x, exists, start, positions, count, mean, spread, POSITIONS: tl.constexpr):
-    """Mean and sum of squared deviations of each channel, with those of a tile added (Chan, Golub & LeVeque 1983)."""
-    more = tl.full((), tl.minimum(positions - start, POSITIONS), mean.dtype)
-    tile_mean = tl.sum(x, axis=1) / more
-    d = tl.where(exists, x - tile_mean[:, None], 0.0)
-    total, distance = count + more, tile_mean - mean
-    return mean + distance * (more / total), spread + tl.sum(d * d, axis=1) + distance * distance * (count * more / total)
+def _moments_of_tile(value, exists, positions, MASKED_POSITIONS: tl.constexpr):
+    """Mean and sum of squared deviations of each channel of one tile that has all positions."""
+    mean = tl.sum(value, axis=1) * (1.0 / tl.full((), positions, value.dtype))
+    d = value - mean[:, None]
+    if MASKED_POSITIONS:
+        d = tl.where(exists, d, 0.0)
+    return mean, tl.sum(d * d, axis=1)
+
+
+@triton.jit
+def _moments_of_walk(origin, total, square, positions, POSITIONS: tl.constexpr):
+    """The same from what the lanes of a tile met on their walk: the first value of each, and the sums of the others' distances to it.
+
+    A lane's mean is no further from its origin than its own spread over few values allows, so that little cancels. Lanes are then combined
+    by their means (Chan, Golub & LeVeque 1983).
+    """
+    count = ((positions + (POSITIONS - 1) - tl.arange(0, POSITIONS)) // POSITIONS)[None, :].to(origin.dtype)
+    distance = total * (1.0 / count)
+    lane_mean = origin + distance
+    mean = tl.sum(count * lane_mean, axis=1) * (1.0 / tl.full((), positions, origin.dtype))
+    d = lane_mean - mean[:, None]
+    return mean, tl.sum(square - total * distance + count * d * d, axis=1)
 
 
 @triton.jit(do_not_specialize=["batch", "purpose"])
@@ -88,35 +103,40 @@ def group_norm_silu_kernel(
     position = tl.arange(0, POSITIONS)
     if WIDE:
         channel, position = channel.to(tl.int64), position.to(tl.int64)
-    mean, spread = tl.zeros((CHANNELS,), COMPUTE), tl.zeros((CHANNELS,), COMPUTE)
-    start = 0
     exists = inside_tile(inside, position, positions, MASKED_POSITIONS)
     value = load_inputs(x, second, sample, channel, position, first, exists, MASKED, COMPUTE)
-    mean, spread = _add_moments(value, exists, start, positions, 0.0, mean, spread, POSITIONS)
-    if not HELD:
-        start += POSITIONS
+    if HELD:
+        mean, spread = _moments_of_tile(value, exists, positions, MASKED_POSITIONS)
+    else:
+        origin, total, square = value, tl.zeros((CHANNELS, POSITIONS), COMPUTE), tl.zeros((CHANNELS, POSITIONS), COMPUTE)
+        start = POSITIONS
         while start < positions:
             exists = inside_tile(inside, start + position, positions, MASKED_POSITIONS)
-            value = load_inputs(x, second, sample, channel, start + position, first, exists, MASKED, COMPUTE)
-            mean, spread = _add_moments(value, exists, start, positions, tl.full((), start, COMPUTE), mean, spread, POSITIONS)
+            d = load_inputs(x, second, sample, channel, start + position, first, exists, MASKED, COMPUTE) - origin
+            if MASKED_POSITIONS:
+                d = tl.where(exists, d, 0.0)
+            total += d
+            square += d * d
             start += POSITIONS
+        mean, spread = _moments_of_walk(origin, total, square, positions, POSITIONS)
     added = batch_channel(embedding, sample, channel, inside, MASKED_CHANNELS, COMPUTE)
     mean = tl.where(inside, mean + added, 0.0)
-    group_mean = group_sum(mean, WIDTH, GROUPS) / WIDTH
+    group_mean = group_sum(mean, WIDTH, GROUPS) * (1.0 / WIDTH)
     distance = tl.where(inside, mean - group_mean, 0.0)
-    variance = group_sum(spread + distance * distance * positions, WIDTH, GROUPS) / (tl.full((), positions, COMPUTE) * WIDTH)
-    rstd = 1.0 / tl.sqrt(variance + tl.full((), eps, COMPUTE))
+    size = tl.full((), positions, COMPUTE)
+    variance = group_sum(spread + distance * distance * size, WIDTH, GROUPS) * (1.0 / (size * WIDTH))
+    rstd = tl.rsqrt(variance + tl.full((), eps, COMPUTE))
     heads = inside & (lane % WIDTH == 0)
     tl.store(mean_ptr + sample * groups + channel // WIDTH, group_mean, mask=heads)
     tl.store(rstd_ptr + sample * groups + channel // WIDTH, rstd, mask=heads)
     gain, offset = affine(weight, bias, scale, shift, sample, channel, inside, MASKED_CHANNELS, COMPUTE)
-    gain, origin = (gain * rstd)[:, None], (group_mean - added)[:, None]
+    gain, center = (gain * rstd)[:, None], (group_mean - added)[:, None]
     start = 0
     while start < positions:
         if not HELD:
             exists = inside_tile(inside, start + position, positions, MASKED_POSITIONS)
             value = load_inputs(x, second, sample, channel, start + position, first, exists, MASKED, COMPUTE)
-        z = (value - origin) * gain + offset[:, None]
+        z = (value - center) * gain + offset[:, None]
         if ACTIVATION:
             z *= sigmoid(z)
         if DROPOUT:

@@ -136,21 +136,22 @@ def group_norm_silu_backward_kernel(
     exists, d, dz = _derivative(
         x, second, grad_y, tile, start, coefficients, dropout, ACTIVATION, DROPOUT, EXPLICIT_IDS, COMPUTE, MASKED, MASKED_POSITIONS
     )
-    sum_dz, sum_product = tl.sum(dz, axis=1), tl.sum(dz * d, axis=1)
+    dz_tile, product_tile = dz, dz * d
     if not HELD:
         start += POSITIONS
         while start < positions:
             exists, d, dz = _derivative(
                 x, second, grad_y, tile, start, coefficients, dropout, ACTIVATION, DROPOUT, EXPLICIT_IDS, COMPUTE, MASKED, MASKED_POSITIONS
             )
-            sum_dz += tl.sum(dz, axis=1)
-            sum_product += tl.sum(dz * d, axis=1)
+            dz_tile += dz
+            product_tile += dz * d
             start += POSITIONS
+    sum_dz, sum_product = tl.sum(dz_tile, axis=1), tl.sum(product_tile, axis=1)
     sum_product *= rstd
-    count = tl.full((), positions, COMPUTE) * WIDTH
-    level = (-rstd * group_sum(gain * sum_dz, WIDTH, GROUPS) / count)[:, None]
-    slope = (-rstd * rstd * group_sum(gain * sum_product, WIDTH, GROUPS) / count)[:, None]
-    sum_dx = tl.zeros((CHANNELS,), COMPUTE)
+    share = -rstd * (1.0 / (tl.full((), positions, COMPUTE) * WIDTH))
+    level = (share * group_sum(gain * sum_dz, WIDTH, GROUPS))[:, None]
+    slope = (share * rstd * group_sum(gain * sum_product, WIDTH, GROUPS))[:, None]
+    dx_tile = tl.zeros((CHANNELS, POSITIONS), COMPUTE)
     start = 0
     while start < positions:
         if not HELD:
@@ -164,12 +165,16 @@ def group_norm_silu_backward_kernel(
             in_first = (channel < first)[:, None]
             write(place_in(grad_x, sample, channel, start + position), dx, exists & in_first, True)
             write(place_in(grad_second, sample, channel - first, start + position), dx, exists & (channel >= first)[:, None], True)
-        sum_dx += tl.sum(tl.where(exists, dx, 0.0), axis=1)
+        if embedding[0] is not None:
+            if MASKED_POSITIONS:
+                dx = tl.where(exists, dx, 0.0)
+            dx_tile += dx
         start += POSITIONS
     row = sums_ptr + sample * 3 * channels + channel
     tl.store(row, sum_dz, mask=inside)
     tl.store(row + channels, sum_product, mask=inside)
-    tl.store(row + 2 * channels, sum_dx, mask=inside)
+    if embedding[0] is not None:
+        tl.store(row + 2 * channels, tl.sum(dx_tile, axis=1), mask=inside)
 
 
 @triton.jit(do_not_specialize=["batch"])
