@@ -18,6 +18,13 @@ CASES = [
     Case(1, 64, groups=8, size=(12, 16), layouts="lll"),
     Case(17, 4, groups=2, size=(2, 2)),  # more samples than the second kernel takes at once
 ]
+WALKS = [
+    Case(2, 6, 4, groups=2, size=(5, 6), dropout=0.3, ids=(7, 3), layouts="lll"),
+    Case(1, 16, groups=4, size=(8, 8), dropout=0.3, layouts="lll"),
+    Case(1, 8, groups=4, size=(13, 12), dropout=0.3, layouts="lll"),  # more tiles than the backward pass takes notes of
+    Case(1, 8, groups=2, size=(8, 8), layouts="lll", modulated=False),
+    Case(1, 4, 6, groups=5, size=(7, 5), dropout=0.3),
+]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -70,16 +77,41 @@ def check_parameters_in_half_precision():
     check(Case(2, 8, groups=4, size=(4, 3), dtype=torch.bfloat16, parameter_dtype=torch.bfloat16))
 
 
-def check_a_mean_far_from_zero(monkeypatch):
-    from fm_fast.kernels import _norm, group_norm_silu, group_norm_silu_backward
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that programs walk over the positions."""
+    from fm_fast.kernels import _norm
 
-    for module, name in ((_norm, "TILE"), (group_norm_silu, "HELD_TILE"), (group_norm_silu_backward, "TILE")):
-        monkeypatch.setattr(module, name, 256)
-    case = Case(1, 8, groups=2, size=(16, 16), mean=300.0, modulated=False)
-    tensors, grad_y = inputs(case)
+    for name, elements in (("TILE", 128), ("SPLIT_TILE", 32), ("HELD_TILE", 64)):
+        monkeypatch.setattr(_norm, name, elements)
+
+
+@pytest.mark.parametrize("case", WALKS, ids=str)
+def check_walks(case, small_tiles):
+    check(case)
+
+
+def far_errors(case, tensors, grad_y):
+    """The largest error of every result, relative to its largest number."""
     got, exact = launch(case, tensors, grad_y), expected(case, tensors, grad_y)
-    for name, value in exact.items():
-        assert float((got[name] - value).abs().max()) <= 4e-7 * 300.0 * float(value.abs().max()), name
+    return {name: float((got[name] - value).abs().max() / value.abs().max()) for name, value in exact.items()}
+
+
+@pytest.mark.parametrize("layout", ["c", "l"])
+def check_a_mean_far_from_zero(layout, small_tiles):
+    case = Case(1, 8, groups=2, size=(16, 16), mean=300.0, modulated=False, layouts=3 * layout)
+    errors = far_errors(case, *inputs(case))
+    assert max(errors.values()) <= 4e-7 * 300.0, errors
+
+
+@pytest.mark.parametrize("layout", ["c", "l"])
+def check_a_walk_whose_first_values_are_far_from_the_rest(layout, small_tiles):
+    """The sums are taken about them."""
+    case = Case(1, 8, groups=2, size=(16, 16), mean=300.0, modulated=False, layouts=3 * layout)
+    tensors, grad_y = inputs(case)
+    tensors[0][:, :, :2] -= 600.0
+    errors = far_errors(case, tensors, grad_y)
+    assert max(errors.values()) <= 3e-6, errors
 
 
 def check_an_empty_batch():
