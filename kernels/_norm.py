@@ -24,16 +24,15 @@ from fm_fast.kernels import _launch
 from fm_fast.kernels._philox import read_key, words
 from fm_fast.kernels._tile import read
 
-TILE = 2048  # elements of the tiles that a program walks over at once
-SPLIT = 4  # tiles side by side of channels_last tensors, one for each position of a counter block, whose words then need not change threads
-SPLIT_TILE = 1024  # elements of each
+TILE = 1024  # elements of a tile that walks
 HELD_TILE = 8192  # elements of a sample's groups that a program may hold
+SPLIT = 4  # tiles side by side of channels_last tensors, one for each position of a counter block, whose words then need not change threads
 CHANNELS_LAST_CHANNELS = 32
 SECTOR = 32  # bytes
 FEW_PROGRAMS = 128  # fewer than a large GPU has multiprocessors
 MOST_JOINED_CHANNELS = 64  # of several groups: their sums compare every pair of channels
-ELEMENTS_PER_THREAD = 16
-SPLIT_ELEMENTS_PER_THREAD = 8  # of each tile
+ELEMENTS_PER_THREAD = 8  # of a tile
+HELD_ELEMENTS_PER_THREAD = 16  # of one that is alone
 DROPOUT_STREAM = int(contract.Stream.dropout)
 MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 
@@ -176,7 +175,8 @@ class NormPlan:
     positions: int  # a tile
     points: int  # all positions, of which a tile has some
     held: bool
-    split: int  # tiles that walk side by side
+    split: int  # tiles side by side
+    thread_elements: int  # of each
     masked_channels: bool
     masked_positions: bool
     wide: bool
@@ -188,8 +188,7 @@ class NormPlan:
 
     @property
     def warps(self) -> int:
-        elements = ELEMENTS_PER_THREAD if self.split == 1 else SPLIT_ELEMENTS_PER_THREAD
-        return max(1, min(8, self.channels * self.positions // (32 * elements)))
+        return max(1, min(8, self.channels * self.positions // (32 * self.thread_elements)))
 
     @property
     def tiles(self) -> int:
@@ -220,9 +219,10 @@ def norm_plan(x: Tensor, strides: list[_launch.Strides], channels: int, groups: 
     joined = max(1, min(groups, wanted // width))
     tile_channels = _launch.power_of_two(joined * width)
     row = max(4, _launch.power_of_two(points))
-    held = tile_channels * row <= HELD_TILE
+    doubled = x.element_size() // 8 + 1  # float64 takes two registers
+    held = tile_channels * row * doubled <= HELD_TILE
     split = SPLIT if channels_last else 1
-    tile_positions = row // split if held else max(4, (SPLIT_TILE if channels_last else TILE) // tile_channels)
+    tile_positions = row // split if held else max(4, TILE // tile_channels)
     return NormPlan(
         batch=batch,
         groups=joined,
@@ -233,6 +233,7 @@ def norm_plan(x: Tensor, strides: list[_launch.Strides], channels: int, groups: 
         points=points,
         held=held,
         split=split,
+        thread_elements=(HELD_ELEMENTS_PER_THREAD if held and split == 1 else ELEMENTS_PER_THREAD) // doubled,
         masked_channels=joined * width != tile_channels or groups % joined != 0,
         masked_positions=points % (tile_positions * split) != 0,
         wide=_launch.is_wide(channels, points, strides),

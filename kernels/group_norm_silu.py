@@ -142,8 +142,7 @@ def group_norm_silu_kernel(
     if WIDE:
         channel, position = channel.to(tl.int64), position.to(tl.int64)
     place, dropout = (sample, channel, inside, first), (key_ptr, purpose, limit, factor)
-    FIRST: tl.constexpr = SPLIT if HELD else 1
-    values = load_tiles(x, second, place, position, positions, FIRST, MASKED, MASKED_POSITIONS, COMPUTE)
+    values = load_tiles(x, second, place, position, positions, SPLIT if HELD else 1, MASKED, MASKED_POSITIONS, COMPUTE)
     if HELD:
         mean, spread = _moments_of_tiles(values, inside, position, positions, SPLIT, MASKED_POSITIONS)
     else:

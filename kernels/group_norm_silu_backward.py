@@ -269,8 +269,8 @@ def parameter_gradients_kernel(
 
 
 def _registers(x: Tensor, plan: NormPlan, extra: tuple[Tensor, ...], dropout: float) -> dict[str, int]:
-    """The limit of registers of a launch, where it sends none to memory: without ``extra`` tensors and dropout."""
-    plain = dropout == 0.0 and all(tensor.numel() == 0 for tensor in extra)
+    """The limit of registers of a launch, where it sends none to memory: without dropout, ``extra`` tensors and groups of odd widths."""
+    plain = dropout == 0.0 and all(tensor.numel() == 0 for tensor in extra) and not plan.masked_channels
     fits = plain and x.element_size() == 2 and plan.split > 1 and not plan.held
     return {"maxnreg": REGISTERS} if fits else {}
 

@@ -5,6 +5,8 @@ import torch
 from norm_cases import LAYER, NAMES, Case, assert_close, expected, inputs, key, uncancelled
 from triton_interpreter import poisoned, run_checks
 
+from fm_fast import _philox
+
 CASES = [
     Case(2, 6, groups=3, size=(5, 7)),
     Case(2, 32, groups=32, size=(4, 4), dropout=0.3, layouts="lll"),
@@ -82,7 +84,7 @@ def small_tiles(monkeypatch):
     """Tiles so small that programs walk over the positions."""
     from fm_fast.kernels import _norm
 
-    for name, elements in (("TILE", 128), ("SPLIT_TILE", 32), ("HELD_TILE", 64)):
+    for name, elements in (("TILE", 32), ("HELD_TILE", 64)):
         monkeypatch.setattr(_norm, name, elements)
 
 
@@ -112,6 +114,15 @@ def check_a_walk_whose_first_values_are_far_from_the_rest(layout, small_tiles):
     tensors[0][:, :, :2] -= 600.0
     errors = far_errors(case, tensors, grad_y)
     assert max(errors.values()) <= 3e-6, errors
+
+
+@pytest.mark.parametrize("probability", [0.0, 1e-12, 0.1, 0.5, 0.9999999999])
+def check_the_limit_of_words_is_that_of_their_uniforms(probability):
+    from fm_fast.kernels._norm import word_limit
+
+    limit = word_limit(probability) % 2**32
+    around = _philox.uniform(torch.arange(max(0, limit - 2), min(2**32, limit + 2)))
+    assert int((around < torch.tensor(probability)).sum()) == min(limit, 2)
 
 
 def check_an_empty_batch():
