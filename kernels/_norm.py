@@ -2,8 +2,9 @@
 
 A program has some whole groups of one sample: a tile [CHANNELS, POSITIONS] that walks over the positions. The same tile serves both
 layouts, since the compiler lets neighbouring threads follow whichever stride is one: channels_last programs have 32 channels or more, so
-that a position's are whole sectors of memory, and just one sector where the GPU would otherwise stand idle. Where all positions fit into
-one tile they are read once and stay in registers.
+that a position's are whole sectors of memory, and just one sector where the GPU would otherwise stand idle. They have four tiles side by
+side, with every fourth position each. Where all positions fit into the tiles they are read once and stay in registers. Sums over a walk
+stay in the lanes of the tile, and cross threads when it has ended.
 """
 
 # Device functions are written in Triton's own language.
@@ -157,10 +158,13 @@ def dropped_out(x, dropped, k, dropout, DROPOUT: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(z):
-    """1 / (1 + exp(-z)) without the scaling of tiny and huge numbers that exp and / are given: half the instructions, and as exact."""
-    root = tl.rsqrt(1.0 + tl.exp2(z * MINUS_LOG2_E))
-    return root * root
+def sigmoid(z, BITS: tl.constexpr):
+    """1 / (1 + exp(-z)) for a result of BITS bits; 16 of them hide what the shorter of two ways, half as long, adds to the rounding."""
+    if BITS == 16:
+        root = tl.rsqrt(1.0 + tl.exp2(z * MINUS_LOG2_E))
+        return root * root
+    else:
+        return 1.0 / (1.0 + tl.exp(-z))
 
 
 @dataclass(frozen=True)
@@ -269,7 +273,8 @@ def table(x: Tensor) -> Addressed:
 
 def options_of(x: Tensor, key: Tensor, activation: bool, dropout: float) -> dict[str, Any]:
     explicit = dropout > 0.0 and _launch.explicit_ids(key, x.shape[0])
-    return {"ACTIVATION": activation, "DROPOUT": dropout > 0.0, "EXPLICIT_IDS": explicit, "COMPUTE": _launch.compute_dtype(x)}
+    bits = 8 * x.element_size() if activation else 0
+    return {"ACTIVATION": bits, "DROPOUT": dropout > 0.0, "EXPLICIT_IDS": explicit, "COMPUTE": _launch.compute_dtype(x)}
 
 
 def start_norm(kernel: Any, plan: NormPlan, positional: tuple[Any, ...], options: dict[str, Any]) -> None:

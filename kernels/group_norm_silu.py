@@ -80,7 +80,7 @@ def _normalised(value, coefficients, ACTIVATION: tl.constexpr):
     center, gain, offset = coefficients
     z = (value - center) * gain + offset
     if ACTIVATION:
-        z *= sigmoid(z)
+        z *= sigmoid(z, ACTIVATION)
     return z
 
 
@@ -116,7 +116,7 @@ def group_norm_silu_kernel(
     eps: tl.float64,
     limit,
     factor: tl.float32,
-    ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # bits of the data, 0 for none
     DROPOUT: tl.constexpr,
     EXPLICIT_IDS: tl.constexpr,
     COMPUTE: tl.constexpr,

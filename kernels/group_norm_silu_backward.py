@@ -47,7 +47,7 @@ def _silu_derivative(d, dy, gain, offset, ACTIVATION: tl.constexpr):
     """silu'(z) dy with z = d gain + offset."""
     if ACTIVATION:
         z = d * gain + offset
-        s = sigmoid(z)
+        s = sigmoid(z, ACTIVATION)
         dy *= s + z * s * (1.0 - s)
     return dy
 
@@ -147,7 +147,7 @@ def group_norm_silu_backward_kernel(
     purpose,
     limit,
     factor: tl.float32,
-    ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # bits of the data, 0 for none
     DROPOUT: tl.constexpr,
     EXPLICIT_IDS: tl.constexpr,
     COMPUTE: tl.constexpr,
