@@ -16,14 +16,15 @@ from torch import Tensor
 from fm_fast.kernels import _launch
 from fm_fast.kernels._norm import (
     DROPOUT_STREAM,
-    TILE,
+    NormPlan,
     affine,
     batch_channel,
-    dropout_factor,
+    dropped_out,
+    dropped_tiles,
     full,
     group_sum,
     inside_tile,
-    load_inputs,
+    load_tiles,
     norm_plan,
     options_of,
     per_channel,
@@ -32,9 +33,12 @@ from fm_fast.kernels._norm import (
     sizes_of,
     start_norm,
     table,
+    word_limit,
 )
 from fm_fast.kernels._tile import sample_and_chunk, write
 
+REGISTERS = 128  # at most of a thread, where the compiler would take a few more and a multiprocessor hold three programs instead of four
+NOTES = 32  # bits of a number: tiles whose dropout a program remembers instead of drawing it again
 PARAMETER_TILE = (64, 16)  # samples, channels: a program walks over the samples, so few rounds and many programs
 
 
@@ -43,40 +47,83 @@ def _silu_derivative(d, dy, gain, offset, ACTIVATION: tl.constexpr):
     """silu'(z) dy with z = d gain + offset."""
     if ACTIVATION:
         z = d * gain + offset
-        s = sigmoid(z)
+        s = sigmoid(z, ACTIVATION)
         dy *= s + z * s * (1.0 - s)
     return dy
 
 
 @triton.jit
-def _derivative(
-    x,
-    second,
-    grad_y,
-    tile,
-    start,
-    coefficients,
-    dropout,
-    ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    EXPLICIT_IDS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    MASKED: tl.constexpr,
-    MASKED_POSITIONS: tl.constexpr,
-):
-    """(exists, x + embedding - mean, dz) of the tile at ``start``; coefficients are (origin, gain, offset) of z."""
-    sample, channel, position, inside, first, positions = tile
-    exists = inside_tile(inside, start + position, positions, MASKED_POSITIONS)
-    value = load_inputs(x, second, sample, channel, start + position, first, exists, MASKED, COMPUTE)
-    dz = tl.load(place_in(grad_y, sample, channel, start + position), mask=exists, other=0).to(COMPUTE)
-    if DROPOUT:
-        key, purpose, probability, factor = dropout
-        dz *= dropout_factor(key, sample, channel, start, positions, purpose, probability, factor, position.shape[0], EXPLICIT_IDS)
+def _sources(x, second, grad_y, place, position, positions, SPLIT: tl.constexpr, MASKED: tl.constexpr, MASKED_POSITIONS: tl.constexpr,
+             COMPUTE: tl.constexpr):  # fmt: skip
+    """x and dy of the SPLIT tiles at ``position``."""
+    values = load_tiles(x, second, place, position, positions, SPLIT, MASKED, MASKED_POSITIONS, COMPUTE)
+    return values, load_tiles(grad_y, (None, 0), place, position, positions, SPLIT, MASKED, MASKED_POSITIONS, COMPUTE)
+
+
+@triton.jit
+def _derivative(sources, dropped, k, coefficients, dropout, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr):
+    """(x + embedding - mean, dz) of tile k; coefficients are (origin, gain, offset) of z."""
     origin, gain, offset = coefficients
-    return exists, value - origin, _silu_derivative(value - origin, dz, gain, offset, ACTIVATION)
+    d, dy = sources[0][k] - origin, dropped_out(sources[1][k], dropped, k, dropout, DROPOUT)
+    return d, _silu_derivative(d, dy, gain, offset, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=["batch", "purpose"])
+@triton.jit
+def _add_sums(sums, sources, dropped, coefficients, dropout, SPLIT: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr):
+    """The sums of dz and of dz (x + embedding - mean), lane by lane, with those of the tiles added."""
+    sum_dz, sum_product = sums
+    for k in tl.static_range(SPLIT):
+        d, dz = _derivative(sources, dropped, k, coefficients, dropout, ACTIVATION, DROPOUT)
+        sum_dz += dz
+        sum_product += dz * d
+    return sum_dz, sum_product
+
+
+@triton.jit
+def _noted(notes, dropped, bit, SPLIT: tl.constexpr):
+    """A bit an element of each of the SPLIT tiles, from ``bit`` on."""
+    for k in tl.static_range(SPLIT):
+        notes |= tl.where(dropped[k], 1 << (bit + k), 0)
+    return notes
+
+
+@triton.jit
+def _recalled(notes, bit, SPLIT: tl.constexpr):
+    """What :func:`_noted` noted."""
+    found = ((notes & (1 << bit)) != 0,)
+    for k in tl.static_range(1, SPLIT):
+        found += ((notes & (1 << (bit + k))) != 0,)
+    return found
+
+
+@triton.jit
+def _write_tile(gradients, second, place, position, positions, dx, MASKED: tl.constexpr, MASKED_POSITIONS: tl.constexpr):
+    """dx, zero where nothing exists, having stored it."""
+    sample, channel, inside, first = place
+    exists = inside_tile(inside, position, positions, MASKED_POSITIONS)
+    if second[0] is None:
+        write(place_in(gradients[0], sample, channel, position), dx, exists, MASKED)
+    else:
+        in_first = (channel < first)[:, None]
+        write(place_in(gradients[0], sample, channel, position), dx, exists & in_first, True)
+        write(place_in(gradients[1], sample, channel - first, position), dx, exists & (channel >= first)[:, None], True)
+    return tl.where(exists, dx, 0.0) if MASKED_POSITIONS else dx
+
+
+@triton.jit
+def _write_gradients(gradients, second, sources, dropped, place, position, positions, coefficients, slopes, dropout, SPLIT: tl.constexpr,
+                     MASKED: tl.constexpr, MASKED_POSITIONS: tl.constexpr, ACTIVATION: tl.constexpr,
+                     DROPOUT: tl.constexpr):  # fmt: skip
+    """Store dx = slopes[0] dz + slopes[1] (x + embedding - mean) + slopes[2] of the tiles; their sum, lane by lane."""
+    total = tl.zeros_like(sources[0][0])
+    for k in tl.static_range(SPLIT):
+        d, dz = _derivative(sources, dropped, k, coefficients, dropout, ACTIVATION, DROPOUT)
+        dx = dz * slopes[0] + (d * slopes[1] + slopes[2])
+        total += _write_tile(gradients, second, place, position + k, positions, dx, MASKED, MASKED_POSITIONS)
+    return total
+
+
+@triton.jit(do_not_specialize=["batch", "purpose", "limit"])
 def group_norm_silu_backward_kernel(
     grad_x,  # (pointer, strides) [B, C1, P]; the same for the others
     grad_second,  # [B, C - C1, P]
@@ -98,9 +145,9 @@ def group_norm_silu_backward_kernel(
     positions,
     groups,
     purpose,
-    probability: tl.float32,
+    limit,
     factor: tl.float32,
-    ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # bits of the data, 0 for none
     DROPOUT: tl.constexpr,
     EXPLICIT_IDS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -109,6 +156,8 @@ def group_norm_silu_backward_kernel(
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
     HELD: tl.constexpr,
+    SPLIT: tl.constexpr,
+    NOTED: tl.constexpr,
     MASKED_CHANNELS: tl.constexpr,
     MASKED_POSITIONS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -121,7 +170,7 @@ def group_norm_silu_backward_kernel(
     lane = tl.arange(0, CHANNELS)
     channel = program * (GROUPS * WIDTH) + lane
     inside = (lane < GROUPS * WIDTH) & (channel < channels)
-    position = tl.arange(0, POSITIONS)
+    position = tl.arange(0, POSITIONS) * SPLIT
     if WIDE:
         channel, position = channel.to(tl.int64), position.to(tl.int64)
     added = batch_channel(embedding, sample, channel, inside, MASKED_CHANNELS, COMPUTE)
@@ -130,46 +179,46 @@ def group_norm_silu_backward_kernel(
     origin = (tl.load(mean_ptr + statistic, mask=inside, other=0.0) - added)[:, None]
     gain, offset = affine(weight, bias, scale, shift, sample, channel, inside, MASKED_CHANNELS, COMPUTE)
     z_gain = (gain * rstd)[:, None]
-    tile = (sample, channel, position, inside, first, positions)
-    coefficients, dropout = (origin, z_gain, offset[:, None]), (key_ptr, purpose, probability, factor)
-    start = 0
-    exists, d, dz = _derivative(
-        x, second, grad_y, tile, start, coefficients, dropout, ACTIVATION, DROPOUT, EXPLICIT_IDS, COMPUTE, MASKED, MASKED_POSITIONS
-    )
-    sum_dz, sum_product = tl.sum(dz, axis=1), tl.sum(dz * d, axis=1)
-    if not HELD:
-        start += POSITIONS
+    place, coefficients, dropout = (sample, channel, inside, first), (origin, z_gain, offset[:, None]), (key_ptr, purpose, limit, factor)
+    nothing = tl.zeros((CHANNELS, POSITIONS), COMPUTE)
+    sums, notes = (nothing, nothing), tl.zeros((CHANNELS, POSITIONS), tl.int32)
+    if HELD:
+        sources = _sources(x, second, grad_y, place, position, positions, SPLIT, MASKED, MASKED_POSITIONS, COMPUTE)
+        dropped = dropped_tiles(dropout, sources[0][0], sample, channel, 0, positions, SPLIT, DROPOUT, EXPLICIT_IDS)
+        sums = _add_sums(sums, sources, dropped, coefficients, dropout, SPLIT, ACTIVATION, DROPOUT)
+    else:
+        start = 0
         while start < positions:
-            exists, d, dz = _derivative(
-                x, second, grad_y, tile, start, coefficients, dropout, ACTIVATION, DROPOUT, EXPLICIT_IDS, COMPUTE, MASKED, MASKED_POSITIONS
-            )
-            sum_dz += tl.sum(dz, axis=1)
-            sum_product += tl.sum(dz * d, axis=1)
-            start += POSITIONS
-    sum_product *= rstd
-    count = tl.full((), positions, COMPUTE) * WIDTH
-    level = (-rstd * group_sum(gain * sum_dz, WIDTH, GROUPS) / count)[:, None]
-    slope = (-rstd * rstd * group_sum(gain * sum_product, WIDTH, GROUPS) / count)[:, None]
-    sum_dx = tl.zeros((CHANNELS,), COMPUTE)
-    start = 0
-    while start < positions:
-        if not HELD:
-            exists, d, dz = _derivative(
-                x, second, grad_y, tile, start, coefficients, dropout, ACTIVATION, DROPOUT, EXPLICIT_IDS, COMPUTE, MASKED, MASKED_POSITIONS
-            )
-        dx = dz * z_gain + (d * slope + level)
-        if second[0] is None:
-            write(place_in(grad_x, sample, channel, start + position), dx, exists, MASKED)
-        else:
-            in_first = (channel < first)[:, None]
-            write(place_in(grad_x, sample, channel, start + position), dx, exists & in_first, True)
-            write(place_in(grad_second, sample, channel - first, start + position), dx, exists & (channel >= first)[:, None], True)
-        sum_dx += tl.sum(tl.where(exists, dx, 0.0), axis=1)
-        start += POSITIONS
+            met = _sources(x, second, grad_y, place, start + position, positions, SPLIT, MASKED, MASKED_POSITIONS, COMPUTE)
+            drawn = dropped_tiles(dropout, met[0][0], sample, channel, start, positions, SPLIT, DROPOUT, EXPLICIT_IDS)
+            if NOTED:
+                notes = _noted(notes, drawn, start // POSITIONS, SPLIT)
+            sums = _add_sums(sums, met, drawn, coefficients, dropout, SPLIT, ACTIVATION, DROPOUT)
+            start += POSITIONS * SPLIT
+    sum_dz, sum_product = tl.sum(sums[0], axis=1), tl.sum(sums[1], axis=1) * rstd
+    share = -rstd * (1.0 / (tl.full((), positions, COMPUTE) * WIDTH))
+    level = (share * group_sum(gain * sum_dz, WIDTH, GROUPS))[:, None]
+    slope = (share * rstd * group_sum(gain * sum_product, WIDTH, GROUPS))[:, None]
+    gradients, slopes, total = (grad_x, grad_second), (z_gain, slope, level), nothing
+    if HELD:
+        total = _write_gradients(gradients, second, sources, dropped, place, position, positions, coefficients, slopes, dropout, SPLIT,
+                                 MASKED, MASKED_POSITIONS, ACTIVATION, DROPOUT)  # fmt: skip
+    else:
+        start = 0
+        while start < positions:
+            met = _sources(x, second, grad_y, place, start + position, positions, SPLIT, MASKED, MASKED_POSITIONS, COMPUTE)
+            if NOTED:
+                drawn = _recalled(notes, start // POSITIONS, SPLIT)
+            else:
+                drawn = dropped_tiles(dropout, met[0][0], sample, channel, start, positions, SPLIT, DROPOUT, EXPLICIT_IDS)
+            total += _write_gradients(gradients, second, met, drawn, place, start + position, positions, coefficients, slopes, dropout,
+                                      SPLIT, MASKED, MASKED_POSITIONS, ACTIVATION, DROPOUT)  # fmt: skip
+            start += POSITIONS * SPLIT
     row = sums_ptr + sample * 3 * channels + channel
     tl.store(row, sum_dz, mask=inside)
     tl.store(row + channels, sum_product, mask=inside)
-    tl.store(row + 2 * channels, sum_dx, mask=inside)
+    if embedding[0] is not None:
+        tl.store(row + 2 * channels, tl.sum(total, axis=1), mask=inside)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -219,6 +268,13 @@ def parameter_gradients_kernel(
     write(grad_bias[0] + channel * grad_bias[1][0], tl.sum(bias_sum, axis=0), inside, True)
 
 
+def _registers(x: Tensor, plan: NormPlan, extra: tuple[Tensor, ...], dropout: float) -> dict[str, int]:
+    """The limit of registers of a launch, where it sends none to memory: without dropout, ``extra`` tensors and groups of odd widths."""
+    plain = dropout == 0.0 and all(tensor.numel() == 0 for tensor in extra) and not plan.masked_channels
+    fits = plain and x.element_size() == 2 and plan.split > 1 and not plan.held
+    return {"maxnreg": REGISTERS} if fits else {}
+
+
 def launch(
     grad_x: Tensor,
     grad_second: Tensor,
@@ -252,13 +308,14 @@ def launch(
         return
     names = ("x", "second", "grad_x", "grad_second", "grad_y")
     addressed = [full(name, tensor) for name, tensor in zip(names, (x, second, grad_x, grad_second, grad_y), strict=True)]
-    plan = norm_plan(x, [strides for _, strides in addressed], channels, groups, TILE)  # type: ignore[misc]
+    plan = norm_plan(x, [strides for _, strides in addressed], channels, groups)  # type: ignore[misc]
     embedding_, weight_, bias_, scale_, shift_ = (table(tensor) for tensor in (embedding, weight, bias, scale, shift))
     sums = torch.empty(batch, 3, channels, dtype=mean.dtype, device=x.device)
-    numbers = (_launch.counter_purpose(DROPOUT_STREAM, index), dropout, 1.0 / (1.0 - dropout))
+    numbers = (_launch.counter_purpose(DROPOUT_STREAM, index), word_limit(dropout), 1.0 / (1.0 - dropout))
     inputs = (addressed[0], addressed[1], embedding_, weight_, bias_, scale_, shift_)
     positional = (*addressed[2:], sums, *inputs, mean, rstd, key if dropout > 0.0 else None, *sizes, *numbers)
-    start_norm(group_norm_silu_backward_kernel, plan, positional, options_of(x, key, activation, dropout))
+    options = options_of(x, key, activation, dropout) | {"NOTED": dropout > 0.0 and plan.tiles <= NOTES}
+    start_norm(group_norm_silu_backward_kernel, plan, positional, options | _registers(x, plan, (second, embedding), dropout))
     gradients = [table(tensor) for tensor in (grad_embedding, grad_weight, grad_bias, grad_scale, grad_shift)]
     samples, width = PARAMETER_TILE
     with _launch.on_device(x.device):

@@ -5,6 +5,8 @@ import torch
 from norm_cases import LAYER, NAMES, Case, assert_close, expected, inputs, key, uncancelled
 from triton_interpreter import poisoned, run_checks
 
+from fm_fast import _philox
+
 CASES = [
     Case(2, 6, groups=3, size=(5, 7)),
     Case(2, 32, groups=32, size=(4, 4), dropout=0.3, layouts="lll"),
@@ -17,6 +19,13 @@ CASES = [
     Case(1, 2, groups=1, size=(75, 75), dropout=0.2),  # more than one tile holds
     Case(1, 64, groups=8, size=(12, 16), layouts="lll"),
     Case(17, 4, groups=2, size=(2, 2)),  # more samples than the second kernel takes at once
+]
+WALKS = [
+    Case(2, 6, 4, groups=2, size=(5, 6), dropout=0.3, ids=(7, 3), layouts="lll"),
+    Case(1, 16, groups=4, size=(8, 8), dropout=0.3, layouts="lll"),
+    Case(1, 8, groups=4, size=(13, 12), dropout=0.3, layouts="lll"),  # more tiles than the backward pass takes notes of
+    Case(1, 8, groups=2, size=(8, 8), layouts="lll", modulated=False),
+    Case(1, 4, 6, groups=5, size=(7, 5), dropout=0.3),
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -70,16 +79,50 @@ def check_parameters_in_half_precision():
     check(Case(2, 8, groups=4, size=(4, 3), dtype=torch.bfloat16, parameter_dtype=torch.bfloat16))
 
 
-def check_a_mean_far_from_zero(monkeypatch):
-    from fm_fast.kernels import _norm, group_norm_silu, group_norm_silu_backward
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that programs walk over the positions."""
+    from fm_fast.kernels import _norm
 
-    for module, name in ((_norm, "TILE"), (group_norm_silu, "HELD_TILE"), (group_norm_silu_backward, "TILE")):
-        monkeypatch.setattr(module, name, 256)
-    case = Case(1, 8, groups=2, size=(16, 16), mean=300.0, modulated=False)
-    tensors, grad_y = inputs(case)
+    for name, elements in (("TILE", 32), ("HELD_TILE", 64)):
+        monkeypatch.setattr(_norm, name, elements)
+
+
+@pytest.mark.parametrize("case", WALKS, ids=str)
+def check_walks(case, small_tiles):
+    check(case)
+
+
+def far_errors(case, tensors, grad_y):
+    """The largest error of every result, relative to its largest number."""
     got, exact = launch(case, tensors, grad_y), expected(case, tensors, grad_y)
-    for name, value in exact.items():
-        assert float((got[name] - value).abs().max()) <= 4e-7 * 300.0 * float(value.abs().max()), name
+    return {name: float((got[name] - value).abs().max() / value.abs().max()) for name, value in exact.items()}
+
+
+@pytest.mark.parametrize("layout", ["c", "l"])
+def check_a_mean_far_from_zero(layout, small_tiles):
+    case = Case(1, 8, groups=2, size=(16, 16), mean=300.0, modulated=False, layouts=3 * layout)
+    errors = far_errors(case, *inputs(case))
+    assert max(errors.values()) <= 4e-7 * 300.0, errors
+
+
+@pytest.mark.parametrize("layout", ["c", "l"])
+def check_a_walk_whose_first_values_are_far_from_the_rest(layout, small_tiles):
+    """The sums are taken about them."""
+    case = Case(1, 8, groups=2, size=(16, 16), mean=300.0, modulated=False, layouts=3 * layout)
+    tensors, grad_y = inputs(case)
+    tensors[0][:, :, :2] -= 600.0
+    errors = far_errors(case, tensors, grad_y)
+    assert max(errors.values()) <= 3e-6, errors
+
+
+@pytest.mark.parametrize("probability", [0.0, 1e-12, 0.1, 0.5, 0.9999999999])
+def check_the_limit_of_words_is_that_of_their_uniforms(probability):
+    from fm_fast.kernels._norm import word_limit
+
+    limit = word_limit(probability) % 2**32
+    around = _philox.uniform(torch.arange(max(0, limit - 2), min(2**32, limit + 2)))
+    assert int((around < torch.tensor(probability)).sum()) == min(limit, 2)
 
 
 def check_an_empty_batch():

@@ -59,7 +59,7 @@ def intermediate(recorder, capability=90):
     values, options = recorder.launches[0]
     kernel = recorder.kernel
     arguments = dict(zip(kernel.arg_names, values, strict=False)) | options
-    launch_options = {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in options}
+    launch_options = {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg") if name in options}
     source = ASTSource(kernel, *_specialised(kernel.params, arguments))
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch_options)
 
