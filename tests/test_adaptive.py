@@ -172,3 +172,24 @@ def test_gradients(grad):
 
 def test_nothing_is_recorded_unasked():
     assert not fm.sample(network, X0.clone().requires_grad_(), method="dopri5").x.requires_grad
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "adaptive_heun"])
+def test_a_field_of_zero_takes_ever_longer_steps(method, per_sample):
+    """A field of 0: a first step of 1e-6, and each step ten times as long as the one before."""
+    found = fm.sample(lambda x, t: 0 * x, X0, method=method, per_sample=per_sample)
+    assert torch.equal(found.x, X0) and found.nfe <= 2 + 8 * 13
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_times_that_a_model_keeps_stay(per_sample):
+    kept, seen = [], []
+
+    def model(x, t):
+        kept.append(t)
+        seen.append(t.tolist())
+        return network(x, t)
+
+    fm.sample(model, X0, method="dopri5", per_sample=per_sample)
+    assert [t.tolist() for t in kept] == seen

@@ -44,3 +44,7 @@ def test_the_exponents_of_karras_et_al():
 def test_wrong_averages(make, value, message):
     with pytest.raises(ValueError, match=message):
         make(value)
+
+
+def test_a_decay_of_one_stays_one():
+    assert fixed_decay(1.0).decay(5) == 1.0 and fixed_decay(0.0).decay(5) == 0.0

@@ -120,3 +120,71 @@ def test_an_error_estimate_belongs_to_log_likelihood():
     with pytest.raises(ValueError, match="error_estimate is a matter of log_likelihood"):
         fm.bits_per_dim(still, images(4, 2, 3), levels=4, steps=2, error_estimate=True)
     assert math.isnan(fm.bits_per_dim(still, images(4, 1, 3), levels=4, steps=2).mean_std_err)
+
+
+def swirl(x, t):
+    return torch.sin(3 * x.flip(1)) * t[:, None]
+
+
+def test_calls_without_a_seed_differ():
+    x = images(256, 4, 30)
+    one, other = (fm.bits_per_dim(still, x, steps=1, kind="exact").bpd for _ in range(2))
+    assert not torch.equal(one, other)
+
+
+def test_a_part_of_a_batch_has_its_bits():
+    x = images(16, 4, 8)
+    options = {"levels": 16, "steps": 2, "draws": 2, "kind": "rademacher", "seed": 3}
+    whole = fm.bits_per_dim(swirl, x, sample_ids=7, **options)
+    half = fm.bits_per_dim(swirl, x[2:], sample_ids=9, **options)
+    torch.testing.assert_close(half.bpd, whole.bpd[2:], rtol=1e-6, atol=0)
+
+
+def test_errors_of_draws_weigh_as_their_densities():
+    x = images(16, 3, 8)
+    options = {"levels": 16, "steps": 3, "kind": "rademacher", "probes": 2, "seed": 3}
+    b = fm.bits_per_dim(swirl, x, draws=3, **options)
+    errors = []
+    for draw in range(3):
+        u = fm.noise(x.shape, seed=3, step=draw, stream="dequantise")
+        y = (x + u) * (2 / 16) - 1.0
+        errors.append(fm.log_likelihood(swirl, y, steps=3, kind="rademacher", probes=2, seed=3).std_err)
+    weights = torch.softmax(b.logp, 0)
+    torch.testing.assert_close(b.std_err, (weights * torch.stack(errors)).sum(0) / (8 * math.log(2.0)), rtol=1e-6, atol=0)
+
+
+def test_the_standard_error_has_no_gradient():
+    scale = torch.ones(1, requires_grad=True)
+    b = fm.bits_per_dim(
+        lambda x, t: scale * swirl(x, t),
+        images(16, 3, 8),
+        levels=16,
+        steps=2,
+        draws=2,
+        probes=2,
+        kind="rademacher",
+        seed=0,
+        create_graph=True,
+    )
+    assert b.bpd.requires_grad and not b.std_err.requires_grad
+
+
+def test_truth_values_are_no_grey_levels():
+    with pytest.raises(TypeError, match=r"x_int must hold whole numbers, got torch.bool"):
+        fm.bits_per_dim(still, torch.zeros(2, 3, dtype=torch.bool), levels=2, steps=1)
+
+
+def test_an_error_estimate_may_be_declined():
+    plain, asked = (
+        fm.bits_per_dim(still, images(4, 2, 3), levels=4, steps=2, kind="exact", seed=0, **e) for e in ({}, {"error_estimate": False})
+    )
+    assert torch.equal(plain.bpd, asked.bpd)
+
+
+def test_an_empty_batch_has_no_bits():
+    assert fm.bits_per_dim(still, images(4, 0, 3), levels=4, steps=1, kind="exact", seed=0).bpd.shape == (0,)
+
+
+def test_samples_without_elements_have_no_bits():
+    with pytest.raises(ValueError, match=r"x_int must be \[B, ...\] with at least one element a sample, got shape \(2, 0\)"):
+        fm.bits_per_dim(still, images(4, 2, 0), levels=4, steps=1)

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fm_fast as fm
 from fm_fast import _backends, _spec
+from fm_fast._ops import guard
 
 NATIVE = _backends.why_not("path_sample", "cpu", "cpp")
 pytestmark = pytest.mark.skipif(NATIVE is not None, reason=f"the C++ backend cannot run: {NATIVE}")
@@ -98,3 +99,16 @@ def test_what_names_stand_for_is_made_once():
     assert _spec.path_spec(*names, *_spec.DATA_AS_IS) is _spec.path_spec(*names, *_spec.DATA_AS_IS)
     assert _spec.path_spec(*names, *_spec.DATA_AS_IS) == _spec.path_spec(fm.VP(), "noise", "stratified", *_spec.DATA_AS_IS)
     assert _spec.path_spec(*names, 0.5, 256, False).flip == 0.5
+
+
+def test_an_op_that_fails_leaves_gradients_on():
+    def broken():
+        assert not torch.is_grad_enabled()
+        raise RuntimeError("no memory")
+
+    try:
+        with pytest.raises(RuntimeError, match="no memory"):
+            guard.run(broken)
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)

@@ -157,3 +157,31 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_parts_that_no_checkpoint_has_are_refused(tmp_path):
+    config, path = tiny(), tmp_path / "c.pt"
+    checkpoint.save_checkpoint(path, new_state(config, CPU).state_dict(), config)
+    torch.save(torch.load(path, weights_only=True) | {"schedule": 1}, path)
+    with pytest.raises(
+        ValueError, match="expected a checkpoint with config, format, state, version, got config, format, schedule, state, version"
+    ):
+        checkpoint.read_checkpoint(path)
+
+
+def test_a_file_that_must_not_be_read_is_not_a_damaged_one(tmp_path, monkeypatch):
+    """A file that must not be read is not a damaged one."""
+    config, path = tiny(), tmp_path / "c.pt"
+    checkpoint.save_checkpoint(path, new_state(config, CPU).state_dict(), config)
+
+    def forbidden(self, *arguments):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.open", forbidden)
+    with pytest.raises(PermissionError):
+        checkpoint.read_checkpoint(path)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        checkpoint.read_checkpoint(tmp_path)

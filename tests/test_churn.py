@@ -193,3 +193,27 @@ def test_paths_of_ones_own_take_numbers():
     found = fm.sample(network, X0, path=Learned(), steps=3, churn=0.5, **NOISE).x
     torch.testing.assert_close(found, fm.sample(network, X0, path="ot", steps=3, churn=0.5, **NOISE).x, rtol=1e-9, atol=1e-9)
     assert np.isfinite(found.numpy()).all()
+
+
+def test_a_path_is_not_asked_before_its_own_beginning():
+    class Limited(fm.OT):
+        t_min, starts_at_noise = 0.2, False
+
+        def alpha(self, t):
+            assert float(t.min()) >= 0.2
+            return t
+
+    assert fm.sample(network, X0, path=Limited(), steps=3, t0=0.2, churn=2.5, seed=5, step=7).x.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["seed", "step", "sample_ids"])
+def test_a_zero_given_in_vain_is_refused_too(name):
+    with pytest.raises(ValueError, match=f"{name} needs churn > 0"):
+        fm.sample(network, X0, steps=3, churn=0.0, **{name: 0})
+
+
+def test_more_steps_than_the_noise_has_numbers_for_are_refused(monkeypatch):
+    monkeypatch.setattr("fm_fast._solver.churn.INDEX_LIMIT", 3)
+    with pytest.raises(ValueError, match="steps must be at most 3 with churn, got 4"):
+        fm.sample(network, X0, steps=4, churn=0.5, seed=5, step=7)
+    assert fm.sample(network, X0, steps=3, churn=0.5, seed=5, step=7).nfe == 6

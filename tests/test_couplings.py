@@ -189,3 +189,17 @@ def test_paired_noise_makes_the_flow_straighter(one_thread):
         pairing.measured(pairing.trained(0, 120, paired), 0, samples=256, many=100) for paired in (False, True)
     )
     assert paired_nfe < nfe and paired_error < 0.3 * error
+
+
+def test_a_huge_mean_takes_no_digits():
+    x1 = torch.randn(200, 3, generator=torch.Generator().manual_seed(7)).mul(4).round().add(1e6)
+    costs = []
+    for data in (x1, x1.double()):
+        x0 = fm.noise((200, 3), seed=0, step=0, sample_ids=fm.couplings.optimal_ids(data, seed=0, step=0), dtype=torch.float64)
+        costs.append(float((x1.double() - 1e6 - x0).square().sum()))
+    assert costs[0] == pytest.approx(costs[1], rel=1e-6)
+
+
+def test_complex_labels_are_refused():
+    with pytest.raises(TypeError, match=r"labels must be whole numbers, got torch.complex64"):
+        fm.couplings.optimal_ids(torch.zeros(2, 3), seed=0, step=0, labels=torch.zeros(2, dtype=torch.complex64))

@@ -3,6 +3,7 @@
 import flows
 import pytest
 import torch
+from likelihood_cases import points, velocity
 from torch import nn
 
 import fm_fast as fm
@@ -353,3 +354,22 @@ def test_bad_inputs_and_models():
         fm.divergence(lambda y, t: torch.ones(2, 6, requires_grad=True) * 2, x, 0.5)
     with pytest.raises(TypeError, match="unexpected keyword argument 'probe'"):
         fm.divergence(model, x, 0.5, probe=3)
+
+
+def test_a_negative_factor_leaves_errors_positive():
+    """The noise's factor in the velocity is negative."""
+    d = fm.divergence(lambda x, t: torch.sin(3 * x), points(3, 6), 0.5, objective="noise", probes=4, kind="gaussian", seed=1)
+    assert bool((d.std_err > 0.0).all())
+
+
+@pytest.mark.parametrize(("memory_budget", "passes"), [(1, 4), (1 << 20, 1)])
+def test_the_memory_budget_says_how_many_at_once(memory_budget, passes):
+    seen = []
+
+    def model(x, t):
+        out = velocity(x, t)
+        out.register_hook(lambda g: seen.append(1))
+        return out
+
+    d = fm.divergence(model, points(2, 6), 0.5, probes=4, kind="gaussian", seed=0, memory_budget=memory_budget)
+    assert len(seen) == passes and d.div.shape == (2,)

@@ -224,3 +224,26 @@ def test_parameters_of_built_in_paths_are_numbers():
 def test_a_condition_must_be_keyword_arguments():
     with pytest.raises(TypeError, match="cond must be a mapping of keyword arguments of the model, got Tensor"):
         fm.flow_matching_loss(lambda x, t: x, X1, cond=torch.arange(4), **SEEDED)
+
+
+def test_no_noise_but_noise_is_no_path():
+    with pytest.raises(ValueError, match=r"sigma_min must lie in \[0, 1\), got 1.0"):
+        fm.OT(sigma_min=1.0)
+
+
+def test_a_ve_path_needs_two_scales():
+    with pytest.raises(ValueError, match=r"0 < sigma_min < sigma_max, got 2.0 and 2.0"):
+        fm.VE(2.0, 2.0)
+
+
+def test_a_path_needs_a_range_of_times():
+    class Limited(fm.OT):
+        t_min = t_max = 0.5
+
+    with pytest.raises(ValueError, match=r"0 <= t_min < t_max <= 1, got 0.5 and 0.5"):
+        fm.sample_path(X1, path=Limited(), seed=1, step=2)
+
+
+def test_times_that_are_no_numbers_are_outside():
+    with pytest.raises(ValueError, match=r"t must lie in \[0, 1\], got nan"):
+        fm.objectives.velocity_coefficients("ot", "velocity", float("nan"))

@@ -193,3 +193,47 @@ def test_times_to_save_that_rounding_moved_off_a_node_are_that_node(method):
     assert saved.nfe == plain.nfe and torch.equal(saved.saved, plain.saved)
     twice = fm.sample(velocity, x, method="midpoint", steps=4, save=[0.3, 0.3 + 1e-16, 0.1 + 0.2])
     assert twice.nfe == 10 and torch.equal(twice.saved[0], twice.saved[2])
+
+
+class Given:
+    def __init__(self, *times):
+        self.times = times
+
+    def nodes(self, steps, path):
+        return self.times
+
+
+def test_a_grid_object_whose_times_fall_is_refused():
+    with pytest.raises(ValueError, match=r"grid must be strictly increasing, got 0.3 after 0.7"):
+        nodes_of(Given(0.0, 0.7, 0.3, 1.0), 3)
+
+
+def test_a_grid_object_must_end_at_one():
+    with pytest.raises(ValueError, match=r"grid.nodes must return 3 times from 0 to 1, got 3 from 0.0 to 0.9"):
+        nodes_of(Given(0.0, 0.5, 0.9), 2)
+
+
+def test_the_ends_of_a_part_are_exact():
+    for t0, t1 in ((0.1, 0.7), (0.05, 0.95), (0.3, 0.9), (0.2, 0.7)):
+        nodes = nodes_of("cosine", 3, t0=t0, t1=t1)
+        assert (nodes[0], nodes[-1]) == (t0, t1)
+
+
+def test_equal_noise_levels_are_no_grid():
+    with pytest.raises(ValueError, match=r"0 < sigma_min < sigma_max, got 2.0 and 2.0"):
+        KarrasGrid(2.0, 2.0)
+
+
+def test_a_solve_needs_room_inside_the_path():
+    with pytest.raises(ValueError, match="t0 and t1 must leave room inside"):
+        nodes_of("uniform", 2, path="vp", t0=1 - 1e-5)
+
+
+def test_times_to_save_before_the_start_are_refused():
+    with pytest.raises(ValueError, match="save must lie inside the solve"):
+        fm.sample(lambda x, t: x, torch.zeros(1, 1), steps=2, t0=0.005, save=[0.0, 1.0])
+
+
+def test_times_with_a_gradient_are_no_grid():
+    with pytest.raises(TypeError, match="grid must be a sequence of times"):
+        nodes_of([torch.tensor(0.0, requires_grad=True), 1.0], None)

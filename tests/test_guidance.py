@@ -10,6 +10,7 @@ from sampling_helpers import FIXED, Counted, network, noise64, solve, velocity_o
 import fm_fast as fm
 
 X0 = noise64(3, 2, 4)
+Y = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
 IMAGES = noise64(2, 3, 4, 4)
 LABELS = torch.tensor([1, 4, 2])
 
@@ -335,3 +336,27 @@ def test_scales_must_be_one_a_sample_and_can_be_compared():
     with pytest.raises(ValueError, match=r"guidance.scale must be a number or have shape \[3\], got \(2,\)"):
         fm.sample(conditional, X0, cond={"y": LABELS}, guidance=fm.Guidance(SCALES[:2], {"y": -1}), steps=1)
     assert fm.Guidance(SCALES, {"y": -1}) == fm.Guidance(SCALES.clone(), {"y": -1}) != fm.Guidance(2.0, {"y": -1})
+
+
+def test_a_null_value_may_be_rounded():
+    guidance = fm.Guidance(3.0, {"y": 0.1})
+    cond = {"y": Y.float()}
+    found = fm.sample(lambda x, t, y: x * y[:, None, None], X0.float(), method="euler", steps=1, cond=cond, guidance=guidance).x
+    torch.testing.assert_close(found, X0.float() * (1 + 0.1 + 3.0 * (Y.float() - 0.1))[:, None, None])
+
+
+def test_both_ends_of_an_interval_are_guided():
+    """One step, whose middle is the interval's end."""
+    for interval in ((0.0, 0.5), (0.5, 1.0), (0.5, 0.5)):
+        guidance = fm.Guidance(3.0, {"y": 0.0}, interval=interval)
+        found = fm.sample(lambda x, t, y: x * y[:, None, None], X0, method="euler", steps=1, cond={"y": Y}, guidance=guidance).x
+        torch.testing.assert_close(found, X0 * (1 + 3.0 * Y[:, None, None]))
+
+
+def test_null_values_of_other_dtypes_differ():
+    one = fm.Guidance(2.0, {"y": torch.tensor([1.0])})
+    assert one != fm.Guidance(2.0, {"y": torch.tensor([1])}) and one == fm.Guidance(2.0, {"y": torch.tensor([1.0])})
+
+
+def test_null_values_of_other_kinds_differ():
+    assert fm.Guidance(2.0, {"y": np.array([1.0])}) != fm.Guidance(2.0, {"y": [1.0]})

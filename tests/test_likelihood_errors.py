@@ -122,3 +122,57 @@ def test_the_error_that_is_told_is_a_dimensions():
         warnings.simplefilter("error")  # 20 times less a dimension, and still more than 0.01 in all
         found = fm.log_likelihood(lambda x, t: -x / 20, x1, method="euler", steps=20, seed=0, error_estimate=True)
     assert float(found.disc_err.mean()) / math.log(2.0) > 0.01
+
+
+def test_a_hundredth_of_a_bit_is_told():
+    x1 = points(3, 16)
+    with pytest.warns(UserWarning, match="bits a dimension; take more steps"):
+        found = fm.log_likelihood(lambda x, t: -x, x1, method="euler", steps=100, kind="exact", error_estimate=True)
+    assert 0.01 < float(found.disc_err.mean()) / math.log(2.0) / 16 < 0.1
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0)])
+def test_an_error_estimate_of_nothing(shape):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = fm.log_likelihood(lambda x, t: x * t[:, None], torch.zeros(shape), steps=2, kind="exact", error_estimate=True)
+    assert found.disc_err.tolist() == [0.0] * shape[0]
+
+
+def test_samples_whose_solve_fails_are_marked():
+    x = points(3, 6)
+    x[1] = 40.0
+
+    def model(x, t):
+        return torch.where(x.abs() > 30.0, torch.nan, velocity(x, t))
+
+    found = fm.sample_with_log_prob(model, x, method="dopri5", per_sample=True, kind="exact", on_nonfinite="mark")
+    assert found.logp.isfinite().tolist() == [True, False, True]
+
+
+def test_a_density_that_is_not_finite_is_told():
+    with pytest.raises(FloatingPointError, match="3 of 3 log-densities are not finite"):
+        fm.sample_with_log_prob(velocity, points(3, 6), steps=2, kind="exact", prior=lambda x: torch.full((3,), -math.inf))
+
+
+def test_the_standard_error_is_the_same_with_a_graph():
+    options = {"steps": 4, "probes": 3, "kind": "gaussian", "seed": 1}
+    plain, recorded = (fm.log_likelihood(velocity, points(3, 6), create_graph=graph, **options).std_err for graph in (False, True))
+    torch.testing.assert_close(recorded, plain)
+
+
+def test_the_standard_error_has_no_gradient():
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    found = fm.log_likelihood(
+        lambda x, t: scale * velocity(x, t), points(3, 6), steps=2, probes=2, kind="rademacher", seed=0, create_graph=True
+    )
+    assert found.logp.requires_grad and not found.std_err.requires_grad
+
+
+def test_exact_divergences_leave_torchs_generator():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    fm.divergence(velocity, points(2, 6), 0.5, kind="exact")
+    fm.log_likelihood(velocity, points(2, 6), steps=1, kind="exact")
+    fm.sample_with_log_prob(velocity, points(2, 6), steps=1, kind="exact")
+    assert torch.equal(torch.get_rng_state(), state)

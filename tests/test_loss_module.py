@@ -66,3 +66,16 @@ def test_tensors_among_the_settings_belong_to_the_module():
     assert [name for name, _ in learned.named_parameters()] == ["weight"]
     # Three of the four samples weigh something, and the loss is linear in each weight.
     torch.testing.assert_close((learned.weight.grad * weight).sum(), expected)
+
+
+def test_arguments_of_the_call_come_before_settings():
+    x1, weight = tensor((4, 6)), torch.tensor([1.0, 2.0, 0.0, 4.0])
+    module = fm.FlowMatchingLoss(weight=torch.ones(4))
+    expected = fm.flow_matching_loss(lambda x, t: x, x1, weight=weight, seed=SEED, step=STEP)
+    assert torch.equal(module(lambda x, t: x, x1, weight=weight, seed=SEED, step=STEP), expected)
+
+
+def test_a_tensor_cannot_be_taken_away():
+    module = fm.FlowMatchingLoss(weight=torch.ones(4))
+    with pytest.raises(AttributeError, match="weight is a setting of FlowMatchingLoss"):
+        module.weight = None

@@ -350,3 +350,44 @@ def test_an_objective_of_ones_own_may_give_numbers_and_is_told_what_it_must(back
     ):
         with pytest.raises(error, match=message):
             fm.sample_path(x1, objective=objective(target), seed=SEED, step=STEP, backend=backend)
+
+
+def test_data_overwritten_beside_noise_of_inference_mode_is_told(backend):
+    x1 = tensor((3, 5))
+    with torch.inference_mode():
+        x0 = tensor((3, 5), seed=2)
+    s = fm.sample_path(x1, x0=x0, seed=SEED, step=STEP, backend=backend)
+    x1.mul_(2.0)
+    with pytest.raises(RuntimeError, match="changed in place since sample_path"):
+        s.loss(torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("wanted", ["x1", "x0"])
+def test_a_gradient_wanted_only_after_the_draw_is_there(wanted, backend):
+    given, o = {"x1": tensor((4, 6)), "x0": tensor((4, 6), seed=2)}, tensor((4, 6), seed=3)
+    s = fm.sample_path(given["x1"], x0=given["x0"], t=0.5, backend=backend)
+    given[wanted].requires_grad_()
+    error = o - (given["x1"] - given["x0"]).detach()
+    found = torch.autograd.grad(s.loss(o), given[wanted])[0]
+    torch.testing.assert_close(found, (-2.0 if wanted == "x1" else 2.0) * error / error.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.bool, torch.int64], ids=str)
+@pytest.mark.parametrize("shape", [(3,), (3, 1, 4, 4), (1, 3, 1, 1)], ids=str)
+def test_weights_may_be_of_any_dtype(dtype, shape, backend):
+    s = fm.sample_path(tensor((3, 3, 4, 4)), seed=SEED, step=STEP, backend=backend)
+    o, weight = tensor((3, 3, 4, 4), seed=2), (tensor(shape, seed=5) > 0).to(dtype)
+    spread = weight.reshape(-1, 1, 1, 1) if weight.dim() == 1 else weight
+    expected = (spread.float() * (o - s.target).square()).mean()
+    torch.testing.assert_close(s.loss(o, weight), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_gradient_is_that_of_a_multiple_of_the_loss(dtype, reduction, backend):
+    s = fm.sample_path(tensor((4, 3, 8, 8), dtype), seed=SEED, step=STEP, backend=backend)
+    o = tensor((4, 3, 8, 8), dtype, seed=2).requires_grad_()
+    loss = s.loss(o, reduction=reduction)
+    (one,), (four,) = (torch.autograd.grad(factor * loss, o, retain_graph=True) for factor in (1.0, 4.0))
+    assert torch.equal(four, 4.0 * one) or dtype == torch.float16
+    torch.testing.assert_close(four, 4.0 * one)

@@ -372,3 +372,35 @@ def test_the_default_device_does_not_matter(backend):
         assert torch.equal(fm.sample_path(x1, seed=SEED, step=STEP, backend=backend).x_t, expected)
         assert fm.noise((2, 3), seed=0, step=0, device="cpu").device.type == "cpu"
         assert fm.noise((2, 3), seed=0, step=0).device.type == "meta"
+
+
+def test_dequantisation_is_drawn_where_all_else_is_given():
+    x1 = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="seed was given without a step"):
+        fm.sample_path(x1, x0=torch.zeros(4, 3, 8, 8), t=0.5, seed=1, dequantise=True)
+    one, other = (fm.sample_path(x1, x0=torch.zeros(4, 3, 8, 8), t=0.5, dequantise=True).x_t for _ in range(2))
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_bytes_become_the_default_dtype(dtype, backend):
+    torch.set_default_dtype(dtype)
+    try:
+        assert fm.sample_path(torch.zeros(2, 3, dtype=torch.uint8), seed=1, step=2, backend=backend).x_t.dtype == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_coefficients_of_a_path_of_ones_own_are_float64_for_float64_data(backend):
+    s = fm.sample_path(torch.zeros(2, 3, dtype=torch.float64), path=Linear(), t=0.1, seed=SEED, step=STEP, backend=backend)
+    assert s.coef[:, :2].tolist() == [[0.1, 0.9]] * 2
+
+
+def test_velocity_coefficients_carry_no_gradient():
+    class Learned(Linear):
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+        def d_alpha(self, t):
+            return self.scale * torch.ones_like(t)
+
+    assert not any(part.requires_grad for part in fm.objectives.velocity_coefficients(Learned(), "data", 0.5))

@@ -6,11 +6,13 @@ Rademacher's over K with D the padded power of two, coloured 2 sum over the pair
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import fm_fast as fm
 from fm_fast import testing
+from fm_fast._solver.probes import colours
 
 WIDE = torch.float64
 SAMPLES = 20_000
@@ -157,3 +159,13 @@ def test_colours_on_images_with_a_natural_spectrum(probes, t, factor):
     squares = errors.square()
     assert abs(float(squares.mean()) - coloured) < 4 * float(squares.std()) / math.sqrt(len(x))
     assert abs(float(errors.mean())) < 4 * math.sqrt(coloured / len(x))
+
+
+def test_two_colours_are_a_checkerboard():
+    y, x = np.mgrid[:4, :6]
+    assert colours((1, 1, 4, 6), 2).reshape(4, 6).tolist() == ((y + x) % 2).tolist()
+
+
+def test_channels_are_shifted_apart():
+    """Channels are shifted apart as long as there are shifts."""
+    assert sorted(colours((1, 16, 4, 4), 16).reshape(16, 16)[:, 0].tolist()) == list(range(16))

@@ -7,6 +7,7 @@ import torchdiffeq
 from sampling_helpers import FIXED, Counted, kutta3, lagrange_integral, network, noise64, schedule, solve, velocity_of
 
 import fm_fast as fm
+from fm_fast.objectives import Objective, Target
 from fm_fast.solvers import METHODS, AdamsBashforth, RungeKutta
 
 UNEVEN = (0.0, 0.05, 0.2, 0.25, 0.45, 0.7, 0.75, 1.0)
@@ -172,3 +173,11 @@ def test_tables_are_values():
     assert RungeKutta(((),), (1,)) == METHODS["euler"] and hash(RungeKutta(((),), (1,))) == hash(METHODS["euler"])
     with pytest.raises(AttributeError):
         METHODS["euler"].b = (2.0,)
+
+
+@pytest.mark.parametrize("method", ["ab2", "ab3"])
+def test_multistep_methods_with_a_constant_factor_of_x(method, backend):
+    residual = Objective("residual", lambda p: Target(p.da, p.ds, 1.0, 1.0), lambda p: (-2.0, 1.0))
+    nodes = [0.0, 0.1, 0.3, 0.45, 0.7, 0.8, 1.0]
+    found = fm.sample(network, X0, method=method, grid=nodes, objective=residual, backend=backend).x
+    torch.testing.assert_close(found, solve(method, lambda x, t: network(x, t) - 2.0 * x, X0, nodes))

@@ -332,3 +332,46 @@ def test_a_compiled_network_gives_the_same_losses():
         order, network = DataOrder(len(data), 0), network_of(state, config)
         losses.append(torch.stack([training_step(state, config, data, order, network=network).mean for _ in range(10)]))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
+
+
+def test_the_data_map_is_the_configurations(monkeypatch):
+    points, draw = [], sample_path
+    monkeypatch.setattr("fm_fast.train.step.sample_path", lambda *inputs, **named: (points.append(draw(*inputs, **named)), points[-1])[1])
+    config = tiny(flip=0.5, dequantise=True, seed=5)
+    images = torch.randint(17, (16, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = Batch(images, torch.arange(16) % 10, levels=17, step=3, first_id=40)
+    sample_losses(new_state(config, CPU), config, batch)
+    expected = fm.sample_path(
+        images,
+        t_sampler="stratified",
+        flip=0.5,
+        levels=17,
+        dequantise=True,
+        seed=5,
+        step=3,
+        sample_ids=40,
+        path=config.recipe.path,
+        objective=config.recipe.objective,
+    )
+    assert torch.equal(points[0].target, expected.target)
+
+
+@pytest.mark.parametrize("duplicate", ["copied", "pickled"])
+def test_the_average_of_a_duplicate_evaluates(duplicate):
+
+    state = new_state(tiny(), CPU)
+    other = copy.deepcopy(state) if duplicate == "copied" else pickle.loads(pickle.dumps(state))
+    assert not state.average.training and not other.average.training and other.model.training
+
+
+def test_making_a_state_leaves_torchs_generator():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    new_state(tiny(), CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_network_is_compiled_where_asked_for(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: ("compiled", model))
+    state = new_state(tiny(), CPU)
+    assert network_of(state, tiny(compile=True)) == ("compiled", state.model) and network_of(state, tiny()) is state.model
