@@ -9,6 +9,22 @@ from fm_fast import testing
 WIDE = torch.float64
 
 
+class Linear:
+    """OT again, as somebody else would write a path."""
+
+    def alpha(self, t):
+        return t
+
+    def sigma(self, t):
+        return 1 - t
+
+    def d_alpha(self, t):
+        return torch.ones_like(t)
+
+    def d_sigma(self, t):
+        return -torch.ones_like(t)
+
+
 def mixture(path="ot"):
     """Four clusters in the plane, smooth enough for 32 steps to be in the asymptotic range of every method."""
     means = torch.tensor([[1.5, 0.0], [0.0, 1.5], [-1.5, 0.0], [0.0, -1.0]], dtype=WIDE)

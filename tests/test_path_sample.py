@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from flows import Linear
 from thread_counts import on_thread_counts
 
 import fm_fast as fm
@@ -134,22 +135,6 @@ def test_given_noise_is_used(dtype, backend):
     s = fm.sample_path(x1, x0=x0, t=0.25, backend=backend)
     np.testing.assert_allclose(s.x_t.double().numpy(), 0.25 * x1.double().numpy() + 0.75 * x0.double().numpy(), rtol=1e-6, atol=1e-6)
     assert torch.equal(s.x0, x0.to(s.coef.dtype))
-
-
-class Linear:
-    """OT again, as somebody else would write a path."""
-
-    def alpha(self, t):
-        return t
-
-    def sigma(self, t):
-        return 1 - t
-
-    def d_alpha(self, t):
-        return torch.ones_like(t)
-
-    def d_sigma(self, t):
-        return -torch.ones_like(t)
 
 
 def test_an_objective_of_ones_own(backend):
