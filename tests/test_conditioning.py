@@ -69,3 +69,22 @@ def test_each_stage_is_judged_by_the_length_of_its_own_step():
     """A first step as short as its time, and a long one at the end."""
     assert told(method="midpoint", objective="noise", grid=[1e-5, 2e-5, 0.5, 1.0]) is None
     assert told(method="midpoint", objective="noise", grid=[1e-5, 0.5, 0.9999, 1.0]) is not None
+
+
+class Black(torch.nn.Module):
+    """E[x1 | x_t] where every element is of the lowest of 256 levels, dequantised: uniform in one bin, a normal distribution cut to it."""
+
+    def forward(self, x, t):
+        t = t[:, None]
+        bin_of = -1.0 + (torch.arange(400, dtype=torch.float64) + 0.5) / 400 * 2 / 256
+        distance = (bin_of - (x / t)[..., None]) * (t / (1 - t))[..., None]
+        return (torch.softmax(-0.5 * distance**2, -1) * bin_of).sum(-1)
+
+
+@pytest.mark.parametrize(("t1", "bits"), [(0.99, 2.5), (0.999, 0.4), (0.9999, 0.03)])
+@pytest.mark.filterwarnings("ignore:objective 'data' does not determine")
+def test_what_an_earlier_end_costs_data_of_one_grey_level(t1, bits):
+    """The figures of docs/training.md; the truth is 0."""
+    settings = {"objective": "data", "method": "dopri5", "kind": "exact", "t0": 1e-3, "dtype": torch.float64, "seed": 0}
+    found = fm.bits_per_dim(Black(), torch.zeros(64, 4, dtype=torch.int64), t1=t1, **settings)
+    assert found.mean == pytest.approx(bits, rel=0.2)

@@ -145,6 +145,17 @@ def test_a_sanitizer_that_takes_too_long_is_ended(machine, monkeypatch):
     assert stages()["sanitize"] == {"memcheck": "not at its end after 0.2 s", "racecheck": "not at its end after 0.2 s"}
 
 
+def test_tests_and_tools_that_hang_are_ended(machine, monkeypatch):
+    def hangs(command, seconds=None):
+        raise subprocess.TimeoutExpired(command, seconds)
+
+    monkeypatch.setattr(gpu_report, "_succeeds", hangs)
+    assert gpu_report.main(["test"]) == 1 and gpu_report.main(["sanitize"]) == 0
+    assert stages()["test"] == {"tests": f"FAILED: not at its end after {gpu_report.TEST_SECONDS} s"}
+    refused = f"refused here, on a trivial program too: not at its end after {gpu_report.TRIVIAL_SECONDS} s"
+    assert stages()["sanitize"] == {"memcheck": refused, "racecheck": refused}
+
+
 def test_what_takes_too_long_is_ended_with_all_that_it_has_begun(tmp_path):
     """A sanitizer's tests, which it starts, would go on using the GPU under the benchmarks."""
     with pytest.raises(subprocess.TimeoutExpired):
