@@ -36,18 +36,6 @@ def ratios(times: Mapping[str, list[float]], name: str, base: str) -> Summary:
     return summarise([a / b for a, b in zip(times[name], times[base], strict=True)])
 
 
-LARGEST_BLOCK = 31 << 20  # bytes; from 32 MiB on glibc always returns a block to the system
-
-
-def settle_allocator() -> None:
-    """Free one large block, as a network does with its activations at every step.
-
-    From then on glibc keeps what is freed. In a process that has never freed more than the tensors of one small step it returns them to
-    the system at each step and takes them again page by page, which costs more than the op that is timed.
-    """
-    torch.ones(LARGEST_BLOCK, dtype=torch.uint8)
-
-
 def now(device: torch.device, kind: str) -> Clock:
     """The clock of a kind, "wall" or "cpu", that tells the time when the device has finished."""
     clock = time.process_time if kind == "cpu" else time.perf_counter
