@@ -2,7 +2,7 @@
 
 By itself glibc returns what is free at the end of its heap to the system once that is more than 64 MiB, and takes every block above
 32 MiB from the system alone. On a CPU all that a step has kept for its gradient is freed at its end, so each step would be handed the
-same memory anew, page by page and zeroed: an eighth of the time of a small U-Net's step.
+same memory anew, page by page and zeroed: a tenth of the time of a small U-Net's step.
 """
 
 import ctypes
