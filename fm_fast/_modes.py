@@ -41,7 +41,12 @@ def _without_modes(outside: contextlib.AbstractContextManager[Any]) -> Iterator[
 
 def plainly_eager() -> bool:
     """Whether torch runs without a compiler or a mode that looks at every op: then tensors may be made or shared behind its back."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    return not (torch.compiler.is_compiling() or mode_active())
+
+
+def mode_active() -> bool:
+    """Whether a mode looks at every op, as fake tensors' and the profilers' of graphs do."""
+    return torch._C._len_torch_dispatch_stack() != 0
 
 
 def is_captured(device: torch.device) -> bool:

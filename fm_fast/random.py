@@ -42,6 +42,7 @@ DEFAULT_KIND = {
 STREAMS, KINDS = [stream.name for stream in Stream], [kind.name for kind in Kind]
 Whole = int | Tensor
 _GROUPS_EXIST = torch.distributed.is_available()
+_HOST = torch.device("cpu")
 
 
 def noise(
@@ -119,10 +120,11 @@ def make_key(
     if step is not None:
         _checks.whole("step", step, _checks.WORD)
     _checks.sample_ids(sample_ids, batch, device)
+    on_host = device.type == "cpu" and not torch.compiler.is_compiling()
     if seed is None:
-        seed = _read(fresh_seed(device)) if draws else 0
+        seed = (_host_seed() if on_host else fresh_seed(device)) if draws else 0
     parts = (seed, 0 if step is None else step, 0 if sample_ids is None else sample_ids)
-    if _are_numbers(parts) and device.type == "cpu" and not torch.compiler.is_compiling():
+    if on_host and _are_numbers(parts):
         return _host_words(parts)
     units = unit_words(device)
     if units is not None and _are_numbers(parts):
@@ -132,12 +134,16 @@ def make_key(
 
 
 def _are_numbers(parts: Sequence[Whole]) -> TypeGuard[Sequence[int]]:
-    return not any([isinstance(part, Tensor) for part in parts])
+    for part in parts:
+        if isinstance(part, Tensor):
+            return False
+    return True
 
 
-def _read(seed: Tensor) -> Whole:
-    """The seed as a number, where it is at hand: a key of numbers takes less time to make than one of tensors."""
-    return int(seed) if _modes.values_readable(seed) else seed
+def _host_seed() -> Whole:
+    """A fresh seed as a number, where torch lets it be read: a key of numbers takes less time to make than one of tensors."""
+    seed = fresh_seed(_HOST)
+    return seed if _modes.function_transforms_active() or _modes.mode_active() else seed.item()
 
 
 def _combined(units: Tensor, words: Sequence[int]) -> Tensor:
@@ -151,7 +157,7 @@ def _combined(units: Tensor, words: Sequence[int]) -> Tensor:
 
 def _host_words(words: Sequence[int]) -> Tensor:
     """An int64 tensor on the CPU; from a buffer where nothing watches, which takes a quarter of torch.tensor's time."""
-    if not _modes.plainly_eager():
+    if _modes.mode_active():
         return torch.tensor(words, dtype=torch.int64, device="cpu")
     return torch.frombuffer(array.array("q", words), dtype=torch.int64)
 
