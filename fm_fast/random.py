@@ -134,10 +134,7 @@ def make_key(
 
 
 def _are_numbers(parts: Sequence[Whole]) -> TypeGuard[Sequence[int]]:
-    for part in parts:
-        if isinstance(part, Tensor):
-            return False
-    return True
+    return not any([isinstance(part, Tensor) for part in parts])
 
 
 def _host_seed() -> Whole:

@@ -95,6 +95,33 @@ def test_npz(tmp_path, save, shape):
     assert data.labels.tolist() == [0, 3, 1, 2] and data.classes == 4
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_npz_with_channels_last(tmp_path, channels):
+    images = random_images(4, 8, 8, channels)
+    np.savez(tmp_path / "set.npz", images=images, labels=np.zeros(4, dtype=np.int64))
+    assert np.array_equal(load_dataset(tmp_path / "set.npz").images.numpy(), images.transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 3, 3), (4, 3, 8, 8), (4, 8, 8, 5), (4, 8, 6, 3)])
+def test_npz_that_is_not_certainly_channels_last_is_read_as_it_is(tmp_path, shape):
+    images = random_images(*shape)
+    np.savez(tmp_path / "set.npz", images=images, labels=np.zeros(4, dtype=np.int64))
+    assert np.array_equal(load_dataset(tmp_path / "set.npz").images.numpy(), images)
+
+
+def test_npz_whose_arrays_numpy_named(tmp_path):
+    """guided-diffusion's archives of samples, with and without labels."""
+    images, labels = random_images(4, 8, 8, 3), np.array([0, 3, 1, 2])
+    np.savez(tmp_path / "samples.npz", images, labels)
+    np.savez(tmp_path / "alone.npz", images)
+    data = load_dataset(tmp_path / "samples.npz", "test")
+    assert np.array_equal(data.images.numpy(), images.transpose(0, 3, 1, 2))
+    assert data.labels.tolist() == [0, 3, 1, 2] and data.division == "undivided"
+    with pytest.raises(ValueError, match=r"alone.npz: expected labels beside images; .*, got arr_0"):
+        load_dataset(tmp_path / "alone.npz")
+    assert load_dataset(tmp_path / "alone.npz", preparation=Preparation(unlabelled=True)).labels.tolist() == [0] * 4
+
+
 def test_damaged_npz(tmp_path):
     file = tmp_path / "set.npz"
     file.write_bytes(b"PK\x03\x04 but no archive")

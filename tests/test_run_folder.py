@@ -190,13 +190,8 @@ def test_a_network_with_dropout_draws_its_pictures_without(tmp_path):
 
 def test_images_that_are_not_square_are_refused_before_the_run(tmp_path):
     np.savez(tmp_path / "wide.npz", images=np.zeros((4, 8, 16), np.uint8), labels=np.zeros(4, np.int64))
-    with pytest.raises(ValueError, match=r"data: expected square images .*, got '8x16'"):
+    with pytest.raises(ValueError, match=r"data: expected a height equal to the width .*, got \(8, 16\)"):
         run(tmp_path / "run", data=str(tmp_path / "wide.npz"))
-    np.savez(tmp_path / "last.npz", images=np.zeros((4, 16, 16, 3), np.uint8), labels=np.zeros(4, np.int64))
-    with pytest.raises(
-        ValueError, match=r"data: expected square images \[N, C, H, W\] .*; are these 16x16 images with their 3 colours last\?"
-    ):
-        run(tmp_path / "run", data=str(tmp_path / "last.npz"))
 
 
 @pytest.mark.parametrize("channels", [2, 4])

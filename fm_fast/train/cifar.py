@@ -1,32 +1,20 @@
 """Read CIFAR-10 batches in its "python" and "binary" forms, from a folder or from the .tar.gz archive itself."""
 
 import io
-import pickle
 import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from fm_fast.train.pickled import unpickled
 
 IMAGE_BYTES = 3 * 32 * 32
 TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_BATCHES = ("test_batch",)
 SUBFOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-bin")  # the archives' own
-
-# A pickle may name any function to be called; these are the only ones that the official batches need.
-ALLOWED_GLOBALS = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
-
-# What a damaged pickle makes Python raise.
-DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError)
 
 
 def find_cifar_folder(folder: Path) -> Path | None:
@@ -79,7 +67,7 @@ def _binary_batch(content: bytes, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _python_batch(content: bytes, name: str) -> tuple[Tensor, Tensor]:
-    batch = _unpickled(content, name)
+    batch = unpickled(io.BytesIO(content), name, "CIFAR-10")
     try:
         pixels, labels = torch.as_tensor(batch[b"data"]), torch.as_tensor(batch[b"labels"])
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -95,17 +83,3 @@ def _checked(pixels: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise ValueError(f"{name}: expected whole numbers as labels, got {labels.dtype}")
     return pixels.reshape(-1, 3, 32, 32), labels.to(torch.int64)
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ALLOWED_GLOBALS:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a CIFAR-10 batch")
-        return super().find_class(module, name)
-
-
-def _unpickled(content: bytes, name: str) -> Any:
-    try:
-        return _RestrictedUnpickler(io.BytesIO(content), encoding="bytes").load()
-    except DAMAGE as error:
-        raise ValueError(f"{name}: expected a CIFAR-10 pickle, got: {error}") from error

@@ -63,7 +63,8 @@ class TrainConfig:
     """All settings of a run. Raises ValueError for a value out of range, TypeError for one of another type, naming the setting."""
 
     data: str = _option(
-        "digits", "'digits' (shipped), 'fashion', or a file or folder: IDX, CIFAR-10, .npz, or images in a subfolder a class"
+        "digits",
+        "'digits' (shipped), 'fashion', or a file or folder: IDX, CIFAR-10, small ImageNet, .npz, or images in a subfolder a class",
     )
     resize: int = _option(0, "cut out the middle square of a folder's images and bring it to this height and width, 0 to leave them")
     pool: int = _option(1, "replace blocks of this many pixels a side by their mean")
@@ -71,7 +72,7 @@ class TrainConfig:
     super_resolution: int = _option(1, "learn to enlarge images so many times: the network sees means over blocks; 1: not")
     test_share: float = _option(0.0, "share of the images held out of data that come without a test set")
     conditional: bool = _option(True, "tell the network the labels; data without any need --no-conditional")
-    memory_limit: float = _option(4.0, "GiB of pixels above which a folder's images lie in a mapped file", resumable=True)
+    memory_limit: float = _option(4.0, "GiB of pixels above which images (of folders and ImageNet) lie in a mapped file", resumable=True)
     cache: str = _option("~/.cache/fm_fast", "folder for such files", resumable=True)
     out: str = _option("out/digits", "folder for checkpoints, weights.safetensors, samples.png, log.jsonl", resumable=True)
     init_from: str = _option("", "begin with the average of this run, as for fine-tuning: a folder or file", resumable=True)
@@ -204,9 +205,8 @@ def _check_recipe(config: TrainConfig) -> None:
 def fit_to_data(config: TrainConfig, image_shape: tuple[int, ...], classes: int) -> TrainConfig:
     """The same run with the network's channels, size and classes taken from the data (image_shape is C, H, W)."""
     channels, height, width = image_shape
-    square = "square images [N, C, H, W] (resize cuts out the middle square of a folder's)"
-    found = f"{height}x{width}" + (f"; are these {channels}x{height} images with their {width} colours last?" if width in (1, 3, 4) else "")
-    require("data", height == width, square, found)
+    square = "a height equal to the width (resize cuts out the middle square of a folder's images)"
+    require("data", height == width, square, (height, width))
     known, factor = classes if config.conditional else 0, config.super_resolution
     require("super_resolution", height % factor == width % factor == 0, f"a divisor of the images' size, {height}x{width}", factor)
     _check_levels(config.model, height)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fm_fast.random import noise
 from fm_fast.train.cifar import find_cifar_folder, read_cifar10
+from fm_fast.train.downsampled_imagenet import CLASSES, find_batches, read_batches
 from fm_fast.train.idx import read_idx
 from fm_fast.train.image_folder import beside_parts, list_images, no_labels, preparation_of, read_images, split_folder
 from fm_fast.train.npz import array_names, read_npz
@@ -19,6 +20,8 @@ DIGITS = Path(__file__).parent.parent / "datasets" / "digits.npz"
 DIGITS_TRAIN = 1500
 DIGITS_LEVELS = 17
 LEVELS = 256
+CHANNELS = (1, 3, 4)  # of images
+UNNAMED = ("arr_0", "arr_1")  # images and labels where numpy named the arrays, as in guided-diffusion's archives
 MOST_CLASSES = 1_000_000  # each has a row of weights; more are labels of another kind
 TEST_FILES = ("t10k", "test")  # beginnings of their names
 IDX_IMAGES = re.compile(r"-images[-.]idx3-ubyte(\.gz)?$")
@@ -71,8 +74,9 @@ def load_dataset(source: str | Path, split: str = "train", preparation: Preparat
     """The data set at `source`; split is "train" or "test".
 
     source: "digits" (shipped); "fashion" (Fashion-MNIST as installed by Debian's package dataset-fashion-mnist); a folder of IDX files
-    (MNIST, Fashion-MNIST), of CIFAR-10 batches, or of images with one subfolder a class, perhaps within train and test; a CIFAR-10
-    .tar.gz archive; an .npz archive with `images` and `labels`, perhaps `test_images` and `test_labels`; or an IDX image file.
+    (MNIST, Fashion-MNIST), of batches of CIFAR-10 or downsampled ImageNet, or of images with one subfolder a class, perhaps within train
+    and test; a CIFAR-10 .tar.gz archive; an .npz archive with `images` and `labels`, perhaps `test_images` and `test_labels`, or with
+    `arr_0` and `arr_1`; or an IDX image file.
     Of data without a test part, `preparation.test_share` is held out; if that is 0, both splits are all of them (UNDIVIDED).
     Where `preparation.unlabelled` allows it, an .npz archive may lack labels, and images may lie beside subfolders: all labels are 0 then.
     Raises FileNotFoundError for what is missing and ValueError, naming the file, for what is damaged.
@@ -83,6 +87,8 @@ def load_dataset(source: str | Path, split: str = "train", preparation: Preparat
     preparation = preparation.of_size(*dataset.images.shape[-2:])
     _check_size(dataset, preparation.resize)
     if dataset.division == UNDIVIDED and preparation.test_share > 0.0:
+        if dataset.mapped:
+            raise ValueError(f"{dataset.name}: above memory_limit, expected test_share 0 for data without a test part, or a higher limit")
         rows = rows_of_split(len(dataset), preparation.test_share, split)
         dataset = replace(dataset, images=dataset.images[rows], labels=dataset.labels[rows], division=SHARE)
     if preparation.pool == 1 and preparation.pad == 0:
@@ -165,19 +171,31 @@ def _from_file(path: Path, split: str, preparation: Preparation) -> Dataset:
 
 
 def _from_npz(path: Path, split: str, preparation: Preparation) -> Dataset:
-    labelled, divided = _arrays_of(path, preparation)
+    names = array_names(path)
+    if UNNAMED[0] in names and "images" not in names:
+        return _read_npz(path, UNNAMED, _are_labelled(path, names, UNNAMED[1] in names, preparation), UNDIVIDED)
+    labelled, divided = _arrays_of(path, names, preparation)
     part = "test_" if divided and split == "test" else ""
-    division = TEST_PART if divided else UNDIVIDED
+    return _read_npz(path, (f"{part}images", f"{part}labels"), labelled, TEST_PART if divided else UNDIVIDED)
+
+
+def _read_npz(path: Path, names: tuple[str, str], labelled: bool, division: str) -> Dataset:
+    images, *labels = read_npz(path, names if labelled else names[:1])
+    images = channels_first(images)
     if labelled:
-        images, labels = read_npz(path, (f"{part}images", f"{part}labels"))
-        return make_dataset(path.name, images, labels, division=division)
-    (images,) = read_npz(path, (f"{part}images",))
+        return make_dataset(path.name, images, labels[0], division=division)
     return make_dataset(path.name, images, no_labels(len(images)), classes=1, division=division)
 
 
-def _arrays_of(path: Path, preparation: Preparation) -> tuple[bool, bool]:
+def channels_first(images: Tensor) -> Tensor:
+    """[N, S, S, C] as [N, C, S, S]; what cannot be square images with their channels last, as it is."""
+    if images.ndim == 4 and images.shape[1] == images.shape[2] != images.shape[3] and images.shape[3] in CHANNELS:
+        return images.permute(0, 3, 1, 2)
+    return images
+
+
+def _arrays_of(path: Path, names: set[str], preparation: Preparation) -> tuple[bool, bool]:
     """Whether there are labels, and whether there is a test part. Raises ValueError for a part that lacks what the other has."""
-    names = array_names(path)
     labelled, divided = "labels" in names or "images" not in names, "test_images" in names
     expected = {name for name, there in (("test_images", divided), ("test_labels", divided and labelled)) if there}
     found = names & {"test_images", "test_labels"}
@@ -185,9 +203,13 @@ def _arrays_of(path: Path, preparation: Preparation) -> tuple[bool, bool]:
         raise ValueError(
             f"{path}: expected test_images and test_labels where there are images and labels, or neither, got {', '.join(sorted(names))}"
         )
+    return _are_labelled(path, names, labelled, preparation), divided
+
+
+def _are_labelled(path: Path, names: set[str], labelled: bool, preparation: Preparation) -> bool:
     if not labelled and not preparation.unlabelled:
         raise ValueError(f"{path}: expected labels beside images; {WITHOUT_LABELS}, got {', '.join(sorted(names))}")
-    return labelled, divided
+    return labelled
 
 
 def _from_idx(path: Path) -> Dataset:
@@ -206,12 +228,21 @@ def _from_folder(folder: Path, split: str, preparation: Preparation) -> Dataset:
     cifar = find_cifar_folder(folder)
     if cifar is not None:
         return make_dataset(folder.name, *read_cifar10(cifar, split), classes=10)
+    batches = find_batches(folder, "train")
+    if batches:
+        return _from_imagenet(folder, batches, split, preparation)
     idx_files = sorted(file for file in folder.iterdir() if IDX_IMAGES.search(file.name))
     if idx_files:
         divided = any(file.name.startswith(TEST_FILES) for file in idx_files)
         dataset = _from_idx(_idx_file_of_split(folder, idx_files, split if divided else "train"))
         return replace(dataset, division=TEST_PART if divided else UNDIVIDED)
     return _from_image_folder(folder, split, preparation)
+
+
+def _from_imagenet(folder: Path, batches: list[Path], split: str, preparation: Preparation) -> Dataset:
+    held_out = find_batches(folder, "test")
+    images, labels, mapped = read_batches(held_out if held_out and split == "test" else batches, preparation)
+    return make_dataset(folder.name, images, labels, classes=CLASSES, mapped=mapped, division=TEST_PART if held_out else UNDIVIDED)
 
 
 def _from_image_folder(folder: Path, split: str, preparation: Preparation) -> Dataset:

@@ -1,7 +1,5 @@
 """Read a folder of images with one subfolder a class, into memory or, where they are too many, into a mapped file."""
 
-import hashlib
-import math
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator
@@ -12,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fm_fast.train.files import as_folder, replaced_whole
 from fm_fast.train.image_file import read_image
-from fm_fast.train.prepare import GIB, WITHOUT_LABELS, Preparation
+from fm_fast.train.mapped import filled
+from fm_fast.train.prepare import WITHOUT_LABELS, Preparation
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 TEST_FOLDERS = ("test", "val", "validation")
@@ -135,39 +133,14 @@ def preparation_of(files: list[Path], preparation: Preparation) -> Preparation:
 def read_images(files: list[Path], preparation: Preparation) -> tuple[Tensor, bool]:
     """(RGB images uint8 [N, 3, H, W], whether they lie in a mapped file).
 
-    All must have the size of the first, if they are not resized. A mapped file is kept in the cache and read again as long as the
-    images' names, sizes and times are the same. Raises ValueError for an image that cannot be read or has another size.
+    All must have the size of the first, if they are not resized. Raises ValueError for an image that cannot be read or has another size.
     """
     shape = (len(files), *read_image(files[0], preparation.resize).shape)
-    size = math.prod(shape)
-    if size <= preparation.limit_in_bytes:
-        return _fill(torch.empty(shape, dtype=torch.uint8), files, preparation.resize), False
-    cache = as_folder("cache", os.path.expanduser(preparation.cache)) / f"images-{_fingerprint(files, preparation.resize)}.u8"
-    if not (cache.is_file() and cache.stat().st_size == size):
-        print(f"{size / GIB:.2f} GiB of pixels, above memory_limit {preparation.memory_limit:g}: writing {cache}", flush=True)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with replaced_whole(cache) as temporary:
-            _reserve(temporary, size)
-            _fill(torch.from_file(str(temporary), shared=True, size=size, dtype=torch.uint8).reshape(shape), files, preparation.resize)
-    return torch.from_file(str(cache), shared=False, size=size, dtype=torch.uint8).reshape(shape), True
+    reading = f"{READING}, {preparation.resize}"
+    return filled(shape, files, reading, preparation, lambda images: _fill(images, files, preparation.resize))
 
 
-def _reserve(file: Path, size: int) -> None:
-    """Take the room on the disk now: a full disk is an error here, but kills a process that writes to a mapped file."""
-    if hasattr(os, "posix_fallocate"):
-        with file.open("r+b") as opened:
-            os.posix_fallocate(opened.fileno(), 0, size)
-
-
-def _fingerprint(files: list[Path], resize: int) -> str:
-    digest = hashlib.sha256(f"{READING}, {resize}".encode())
-    for file in files:
-        status = file.stat()
-        digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:20]
-
-
-def _fill(images: Tensor, files: list[Path], resize: int) -> Tensor:
+def _fill(images: Tensor, files: list[Path], resize: int) -> None:
     for number, file in enumerate(_with_progress(files)):
         image = read_image(file, resize)
         if image.shape != images.shape[1:]:
@@ -177,7 +150,6 @@ def _fill(images: Tensor, files: list[Path], resize: int) -> Tensor:
                 " --resize brings all to one size"
             )
         images[number] = image
-    return images
 
 
 def _with_progress(files: list[Path]) -> Iterable[Path]:
