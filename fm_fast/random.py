@@ -140,7 +140,7 @@ def _are_numbers(parts: Sequence[Whole]) -> TypeGuard[Sequence[int]]:
 def _host_seed() -> Whole:
     """A fresh seed as a number, where torch lets it be read: a key of numbers takes less time to make than one of tensors."""
     seed = fresh_seed(_HOST)
-    return seed if _modes.function_transforms_active() or _modes.mode_active() else seed.item()
+    return seed if _modes.function_transforms_active() or _modes.mode_active() else int(seed)
 
 
 def _combined(units: Tensor, words: Sequence[int]) -> Tensor:

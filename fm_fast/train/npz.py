@@ -16,9 +16,9 @@ def read_npz(path: Path, names: tuple[str, ...]) -> list[Tensor]:
 
     Raises ValueError for a file that is not an archive, lacks a name, or holds something else than integers under it.
     """
-    arrays = _load(path)
-    if not set(names) <= set(arrays):
-        raise ValueError(f"{path}: expected arrays {', '.join(names)}, found {', '.join(arrays) or 'none'}")
+    found, arrays = _load(path, names)
+    if len(arrays) < len(names):
+        raise ValueError(f"{path}: expected arrays {', '.join(names)}, found {', '.join(found) or 'none'}")
     return [_integers(arrays[name], f"{path}[{name}]") for name in names]
 
 
@@ -33,10 +33,11 @@ def array_names(path: Path) -> set[str]:
         return set()
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
+def _load(path: Path, names: tuple[str, ...]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The names of all arrays, and those asked for that are there: another may be large."""
     try:
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            return archive.files, {name: archive[name] for name in names if name in archive.files}
     except (FileNotFoundError, PermissionError):
         raise
     except DAMAGE as error:
