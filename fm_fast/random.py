@@ -42,7 +42,8 @@ DEFAULT_KIND = {
 STREAMS, KINDS = [stream.name for stream in Stream], [kind.name for kind in Kind]
 Whole = int | Tensor
 _GROUPS_EXIST = torch.distributed.is_available()
-_HOST = torch.device("cpu")
+# Each word of a key that torch's generator draws at once is below: a seed, a step, and a first id that leaves room for a batch.
+FRESH_WORDS = 2**31
 
 
 def noise(
@@ -111,20 +112,22 @@ def make_key(
 ) -> Tensor:
     """The int64 key tensor (seed, step, first id) or (seed, step, id_0, ..., id_B-1) that every op reads, on ``device``.
 
-    It is filled without a copy from the host, so a captured CUDA graph can be given new numbers. Without a seed one is drawn from
-    torch's generator, and the process-group rank is folded in, so that ranks seeded alike draw different noise. draws: whether anything
-    will be drawn; if not, torch's generator stays as it is.
+    It is filled without a copy from the host, so a captured CUDA graph can be given new numbers. Where none of them is given torch's
+    generator draws all three words at once, which is one small kernel. A seed alone is drawn where a step or ids are given, and on other
+    ranks of a process group than the first: their rank is folded in, so that ranks seeded alike draw different noise. draws: whether
+    anything will be drawn; if not, torch's generator stays as it is.
     """
     if seed is not None:
         _checks.whole("seed", seed, _checks.MAX_SEED)
     if step is not None:
         _checks.whole("step", step, _checks.WORD)
     _checks.sample_ids(sample_ids, batch, device)
-    on_host = device.type == "cpu" and not torch.compiler.is_compiling()
-    if seed is None:
-        seed = (_host_seed() if on_host else fresh_seed(device)) if draws else 0
-    parts = (seed, 0 if step is None else step, 0 if sample_ids is None else sample_ids)
-    if on_host and _are_numbers(parts):
+    if seed is None and draws:
+        if step is None and sample_ids is None and not _rank():
+            return torch.randint(FRESH_WORDS, (3,), dtype=torch.int64, device=device)
+        seed = fresh_seed(device)
+    parts = [0 if part is None else part for part in (seed, step, sample_ids)]
+    if device.type == "cpu" and _are_numbers(parts) and not torch.compiler.is_compiling():
         return _host_words(parts)
     units = unit_words(device)
     if units is not None and _are_numbers(parts):
@@ -135,12 +138,6 @@ def make_key(
 
 def _are_numbers(parts: Sequence[Whole]) -> TypeGuard[Sequence[int]]:
     return not any([isinstance(part, Tensor) for part in parts])
-
-
-def _host_seed() -> Whole:
-    """A fresh seed as a number, where torch lets it be read: a key of numbers takes less time to make than one of tensors."""
-    seed = fresh_seed(_HOST)
-    return seed if _modes.function_transforms_active() or _modes.mode_active() else int(seed)
 
 
 def _combined(units: Tensor, words: Sequence[int]) -> Tensor:

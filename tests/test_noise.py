@@ -250,6 +250,18 @@ def test_a_device_without_an_index_is_the_current_one(monkeypatch):
         assert random._indexed(torch.device(name)) == torch.device(name)
 
 
+def test_a_key_of_nothing_is_drawn_at_once():
+    """Words that differ, in the ranges of a seed, a step and the first of two thousand million ids."""
+    torch.manual_seed(0)
+    drawn = torch.randint(2**31, (3,))
+    torch.manual_seed(0)
+    key = make_key(None, None, None, 2, torch.device("cpu"))
+    assert torch.equal(key, drawn) and key.dtype == torch.int64 and len(set(key.tolist())) == 3
+    assert fm.random.FRESH_WORDS <= fm._checks.WORD // 2
+    unused = make_key(None, None, None, 2, torch.device("cpu"), draws=False)
+    assert unused.tolist() == [0, 0, 0] and torch.initial_seed() == 0
+
+
 @pytest.mark.parametrize("ids", [None, 3, torch.tensor([5, 0])])
 def test_a_key_without_a_seed_holds_the_number_that_torch_draws(ids):
     torch.manual_seed(0)
