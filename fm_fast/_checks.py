@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -33,6 +33,15 @@ def tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a dense tensor, got a nested one; pad it, and give a weight of 0 where there is padding")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {x.layout}; use {name}.to_dense()")
+
+
+def explain_call(error: Exception, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> None:
+    """Add to a model's own error how it was called: one that takes (t, x), as for torchdiffeq, fails anywhere."""
+    if isinstance(error, torch.OutOfMemoryError) or not hasattr(error, "add_note"):  # which Python has from 3.11 on
+        return
+    inputs = ", ".join(f"{name} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}" for name, value in (("x", x), ("t", t)))
+    names = "".join(f", {name}" for name in cond)
+    error.add_note(f"fm_fast called model(x, t{names}) with {inputs}; a network that takes (t, x) needs lambda x, t: network(t, x)")
 
 
 def one_of(name: str, value: object, choices: Sequence[object]) -> None:

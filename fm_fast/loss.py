@@ -268,7 +268,11 @@ def flow_matching_loss(
         x1, x0=x0, t=t, path=path, objective=objective, t_sampler=t_sampler, dtype=dtype, flip=flip, levels=levels,
         dequantise=dequantise, seed=seed, step=step, sample_ids=sample_ids, backend=backend,
     )  # fmt: skip
-    prediction = model(sample.x_t, sample.t, **(cond or {}))
+    try:
+        prediction = model(sample.x_t, sample.t, **(cond or {}))
+    except Exception as error:
+        _checks.explain_call(error, sample.x_t, sample.t, cond or {})
+        raise
     if not isinstance(prediction, Tensor):
         raise TypeError(f"model must return a torch.Tensor of the shape of x1, got {type(prediction).__name__}")
     if prediction.shape != x1.shape:

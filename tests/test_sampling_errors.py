@@ -283,3 +283,36 @@ def test_multistep_methods_refuse_steps_that_would_magnify_rounding():
 def test_names_of_the_wrong_type_are_told():
     with pytest.raises(ValueError, match="objective must be one of"):
         fm.sample(lambda x, t: x, torch.zeros(2, 3), steps=1, objective=["velocity"])
+
+
+def time_first(t, x, **cond):
+    return torch.cat([x, t[:, None]], 1) + cond.get("shift", 0.0)
+
+
+CALLS = {
+    "a loss": lambda cond: fm.flow_matching_loss(time_first, torch.zeros(4, 2), cond=cond),
+    "fixed steps": lambda cond: fm.sample(time_first, torch.zeros(4, 2), steps=2, cond=cond),
+    "adaptive steps": lambda cond: fm.sample(time_first, torch.zeros(4, 2), method="dopri5", cond=cond),
+    "a gradient through the solve": lambda cond: fm.sample(
+        time_first, torch.zeros(4, 2, requires_grad=True), steps=2, grad="direct", cond=cond
+    ),
+    "a divergence": lambda cond: fm.divergence(time_first, torch.zeros(4, 2), 0.5, cond=cond),
+    "a likelihood": lambda cond: fm.log_likelihood(time_first, torch.zeros(4, 2), steps=2, cond=cond),
+}
+
+
+@pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="exceptions have notes from Python 3.11 on")
+@pytest.mark.parametrize("call", CALLS)
+def test_the_error_of_a_network_that_takes_the_time_first_tells_how_it_was_called(call):
+    with pytest.raises(IndexError) as raised:
+        CALLS[call]({"shift": torch.zeros(4, 1)})
+    (note,) = raised.value.__notes__
+    assert note.startswith("fm_fast called model(x, t, shift) with x float32 [4, 2], t float32 [4]; ")
+
+
+@pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="exceptions have notes from Python 3.11 on")
+def test_a_guided_network_is_said_to_be_called_with_both_halves():
+    guidance = fm.Guidance(2.0, {"shift": torch.zeros(1)})
+    with pytest.raises(IndexError) as raised:
+        fm.sample(time_first, torch.zeros(4, 2), steps=2, cond={"shift": torch.zeros(4, 1)}, guidance=guidance)
+    assert "x float32 [8, 2], t float32 [8]" in raised.value.__notes__[0]

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fm_fast import _ops, reference
-from fm_fast._checks import FLOATING
+from fm_fast._checks import FLOATING, explain_call
 from fm_fast._constants import own_constant
 from fm_fast._solver.field import Field, check_output
 from fm_fast._solver.loop import Evaluate
@@ -54,7 +54,11 @@ def _plain(field: Field, times: Tensor, shape: torch.Size) -> Evaluate:
     model, cond, views = field.model, field.cond, time_views(times, field.batch)
 
     def evaluate(x: Tensor, number: int) -> Tensor:
-        output = model(x, views[number], **cond)
+        try:
+            output = model(x, views[number], **cond)
+        except Exception as error:
+            explain_call(error, x, views[number], cond)
+            raise
         check_each(output, x, shape, number)
         return output
 
@@ -70,7 +74,12 @@ def _guided(field: Field, plan: Plan, times: Tensor) -> Evaluate:
     def evaluate(x: Tensor, number: int) -> Tensor:
         doubled = guided[number]
         x = x[: sizes[doubled]]
-        output = model(x, views[number][: sizes[doubled]], **conditions[doubled])
+        t = views[number][: sizes[doubled]]
+        try:
+            output = model(x, t, **conditions[doubled])
+        except Exception as error:
+            explain_call(error, x, t, conditions[doubled])
+            raise
         check_each(output, x, x.shape, number)
         return output
 

@@ -59,11 +59,18 @@ class Field:
         A mix is float32 or float64: the difference of its halves, which the scale multiplies, would lose digits in 16 bits.
         """
         if scale is None or self.doubled is None:
-            return self.model(x, t, **self.cond)
+            return self._ask(x, t, self.cond)
         twice = torch.cat([x, x])
-        both = self.model(twice, torch.cat([t, t]), **self.doubled)
+        both = self._ask(twice, torch.cat([t, t]), self.doubled)
         check_output(both, twice)
         return reference.guided(both.to(reference.accumulation_dtype(both)), scale)
+
+    def _ask(self, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
+        try:
+            return self.model(x, t, **cond)
+        except Exception as error:
+            _checks.explain_call(error, x, t, cond)
+            raise
 
     def checked_output_at(self, x: Tensor, t: Tensor, scale: float | Tensor | None) -> Tensor:
         """The same, checked, in a layout that the ops take."""
