@@ -39,6 +39,9 @@ ISA_FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
 }
+# For one kernel alone, and where the compiler knows it: products of bfloat16.
+BF16, BF16_BASE, BF16_FLAG, BF16_SOURCE = "avx512_bf16", "avx512", "-mavx512bf16", "attention.cpp"
+BF16_PROBE = 'bool supported() { return __builtin_cpu_supports("avx512bf16"); }'
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 DEFAULT_CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # the newest of these that nvcc knows also as PTX
 
@@ -180,15 +183,24 @@ def cpu_variants() -> dict[str, tuple[str, ...]]:
     return ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"portable": ()}
 
 
-def cpu_objects(tool: str) -> list[Step]:
+def knows_bf16(compiler: list[str]) -> bool:
+    """Whether the compiler has this instruction set, and can ask the processor for it."""
+    command = [*compiler, BF16_FLAG, "-x", "c++", "-fsyntax-only", "-"]
+    return subprocess.run(command, input=BF16_PROBE, capture_output=True, text=True).returncode == 0
+
+
+def cpu_objects(tool: str, with_bf16: bool) -> list[Step]:
     found = [*sources("cpu", "*.cpp"), *sources("", "*.cpp")]
     if not found:
         raise NotBuilt("there are no C++ sources in csrc/cpu")
-    flags = (*COMMON_FLAGS, f"-I{SOURCES}")
+    flags = (*COMMON_FLAGS, f"-I{SOURCES}", *(["-DFM_AVX512_BF16"] if with_bf16 else []))
     steps = [Step("compile", f"cpu/{path.stem}.o", (str(path),), tool, flags) for path in found if compiled_once(path)]
     for isa, isa_flags in cpu_variants().items():
         variant = (*flags, *isa_flags, f"-DFM_ISA={isa}")
         steps += [Step("compile", f"cpu/{path.stem}.{isa}.o", (str(path),), tool, variant) for path in found if not compiled_once(path)]
+    if with_bf16:
+        variant = (*flags, *ISA_FLAGS[BF16_BASE], BF16_FLAG, f"-DFM_ISA={BF16}")
+        steps.append(Step("compile", f"cpu/{Path(BF16_SOURCE).stem}.{BF16}.o", (str(SOURCES / "cpu" / BF16_SOURCE),), tool, variant))
     return steps
 
 
@@ -197,9 +209,10 @@ def plan_cpu() -> Plan:
         raise NotBuilt(f"the native build supports Linux, this is {sys.platform}")
     compiler = find_compiler()
     tool, library = shlex.join(compiler), "libfm_fast_cpu.so"
-    objects, stubs = cpu_objects(tool), [stub("libtorch_cpu.so", tool)]
+    with_bf16 = BF16_BASE in cpu_variants() and knows_bf16(compiler)
+    objects, stubs = cpu_objects(tool, with_bf16), [stub("libtorch_cpu.so", tool)]
     version = output_lines([*compiler, "--version"])[0]
-    variants = {isa: " ".join(flags) for isa, flags in cpu_variants().items()}
+    variants = {isa: " ".join(flags) for isa, flags in cpu_variants().items()} | ({BF16: BF16_FLAG} if with_bf16 else {})
     record = {"library": library, "compiler": version, "flags": " ".join(COMMON_FLAGS), "variants": variants}
     return Plan(library, (*stubs, *objects, link(library, objects, stubs, tool)), record)
 

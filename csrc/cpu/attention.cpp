@@ -3,55 +3,21 @@
 // and its gradients, with dp = do v' and ds = p (dp - sum_d do o):
 //   dq = ds k / sqrt(D)    dk = ds' q / sqrt(D)    dv = p' do
 // Weights of some queries at a time are made in the cache, and made again for the gradients: they are never stored.
-#include "products.h"
-#include "scratch.h"
-#include "silu.h"
-#include "tiling.h"
+#include "attention.h"
+#if defined(__AVX512BF16__)
+#include "attention_pairs.h"
+#endif
 
 namespace fm {
 namespace FM_ISA {
 namespace {
 
-constexpr int64_t kQueries = 48;  // at a time: a multiple of the rows of all tiles
-
-template <class S>
-FM_INLINE void load_row(const S* from, int64_t count, float scale, float* to) {
-  for (int64_t d = 0; d < count; d += kWidth<float>) store_whole(to + d, load_whole(from + d) * scale);
-}
-
-template <class S>
-FM_INLINE void store_row(const float* from, int64_t count, float scale, S* to) {
-  for (int64_t d = 0; d < count; d += kWidth<float>) store_whole(to + d, load_whole(from + d) * scale);
-}
-
-// The rows of one head: pixel n at data + n * stride.
-template <class S>
-struct Head {
-  S* data;
-  int64_t stride;
-
-  FM_METHOD S* row(int64_t n) const { return data + n * stride; }
-};
-
-// Part 0 (queries), 1 (keys) or 2 (values) of a joint projection or its gradient; a unit is a head of a sample.
-template <class S>
-FM_INLINE Head<S> part_of(const AttentionArgs& args, S* joint, int64_t unit, int64_t part) {
-  int64_t sample = unit / args.heads, head = unit % args.heads, channels = args.heads * args.features;
-  return Head<S>{joint + (sample * args.pixels * 3 + part) * channels + head * args.features, 3 * channels};
-}
-
-template <class S>
-FM_INLINE Head<S> result_of(const AttentionArgs& args, S* out, int64_t unit) {
-  int64_t sample = unit / args.heads, head = unit % args.heads, channels = args.heads * args.features;
-  return Head<S>{out + sample * args.pixels * channels + head * args.features, channels};
-}
-
 // Float32 rows as they lie; others are converted into the buffer.
-FM_INLINE Right rows_of(const Head<const float>& head, int64_t, int64_t, float*) { return Right{head.data, head.stride}; }
+FM_INLINE Right<float> rows_of(const Head<const float>& head, int64_t, int64_t, float*) { return Right<float>{head.data, head.stride}; }
 template <class S>
-FM_INLINE Right rows_of(const Head<const S>& head, int64_t rows, int64_t features, float* buffer) {
+FM_INLINE Right<float> rows_of(const Head<const S>& head, int64_t rows, int64_t features, float* buffer) {
   for (int64_t n = 0; n < rows; ++n) load_row(head.row(n), features, 1.0f, buffer + n * features);
-  return Right{buffer, features};
+  return Right<float>{buffer, features};
 }
 
 // to [D, pitch]: column n is row n.
@@ -67,57 +33,12 @@ FM_INLINE void transpose(const Head<const S>& head, int64_t rows, int64_t featur
     for (int64_t n = rows; n < pitch; ++n) to[d * pitch + n] = 0.0f;
 }
 
-// Calls body(n, how) for the vectors of a row.
-template <class Body>
-FM_INLINE void over_row(int64_t count, const Body& body) {
-  int64_t n = 0;
-  for (; n + kWidth<float> <= count; n += kWidth<float>) body(n, Whole{});
-  if (n < count) body(n, First{count - n});
-}
-
-FM_INLINE float largest(const float* row, int64_t count) {
-  Vector<float> most = all(row[0]);
-  int64_t n = 0;
-  for (; n + kWidth<float> <= count; n += kWidth<float>) {
-    Vector<float> scores = load_whole(row + n);
-    most = scores > most ? scores : most;
-  }
-  float value = most[0];
-  for (int64_t i = 1; i < kWidth<float>; ++i) value = most[i] > value ? most[i] : value;
-  for (; n < count; ++n) value = row[n] > value ? row[n] : value;
-  return value;
-}
-
-// A row of scores becomes exp(score - level); their sum.
-FM_INLINE float exponentials(float* row, int64_t count, float level) {
-  Vector<float> sum = {};
-  over_row(count, [&](int64_t n, auto how) {
-    Vector<float> weight = exponential(load(row + n, how) - level);
-    store(row + n, weight, how);
-    sum += kept<float>(weight, how);
-  });
-  return sum_of_lanes<float>(sum);
-}
-
-struct Sizes {
-  int64_t pixels, features, columns;  // columns: whole vectors of pixels
-  int64_t pitch;  // of rows of pixels: an odd number of lines of memory, or those of rows below each other would share a few places in the
-                  // cache
-  float scale;
-};
-
-FM_INLINE Sizes sizes_of(const AttentionArgs& args) {
-  int64_t lines = divide_up(args.pixels, kLineElements);
-  return Sizes{args.pixels, args.features, lines * kLineElements, (lines | 1) * kLineElements,
-               static_cast<float>(1.0 / sqrt(static_cast<double>(args.features)))};
-}
-
 // The scores of some queries, which are scaled on the way: scores [rows, pitch].
 template <class S>
 FM_INLINE void score(const Sizes& n, const Head<const S>& query, int64_t first, int64_t rows, const float* keys, float* queries,
                      float* scores) {
   for (int64_t i = 0; i < rows; ++i) load_row(query.row(first + i), n.features, n.scale, queries + i * n.features);
-  multiply<false>(Left{queries, n.features, 1}, Right{keys, n.pitch}, n.features, rows, n.columns, Result{scores, n.pitch});
+  multiply<false>(Left<float>{queries, n.features, 1}, Right<float>{keys, n.pitch}, n.features, rows, n.columns, Result{scores, n.pitch});
 }
 
 // --- forward -------------------------------------------------------------------------------------------------------------------------
@@ -131,7 +52,7 @@ class Forward {
   // Queries from..to of a head.
   void run(int64_t unit, int64_t from, int64_t to) {
     transpose(part(unit, 1), n_.pixels, n_.features, n_.pitch, keys());
-    Right value = rows_of(part(unit, 2), n_.pixels, n_.features, values());
+    Right<float> value = rows_of(part(unit, 2), n_.pixels, n_.features, values());
     for (int64_t first = from; first < to; first += kQueries) attend(unit, first, lesser(kQueries, to - first), value);
   }
 
@@ -145,11 +66,11 @@ class Forward {
   float* scores() { return sums() + block(); }
   Head<const S> part(int64_t unit, int64_t i) const { return part_of(args_, static_cast<const S*>(args_.joint), unit, i); }
 
-  void attend(int64_t unit, int64_t first, int64_t rows, const Right& value) {
+  void attend(int64_t unit, int64_t first, int64_t rows, const Right<float>& value) {
     float factors[kQueries];
     score(n_, part(unit, 0), first, rows, keys(), queries(), scores());
     for (int64_t r = 0; r < rows; ++r) factors[r] = weigh(scores() + r * n_.pitch, &args_.log_sums[unit * n_.pixels + first + r]);
-    multiply<false>(Left{scores(), n_.pitch, 1}, value, n_.pixels, rows, n_.features, Result{sums(), n_.features});
+    multiply<false>(Left<float>{scores(), n_.pitch, 1}, value, n_.pixels, rows, n_.features, Result{sums(), n_.features});
     Head<S> out = result_of(args_, static_cast<S*>(args_.out), unit);
     for (int64_t r = 0; r < rows; ++r) store_row(sums() + r * n_.features, n_.features, factors[r], out.row(first + r));
   }
@@ -166,10 +87,10 @@ class Forward {
   Scratch<float, 16> memory_;
 };
 
-template <class S>
+template <class Kernel>
 void attend(const AttentionArgs& args, int64_t begin, int64_t end) {
   int64_t chunks = divide_up(args.pixels, kAttentionQueries);
-  Forward<S> forward(args);
+  Kernel forward(args);
   for (int64_t i = begin; i < end; ++i) {
     int64_t from = i % chunks * kAttentionQueries;
     forward.run(i / chunks, from, lesser(from + kAttentionQueries, args.pixels));
@@ -177,18 +98,6 @@ void attend(const AttentionArgs& args, int64_t begin, int64_t end) {
 }
 
 // --- gradients -----------------------------------------------------------------------------------------------------------------------
-
-template <class S>
-FM_INLINE float dot(const S* a, const S* b, int64_t count) {
-  Vector<float> sum = {};
-  for (int64_t d = 0; d < count; d += kWidth<float>) sum = fused(load_whole(a + d), load_whole(b + d), sum);
-  return sum_of_lanes<float>(sum);
-}
-
-// ds = p (dp - level) in place of dp.
-FM_INLINE void score_gradients(const float* weights, float* gradients, int64_t count, float level) {
-  over_row(count, [&](int64_t n, auto how) { store(gradients + n, load(weights + n, how) * (load(gradients + n, how) - level), how); });
-}
 
 template <class S>
 class Backward {
@@ -201,7 +110,7 @@ class Backward {
     Head<const S> key = part(unit, 1);
     transpose(key, n_.pixels, n_.features, n_.pitch, keys());
     transpose(part(unit, 2), n_.pixels, n_.features, n_.pitch, values());
-    Right key_matrix = rows_of(key, n_.pixels, n_.features, key_rows());
+    Right<float> key_matrix = rows_of(key, n_.pixels, n_.features, key_rows());
     for (int64_t i = 0; i < 2 * matrix(); ++i) grad_keys()[i] = 0.0f;
     for (int64_t first = 0; first < n_.pixels; first += kQueries)
       differentiate(unit, first, lesser(kQueries, n_.pixels - first), key_matrix);
@@ -230,21 +139,21 @@ class Backward {
   Head<const S> grad_out(int64_t unit) const { return result_of(args_, static_cast<const S*>(args_.grad_out), unit); }
 
   // The gradients of some queries, and what they add to those of all keys and values.
-  void differentiate(int64_t unit, int64_t first, int64_t rows, const Right& key_matrix) {
+  void differentiate(int64_t unit, int64_t first, int64_t rows, const Right<float>& key_matrix) {
     const Result to_keys = {grad_keys(), n_.features}, to_values = {grad_values(), n_.features};
     Head<const S> gradient_rows = {grad_out(unit).row(first), grad_out(unit).stride};
-    Right gradient = rows_of(gradient_rows, rows, n_.features, gradients());
+    Right<float> gradient = rows_of(gradient_rows, rows, n_.features, gradients());
     make_weights(unit, first, rows, gradient);
-    multiply<false>(Left{grad_scores(), n_.pitch, 1}, key_matrix, n_.pixels, rows, n_.features, Result{sums(), n_.features});
+    multiply<false>(Left<float>{grad_scores(), n_.pitch, 1}, key_matrix, n_.pixels, rows, n_.features, Result{sums(), n_.features});
     for (int64_t r = 0; r < rows; ++r) store_row(sums() + r * n_.features, n_.features, n_.scale, grad_part(unit, 0).row(first + r));
-    multiply<true>(Left{grad_scores(), 1, n_.pitch}, Right{queries(), n_.features}, rows, n_.pixels, n_.features, to_keys);
-    multiply<true>(Left{weights(), 1, n_.pitch}, gradient, rows, n_.pixels, n_.features, to_values);
+    multiply<true>(Left<float>{grad_scores(), 1, n_.pitch}, Right<float>{queries(), n_.features}, rows, n_.pixels, n_.features, to_keys);
+    multiply<true>(Left<float>{weights(), 1, n_.pitch}, gradient, rows, n_.pixels, n_.features, to_values);
   }
 
   // The weights p and the gradients ds of the scores.
-  void make_weights(int64_t unit, int64_t first, int64_t rows, const Right& gradient) {
+  void make_weights(int64_t unit, int64_t first, int64_t rows, const Right<float>& gradient) {
     score(n_, part(unit, 0), first, rows, keys(), queries(), weights());
-    multiply<false>(Left{gradient.data, gradient.row, 1}, Right{values(), n_.pitch}, n_.features, rows, n_.columns,
+    multiply<false>(Left<float>{gradient.data, gradient.row, 1}, Right<float>{values(), n_.pitch}, n_.features, rows, n_.columns,
                     Result{grad_scores(), n_.pitch});
     for (int64_t r = 0; r < rows; ++r) {
       float* row = weights() + r * n_.pitch;
@@ -259,11 +168,19 @@ class Backward {
   Scratch<float, 16> memory_;
 };
 
-template <class S>
+template <class Kernel>
 void differentiate(const AttentionArgs& args, int64_t begin, int64_t end) {
-  Backward<S> backward(args);
+  Kernel backward(args);
   for (int64_t unit = begin; unit < end; ++unit) backward.run(unit);
 }
+
+#if defined(__AVX512BF16__)
+using Bfloat16Forward = PairForward;
+using Bfloat16Backward = PairBackward;
+#else
+using Bfloat16Forward = Forward<Bfloat16>;
+using Bfloat16Backward = Backward<Bfloat16>;
+#endif
 
 }  // namespace
 
@@ -271,11 +188,11 @@ void differentiate(const AttentionArgs& args, int64_t begin, int64_t end) {
 void attention_units(const AttentionArgs& args, int64_t begin, int64_t end) {
   switch (args.dtype) {
     case Dtype::bfloat16:
-      return attend<Bfloat16>(args, begin, end);
+      return attend<Bfloat16Forward>(args, begin, end);
     case Dtype::float16:
-      return attend<Float16>(args, begin, end);
+      return attend<Forward<Float16>>(args, begin, end);
     default:
-      return attend<float>(args, begin, end);
+      return attend<Forward<float>>(args, begin, end);
   }
 }
 
@@ -283,11 +200,11 @@ void attention_units(const AttentionArgs& args, int64_t begin, int64_t end) {
 void attention_backward_units(const AttentionArgs& args, int64_t begin, int64_t end) {
   switch (args.dtype) {
     case Dtype::bfloat16:
-      return differentiate<Bfloat16>(args, begin, end);
+      return differentiate<Bfloat16Backward>(args, begin, end);
     case Dtype::float16:
-      return differentiate<Float16>(args, begin, end);
+      return differentiate<Backward<Float16>>(args, begin, end);
     default:
-      return differentiate<float>(args, begin, end);
+      return differentiate<Backward<float>>(args, begin, end);
   }
 }
 

@@ -71,9 +71,9 @@ FM_INLINE void multiply_all(const Conv3x3Args& args, int64_t count, const TileBu
   int64_t blocks = args.outputs / kConvOutputs;
   for (int64_t product = 0; product < kTileProducts; ++product)
     for (int64_t block = 0; block < blocks; ++block)
-      multiply<false>(Left{buffers.inputs + product * args.unit_tiles * args.inputs, args.inputs, 1},
-                      Right{args.transformed + (product * blocks + block) * args.inputs * kConvOutputs, kConvOutputs}, args.inputs, count,
-                      kConvOutputs,
+      multiply<false>(Left<float>{buffers.inputs + product * args.unit_tiles * args.inputs, args.inputs, 1},
+                      Right<float>{args.transformed + (product * blocks + block) * args.inputs * kConvOutputs, kConvOutputs}, args.inputs,
+                      count, kConvOutputs,
                       Result{buffers.products + product * args.unit_tiles * args.outputs + block * kConvOutputs, args.outputs});
 }
 

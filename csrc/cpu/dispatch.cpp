@@ -21,20 +21,28 @@ bool has_avx512() {
 }
 #endif
 
-#define FM_KERNELS(isa)                                                                                                               \
+#if defined(FM_AVX512_BF16)
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+// Of an instruction set, and attention's of one that may have more.
+#define FM_KERNELS(isa, more)                                                                                                         \
   isa::noise_units, isa::schedule_units, isa::path_sample_units, isa::path_loss_units, isa::linear_step_units, isa::step_error_units, \
       isa::step_control_units, isa::parity_units, isa::probe_units, isa::divergence_step_units, isa::adamw_ema_norm_units,            \
       isa::adamw_ema_units, isa::group_norm_silu_units, isa::group_norm_silu_backward_units, isa::conv_weight_grad_units,             \
-      isa::conv_weight_grad_sums, isa::conv3x3_weights, isa::conv3x3_units, isa::attention_units, isa::attention_backward_units,      \
+      isa::conv_weight_grad_sums, isa::conv3x3_weights, isa::conv3x3_units, more::attention_units, more::attention_backward_units,    \
       isa::assignment
 
 // Best first.
 const KernelTable kTables[] = {
-#if defined(__x86_64__)
-    {"avx512", has_avx512, FM_KERNELS(avx512)},
-    {"avx2", has_avx2, FM_KERNELS(avx2)},
+#if defined(FM_AVX512_BF16)
+    {"avx512", has_avx512_bf16, FM_KERNELS(avx512, avx512_bf16)},
 #endif
-    {"portable", always, FM_KERNELS(portable)},
+#if defined(__x86_64__)
+    {"avx512", has_avx512, FM_KERNELS(avx512, avx512)},
+    {"avx2", has_avx2, FM_KERNELS(avx2, avx2)},
+#endif
+    {"portable", always, FM_KERNELS(portable, portable)},
 };
 #undef FM_KERNELS
 

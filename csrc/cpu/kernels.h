@@ -238,6 +238,7 @@ FM_DECLARE_KERNELS(portable)
 #if defined(__x86_64__)
 FM_DECLARE_KERNELS(avx2)
 FM_DECLARE_KERNELS(avx512)
+FM_DECLARE_KERNELS(avx512_bf16)  // of which the library has attention alone
 #endif
 #undef FM_DECLARE_KERNELS
 

@@ -24,8 +24,11 @@ class Scratch {
   T* data_;
 };
 
-// The next whole line of memory; 16 floats more than the rest are enough.
-inline float* on_a_line(float* memory) { return memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64 / sizeof(float); }
+// The next whole line of memory; 64 bytes more than the rest are enough.
+template <class T>
+T* on_a_line(T* memory) {
+  return memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64 / sizeof(T);
+}
 
 }  // namespace
 }  // namespace fm

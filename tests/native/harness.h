@@ -69,6 +69,9 @@ inline std::vector<Isa> instruction_sets() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     found.push_back(FM_KERNELS(avx512));
+#if defined(FM_AVX512_BF16)
+  if (__builtin_cpu_supports("avx512bf16")) found.push_back(FM_KERNELS(avx512_bf16));
+#endif
 #endif
   return found;
 }

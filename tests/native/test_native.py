@@ -17,14 +17,17 @@ COMPILER = shutil.which("g++") or shutil.which("c++")
 COMMON = ("-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", f"-I{SOURCES}")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 X86 = platform.machine() in ("x86_64", "AMD64")
-VARIANTS: dict[str, tuple[str, ...]] = {"portable": ()} | (
-    {
-        "avx2": ("-mavx2", "-mfma", "-mf16c"),
-        "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
-    }
-    if X86
-    else {}
-)
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
+VARIANTS: dict[str, tuple[str, ...]] = {"portable": ()} | ({"avx2": ("-mavx2", "-mfma", "-mf16c"), "avx512": AVX512} if X86 else {})
+# What only some kernels are compiled for, and only where the compiler knows it, as setup.py asks.
+PROBE = [str(COMPILER), "-mavx512bf16", "-x", "c++", "-fsyntax-only", "-"]
+if (
+    X86
+    and COMPILER
+    and subprocess.run(PROBE, input=b'bool f() { return __builtin_cpu_supports("avx512bf16"); }', capture_output=True).returncode == 0
+):
+    VARIANTS["avx512_bf16"] = (*AVX512, "-mavx512bf16")
+    COMMON = (*COMMON, "-DFM_AVX512_BF16")
 
 VARIED = [path.name for path in sorted(SOURCES.glob("cpu/*.cpp")) if not path.name.startswith(("register", "dispatch"))]
 
