@@ -150,7 +150,6 @@ def measure(op: "Op", setting: "Setting", options: argparse.Namespace) -> "list[
     import torch
 
     from benchmarks import timing
-    from fm_fast.train.allocator import keep_freed_memory
 
     torch._dynamo.reset()  # or the second size would run code that was compiled for any size
     gated, rounds = gate(op, setting, options.only), options.rounds or op.rounds
@@ -161,7 +160,7 @@ def measure(op: "Op", setting: "Setting", options: argparse.Namespace) -> "list[
         clock = timing.device_clock(len(next(iter(gated.steps.values()))))
         values, bandwidth = timing.interleaved(replays, rounds, clock), timing.copy_bandwidth(setting.device)
     else:
-        keep_freed_memory()  # of every provider alike, as `fm-fast` does
+        timing.keep_freed_memory()
         now = timing.now(setting.device, options.clock)
         values = (op.observe or _milliseconds)({name: sets[0] for name, sets in gated.steps.items()}, rounds, now)
         unit = f"cpu_{op.unit}" if options.clock == "cpu" and op.unit in TIMES else op.unit

@@ -17,7 +17,6 @@ from benchmarks import peers, results, timing
 from benchmarks.op import Setting
 from benchmarks.ops import train_step
 from benchmarks.ops.train_step import OP, Trainer
-from fm_fast.train.allocator import keep_freed_memory
 
 NAME = "train_step_parts"
 OURS = "fm_fast"
@@ -73,7 +72,7 @@ def measure(setting: Setting, rounds: int) -> dict[str, list[Times]]:
     trainers: dict[str, Any] = {provider.name: provider.build(given, setting) for provider in OP.providers(setting)}
     for trainer in trainers.values():
         OP.check(given, setting, trainer)
-    keep_freed_memory()
+    timing.keep_freed_memory()
     timing.warm_up(trainers, 0.5)
     found: dict[str, list[Times]] = {name: [] for name in trainers}
 

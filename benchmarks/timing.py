@@ -1,5 +1,6 @@
 """Interleaved timing: every round runs each candidate once, in random order, so that a busy moment of the machine hits all alike."""
 
+import ctypes
 import math
 import random
 import time
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 from fm_fast.train.graph import leave_failed_capture
+
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # parameters of mallopt, as malloc.h numbers them
 
 Step = Callable[[], object]
 # Seconds, of the wall or of the process's CPU time
@@ -34,6 +37,14 @@ def summarise(values: list[float]) -> Summary:
 def ratios(times: Mapping[str, list[float]], name: str, base: str) -> Summary:
     """``name``'s time over ``base``'s, paired within each round."""
     return summarise([a / b for a, b in zip(times[name], times[base], strict=True)])
+
+
+def keep_freed_memory() -> None:
+    """For every provider alike, as `fm-fast train` does (fm_fast/train/allocator.py, which another commit's package may lack)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(TRIM_THRESHOLD, -1)
+        mallopt(MMAP_MAX, 0)
 
 
 def now(device: torch.device, kind: str) -> Clock:

@@ -243,7 +243,8 @@ def flow_matching_loss(
         levels: number of values of uint8 data.
         dequantise: replace the 1/2 of the data map by u ~ U(0, 1).
         seed, step, sample_ids: what the noise is a function of (see ``fm_fast.random``). A seed needs a step. Without a seed, one is drawn
-            from torch's generator. sample_ids are the positions in the step's global batch: None (0..B-1), the first id, or int64 [B].
+            from torch's generator. sample_ids are the positions in the step's global batch: None (0..B-1; without a seed any B in a
+            row), the first id, or int64 [B].
         backend: "reference", "cpp", "triton" or "cuda"; by default the fastest one that can run. Whatever is chosen, the plain PyTorch
             formula runs under ``torch.func`` transforms and forward-mode differentiation, and where x1, x0, t, weight or the path's
             own parameters require a gradient.

@@ -112,10 +112,10 @@ def make_key(
 ) -> Tensor:
     """The int64 key tensor (seed, step, first id) or (seed, step, id_0, ..., id_B-1) that every op reads, on ``device``.
 
-    It is filled without a copy from the host, so a captured CUDA graph can be given new numbers. Where none of them is given torch's
-    generator draws all three words at once, which is one small kernel. A seed alone is drawn where a step or ids are given, and on other
-    ranks of a process group than the first: their rank is folded in, so that ranks seeded alike draw different noise. draws: whether
-    anything will be drawn; if not, torch's generator stays as it is.
+    It is filled without a copy from the host, so a captured CUDA graph can be given new numbers. Without a seed one is drawn from
+    torch's generator, and the process-group rank is folded in, so that ranks seeded alike draw different noise; where none of them is
+    given, all three words are drawn at once, which is one small kernel. draws: whether anything will be drawn; if not, torch's generator
+    stays as it is.
     """
     if seed is not None:
         _checks.whole("seed", seed, _checks.MAX_SEED)
@@ -123,8 +123,8 @@ def make_key(
         _checks.whole("step", step, _checks.WORD)
     _checks.sample_ids(sample_ids, batch, device)
     if seed is None and draws:
-        if step is None and sample_ids is None and not _rank():
-            return torch.randint(FRESH_WORDS, (3,), dtype=torch.int64, device=device)
+        if step is None and sample_ids is None:
+            return _fresh_key(device)
         seed = fresh_seed(device)
     parts = [0 if part is None else part for part in (seed, step, sample_ids)]
     if device.type == "cpu" and _are_numbers(parts) and not torch.compiler.is_compiling():
@@ -162,6 +162,12 @@ def _as_vector(part: Whole, device: torch.device, units: Tensor | None) -> Tenso
     if units is not None and part == 0:
         return units[0, 1:2]  # which is there already
     return torch.full((1,), part, dtype=torch.int64, device=device)
+
+
+def _fresh_key(device: torch.device) -> Tensor:
+    """Three words at once. Every rank takes as many from its generator: those that are seeded alike still agree on what they draw next."""
+    key, rank = torch.randint(FRESH_WORDS, (3,), dtype=torch.int64, device=device), _rank()
+    return torch.cat([key[:1] ^ (rank * GOLDEN), key[1:]]) if rank else key
 
 
 def fresh_seed(device: torch.device) -> Tensor:

@@ -169,7 +169,9 @@ def test_data_tell_how_they_are_divided(tmp_path, idx_folder):
 def test_other_than_folders_of_images_are_not_resized(tmp_path, idx_folder):
     np.savez(tmp_path / "set.npz", images=random_images(4, 6, 6), labels=np.zeros(4, np.int64))
     for source, size in (("digits", "8x8"), (tmp_path / "set.npz", "6x6"), (tmp_path, "4x3")):
-        with pytest.raises(ValueError, match=rf"resize: expected 0 for .* of {size} pixels, because only .* folder are resized .*, got 4"):
+        with pytest.raises(
+            ValueError, match=rf"resize: expected 0 for .* of {size} pixels, because only image files are resized .*, got 4"
+        ):
             load_dataset(source, "train", Preparation(resize=4))
     assert load_dataset("digits", "train", Preparation(resize=8)).images.shape[-1] == 8, "nothing to do"
 

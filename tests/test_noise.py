@@ -212,13 +212,15 @@ def test_a_seed_from_torch_obeys_manual_seed_and_differs_between_ranks(monkeypat
     def keys(rank):
         monkeypatch.setattr(fm.random, "_rank", lambda: rank)
         torch.manual_seed(5)
-        return [make_key(None, None, None, 4, torch.device("cpu")) for _ in range(2)]
+        drawn = [make_key(None, step, None, 4, torch.device("cpu")) for step in (None, None, 3)]
+        return drawn, torch.get_rng_state()
 
-    first, again, other = keys(0), keys(0), keys(1)
+    (first, state), (again, _), (other, state_of_other) = keys(0), keys(0), keys(1)
     assert torch.equal(torch.stack(first), torch.stack(again))
     assert not torch.equal(first[0], first[1])
-    assert first[0][0] != other[0][0]
-    assert int(first[0][0]) >= 0 and int(other[0][0]) >= 0
+    assert all(one[0] != another[0] for one, another in zip(first, other, strict=True))
+    assert all(0 <= int(key[0]) < 2**63 and 0 <= int(key[1]) < 2**32 for key in (*first, *other))
+    assert torch.equal(state, state_of_other)  # what both draw next is the same: an order of the data, say
 
 
 def test_keys_accept_tensors_as_well_as_numbers():
@@ -258,8 +260,9 @@ def test_a_key_of_nothing_is_drawn_at_once():
     key = make_key(None, None, None, 2, torch.device("cpu"))
     assert torch.equal(key, drawn) and key.dtype == torch.int64 and len(set(key.tolist())) == 3
     assert fm.random.FRESH_WORDS <= fm._checks.WORD // 2
+    before = torch.get_rng_state()
     unused = make_key(None, None, None, 2, torch.device("cpu"), draws=False)
-    assert unused.tolist() == [0, 0, 0] and torch.initial_seed() == 0
+    assert unused.tolist() == [0, 0, 0] and torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("ids", [None, 3, torch.tensor([5, 0])])

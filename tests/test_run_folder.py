@@ -15,7 +15,7 @@ from copies import run_python
 from thread_counts import threads
 from trainer_helpers import assert_same_state, cut, flat, tiny
 
-from fm_fast.train import train
+from fm_fast.train import loop, train
 from fm_fast.train.checkpoint import read_checkpoint
 from fm_fast.train.files import only_writer, replaced_whole
 from fm_fast.train.run_folder import RunFolder
@@ -190,8 +190,20 @@ def test_a_network_with_dropout_draws_its_pictures_without(tmp_path):
 
 def test_images_that_are_not_square_are_refused_before_the_run(tmp_path):
     np.savez(tmp_path / "wide.npz", images=np.zeros((4, 8, 16), np.uint8), labels=np.zeros(4, np.int64))
-    with pytest.raises(ValueError, match=r"data: expected a height equal to the width .*, got \(8, 16\)"):
+    with pytest.raises(ValueError, match=r"data: expected square images .*, got 8x16$"):
         run(tmp_path / "run", data=str(tmp_path / "wide.npz"))
+    np.savez(tmp_path / "last.npz", images=np.zeros((4, 16, 12, 3), np.uint8), labels=np.zeros(4, np.int64))
+    with pytest.raises(ValueError, match=r"got 12x3; are these 16x12 images with their 3 channels last\?"):
+        run(tmp_path / "run", data=str(tmp_path / "last.npz"))
+
+
+def test_a_run_on_the_cpu_keeps_freed_memory_once_its_data_are_there(tmp_path, monkeypatch):
+    done = []
+    load = loop.load_dataset
+    monkeypatch.setattr(loop, "load_dataset", lambda *arguments: done.append("loaded") or load(*arguments))
+    monkeypatch.setattr(loop, "keep_freed_memory", lambda: done.append("kept"))
+    run(tmp_path)
+    assert done == ["loaded", "kept"]
 
 
 @pytest.mark.parametrize("channels", [2, 4])

@@ -14,7 +14,6 @@ from fm_fast.cli.parser import Parser
 from fm_fast.cli.reproduce import add_reproduce
 from fm_fast.cli.sample import add_sample
 from fm_fast.cli.train import add_train
-from fm_fast.train.allocator import keep_freed_memory
 from fm_fast.train.interrupt import say_nothing_more
 
 
@@ -24,7 +23,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Training ends with 143 after SIGTERM and 129 after SIGHUP.
     """
     options = parser().parse_args(arguments)
-    keep_freed_memory()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -18,11 +18,11 @@ VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOL
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library's allocator to give nothing back to the system until the process ends; whether it does so.
+    """Tell the C library's allocator that what this thread frees is kept until the process ends; whether it is.
 
-    False, and nothing is changed, where the user has set one of glibc's own variables (MALLOC_TRIM_THRESHOLD_ and others, or a
-    ``glibc.malloc`` tunable), and where the C library is another one. Large blocks share the heap with small ones then, which may take
-    a few per cent more memory at the peak.
+    False, and nothing is changed, where the user has set one of ``VARIABLES`` or a ``glibc.malloc`` tunable, and where the C library is
+    another one. Call it once the data are in place, or the memory that loading them took is kept, too. Large blocks share the heap with
+    small ones then, which may take a few per cent more memory at the peak.
     """
     if _decided_by_user(os.environ):
         return False

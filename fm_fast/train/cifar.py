@@ -70,7 +70,7 @@ def _python_batch(content: bytes, name: str) -> tuple[Tensor, Tensor]:
     batch = unpickled(io.BytesIO(content), name, "CIFAR-10")
     try:
         pixels, labels = torch.as_tensor(batch[b"data"]), torch.as_tensor(batch[b"labels"])
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{name}: expected a dictionary with arrays b'data' and b'labels', got {type(batch).__name__}: {error}") from error
     return _checked(pixels, labels, name)
 

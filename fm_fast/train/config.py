@@ -11,7 +11,7 @@ from fm_fast.nn.precondition import can_precondition
 from fm_fast.paths import OT, VE, VP, Cosine, Path
 from fm_fast.solvers import METHODS
 from fm_fast.train.averaging import WIDEST
-from fm_fast.train.prepare import Preparation
+from fm_fast.train.prepare import CHANNELS, Preparation
 from fm_fast.train.schedule import SCHEDULES, LearningRate
 
 
@@ -205,8 +205,10 @@ def _check_recipe(config: TrainConfig) -> None:
 def fit_to_data(config: TrainConfig, image_shape: tuple[int, ...], classes: int) -> TrainConfig:
     """The same run with the network's channels, size and classes taken from the data (image_shape is C, H, W)."""
     channels, height, width = image_shape
-    square = "a height equal to the width (resize cuts out the middle square of a folder's images)"
-    require("data", height == width, square, (height, width))
+    if height != width:
+        hint = f"; are these {channels}x{height} images with their {width} channels last?" if width in CHANNELS else ""
+        square = "square images [N, C, H, W] (resize cuts out the middle square of a folder's)"
+        raise ValueError(f"data: expected {square}, got {height}x{width}{hint}")
     known, factor = classes if config.conditional else 0, config.super_resolution
     require("super_resolution", height % factor == width % factor == 0, f"a divisor of the images' size, {height}x{width}", factor)
     _check_levels(config.model, height)

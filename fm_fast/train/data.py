@@ -10,17 +10,16 @@ from torch import Tensor
 
 from fm_fast.random import noise
 from fm_fast.train.cifar import find_cifar_folder, read_cifar10
-from fm_fast.train.downsampled_imagenet import CLASSES, find_batches, read_batches
+from fm_fast.train.downsampled_imagenet import CLASSES, TRAIN_BATCHES, Batches, batches_in, read_batches
 from fm_fast.train.idx import read_idx
 from fm_fast.train.image_folder import beside_parts, list_images, no_labels, preparation_of, read_images, split_folder
 from fm_fast.train.npz import array_names, read_npz
-from fm_fast.train.prepare import WITHOUT_LABELS, Preparation, pooled_and_padded, rows_of_split
+from fm_fast.train.prepare import CHANNELS, WITHOUT_LABELS, Preparation, pooled_and_padded, rows_of_split
 
 DIGITS = Path(__file__).parent.parent / "datasets" / "digits.npz"
 DIGITS_TRAIN = 1500
 DIGITS_LEVELS = 17
 LEVELS = 256
-CHANNELS = (1, 3, 4)  # of images
 UNNAMED = ("arr_0", "arr_1")  # images and labels where numpy named the arrays, as in guided-diffusion's archives
 MOST_CLASSES = 1_000_000  # each has a row of weights; more are labels of another kind
 TEST_FILES = ("t10k", "test")  # beginnings of their names
@@ -87,14 +86,10 @@ def load_dataset(source: str | Path, split: str = "train", preparation: Preparat
     preparation = preparation.of_size(*dataset.images.shape[-2:])
     _check_size(dataset, preparation.resize)
     if dataset.division == UNDIVIDED and preparation.test_share > 0.0:
-        if dataset.mapped:
-            raise ValueError(f"{dataset.name}: above memory_limit, expected test_share 0 for data without a test part, or a higher limit")
         rows = rows_of_split(len(dataset), preparation.test_share, split)
         dataset = replace(dataset, images=dataset.images[rows], labels=dataset.labels[rows], division=SHARE)
     if preparation.pool == 1 and preparation.pad == 0:
         return dataset
-    if dataset.mapped:
-        raise ValueError(f"{dataset.name}: above memory_limit, expected pool 1 and pad 0 (resize is possible), or a higher limit")
     return replace(dataset, images=pooled_and_padded(dataset.name, dataset.images, preparation))
 
 
@@ -103,7 +98,7 @@ def _check_size(dataset: Dataset, resize: int) -> None:
     height, width = dataset.images.shape[-2:]
     if resize and (height, width) != (resize, resize):
         raise ValueError(
-            f"resize: expected 0 for {dataset.name} of {height}x{width} pixels, because only the images of a folder are resized"
+            f"resize: expected 0 for {dataset.name} of {height}x{width} pixels, because only image files are resized"
             f" (pool and pad change others), got {resize}"
         )
 
@@ -228,7 +223,7 @@ def _from_folder(folder: Path, split: str, preparation: Preparation) -> Dataset:
     cifar = find_cifar_folder(folder)
     if cifar is not None:
         return make_dataset(folder.name, *read_cifar10(cifar, split), classes=10)
-    batches = find_batches(folder, "train")
+    batches = batches_in(folder)
     if batches:
         return _from_imagenet(folder, batches, split, preparation)
     idx_files = sorted(file for file in folder.iterdir() if IDX_IMAGES.search(file.name))
@@ -236,13 +231,22 @@ def _from_folder(folder: Path, split: str, preparation: Preparation) -> Dataset:
         divided = any(file.name.startswith(TEST_FILES) for file in idx_files)
         dataset = _from_idx(_idx_file_of_split(folder, idx_files, split if divided else "train"))
         return replace(dataset, division=TEST_PART if divided else UNDIVIDED)
+    batches = batches_in(folder, within=True)
+    if batches:
+        return _from_imagenet(folder, batches, split, preparation)
     return _from_image_folder(folder, split, preparation)
 
 
-def _from_imagenet(folder: Path, batches: list[Path], split: str, preparation: Preparation) -> Dataset:
-    held_out = find_batches(folder, "test")
-    images, labels, mapped = read_batches(held_out if held_out and split == "test" else batches, preparation)
-    return make_dataset(folder.name, images, labels, classes=CLASSES, mapped=mapped, division=TEST_PART if held_out else UNDIVIDED)
+def _from_imagenet(folder: Path, batches: Batches, split: str, preparation: Preparation) -> Dataset:
+    """val_data alone are test images; training batches alone are undivided."""
+    files = batches.test if split == "test" and batches.test else batches.train
+    if not files:
+        raise FileNotFoundError(f"{folder}: expected train_data_batch_1 and so on beside {batches.test[0].name}")
+    images, labels, mapped = read_batches(files, preparation, bool(batches.test))
+    few = len(batches.train) < TRAIN_BATCHES and files is batches.train
+    left_out = (f"note: {folder}: {len(batches.train)} of ImageNet's {TRAIN_BATCHES} training batches",) if few else ()
+    division = TEST_PART if batches.test else UNDIVIDED
+    return make_dataset(folder.name, images, labels, classes=CLASSES, mapped=mapped, division=division, left_out=left_out)
 
 
 def _from_image_folder(folder: Path, split: str, preparation: Preparation) -> Dataset:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fm_fast.train.allocator import keep_freed_memory
 from fm_fast.train.checkpoint import read_checkpoint, restore
 from fm_fast.train.config import TrainConfig, fit_to_data
 from fm_fast.train.curve import can_draw, draw_curves, draw_quality
@@ -151,6 +152,8 @@ def _resume(run: Run) -> None:
 
 def _run(run: Run) -> float:
     """All remaining steps; returns the seconds they took, without pictures and checkpoints."""
+    if run.team.device.type == "cpu":
+        keep_freed_memory()
     skipped = run.state.optimiser.skipped
     logger = Logger(run.folder, run.config, run.state.step, run.team, flops_per_image(run.config.model), skipped)
     started = time.perf_counter()

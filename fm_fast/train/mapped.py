@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+import mmap
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from torch import Tensor
 from fm_fast.train.files import as_folder, replaced_whole
 from fm_fast.train.prepare import GIB, Preparation
 
+# Without it Linux wants room in memory for all of a private mapping. Python names it from 3.13 on.
+MAP_NORESERVE = 0x4000
+
 
 def filled(
     shape: tuple[int, ...], files: Iterable[Path], reading: str, preparation: Preparation, fill: Callable[[Tensor], None]
@@ -19,20 +24,46 @@ def filled(
     """(uint8 tensor of that shape after ``fill``, whether it lies in a mapped file).
 
     A mapped file is used again as long as the names, sizes and times of ``files``, which are read by the way ``reading``, are the same.
+    Raises ValueError where its pixels would have to be changed.
     """
     size = math.prod(shape)
-    if size <= preparation.limit_in_bytes:
+    if not is_mapped(size, preparation):
         pixels = torch.empty(shape, dtype=torch.uint8)
         fill(pixels)
         return pixels, False
-    cache = as_folder("cache", os.path.expanduser(preparation.cache)) / f"images-{fingerprint(files, reading)}.u8"
+    if preparation.pool > 1 or preparation.pad > 0:
+        raise ValueError(f"pool, pad: expected 1 and 0 {_above(size, preparation)}, got {preparation.pool} and {preparation.pad}")
+    cache = cache_file(preparation, files, reading, ".u8")
     if not (cache.is_file() and cache.stat().st_size == size):
-        print(f"{size / GIB:.2f} GiB of pixels, above memory_limit {preparation.memory_limit:g}: writing {cache}", flush=True)
+        print(f"{_above(size, preparation).removeprefix('for ')}: writing {cache}", flush=True)
         cache.parent.mkdir(parents=True, exist_ok=True)
         with replaced_whole(cache) as temporary:
             _reserve(temporary, size)
             fill(torch.from_file(str(temporary), shared=True, size=size, dtype=torch.uint8).reshape(shape))
-    return torch.from_file(str(cache), shared=False, size=size, dtype=torch.uint8).reshape(shape), True
+    return _mapped(cache, size).reshape(shape), True
+
+
+def is_mapped(size: int, preparation: Preparation) -> bool:
+    """Whether so many bytes of pixels lie in a file."""
+    return size > preparation.limit_in_bytes
+
+
+def _above(size: int, preparation: Preparation) -> str:
+    return f"for {size / GIB:.2f} GiB of pixels, above memory_limit {preparation.memory_limit:g}"
+
+
+def cache_file(preparation: Preparation, files: Iterable[Path], reading: str, suffix: str) -> Path:
+    """Where the cache keeps what was made of these files as they are now."""
+    return as_folder("cache", os.path.expanduser(preparation.cache)) / f"images-{_fingerprint(files, reading)}{suffix}"
+
+
+def _mapped(file: Path, size: int) -> Tensor:
+    """Its bytes, read when they are asked for; what is written to them stays in memory."""
+    if not sys.platform.startswith("linux"):
+        return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
+    with file.open("rb") as opened:
+        pages = mmap.mmap(opened.fileno(), size, flags=mmap.MAP_PRIVATE | MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def _reserve(file: Path, size: int) -> None:
@@ -42,7 +73,7 @@ def _reserve(file: Path, size: int) -> None:
             os.posix_fallocate(opened.fileno(), 0, size)
 
 
-def fingerprint(files: Iterable[Path], reading: str) -> str:
+def _fingerprint(files: Iterable[Path], reading: str) -> str:
     """Of the files as they are now, and of the way in which they are read."""
     digest = hashlib.sha256(reading.encode())
     for file in files:

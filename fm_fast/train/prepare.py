@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fm_fast.random import noise
 
 GIB = 2**30
+CHANNELS = (1, 3, 4)  # of images
 WITHOUT_LABELS = "--no-conditional trains a network without, sample --classes none enlarges without"  # why data may lack them
 
 
