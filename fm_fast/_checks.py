@@ -37,11 +37,12 @@ def tensor(name: str, x: object) -> None:
 
 def explain_call(error: Exception, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> None:
     """Add to a model's own error how it was called: one that takes (t, x), as for torchdiffeq, fails anywhere."""
-    if isinstance(error, torch.OutOfMemoryError) or not hasattr(error, "add_note"):  # which Python has from 3.11 on
+    add_note = getattr(error, "add_note", None)  # of Python 3.11 and later
+    if add_note is None or isinstance(error, torch.OutOfMemoryError):
         return
     inputs = ", ".join(f"{name} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}" for name, value in (("x", x), ("t", t)))
     names = "".join(f", {name}" for name in cond)
-    error.add_note(f"fm_fast called model(x, t{names}) with {inputs}; a network that takes (t, x) needs lambda x, t: network(t, x)")
+    add_note(f"fm_fast called model(x, t{names}) with {inputs}; a network that takes (t, x) needs lambda x, t: network(t, x)")
 
 
 def one_of(name: str, value: object, choices: Sequence[object]) -> None:

@@ -26,6 +26,11 @@ ENVIRONMENT_VARIABLES = {
     "FM_FAST_CPU",
     "MAX_JOBS",
     "TORCH_CUDA_ARCH_LIST",
+    # glibc's
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_MMAP_MAX_",
+    "GLIBC_TUNABLES",
     # where the usual tools are
     "CXX",
     "CUDA_HOME",

@@ -7,31 +7,29 @@ same memory anew, page by page and zeroed: a tenth of the time of a small U-Net'
 
 import ctypes
 import os
-from collections.abc import Mapping
 
 # Parameters of mallopt, as malloc.h numbers them.
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 NO_LIMIT = -1
 
-# By these a user decides for himself.
-VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
-
 
 def keep_freed_memory() -> bool:
     """Tell the C library's allocator that what this thread frees is kept until the process ends; whether it is.
 
-    False, and nothing is changed, where the user has set one of ``VARIABLES`` or a ``glibc.malloc`` tunable, and where the C library is
-    another one. Call it once the data are in place, or the memory that loading them took is kept, too. Large blocks share the heap with
-    small ones then, which may take a few per cent more memory at the peak.
+    False, and nothing is changed, where the user has set MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_, MALLOC_MMAP_MAX_ or a
+    ``glibc.malloc`` tunable, and where the C library is another one. Call it once the data are in place, or what loading them took is
+    kept, too. Large blocks share the heap with small ones then, which may take a few per cent more memory at the peak.
     """
-    if _decided_by_user(os.environ):
+    if _decided_by_user():
         return False
     mallopt = getattr(_symbols(), "mallopt", None)
     return mallopt is not None and all([mallopt(TRIM_THRESHOLD, NO_LIMIT), mallopt(MMAP_MAX, 0)])
 
 
-def _decided_by_user(environment: Mapping[str, str]) -> bool:
-    return any(name in environment for name in VARIABLES) or "glibc.malloc" in environment.get("GLIBC_TUNABLES", "")
+def _decided_by_user() -> bool:
+    """By glibc's own settings of the same things."""
+    thresholds = "MALLOC_TRIM_THRESHOLD_" in os.environ or "MALLOC_MMAP_THRESHOLD_" in os.environ
+    return thresholds or "MALLOC_MMAP_MAX_" in os.environ or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
 
 
 def _symbols() -> ctypes.CDLL | None:
