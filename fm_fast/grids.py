@@ -98,7 +98,8 @@ class KarrasGrid:
 
 NAMED: dict[str, Grid] = {"uniform": UniformGrid(), "cosine": CosineGrid(), "shift": ShiftGrid(), "karras": KarrasGrid()}
 BISECTIONS = 60
-SAME_TIME = 1e-9
+# Times that differ by no more are one; and so are two that rounding tells apart, as far as it is a small share of a step.
+SAME_TIME, SMALL_SHARE = 1e-9, 0.01
 
 
 def _pinned(times: Times) -> Times:
@@ -208,8 +209,9 @@ def _increasing(times: Times, name: str) -> Times:
 def with_times(nodes: Times, wanted: Sequence[float]) -> tuple[Times, list[int]]:
     """The nodes with the wanted times added, and the position of each of these: a step that contains one is split there.
 
-    Ends that the path keeps a little inside [0, 1] may be asked for as 0 and 1. A time that rounding has moved off a node is that node:
-    a step of 1e-17 would ruin the weights of multistep methods.
+    Ends that the path keeps a little inside [0, 1] may be asked for as 0 and 1. A time that rounding has moved off a node is that node,
+    be it the rounding of the wanted times' own dtype: a step of 3e-8 would cost calls of the network, and ruin the weights of multistep
+    methods.
     """
     given = _times("save", wanted)
     extra = np.clip(given, nodes[0], nodes[-1])
@@ -217,7 +219,18 @@ def with_times(nodes: Times, wanted: Sequence[float]) -> tuple[Times, list[int]]
     if outside.any():  # not the size of given[outside], which torch.compile takes for true where there are none
         raise ValueError(f"save must lie inside the solve, [{nodes[0]}, {nodes[-1]}], got {given[outside].tolist()}")
     merged = nodes
+    rounding = _rounding_of(wanted)
     for time in np.sort(extra):
-        if np.abs(merged - time).min() > SAME_TIME:
+        steps = np.diff(merged)
+        shortest = np.minimum(np.append(steps, np.inf), np.insert(steps, 0, np.inf))  # beside each node
+        if (np.abs(merged - time) > np.maximum(SAME_TIME, np.minimum(rounding, SMALL_SHARE * shortest))).all():
             merged = np.sort(np.append(merged, time))
     return merged, [int(np.abs(merged - time).argmin()) for time in extra]
+
+
+def _rounding_of(times: object) -> float:
+    """Of the times' dtype; Python's numbers may have been float32 before."""
+    dtype = getattr(times, "dtype", torch.float32)
+    if isinstance(dtype, np.dtype):
+        return float(np.finfo(dtype).eps) if dtype.kind == "f" else 0.0
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0

@@ -356,3 +356,18 @@ def test_a_model_of_points_and_times_as_a_field(monkeypatch):
     assert torch.equal(field(torch.full((5,), 0.25, dtype=torch.float64), x), field(torch.tensor(0.25), x))
     states = odeint(field, x, torch.linspace(0.0, 1.0, 3), method="dopri5", rtol=1e-4, atol=1e-4)
     assert states.shape == (3, 5, 2) and [name for name, _ in field.named_parameters()] == ["model.weight", "model.bias"]
+
+
+@pytest.mark.parametrize("name", ["VariancePreserving", "Target", "SchrodingerBridge"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_of_the_times_round_the_times_alone(name, dtype):
+    """Not the sines and roots of them."""
+    matcher = getattr(ours, f"{name}ConditionalFlowMatcher")(sigma=0.5)
+    x0, x1 = pair(torch.float32)
+    times = torch.linspace(0.1, 0.9, len(x0)).to(dtype)
+    found = []
+    for t in (times, times.double()):
+        torch.manual_seed(0)
+        found.append(matcher.sample_location_and_conditional_flow(x0, x1, t=t, return_noise=True)[1:3])
+    for rounded, exact in zip(*found, strict=True):
+        torch.testing.assert_close(rounded, exact, rtol=1e-5, atol=1e-5)

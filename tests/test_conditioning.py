@@ -88,3 +88,24 @@ def test_what_an_earlier_end_costs_data_of_one_grey_level(t1, bits):
     settings = {"objective": "data", "method": "dopri5", "kind": "exact", "t0": 1e-3, "dtype": torch.float64, "seed": 0}
     found = fm.bits_per_dim(Black(), torch.zeros(64, 4, dtype=torch.int64), t1=t1, **settings)
     assert found.mean == pytest.approx(bits, rel=0.2)
+
+
+@pytest.mark.parametrize("path", ["ot", "cosine"])
+def test_noise_on_the_way_back_to_where_alpha_is_zero(path):
+    """What is told is what an error of the network does, which the solve without noise, or with little of it, does not."""
+    options = {"objective": "noise", "path": path, "method": "euler", "t0": 0.1, "steps": 5}
+    message = told(**options, churn=1.0, seed=0)
+    assert f"{ILL}1e-05" in message and "Solve with a larger t0 or less churn" in message
+
+    def end(error, **more):
+        return fm.sample(lambda x, t: 0.5 * x + error, X, **options, **more).x
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert (end(1e-3, churn=1.0, seed=0) - end(0.0, churn=1.0, seed=0)).abs().max() > 0.05
+    assert (end(1e-3) - end(0.0)).abs().max() < 0.01
+    assert told(**options) is None and told(**options, churn=0.1, seed=0) is None
+
+
+def test_noise_that_takes_later_steps_back():
+    assert f"{ILL}1e-05" in told(objective="noise", method="euler", t0=0.2, steps=8, churn=4.0, seed=0)

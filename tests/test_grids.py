@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fm_fast as fm
-from fm_fast.grids import CosineGrid, KarrasGrid, ShiftGrid, UniformGrid
+from fm_fast.grids import CosineGrid, KarrasGrid, ShiftGrid, UniformGrid, with_times
 from fm_fast.paths import NAMED as PATHS
 
 GRIDS = [UniformGrid(), CosineGrid(), ShiftGrid(), ShiftGrid(0.5), KarrasGrid(), KarrasGrid(0.01, 10.0, 3.0)]
@@ -237,3 +237,39 @@ def test_times_to_save_before_the_start_are_refused():
 def test_times_with_a_gradient_are_no_grid():
     with pytest.raises(TypeError, match="grid must be a sequence of times"):
         nodes_of([torch.tensor(0.0, requires_grad=True), 1.0], None)
+
+
+GIVEN = {
+    "float32": lambda times: times,
+    "numpy": lambda times: times.numpy(),
+    "numbers": lambda times: times.tolist(),
+    "float16": lambda times: times.half(),
+}
+
+
+@pytest.mark.parametrize("form", GIVEN)
+@pytest.mark.parametrize("method", ["euler", "midpoint", "ab2"])
+def test_times_to_save_that_their_dtype_has_rounded_are_the_nodes(method, form):
+    times = GIVEN[form](torch.linspace(0.0, 1.0, 11))
+    arguments = {"method": method, "steps": 10}
+    whole, asked = (fm.sample(lambda x, t: x.sin() + t[:, None], torch.ones(2, 3), **arguments, save=save) for save in ("steps", times))
+    assert asked.nfe == whole.nfe and torch.equal(asked.saved, whole.saved)
+
+
+def test_noise_on_the_way_does_not_depend_on_how_the_times_to_save_are_given():
+    arguments = {"method": "euler", "steps": 10, "churn": 0.5, "seed": 0}
+    whole, asked = (
+        fm.sample(lambda x, t: x.sin(), torch.ones(2, 3), **arguments, save=save) for save in ("steps", torch.linspace(0.0, 1.0, 11))
+    )
+    assert torch.equal(asked.saved, whole.saved)
+
+
+@pytest.mark.parametrize("time", [0.1 + 1e-6, 0.5 - 1e-6])
+def test_times_to_save_beside_a_node_are_times_of_their_own(time):
+    nodes, (position,) = with_times(nodes_of("uniform", 10), [time])
+    assert len(nodes) == 12 and nodes[position] == time
+
+
+def test_a_time_is_no_node_where_steps_are_as_short_as_its_rounding():
+    nodes, (position,) = with_times(np.array([0.0, 1e-8, 1.0]), [4e-9])
+    assert len(nodes) == 4 and nodes[position] == 4e-9

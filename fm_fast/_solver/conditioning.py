@@ -2,7 +2,7 @@
 
 With the noise predicted on the OT path the velocity at time t is (x - o) / t, so a step of 0.02 from t = 1e-5 moves x by 2000 times the
 error of o. Steps as short as t itself bear it as far as o follows x, as it should there: with do/dx = 1 - c an error grows like t^c. The
-other end is like it for predicted data, where encode and likelihoods begin.
+other end is like it for predicted data, where encode and likelihoods begin. Noise on the way takes steps back towards the first end.
 """
 
 import warnings
@@ -12,6 +12,7 @@ import torch
 
 from fm_fast import _modes
 from fm_fast._codes import PathCode
+from fm_fast._solver.plan import churned_begins
 from fm_fast.objectives import Objective, schedule, velocity_range
 from fm_fast.paths import Path, kernel_form
 from fm_fast.solvers import RungeKutta, Table
@@ -20,20 +21,28 @@ LARGEST_FACTOR = 30.0
 ADAPTIVE_STEPS = 100  # what an adaptive method is taken to need
 
 
-def warn_if_ill_conditioned(path: Path, objective: Objective, table: Table | None, nodes: np.ndarray) -> None:
+def warn_if_ill_conditioned(path: Path, objective: Objective, table: Table | None, nodes: np.ndarray, churn: float) -> None:
     """UserWarning where a step at an end of the solve multiplies the relative error of an output by more than ``LARGEST_FACTOR``.
 
-    Paths of the user's own are not looked at: their parameters may lie on a device that the host would have to wait for.
+    With ``churn`` it may be any step. Paths of the user's own are not looked at: their parameters may lie on a device that the host would
+    have to wait for.
     """
     singular = objective.velocity_divides_by_alpha or objective.velocity_divides_by_sigma
     if not singular or kernel_form(path)[0] == PathCode.given or _modes.transforms_active():
         return
-    times, widths = _evaluations_at_the_ends(table, nodes)
-    times = np.clip(times, *velocity_range(path, objective))
+    limits = velocity_range(path, objective)
+    if churn > 0.0 and table is not None:
+        with _modes.host_arithmetic():
+            times, widths = _evaluations(table, churned_begins(path, nodes, churn, limits[0]), nodes[1:])
+    else:
+        times, widths = _evaluations_at_the_ends(table, nodes)
+    times = np.clip(times, *limits)
     factors = widths * error_factors(path, objective, times)
     worst = int(factors.argmax())
     if factors[worst] > LARGEST_FACTOR:
         remedy = "t0=0.01" if times[worst] < 0.5 else "t1=0.999"
+        if churn > 0.0 and times[worst] < nodes[0]:
+            remedy = "a larger t0 or less churn"
         warnings.warn(
             f"objective {objective.name!r} does not determine the velocity well at t = {times[worst]:.6g}: a step there multiplies an "
             f"error of the network's output by {factors[worst]:.2g}. Solve with {remedy}, or train the velocity",
@@ -48,9 +57,14 @@ def _evaluations_at_the_ends(table: Table | None, nodes: np.ndarray) -> tuple[np
     """
     if table is None:
         return nodes[:1], np.full(1, np.ptp(nodes) / ADAPTIVE_STEPS)
+    return _evaluations(table, nodes[[0, -2]], nodes[[1, -1]])
+
+
+def _evaluations(table: Table, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same of steps from ``begins`` to ``ends``."""
     stages = np.array(table.c if isinstance(table, RungeKutta) else (0.0, *table.start.c))
-    steps = np.diff(nodes)[[0, -1]]
-    return np.concatenate([nodes[[0, -2]] + c * steps for c in stages]), np.tile(np.abs(steps), len(stages))
+    steps = ends - begins
+    return np.concatenate([begins + c * steps for c in stages]), np.tile(np.abs(steps), len(stages))
 
 
 def error_factors(path: Path, objective: Objective, times: np.ndarray) -> np.ndarray:

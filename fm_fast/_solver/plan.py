@@ -147,14 +147,19 @@ def _churned(table: RungeKutta, nodes: Array, path: Path, velocity: Velocity, ch
     at t. Where alpha_t is 0 the state is noise already. Source: Karras et al. (2022), algorithm 2, there for alpha = 1.
     """
     at_nodes = _alpha_and_sigma(path, nodes[:-1])
-    can = at_nodes[0] > 0.0
-    begins = np.where(can, np.clip(nodes[:-1] - churn * np.diff(nodes), velocity.limits[0], nodes[:-1]), nodes[:-1])
+    can, begins = at_nodes[0] > 0.0, churned_begins(path, nodes, churn, velocity.limits[0])
     alpha, sigma = _alpha_and_sigma(path, begins)
     a = np.divide(alpha, at_nodes[0], out=np.ones_like(alpha), where=can)
     b = np.sqrt(np.maximum(sigma**2 - (a * at_nodes[1]) ** 2, 0.0))
     plan = _runge_kutta(table, nodes, velocity, begins)
     renoise = Stage((0,), np.stack([a, np.where(can, b, 0.0)], axis=1), ends_step=True)
     return replace(plan, segments=tuple(Segment(steps, (renoise, *stages), renoises=True) for steps, stages, _ in plan.segments))
+
+
+def churned_begins(path: Path, nodes: Array, churn: float, lowest: float) -> Array:
+    """Where the steps between the nodes begin."""
+    earlier = np.clip(nodes[:-1] - churn * np.diff(nodes), lowest, nodes[:-1])
+    return np.where(_alpha_and_sigma(path, nodes[:-1])[0] > 0.0, earlier, nodes[:-1])
 
 
 def _alpha_and_sigma(path: Path, times: Array) -> tuple[Array, Array]:

@@ -81,7 +81,7 @@ def make_settings(
     if reverse:
         nodes = nodes[::-1].copy()
         saved = saved if isinstance(save, str) else tuple(len(nodes) - 1 - position for position in saved)
-    warn_if_ill_conditioned(chosen_path, chosen_objective, table, nodes)
+    warn_if_ill_conditioned(chosen_path, chosen_objective, table, nodes, float(churn))
     resolved = _backends.resolve("linear_step", start.device, backend)
     return Settings(
         chosen_path, chosen_objective, table, adaptive, nodes, saved, *accuracy, per_sample,

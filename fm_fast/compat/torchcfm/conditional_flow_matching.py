@@ -80,8 +80,9 @@ class ConditionalFlowMatcher:
         check_pair(x0, x1)
         times = _times(t, x0)
         epsilon = self.sample_noise_like(x0) if return_noise or self._is_wide() else None
-        xt = self.sample_xt(x0, x1, times, epsilon).to(x0.dtype)
-        ut = self._flow(x0, x1, times, xt, epsilon).to(x0.dtype)
+        wide = times.to(torch.promote_types(times.dtype, x0.dtype))  # sines and roots of t are not to be rounded to its dtype
+        xt = self.sample_xt(x0, x1, wide, epsilon).to(x0.dtype)
+        ut = self._flow(x0, x1, wide, xt, epsilon).to(x0.dtype)
         return (times, xt, ut) if not return_noise or epsilon is None else (times, xt, ut, epsilon)
 
     def _is_wide(self) -> bool:
