@@ -103,7 +103,7 @@ def test_errors_are_one_line_and_exit_code_1(arguments, message, capsys, tmp_pat
         (["--cache", "FILE"], "cache: expected a folder, FILE is a file"),
         (["--cache", ""], "cache: expected a folder, got ''"),
         (["--device", "meta"], "device: expected auto, cpu, cuda or cuda:N, got 'meta'"),
-        (["--resize", "16"], "resize: expected 0 for digits of 8x8 pixels, because only the images of a folder are resized"),
+        (["--resize", "16"], "resize: expected 0 for digits of 8x8 pixels, because only image files are resized"),
         (["--model.attention-sizes", "16,4"], "model.attention_sizes: expected heights of the network's levels, 8, 4, got (16, 4)"),
         (["--coupling", "optimal", "--batch-size", "1"], "coupling: expected independent where a process has one image a step, which"),
         (["--label-drop", "1"], "label_drop: expected less than 1, or --no-conditional: the network would never be told a label, got 1.0"),
