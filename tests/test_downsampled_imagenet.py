@@ -181,6 +181,7 @@ def test_damage(tmp_path, name, content, message):
         load_dataset(tmp_path)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("protocol", range(2, 6))
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.int64])
 def test_labels_of_any_integers_in_pickles_of_any_protocol(tmp_path, kind, protocol):
