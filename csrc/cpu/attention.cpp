@@ -174,21 +174,26 @@ void differentiate(const AttentionArgs& args, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) backward.run(unit);
 }
 
-#if defined(__AVX512BF16__)
-using Bfloat16Forward = PairForward;
-using Bfloat16Backward = PairBackward;
-#else
-using Bfloat16Forward = Forward<Bfloat16>;
-using Bfloat16Backward = Backward<Bfloat16>;
-#endif
-
 }  // namespace
 
-// A unit is kAttentionQueries queries of one head of one sample.
+// A unit is kAttentionQueries queries of one head of one sample, and of the backward pass one head of one sample.
+#if defined(__AVX512BF16__)
+
+// Other numbers have nothing of it.
+void attention_units(const AttentionArgs& args, int64_t begin, int64_t end) {
+  args.dtype == Dtype::bfloat16 ? attend<PairForward>(args, begin, end) : avx512::attention_units(args, begin, end);
+}
+
+void attention_backward_units(const AttentionArgs& args, int64_t begin, int64_t end) {
+  args.dtype == Dtype::bfloat16 ? differentiate<PairBackward>(args, begin, end) : avx512::attention_backward_units(args, begin, end);
+}
+
+#else
+
 void attention_units(const AttentionArgs& args, int64_t begin, int64_t end) {
   switch (args.dtype) {
     case Dtype::bfloat16:
-      return attend<Bfloat16Forward>(args, begin, end);
+      return attend<Forward<Bfloat16>>(args, begin, end);
     case Dtype::float16:
       return attend<Forward<Float16>>(args, begin, end);
     default:
@@ -196,17 +201,18 @@ void attention_units(const AttentionArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// A unit is one head of one sample.
 void attention_backward_units(const AttentionArgs& args, int64_t begin, int64_t end) {
   switch (args.dtype) {
     case Dtype::bfloat16:
-      return differentiate<Bfloat16Backward>(args, begin, end);
+      return differentiate<Backward<Bfloat16>>(args, begin, end);
     case Dtype::float16:
       return differentiate<Backward<Float16>>(args, begin, end);
     default:
       return differentiate<Backward<float>>(args, begin, end);
   }
 }
+
+#endif
 
 }  // namespace FM_ISA
 }  // namespace fm
