@@ -3,6 +3,7 @@
 import ctypes
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def ratios(times: Mapping[str, list[float]], name: str, base: str) -> Summary:
 
 def keep_freed_memory() -> None:
     """For every provider alike, as `fm-fast train` does (fm_fast/train/allocator.py, which another commit's package may lack)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(TRIM_THRESHOLD, -1)
         mallopt(MMAP_MAX, 0)
