@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fm_fast.train.cache import cache_file
 from fm_fast.train.files import replaced_whole
-from fm_fast.train.mapped import cache_file, filled, is_mapped
+from fm_fast.train.mapped import filled, is_mapped
 from fm_fast.train.npz import read_npz
 from fm_fast.train.pickled import unpickled
 from fm_fast.train.prepare import Preparation

@@ -29,9 +29,16 @@ def replaced_whole(path: Path) -> Iterator[Path]:
     descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=TEMPORARY, dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
-    try:
-        yield temporary
+    with takes_place(temporary, path):
         temporary.chmod(0o666 & ~_umask())
+        yield temporary
+
+
+@contextlib.contextmanager
+def takes_place(temporary: Path, path: Path) -> Iterator[None]:
+    """`temporary` is `path` at the end, or is deleted where the block or the disk fails."""
+    try:
+        yield
         _to_disk(temporary)
         os.replace(temporary, path)
         _to_disk(path.parent)
@@ -96,6 +103,33 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def held_in_turn(file: Path) -> Iterator[bool]:
+    """Hold the file, which is made if need be, as soon as no other process does; yields whether that one has left it where it was."""
+    if fcntl is None:
+        file.touch()
+        yield True
+        return
+    with file.open("ab") as opened:
+        with contextlib.suppress(OSError):  # of a file system that has no locks
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield file.exists() and os.path.samestat(os.fstat(opened.fileno()), file.stat())
+
+
+def is_held(file: Path) -> bool:
+    """Whether a process holds it; False where that is not known."""
+    if fcntl is None:
+        return False
+    with contextlib.suppress(FileNotFoundError), file.open("rb") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
 
 
 def _lock(descriptor: int, folder: Path) -> None:

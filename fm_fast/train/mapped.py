@@ -1,6 +1,5 @@
 """Pixels in memory or, where they are too many, in a file of the cache that is mapped into memory."""
 
-import hashlib
 import math
 import mmap
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fm_fast.train.files import as_folder, replaced_whole
+from fm_fast.train.cache import cache_file, make_once
 from fm_fast.train.prepare import GIB, Preparation
 
 # Without it Linux wants room in memory for all of a private mapping. Python names it from 3.13 on.
@@ -34,12 +33,13 @@ def filled(
     if preparation.pool > 1 or preparation.pad > 0:
         raise ValueError(f"pool, pad: expected 1 and 0 {_above(size, preparation)}, got {preparation.pool} and {preparation.pad}")
     cache = cache_file(preparation, files, reading, ".u8")
-    if not (cache.is_file() and cache.stat().st_size == size):
+
+    def make(place: Path) -> None:
         print(f"{_above(size, preparation).removeprefix('for ')}: writing {cache}", flush=True)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with replaced_whole(cache) as temporary:
-            _reserve(temporary, size)
-            fill(torch.from_file(str(temporary), shared=True, size=size, dtype=torch.uint8).reshape(shape))
+        _reserve(place, size)
+        fill(torch.from_file(str(place), shared=True, size=size, dtype=torch.uint8).reshape(shape))
+
+    make_once(cache, lambda: cache.is_file() and cache.stat().st_size == size, make)
     return _mapped(cache, size).reshape(shape), True
 
 
@@ -50,11 +50,6 @@ def is_mapped(size: int, preparation: Preparation) -> bool:
 
 def _above(size: int, preparation: Preparation) -> str:
     return f"for {size / GIB:.2f} GiB of pixels, above memory_limit {preparation.memory_limit:g}"
-
-
-def cache_file(preparation: Preparation, files: Iterable[Path], reading: str, suffix: str) -> Path:
-    """Where the cache keeps what was made of these files as they are now."""
-    return as_folder("cache", os.path.expanduser(preparation.cache)) / f"images-{_fingerprint(files, reading)}{suffix}"
 
 
 def _mapped(file: Path, size: int) -> Tensor:
@@ -71,12 +66,3 @@ def _reserve(file: Path, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         with file.open("r+b") as opened:
             os.posix_fallocate(opened.fileno(), 0, size)
-
-
-def _fingerprint(files: Iterable[Path], reading: str) -> str:
-    """Of the files as they are now, and of the way in which they are read."""
-    digest = hashlib.sha256(reading.encode())
-    for file in files:
-        status = file.stat()
-        digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:20]
