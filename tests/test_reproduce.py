@@ -137,6 +137,14 @@ def test_fashion_is_averaged_to_14_pixels(tmp_path):
     build_model(fit_to_data(config, (1, 14, 14), 10))(torch.zeros(1, 1, 14, 14), torch.zeros(1), y=torch.zeros(1, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("alike", [False, True])
+def test_objectives_that_are_alike_have_no_help_of_their_own(alike):
+    recipes = {name: dataclasses.replace(table1.settings("digits", alike=alike), objective=name).recipe for name in checkerboard.NAMES}
+    helped = [name for name, recipe in recipes.items() if recipe.preconditioned or recipe.t_sampler != recipes["fm-ot"].t_sampler]
+    assert helped == ([] if alike else ["ddpm", "score", "scoreflow"])
+    assert recipes["fm-ot"].t_sampler == ("uniform" if alike else "stratified")
+
+
 def test_data_that_are_missing(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     arguments = ["reproduce", "table1", "--data", "fashion", "--source", str(tmp_path / "none"), "--jobs", "1", "--out", str(tmp_path)]
@@ -158,7 +166,7 @@ def tiny_table(monkeypatch):
     }.items():
         monkeypatch.setattr(table1, name, value)
     config = tiny(dequantise=True, evaluate=False, model=TINY_NET, sample_steps=2, samples_per_class=1)
-    monkeypatch.setattr(table1, "settings", lambda data, source=None: config)
+    monkeypatch.setattr(table1, "settings", lambda data, source=None, alike=False: config)
 
 
 @pytest.mark.slow
@@ -252,7 +260,9 @@ def test_a_source_of_the_digits_is_refused(tmp_path):
         table1.settings("digits", tmp_path)
 
 
-@pytest.mark.parametrize(("comparison", "options"), [("figures", "draws jobs"), ("checkerboard", "jobs"), ("table1", "data source jobs")])
+@pytest.mark.parametrize(
+    ("comparison", "options"), [("figures", "draws jobs"), ("checkerboard", "jobs"), ("table1", "data source alike jobs")]
+)
 def test_help_lists_every_option(comparison, options, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["reproduce", comparison, "--help"])

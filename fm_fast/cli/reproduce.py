@@ -21,6 +21,9 @@ def add_reproduce(commands: Any) -> None:
     table1 = _add(comparisons, "table1", "Tables 1 and 4: five objectives on small images", 300, "training steps of each objective")
     table1.add_argument("--data", choices=SOURCES, default="digits", help="digits (shipped) or fashion (Fashion-MNIST, 14x14) [digits]")
     table1.add_argument("--source", type=Path, metavar="DIR", help="folder of Fashion-MNIST's IDX files [that of Debian's package]")
+    table1.add_argument(
+        "--alike", action="store_true", help="uniform times and no preconditioning for any objective, as in the paper [what suits each]"
+    )
     table1.set_defaults(run=_table1)
     checkerboard = _add(
         comparisons, "checkerboard", "Figures 4, 9 and 10: five objectives in two dimensions", 4000, "training steps of each, at least 8"
@@ -50,10 +53,10 @@ def _table1(options: argparse.Namespace) -> None:
     from fm_fast.reproduce import drawing, table1
 
     drawing.require_matplotlib()
-    rows = table1.reproduce_table1(options.out, options.data, options.seed, options.steps, options.source, options.jobs)
-    picture = drawing.draw_table1(rows, options.out / f"table1-{options.data}.png")
-    names = [options.out / f"table1-{options.data}{suffix}" for suffix in (".json", ".md")]
-    _tell(table1.as_text(rows), *names, picture)
+    rows = table1.reproduce_table1(options.out, options.data, options.seed, options.steps, options.source, options.jobs, options.alike)
+    name = table1.table_name(options.data, options.alike)
+    picture = drawing.draw_table1(rows, options.out / f"{name}.png")
+    _tell(table1.as_text(rows), options.out / f"{name}.json", options.out / f"{name}.md", picture)
 
 
 def _checkerboard(options: argparse.Namespace) -> None:

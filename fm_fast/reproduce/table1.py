@@ -70,14 +70,17 @@ def bits_for_draws(logp: Tensor, counts: Sequence[int], dimensions: int, levels:
     return tuple(values)
 
 
-def settings(data: str, source: Path | None = None) -> TrainConfig:
+def settings(data: str, source: Path | None = None, alike: bool = False) -> TrainConfig:
     """The run for "digits" or "fashion": Fashion-MNIST in `source`, or where Debian's package puts it, averaged to 14 x 14 pixels.
 
+    alike: nothing but the path and the loss depends on the objective, as in the paper; else each has what suits it (train/config.py).
     Raises ValueError for a source of the digits, which are shipped.
     """
     if data == "digits" and source is not None:
         raise ValueError(f"source: expected none for the digits, which are part of fm_fast, got {source}")
     digits = replace(PRESETS["digits"], batch_size=BATCH, dequantise=True, evaluate=False)
+    if alike:
+        digits = replace(digits, preconditioned="off", t_sampler="uniform")
     if data == "digits":
         return digits
     return replace(digits, data=str(source or "fashion"), pool=2, model=replace(digits.model, attention_sizes=(7,)))
@@ -119,20 +122,29 @@ def _bits_by_draws(model: torch.nn.Module, config: TrainConfig, data: Dataset, s
     return bits_for_draws(result.logp, DRAWS, math.prod(data.images.shape[1:]), data.levels)
 
 
-def reproduce_table1(out: Path, data: str, seed: int, steps: int, source: Path | None = None, jobs: int = 1) -> list[Row]:
-    """All five objectives, `jobs` at a time; writes a run and a part for each, table1-<data>.json and table1-<data>.md into `out`."""
-    config = replace(settings(data, source), seed=seed, steps=steps)
+def table_name(data: str, alike: bool) -> str:
+    """Of the table's files."""
+    return f"table1-{data}{'-alike' if alike else ''}"
+
+
+def reproduce_table1(
+    out: Path, data: str, seed: int, steps: int, source: Path | None = None, jobs: int = 1, alike: bool = False
+) -> list[Row]:
+    """All five objectives, `jobs` at a time; writes a run and a part for each, <table_name>.json and <table_name>.md into `out`."""
+    name = table_name(data, alike)
+    config = replace(settings(data, source, alike), seed=seed, steps=steps)
     parts = Parts(out / "parts", {"data": config.data, "seed": seed, "steps": steps})
     # The name of a run's folder tells its settings: a run is continued only where they are the same.
-    runs = {name: replace(config, objective=name, out=str(out / f"{data}-{name}-{steps}-steps-seed-{seed}")) for name in NAMES}
-    arguments = {f"table1-{data}-{name}": (name, run) for name, run in runs.items()}
+    folder = f"{name.removeprefix('table1-')}-{{}}-{steps}-steps-seed-{seed}"
+    runs = {objective: replace(config, objective=objective, out=str(out / folder.format(objective))) for objective in NAMES}
+    arguments = {f"{name}-{objective}": (objective, run) for objective, run in runs.items()}
     rows = parts.get_all(Row, row, arguments, jobs)
-    command = f"fm-fast reproduce table1 --data {data} --seed {seed} --steps {steps}"
+    command = f"fm-fast reproduce table1 --data {data} --seed {seed} --steps {steps}{' --alike' if alike else ''}"
     sizes = {"samples": SAMPLES, "images_for_bits": BITS_IMAGES, "images_for_draws": DRAW_IMAGES}
     tolerances = {"tolerance": TOLERANCE, "draws_tolerance": DRAWS_TOLERANCE}
     content = summary(command, parts.seconds(arguments), **sizes, **tolerances, results=[asdict(entry) for entry in rows])
-    write_json(out / f"table1-{data}.json", content)
-    (out / f"table1-{data}.md").write_text(as_text(rows) + "\n", encoding="utf-8")
+    write_json(out / f"{name}.json", content)
+    (out / f"{name}.md").write_text(as_text(rows) + "\n", encoding="utf-8")
     return rows
 
 
