@@ -269,6 +269,14 @@ def test_too_many_pixels_are_mapped(tmp_path, capsys):
     assert len(list((tmp_path / "cache").iterdir())) == 1, "what was made of the images before is deleted"
 
 
+def test_both_parts_of_mapped_images_stay_in_the_cache(tmp_path, capsys):
+    write_images(tmp_path / "images", random_images(8, 5, 5, 3))
+    settings = Preparation(memory_limit=0.0, cache=str(tmp_path / "cache"), test_share=0.3)
+    first, second = ([load_dataset(tmp_path / "images", split, settings).images for split in ("train", "test")] for _ in range(2))
+    assert all(map(torch.equal, first, second)) and sum(map(len, first)) == 8
+    assert capsys.readouterr().out.count("writing") == 2 and len(list((tmp_path / "cache").iterdir())) == 2
+
+
 def test_fashion_is_found_where_debian_puts_it(idx_folder, monkeypatch, tmp_path):
     folder, images, _ = idx_folder
     monkeypatch.setattr("fm_fast.train.data.FASHION_FOLDERS", (tmp_path / "nowhere", folder))

@@ -13,20 +13,15 @@ from fm_fast.train.prepare import Preparation
 def cache_file(preparation: Preparation, files: Iterable[Path], reading: str, suffix: str) -> Path:
     """Where the cache keeps what was made of ``files`` as they are now, read by the way ``reading``.
 
-    Its name has a part that stays as long as the folder of the files and the reading, and one of their names, sizes and times.
+    Its name has a part that stays as long as the files' names and the reading, and one of their sizes and times.
     """
-    place, state = _place_and_state(list(files), reading)
-    return as_folder("cache", os.path.expanduser(preparation.cache)) / f"images-{place}-{state}{suffix}"
-
-
-def _place_and_state(files: list[Path], reading: str) -> tuple[str, str]:
-    found = [file.resolve() for file in files]
-    status = "".join(f"{file}\0{file.stat().st_size}\0{file.stat().st_mtime_ns}\n" for file in found)
-    return _digest(f"{reading}\0{os.path.commonpath(found)}"), _digest(reading + status)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+    names, states = hashlib.sha256(reading.encode()), hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        names.update(b"\0" + os.fsencode(file.resolve()))
+        states.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+    folder = as_folder("cache", os.path.expanduser(preparation.cache))
+    return folder / f"images-{names.hexdigest()[:16]}-{states.hexdigest()[:16]}{suffix}"
 
 
 def make_once(file: Path, is_made: Callable[[], bool], make: Callable[[Path], None]) -> None:
@@ -57,8 +52,8 @@ def _make(file: Path, place: Path, is_made: Callable[[], bool], make: Callable[[
 
 def _forget_older(file: Path) -> None:
     """A run that has an older one mapped keeps it until it ends."""
-    place, now = file.stem.rsplit("-", 1)
-    for other in file.parent.glob(f"{place}-*"):
-        if not other.name.startswith(f"{place}-{now}.") and not (other.suffix == TEMPORARY and is_held(other)):
+    names, now = file.stem.rsplit("-", 1)
+    for other in file.parent.glob(f"{names}-*"):
+        if not other.name.startswith(f"{names}-{now}.") and not (other.suffix == TEMPORARY and is_held(other)):
             with contextlib.suppress(OSError):
                 other.unlink()
