@@ -93,6 +93,7 @@ def test_npz(tmp_path, save, shape):
     data = load_dataset(tmp_path / "set.npz")
     assert np.array_equal(data.images.numpy(), images if len(shape) == 4 else images[:, None])
     assert data.labels.tolist() == [0, 3, 1, 2] and data.classes == 4
+    assert data.left_out == (f"note: {tmp_path / 'set.npz'}: 1 of the arrays (extra) left out",)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -116,7 +117,9 @@ def test_npz_whose_arrays_numpy_named(tmp_path):
     np.savez(tmp_path / "alone.npz", images)
     data = load_dataset(tmp_path / "samples.npz", "test")
     assert np.array_equal(data.images.numpy(), images.transpose(0, 3, 1, 2))
-    assert data.labels.tolist() == [0, 3, 1, 2] and data.division == "undivided"
+    assert data.labels.tolist() == [0, 3, 1, 2] and (data.division, data.left_out) == ("undivided", ())
+    np.savez(tmp_path / "parts.npz", images, labels, images, labels)
+    assert load_dataset(tmp_path / "parts.npz").left_out == (f"note: {tmp_path / 'parts.npz'}: 2 of the arrays (arr_2, arr_3) left out",)
     with pytest.raises(ValueError, match=r"alone.npz: expected labels beside images; .*, got arr_0"):
         load_dataset(tmp_path / "alone.npz")
     assert load_dataset(tmp_path / "alone.npz", preparation=Preparation(unlabelled=True)).labels.tolist() == [0] * 4

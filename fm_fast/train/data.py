@@ -12,7 +12,7 @@ from fm_fast.random import noise
 from fm_fast.train.cifar import find_cifar_folder, read_cifar10
 from fm_fast.train.downsampled_imagenet import CLASSES, TRAIN_BATCHES, Batches, batches_in, read_batches
 from fm_fast.train.idx import read_idx
-from fm_fast.train.image_folder import beside_parts, list_images, no_labels, preparation_of, read_images, split_folder
+from fm_fast.train.image_folder import beside_parts, list_images, named, no_labels, preparation_of, read_images, split_folder
 from fm_fast.train.npz import array_names, read_npz
 from fm_fast.train.prepare import CHANNELS, WITHOUT_LABELS, Preparation, pooled_and_padded, rows_of_split
 
@@ -20,6 +20,7 @@ DIGITS = Path(__file__).parent.parent / "datasets" / "digits.npz"
 DIGITS_TRAIN = 1500
 DIGITS_LEVELS = 17
 LEVELS = 256
+ARRAYS = {"images", "labels", "test_images", "test_labels"}
 UNNAMED = ("arr_0", "arr_1")  # images and labels where numpy named the arrays, as in guided-diffusion's archives
 MOST_CLASSES = 1_000_000  # each has a row of weights; more are labels of another kind
 TEST_FILES = ("t10k", "test")  # beginnings of their names
@@ -168,18 +169,24 @@ def _from_file(path: Path, split: str, preparation: Preparation) -> Dataset:
 def _from_npz(path: Path, split: str, preparation: Preparation) -> Dataset:
     names = array_names(path)
     if UNNAMED[0] in names and "images" not in names:
-        return _read_npz(path, UNNAMED, _are_labelled(path, names, UNNAMED[1] in names, preparation), UNDIVIDED)
+        labelled = _are_labelled(path, names, UNNAMED[1] in names, preparation)
+        return _read_npz(path, UNNAMED, labelled, UNDIVIDED, _left_out(path, names - set(UNNAMED)))
     labelled, divided = _arrays_of(path, names, preparation)
     part = "test_" if divided and split == "test" else ""
-    return _read_npz(path, (f"{part}images", f"{part}labels"), labelled, TEST_PART if divided else UNDIVIDED)
+    division = TEST_PART if divided else UNDIVIDED
+    return _read_npz(path, (f"{part}images", f"{part}labels"), labelled, division, _left_out(path, names - ARRAYS))
 
 
-def _read_npz(path: Path, names: tuple[str, str], labelled: bool, division: str) -> Dataset:
+def _left_out(path: Path, names: set[str]) -> tuple[str, ...]:
+    return (f"note: {path}: {named('arrays', [Path(name) for name in names])} left out",) if names else ()
+
+
+def _read_npz(path: Path, names: tuple[str, str], labelled: bool, division: str, left_out: tuple[str, ...]) -> Dataset:
     images, *labels = read_npz(path, names if labelled else names[:1])
     images = channels_first(images)
     if labelled:
-        return make_dataset(path.name, images, labels[0], division=division)
-    return make_dataset(path.name, images, no_labels(len(images)), classes=1, division=division)
+        return make_dataset(path.name, images, labels[0], division=division, left_out=left_out)
+    return make_dataset(path.name, images, no_labels(len(images)), classes=1, division=division, left_out=left_out)
 
 
 def channels_first(images: Tensor) -> Tensor:

@@ -77,20 +77,20 @@ def _left_out(folder: Path, beside: list[Path], others: list[Path]) -> tuple[str
     found = []
     if beside:
         found.append(
-            f"warning: {folder}: {_named('images', beside)} left out: beside the subfolders, of no class (--no-conditional takes them)"
+            f"warning: {folder}: {named('images', beside)} left out: beside the subfolders, of no class (--no-conditional takes them)"
         )
     if others:
-        found.append(f"note: {folder}: {_named('files', others)} left out: no {', '.join(SUFFIXES)}")
+        found.append(f"note: {folder}: {named('files', others)} left out: no {', '.join(SUFFIXES)}")
     return tuple(found)
 
 
 def beside_parts(folder: Path, used: Collection[Path | None]) -> tuple[str, ...]:
     """What is left out of a folder that is divided into parts, in lines for people."""
     others = [entry for entry in folder.iterdir() if entry not in used and not entry.name.startswith(".")]
-    return (f"note: {folder}: {_named('entries', others)} left out: beside the parts",) if others else ()
+    return (f"note: {folder}: {named('entries', others)} left out: beside the parts",) if others else ()
 
 
-def _named(what: str, entries: Collection[Path]) -> str:
+def named(what: str, entries: Collection[Path]) -> str:
     """As in "7 of the images (a.png, b.png, c.png, ...)"."""
     names = sorted(entry.name for entry in entries)
     return f"{len(names)} of the {what} ({', '.join(names[:MOST_NAMED])}{', ...' if len(names) > MOST_NAMED else ''})"
