@@ -7,14 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 
 
 def transforms_active() -> bool:
-    """Whether a ``torch.func`` transform or forward-mode differentiation is running, which only plain PyTorch supports."""
-    return function_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    """Whether a ``torch.func`` transform or forward-mode differentiation is running, which only plain PyTorch supports.
+
+    The level of the latter belongs to the process: torch.func's own transforms, which this thread would know of, do not count here.
+    """
+    return function_transforms_active() or (torch.autograd.forward_ad._current_level >= 0 and eager_transforms.JVP_NESTING == 0)
 
 
 def function_transforms_active() -> bool:
@@ -30,7 +34,7 @@ def gradient_transform_active() -> bool:
 def host_arithmetic() -> contextlib.AbstractContextManager[Any]:
     """Where the host computes numbers of its own, which a running ``torch.func`` transform would wrap, and a mode record or fake."""
     outside = temporarily_clear_interpreter_stack() if function_transforms_active() else contextlib.nullcontext()
-    return outside if torch.compiler.is_compiling() or plainly_eager() else _without_modes(outside)
+    return outside if is_compiling() or plainly_eager() else _without_modes(outside)
 
 
 @contextlib.contextmanager
@@ -39,9 +43,19 @@ def _without_modes(outside: contextlib.AbstractContextManager[Any]) -> Iterator[
         yield
 
 
+def is_compiling() -> bool:
+    """Whether this thread runs for a compiler. torch's own flag is also set while another thread compiles; what traces is a mode here."""
+    return torch.compiler.is_dynamo_compiling() or (mode_active() and torch.compiler.is_compiling())
+
+
+def is_exporting() -> bool:
+    """Whether that compiler exports the program."""
+    return torch.compiler.is_exporting() and is_compiling()
+
+
 def plainly_eager() -> bool:
     """Whether torch runs without a compiler or a mode that looks at every op: then tensors may be made or shared behind its back."""
-    return not (torch.compiler.is_compiling() or mode_active())
+    return not (torch.compiler.is_dynamo_compiling() or mode_active())
 
 
 def mode_active() -> bool:
@@ -82,4 +96,4 @@ def _stand_in(x: Tensor) -> int:
 
 def worth_a_wait(values: Tensor) -> bool:
     """Whether values may be looked at once their device has finished; not while they are traced, transformed or captured."""
-    return not (torch.compiler.is_compiling() or transforms_active() or not has_values(values) or is_captured(values.device))
+    return not (is_compiling() or transforms_active() or not has_values(values) or is_captured(values.device))

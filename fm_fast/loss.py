@@ -27,7 +27,7 @@ class _Writes(NamedTuple):
 
 
 def _count_writes(x1: Tensor, x0: Tensor | None, point: Tensor | None) -> _Writes:
-    if torch.compiler.is_compiling() or _modes.transforms_active():
+    if _modes.is_compiling() or _modes.transforms_active():
         return _Writes()
     try:
         return _Writes(x1._version if x0 is None else x1._version + x0._version, None if point is None else point._version)
@@ -363,7 +363,7 @@ def _require_step(seed: Whole | None, step: Whole | None, draws: bool) -> None:
 
 def _warn_if_ranks_draw_alike() -> None:
     """UserWarning in a process group, whose ranks would all have the samples 0 to B - 1 of the same seed."""
-    if random.world_size() == 1 or torch.compiler.is_compiling():
+    if random.world_size() == 1 or _modes.is_compiling():
         return
     warnings.warn(
         f"seed was given without sample_ids in a process group of {random.world_size()} ranks, which all draw the same noise then: give "

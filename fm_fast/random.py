@@ -127,7 +127,7 @@ def make_key(
             return _fresh_key(device)
         seed = fresh_seed(device)
     parts = [0 if part is None else part for part in (seed, step, sample_ids)]
-    if device.type == "cpu" and _are_numbers(parts) and not torch.compiler.is_compiling():
+    if device.type == "cpu" and _are_numbers(parts) and not _modes.is_compiling():
         return _host_words(parts)
     units = unit_words(device)
     if units is not None and _are_numbers(parts):

@@ -30,7 +30,7 @@ def _nothing_on(device: torch.device) -> Tensor:
 
 def run(op: Any, *arguments: Any) -> None:
     """Call a raw op whose inputs want no gradient, as the guard has found: with recording off it need not look for any, which is slow."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if _modes.is_compiling() or not torch.is_grad_enabled():
         return op(*arguments)
     torch._C._set_grad_enabled(False)
     try:
@@ -41,7 +41,7 @@ def run(op: Any, *arguments: Any) -> None:
 
 def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply`` where the guard has found no transform: without torch's own search for one, which is slow."""
-    if torch.compiler.is_compiling():
+    if _modes.is_compiling():
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
@@ -62,14 +62,14 @@ def exports_gradient(*tensors: Tensor | None) -> bool:
 
     It would keep a raw op without the autograd Function around it.
     """
-    if not (torch.compiler.is_exporting() and torch.is_grad_enabled()):
+    if not (_modes.is_exporting() and torch.is_grad_enabled()):
         return False
     return any([x is not None and x.requires_grad for x in tensors])
 
 
 def savable(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The tensors, or copies of those made under inference mode, which autograd refuses to keep for the backward pass."""
-    if not torch.compiler.is_compiling():
+    if not _modes.is_compiling():
         for x in tensors:
             if x.is_inference():
                 return tuple(x.clone() if x.is_inference() else x for x in tensors)
@@ -78,4 +78,4 @@ def savable(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def is_batched(grad_output: Tensor) -> bool:
     """Whether a vmap runs over several grad_outputs; the guard does not see it from inside a backward pass."""
-    return not torch.compiler.is_compiling() and (is_legacy_batchedtensor(grad_output) or is_batchedtensor(grad_output))
+    return not _modes.is_compiling() and (is_legacy_batchedtensor(grad_output) or is_batchedtensor(grad_output))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fm_fast import reference
+from fm_fast import _modes, reference
 from fm_fast._ops import schemas
 from fm_fast._ops.guard import absent, is_batched, record, savable
 from fm_fast._ops.layout import native_layout
@@ -107,7 +107,7 @@ def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
 
 
 def _is_plain_number(grad_output: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and type(grad_output) is Tensor and grad_output.dim() == 0 and not is_batched(grad_output)
+    return not _modes.is_compiling() and type(grad_output) is Tensor and grad_output.dim() == 0 and not is_batched(grad_output)
 
 
 def _is_on_device(number: Tensor) -> bool:

@@ -84,7 +84,7 @@ def unwritten(x: Tensor, compute: Callable[[], Result]) -> Result:
 
 def counts_writes(x: Tensor) -> bool:
     """Whether torch counts writes to x and to what is made of it."""
-    uncounted = torch.compiler.is_compiling() or _modes.transforms_active() or torch.is_inference_mode_enabled()
+    uncounted = _modes.is_compiling() or _modes.transforms_active() or torch.is_inference_mode_enabled()
     return not (uncounted or x.is_inference())
 
 
