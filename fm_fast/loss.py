@@ -62,8 +62,8 @@ class PathSample:
 
         Reads x1 (and a given x0) again: RuntimeError if either was changed in place since the draw. On the CPU drawn noise is recovered
         from x_t where that costs at most a few roundings of the target (``recoverable`` in csrc/loss.h) and drawn again elsewhere, also
-        where x_t was changed in place. What torch does not count must not come before the loss: changes through ``x_t.data`` or NumPy,
-        or of tensors made in inference mode.
+        where x_t was changed in place. What is not counted must not come before the loss: changes through ``x_t.data`` or NumPy, of tensors
+        made in inference mode, and within a compiled function.
         """
         _checks.like("o", o, self._x1)
         _checks.one_of("reduction", reduction, reference.REDUCTIONS)

@@ -274,7 +274,10 @@ def _fixed(
 
 def _require_numbers(factors: object) -> None:
     if factors is not None:
-        raise ValueError("churn must be 0 where gradients of the path's own parameters are recorded: the added noise would leave them out")
+        raise ValueError(
+            "churn must be 0 where gradients of the path's own parameters are recorded, which the added noise would leave out, and with a"
+            " path or objective of one's own under torch.func or forward-mode differentiation, which hide whether they are"
+        )
 
 
 def _after_step(

@@ -4,6 +4,7 @@ A table is a frozen value object, and its order is computed from it, not claimed
 fused op, so a table of your own (``RungeKutta(a=..., b=...)``) is as fast as the named ones.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from fm_fast import _checks
 
 HIGHEST_CHECKED_ORDER = 4
 TOLERANCE = 1e-10
+ROUNDED = 1e-14  # from 1: by the rounding of a row's weights
 # Of the way through a step: a number, or one a sample
 Part = TypeVar("Part", float, Tensor)
 
@@ -55,7 +57,7 @@ class RungeKutta:
 
     @property
     def c(self) -> tuple[float, ...]:
-        return tuple(sum(row) for row in self.a)
+        return tuple(map(_node, self.a))
 
     def order(self) -> int:
         """The order of convergence, from the order conditions (Butcher's rooted trees); at most 4 is told."""
@@ -77,6 +79,12 @@ class RungeKutta:
         for i, row in enumerate(self.a):
             full[i, :i] = row
         return full
+
+
+def _node(weights: Sequence[float]) -> float:
+    """Their sum, which Python's versions add in different ways; at the step's end exactly where that is meant."""
+    node = math.fsum(weights)
+    return 1.0 if abs(node - 1.0) < ROUNDED else node
 
 
 def _numbers(name: str, values: Any, rows: bool = False) -> tuple[Any, ...]:

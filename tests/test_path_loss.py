@@ -197,8 +197,10 @@ def test_changing_the_gradient_in_place_does_not_change_the_next_one(backend):
     first = o.grad.clone()
     o.grad.mul_(100)
     o.grad = None
-    loss.backward()
+    loss.backward(retain_graph=True)
     assert torch.equal(o.grad, first)
+    torch.autograd.grad(loss, o, retain_graph=True)[0].mul_(100)  # which is nobody's .grad
+    assert torch.equal(torch.autograd.grad(loss, o)[0], first)
 
 
 def test_half_precision_gradients_survive_a_large_mean_under_a_scaler(backend):

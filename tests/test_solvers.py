@@ -1,5 +1,7 @@
 """Fixed-step solvers against the same methods written out by hand in float64, and the tables' own claims."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from sampling_helpers import FIXED, Counted, kutta3, lagrange_integral, network,
 
 import fm_fast as fm
 from fm_fast.objectives import Objective, Target
-from fm_fast.solvers import METHODS, AdamsBashforth, RungeKutta
+from fm_fast.solvers import ADAPTIVE, METHODS, AdamsBashforth, RungeKutta
 
 UNEVEN = (0.0, 0.05, 0.2, 0.25, 0.45, 0.7, 0.75, 1.0)
 X0 = noise64(3, 2, 4)
@@ -119,6 +121,15 @@ def test_orders_from_the_order_conditions():
     assert orders == {"euler": 1, "midpoint": 2, "heun2": 2, "ralston": 2, "rk4": 4, "rk4_38": 4, "ab2": 2, "ab3": 3}
     assert RungeKutta(((), (0.4,)), (0.0, 1.0)).order() == 1, "a midpoint that is not in the middle"
     assert RungeKutta(((), (0.5,), (-1.0, 2.0)), (1 / 6, 2 / 3, 1 / 6)).order() == 3
+
+
+@pytest.mark.parametrize(
+    "table", [table for table in (*METHODS.values(), *(method.table for method in ADAPTIVE.values())) if isinstance(table, RungeKutta)]
+)
+def test_stage_times_are_sums_of_the_weights(table):
+    """To the last bit, in any version of Python; and the step's end itself where only rounding keeps them from it."""
+    exact = [sum(map(Fraction, row), Fraction(0)) for row in table.a]
+    assert table.c == tuple(1.0 if abs(node - 1) < 1e-14 else float(node) for node in exact)
 
 
 @pytest.mark.parametrize("history", [2, 3, 4])

@@ -1,5 +1,6 @@
 """Dropout of the U-Net: a function of (seed, step, sample), the same with plain and fused layers, in a training step's hands."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -81,6 +82,11 @@ def test_training_without_a_key_is_an_error():
     with pytest.raises(ValueError, match=r"dropout_key: expected set_dropout_key\(seed, step, first_id\) before each training step"):
         model(x, t, y=y)
     UNet(TINY)(x, t, y=y)
+    with pytest.raises(Exception, match=r"dropout_key: expected set_dropout_key\(seed, step, first_id\)"):
+        torch.compile(model, backend="eager")(x, t, y=y)
+    with pytest.raises(ValueError, match="dropout_key: expected"):
+        torch.func.grad(lambda x: model(x, t, y=y).sum())(x)
+    copy.deepcopy(keyed(model))(x, t, y=y)
 
 
 def test_a_network_from_the_meta_device_has_no_key_either():
@@ -88,7 +94,8 @@ def test_a_network_from_the_meta_device_has_no_key_either():
     with torch.device("meta"):
         inner = UNet(CONFIG)
     nn.Sequential(inner).to_empty(device="cpu")
-    assert inner.dropout_key.tolist()[0] == -1
+    with pytest.raises(ValueError, match="dropout_key: expected"):
+        inner(*inputs(2)[:2], y=inputs(2)[2])
     keyed(inner).to(torch.float64)
     assert inner.dropout_key.tolist() == [3, 5, 0]
 

@@ -90,7 +90,7 @@ class _PathLoss(torch.autograd.Function):
         elif _is_on_device(grad_output):
             result = _finished_by_device(ctx, inputs, gradient, grad_output)
         else:  # the usual loss.backward() needs no multiplication
-            result = gradient if grad_output.item() == 1 else _scaled(gradient, grad_output)
+            result = _given_away(gradient) if grad_output.item() == 1 else _scaled(gradient, grad_output)
         return result, None, None, None, None
 
 
@@ -100,6 +100,12 @@ def _finished_by_device(ctx: Any, inputs: list[Tensor], gradient: Tensor, grad_o
     _path_loss_backward[ctx.backend](result, *inputs, grad_output, *ctx.tail, not ctx.is_given_away)
     ctx.is_given_away = True
     return result
+
+
+def _given_away(gradient: Tensor) -> Tensor:
+    """Memory that the caller may write to: what is saved is needed again where the graph is kept."""
+    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+    return gradient.clone() if keeps_graph else gradient
 
 
 def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ class UNet(nn.Module):
         settings = BlockSettings(width, config.groups, config.dropout, config.scale_shift, fused)
         # Not a buffer: DistributedDataParallel would give every process the key of the first.
         self.dropout_key = torch.tensor(NO_KEY, dtype=torch.int64)
+        self._has_key = False  # looking at its values would make the host wait for a GPU, and ends a compiled graph
         self.time = TimeEmbedding(config.channels, width, config.time_scale)
         self.label = ClassEmbedding(config.classes, width) if config.classes else None
         self.stem = conv3x3(config.image_channels + config.low_resolution_channels, config.widths[0])
@@ -77,6 +78,7 @@ class UNet(nn.Module):
         self.dropout_key = fn(self.dropout_key)
         if abstract and not self.dropout_key.is_meta:
             self.dropout_key.copy_(torch.tensor(NO_KEY))
+            self._has_key = False
         return self
 
     @torch.no_grad()
@@ -90,6 +92,7 @@ class UNet(nn.Module):
         _checks.whole("first_id", first_id, _checks.WORD)
         for place, value in zip(self.dropout_key, (seed, step, first_id), strict=True):
             place.copy_(value.reshape(())) if isinstance(value, Tensor) else place.fill_(value)
+        self._has_key = True
 
     def _number_dropouts(self) -> None:
         """Each dropout gets its own part of the noise stream, in the order in which the blocks run."""
@@ -100,7 +103,7 @@ class UNet(nn.Module):
     def _key(self) -> Tensor | None:
         if not self.training or self.config.dropout == 0.0:
             return None
-        if _modes.values_readable(self.dropout_key) and self.dropout_key[0] < 0:
+        if not self._has_key and _modes.has_values(self.dropout_key):
             raise ValueError(
                 "dropout_key: expected set_dropout_key(seed, step, first_id) before each training step, but it was never called"
             )
