@@ -16,7 +16,7 @@ WAIT = 300.0  # seconds, for what takes milliseconds
 
 @contextmanager
 def compiling_elsewhere():
-    """Another thread compiles, for as long as the block takes, something that is none of ours."""
+    """Another thread compiles, for as long as the block takes, something that is none of ours; later versions of torch flag the process."""
     entered, done = threading.Event(), threading.Event()
 
     def slow(graph, inputs):
@@ -27,7 +27,7 @@ def compiling_elsewhere():
     thread = threading.Thread(target=lambda: torch.compile(lambda x: x.sin(), backend=slow)(torch.ones(2)), daemon=True)
     thread.start()
     try:
-        assert entered.wait(WAIT) and torch.compiler.is_compiling()
+        assert entered.wait(WAIT)
         yield
     finally:
         done.set()
