@@ -29,10 +29,11 @@ from fm_fast.grids import Grid
 from fm_fast.objectives import Objective, as_objective, velocity_factors, velocity_range
 from fm_fast.paths import Path, as_path
 from fm_fast.random import Whole
-from fm_fast.solvers import EmbeddedRungeKutta, Method
+from fm_fast.solvers import Method
 
 __all__ = ["Divergence", "Likelihood", "SampleWithLogProb", "divergence", "log_likelihood", "sample_with_log_prob"]
 
+ROUNDED = 1e-9  # of a solve: what two times may differ by and be meant to be one
 LARGE_ERROR = 0.01  # bits a dimension: what published figures are rounded to
 
 
@@ -236,12 +237,13 @@ def log_likelihood(
     _checks.state("x1", x1)
     settings = make_settings(
         x1, path=path, objective=objective, method=method, steps=steps, grid=grid, t0=t0, t1=t1, save=None, rtol=rtol, atol=atol,
-        max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad="none", backend=backend, reverse=True,
+        max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad="none", backend=backend, reverse=True, guidance=guidance,
     )  # fmt: skip
-    _check_halving(settings.nodes, error_estimate, settings.adaptive)
+    if error_estimate:
+        _check_halving(settings)
     chosen = make_probes(kind, probes, replicates, tuple(x1.shape), x1.device)
     task = Task(
-        field=make_field(model, settings.path, settings.objective, len(x1), cond, guidance),
+        field=make_field(model, settings.path, settings.objective, len(x1), cond, guidance).during(*settings.span),
         settings=settings,
         probes=chosen,
         key=random.make_key(seed, step, sample_ids, len(x1), x1.device, not chosen.exact),
@@ -264,11 +266,19 @@ def log_likelihood(
     return Likelihood(logp, standard_error(fine), error, fine.x, fine.nfe + coarse.nfe, fine.nvjp + coarse.nvjp)
 
 
-def _check_halving(nodes: np.ndarray, error_estimate: bool, adaptive: EmbeddedRungeKutta | None) -> None:
-    if error_estimate and adaptive is not None:
+def _check_halving(settings: Settings) -> None:
+    nodes, adaptive = settings.nodes, settings.adaptive
+    if adaptive is not None:
         raise ValueError(f"error_estimate needs a fixed-step method, got {adaptive.name!r}, which controls its error by rtol and atol")
-    if error_estimate and len(nodes) % 2 == 0:
+    if len(nodes) % 2 == 0:
         raise ValueError(f"steps must be even for error_estimate, which solves again with half of them, got {len(nodes) - 1}")
+    for jump in settings.jumps:
+        nearest = float(nodes[::2][np.abs(nodes[::2] - jump).argmin()])
+        if abs(nearest - jump) > ROUNDED * (settings.span[1] - settings.span[0]):
+            raise ValueError(
+                "guidance.interval must begin and end where every second step does for error_estimate, which does not see what a step costs"
+                f" that is guided in part, got {jump:g}, and {nearest:g} nearest to it; choose another interval, steps or a grid of times"
+            )
 
 
 @torch.no_grad()
@@ -334,11 +344,11 @@ def sample_with_log_prob(
     _checks.state("noise", noise)
     settings = make_settings(
         noise, path=path, objective=objective, method=method, steps=steps, grid=grid, t0=t0, t1=t1, save=None, rtol=rtol, atol=atol,
-        max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad="none", backend=backend, reverse=False,
+        max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad="none", backend=backend, reverse=False, guidance=guidance,
     )  # fmt: skip
     chosen = make_probes(kind, probes, replicates, tuple(noise.shape), noise.device)
     task = Task(
-        field=make_field(model, settings.path, settings.objective, len(noise), cond, guidance),
+        field=make_field(model, settings.path, settings.objective, len(noise), cond, guidance).during(*settings.span),
         settings=settings,
         probes=chosen,
         key=random.make_key(seed, step, sample_ids, len(noise), noise.device, not chosen.exact),

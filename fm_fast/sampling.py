@@ -146,8 +146,9 @@ def sample(
     settings = make_settings(
         noise, path=path, objective=objective, method=method, steps=steps, grid=grid, t0=t0, t1=t1, save=save, rtol=rtol, atol=atol,
         max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad=grad, backend=backend, reverse=False, churn=churn,
+        guidance=guidance,
     )  # fmt: skip
-    field = make_field(model, settings.path, settings.objective, noise.shape[0], cond, guidance)
+    field = make_field(model, settings.path, settings.objective, noise.shape[0], cond, guidance).during(*settings.span)
     warn_if_not_of_the_prior(noise, settings.path, float(settings.nodes[0]))
     key = churn_key(settings.churn, seed, step, sample_ids, noise)
     return _solve(field, noise, settings, save, callback, progress, on_nonfinite, key)
@@ -191,9 +192,9 @@ def encode(
     _checks.state("x1", x1)
     settings = make_settings(
         x1, path=path, objective=objective, method=method, steps=steps, grid=grid, t0=t0, t1=t1, save=save, rtol=rtol, atol=atol,
-        max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad=grad, backend=backend, reverse=True,
+        max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad=grad, backend=backend, reverse=True, guidance=guidance,
     )  # fmt: skip
-    field = make_field(model, settings.path, settings.objective, x1.shape[0], cond, guidance)
+    field = make_field(model, settings.path, settings.objective, x1.shape[0], cond, guidance).during(*settings.span)
     return _solve(field, x1, settings, save, callback, progress, on_nonfinite)
 
 
@@ -309,7 +310,7 @@ def _adaptive(field: Field, start: Tensor, settings: Settings, callback: Callbac
     x0, plain = start.to(reference.accumulation_dtype(start)), settings.grad != "none" and torch.is_grad_enabled()
     states, nfe = solve_adaptive(
         lambda now, parts: (velocity(parts[0], now),), (x0,), settings.nodes.tolist(), settings.adaptive,
-        Tolerance(settings.rtol, settings.atol), settings.max_steps, settings.backend, plain, after, field.jumps,
+        Tolerance(settings.rtol, settings.atol), settings.max_steps, settings.backend, plain, after, settings.jumps,
     )  # fmt: skip
     return states[-1][0], _saved(states, settings), nfe
 
@@ -325,7 +326,7 @@ def _per_sample(field: Field, start: Tensor, settings: Settings, mark: bool) -> 
 
     narrowed = (lambda samples: derivative(field.of(samples))) if settings.per_sample == "shrink" else None
     x0, times = start.to(reference.accumulation_dtype(start)), settings.nodes.tolist()
-    solved = solve_per_sample(derivative(field), (x0,), times, rules, narrowed, field.jumps)
+    solved = solve_per_sample(derivative(field), (x0,), times, rules, narrowed, settings.jumps)
     return solved.states[-1][0], _saved(solved.states, settings), solved.nfe, solved.nfe_of_each
 
 

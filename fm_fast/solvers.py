@@ -57,6 +57,7 @@ class RungeKutta:
 
     @property
     def c(self) -> tuple[float, ...]:
+        """The stages' times."""
         return tuple(map(_node, self.a))
 
     def order(self) -> int:
@@ -83,7 +84,10 @@ class RungeKutta:
 
 def _node(weights: Sequence[float]) -> float:
     """Their sum, which Python's versions add in different ways; at the step's end exactly where that is meant."""
-    node = math.fsum(weights)
+    try:
+        node = math.fsum(weights)
+    except (OverflowError, ValueError):  # an infinite sum, or one of both infinities
+        return math.inf
     return 1.0 if abs(node - 1.0) < ROUNDED else node
 
 
@@ -117,7 +121,8 @@ class AdamsBashforth:
             raise ValueError(f"start must be at least of order {self.history - 1}, got order {self.start.order()}")
 
     def order(self) -> int:
-        return self.history
+        """That of the polynomial, or where they are less accurate of the first steps, whose errors stay."""
+        return min(self.history, self.start.order() + 1)
 
     def weights(self, times: np.ndarray, end: np.ndarray) -> np.ndarray:
         """Weights [steps, history] of the velocities at times [steps, history], newest first, in the integral from newest to ``end``."""

@@ -1,5 +1,6 @@
 """Guidance: one doubled batch gives what two separate calls give, at the times that it applies to and nowhere else."""
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -94,20 +95,19 @@ def test_mixing_outputs_mixes_velocities(objective, method, backend):
 @pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "ab2"])
 @pytest.mark.parametrize("interval", [(0.25, 0.6), (0.0, 0.5), (0.9, 1.0), (0.26, 0.27)], ids=str)
 def test_outside_its_interval_the_conditional_model_runs_alone(interval, method, backend):
-    """A fixed step is guided, all of its stages, where its middle lies in the interval."""
+    """A fixed step is guided, all of its stages, where its middle lies in the interval; a multistep method starts anew there."""
     model = Counted(conditional)
     guidance = fm.Guidance(3.0, {"y": -1}, interval)
     found = fm.sample(model, X0, cond={"y": LABELS}, guidance=guidance, method=method, steps=4, backend=backend)
     guided = [interval[0] <= middle <= interval[1] for middle in (0.125, 0.375, 0.625, 0.875)]
+    begins, expected, times = [step for step in range(4) if step == 0 or guided[step] != guided[step - 1]], X0, np.arange(5) / 4
+    for begin, end in itertools.pairwise((*begins, 4)):
+        scale = 3.0 if guided[begin] else 1.0
+        expected = solve(method, lambda x, t, scale=scale: mixed(x, t, scale), expected, times[begin : end + 1])
+    torch.testing.assert_close(found.x, expected, rtol=1e-12, atol=1e-13)
     stages = {"euler": 1, "midpoint": 2, "rk4": 4, "ab2": 1}[method]
-    steps = [0] * (method == "ab2") + [step for step in range(4) for _ in range(stages)]  # ab2 begins with a step of two stages,
-    numbers = iter([0] * (method == "ab2") + steps)  # of which the reference evaluates one again
-
-    def velocity(x, t):
-        return mixed(x, t, 3.0 if guided[next(numbers)] else 1.0)
-
-    torch.testing.assert_close(found.x, solve(method, velocity, X0, np.arange(5) / 4), rtol=1e-12, atol=1e-13)
-    assert next(numbers, None) is None and model.batches == [6 if guided[step] else 3 for step in steps]
+    asked = [step for step in range(4) for _ in range(stages + (method == "ab2" and step in begins))]  # ab2's first step has two stages
+    assert model.batches == [6 if guided[step] else 3 for step in asked]
 
 
 def test_guidance_backwards(backend):

@@ -10,6 +10,7 @@ from sampling_helpers import Counted, noise64, solve
 from test_guidance import LABELS, conditional, mixed
 
 import fm_fast as fm
+from fm_fast.solvers import METHODS
 
 X0 = noise64(3, 2, 4)
 INTERVAL, SCALE = (0.3, 0.6), 6.0
@@ -83,6 +84,60 @@ def test_fixed_steps_that_end_at_jumps_keep_their_order(solver, scale):
     options = {"cond": {"y": LABELS}, "guidance": fm.Guidance(scale, {"y": -1}, INTERVAL), "method": "rk4", "save": INTERVAL}
     errors = [float((solver(conditional, X0, steps=steps, **options).x - expected).abs().max()) for steps in (10, 20)]
     assert errors[1] < errors[0] / 10 and errors[1] < 1e-3
+
+
+@pytest.mark.parametrize("solver", [fm.sample, fm.encode])
+@pytest.mark.parametrize("method", ["ab2", "ab3"])
+def test_multistep_methods_start_anew_at_jumps(solver, method):
+    forward, table = solver is fm.sample, METHODS[method]
+    (expected,) = piecewise(X0, [1.0]) if forward else piecewise(X0, [0.0], forward=False)
+    options = {"cond": {"y": LABELS}, "guidance": GUIDANCE, "method": method}
+    found = [solver(conditional, X0, steps=steps, **options) for steps in (320, 640)]  # 0.3 and 0.6 are among their times
+    errors = [float((end.x - expected).norm()) for end in found]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(table.order(), abs=0.25)
+    assert found[0].nfe == 320 + len(PIECES) * (table.history - 1) * (table.start.stages - 1)
+
+
+@pytest.mark.parametrize("method", ["ab2", "ab3", "midpoint"])
+def test_the_error_of_a_guided_likelihood(method):
+    """v = y x cos t: x grows by exp(A), and the divergence's integral is A."""
+    options = {"cond": {"y": torch.ones(1).double()}, "method": method, "kind": "exact", "error_estimate": True}
+    field = lambda x, t, y: y[:, None] * x * torch.cos(t)[:, None]  # noqa: E731
+    guidance = fm.Guidance(3.0, {"y": 0.0}, (0.25, 0.5))
+    growth = math.sin(1.0) + 2.0 * (math.sin(0.5) - math.sin(0.25))
+    exact = -0.5 * math.exp(-2.0 * growth) - 0.5 * math.log(2.0 * math.pi) - growth
+    found = fm.log_likelihood(field, torch.ones(1, 1).double(), guidance=guidance, steps=320, **options)
+    assert float(found.disc_err) == pytest.approx(abs(float(found.logp) - exact), rel=0.1)
+
+
+@pytest.mark.parametrize("interval", [(0.26, 0.5), (0.25, 0.51), (0.0, 0.525), (0.275, 1.0)])
+def test_an_error_estimate_needs_whole_coarse_steps_on_each_side_of_a_jump(interval):
+    """Both solves would guide the same steps as a whole, and none see what that costs."""
+    options = {"cond": {"y": LABELS}, "kind": "exact", "method": "rk4", "error_estimate": True}
+    with pytest.raises(ValueError, match=r"guidance.interval must begin and end where every second step does for error_estimate"):
+        fm.log_likelihood(conditional, X0, steps=40, guidance=fm.Guidance(2.0, {"y": -1}, interval), **options)
+    grid = np.unique([np.linspace(*piece, 21) for piece in itertools.pairwise(sorted({0.0, 1.0, *interval}))])
+    assert fm.log_likelihood(conditional, X0, grid=grid, guidance=fm.Guidance(2.0, {"y": -1}, interval), **options).disc_err is not None
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+@pytest.mark.parametrize("solver", [fm.sample, fm.encode])
+@pytest.mark.parametrize(("interval", "times"), [((0.0, 0.4), (0.4, 1.0)), ((0.4, 1.0), (0.0, 0.4)), ((0.4, 0.4), (0.4, 1.0))])
+def test_a_solve_that_only_touches_the_interval_is_not_guided(interval, times, solver, method, per_sample):
+    """A slope of the other side at the very end is no part of it."""
+    options = {"method": method, "per_sample": per_sample, "t0": times[0], "t1": times[1], **OPTIONS}
+    guided = solver(conditional, X0, guidance=fm.Guidance(8.0, {"y": -1}, interval), **options)
+    alone = solver(conditional, X0, **options)
+    assert torch.equal(guided.x, alone.x) and guided.nfe == alone.nfe
+
+
+def test_a_sample_is_the_same_alone_and_in_a_batch():
+    model, y = lambda x, t, y: x * y[:, None] * torch.cos(t)[:, None], torch.tensor([1.0, 2.0])
+    options = {"guidance": fm.Guidance(2.0, {"y": -1}, (0.4, 0.8)), "method": "dopri5", "per_sample": True}
+    x = torch.tensor([[1.0], [0.3]])
+    together = fm.sample(model, x, cond={"y": y}, **options).x
+    assert all(torch.equal(fm.sample(model, x[i : i + 1], cond={"y": y[i : i + 1]}, **options).x[0], together[i]) for i in range(2))
 
 
 def test_an_interval_without_an_inner_end_changes_nothing():

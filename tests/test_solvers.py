@@ -139,6 +139,17 @@ def test_multistep_weights_are_integrals_of_lagrange_polynomials(history):
     np.testing.assert_allclose(table.weights(times, end)[0], lagrange_integral(times[0], times[0, 0], end[0]), rtol=1e-12)
 
 
+@pytest.mark.parametrize("history", [5, 6, 8])
+def test_more_history_than_the_first_steps_are_good_for(history):
+    """dx/dt = -4 (1 + t) x, whose likelihood ends at x e^6: the errors of the first steps, by RK4, are of order 5."""
+    table, x, end = AdamsBashforth(history, METHODS["rk4"]), torch.ones(1, 1, dtype=torch.float64), np.exp(6.0)
+    exact, options = -0.5 * end * end - 0.5 * np.log(2 * np.pi) + 6.0, {"kind": "exact", "error_estimate": True}
+    found = [fm.log_likelihood(lambda x, t: -4 * (1 + t[:, None]) * x, x, method=table, steps=n, **options) for n in (320, 640)]
+    errors = [abs(float(solve.logp) - exact) for solve in found]
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(5.0, abs=0.15) and table.order() == 5
+    assert float(found[1].disc_err) == pytest.approx(errors[1], rel=0.1)
+
+
 def test_textbook_weights_on_even_steps():
     even = np.array([[0.4, 0.3, 0.2]])
     np.testing.assert_allclose(METHODS["ab3"].weights(even, np.array([0.5]))[0] / 0.1, [23 / 12, -16 / 12, 5 / 12], rtol=1e-12)
@@ -153,6 +164,9 @@ def test_textbook_weights_on_even_steps():
         (lambda: RungeKutta(((), (0.5, 0.5)), (0.5, 0.5)), r"a must have one row a weight of b, .* got rows of \[0, 2\] for 2 weights"),
         (lambda: RungeKutta((), ()), r"a must have one row a weight of b"),
         (lambda: RungeKutta(((), (float("inf"),)), (0.0, 1.0)), r"a must be finite"),
+        (lambda: RungeKutta(((), (1.0,), (float("inf"), -float("inf"))), (0.5, 0.5, 0.0)), r"a must be finite"),
+        (lambda: RungeKutta(((), (1e308,), (1e308, 1e308)), (0.5, 0.5, 0.0)), r"a must be finite"),
+        (lambda: RungeKutta(((), (float("nan"),)), (0.5, 0.5)), r"a must be finite"),
         (lambda: AdamsBashforth(1, METHODS["rk4"]), r"history must be at least 2, got 1"),
         (lambda: AdamsBashforth(3, METHODS["euler"]), r"start must be at least of order 2, got order 1"),
     ],

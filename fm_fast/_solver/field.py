@@ -40,16 +40,18 @@ class Field:
             guidance = replace(guidance, scale=guidance.scale[samples])
         return replace(self, batch=len(samples), cond=cond, doubled=doubled, guidance=guidance)
 
-    @property
-    def jumps(self) -> tuple[float, ...]:
-        """The times at which its velocity jumps: where guidance begins and ends."""
-        return () if self.guidance is None else tuple(self.guidance.interval)
+    def during(self, begin: float, end: float) -> "Field":
+        """The field of a solve between these times: guidance that only touches an end of it would be that of a single evaluation."""
+        guidance = self.guidance
+        if guidance is None or (guidance.interval[0] < end and guidance.interval[1] > begin):
+            return self
+        return replace(self, guidance=None, doubled=None)
 
     def scale_at(self, t: Time) -> float | Tensor | None:
-        """The scale of guidance: None at one time that is not guided; only one time that may not be is looked at."""
+        """The scale of guidance: None at one time of the whole batch that is not guided, the only one that is looked at."""
         if self.guidance is None:
             return None
-        if isinstance(t, Tensor) and t.numel() != 1:
+        if isinstance(t, Tensor) and t.dim() == 1:
             return self.guidance.scale_of_each(t)
         return self.guidance.scale if self.guidance.applies(float(t.detach()) if isinstance(t, Tensor) else t) else None
 

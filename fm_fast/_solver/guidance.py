@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fm_fast import _checks, _modes
 
+ALWAYS = (0.0, 1.0)
+
 
 @dataclass(frozen=True, eq=False)
 class Guidance:
@@ -21,8 +23,9 @@ class Guidance:
         null: what the condition becomes in the unconditional half, by name: a tensor that broadcasts to it, or a number (``{"y": -1}``).
             Names left out keep their value in both halves. A condition that is a dict takes a dict of null values.
         interval: times (begin, end) that are guided; outside, the conditional model runs alone, on half the batch. The velocity jumps at
-            its ends. Steps of adaptive methods end there. A fixed step is guided if its middle lies within: place the ends where steps
-            end (``save=interval`` does), or the step with an end inside is of first order.
+            its ends. Steps of adaptive methods end there, and multistep methods start anew. A fixed step is guided if its middle lies
+            within: place the ends where steps end (``save=interval`` does; in a likelihood, a ``grid`` of times), or the step with an
+            end inside is of first order.
         shared: names of conditions that all samples share. Of others, every tensor whose first size is that of the batch is taken to have
             one entry a sample, and is doubled with it, also within dicts, lists and tuples.
 
@@ -32,7 +35,7 @@ class Guidance:
 
     scale: float | Tensor
     null: Mapping[str, Any]
-    interval: tuple[float, float] = (0.0, 1.0)
+    interval: tuple[float, float] = ALWAYS
     shared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,10 +62,18 @@ class Guidance:
 
     def scale_of_each(self, t: Tensor) -> float | Tensor:
         """The scale at times [B]: 1, which leaves the conditional model alone, outside of the interval."""
-        if tuple(self.interval) == (0.0, 1.0):
+        if tuple(self.interval) == ALWAYS:
             return self.scale
         scale = self.scale if isinstance(self.scale, Tensor) else torch.full((), self.scale, dtype=torch.float64, device=t.device)
         return torch.where((t >= self.interval[0]) & (t <= self.interval[1]), scale, torch.ones_like(scale))
+
+
+def guided_times(guidance: object) -> tuple[float, float]:
+    """The interval of what is to be a Guidance or None."""
+    if not isinstance(guidance, Guidance):
+        return ALWAYS
+    begin, end = guidance.interval
+    return begin, end
 
 
 def _check_scale(scale: object) -> None:

@@ -176,7 +176,7 @@ def _together(task: Task, start: Parts, estimators: list[Estimator]) -> tuple[Pa
     assert settings.adaptive is not None
     states, nfe = solve_adaptive(
         _derivative(task, estimators[0]), start, settings.nodes.tolist(), settings.adaptive, Tolerance(settings.rtol, settings.atol),
-        settings.max_steps, settings.backend, task.create_graph, jumps=task.field.jumps,
+        settings.max_steps, settings.backend, task.create_graph, jumps=settings.jumps,
     )  # fmt: skip
     return states[-1], nfe, None
 
@@ -193,7 +193,7 @@ def _per_sample(task: Task, start: Parts, estimators: list[Estimator]) -> tuple[
         return _derivative(part, estimators[-1])
 
     shrinks, times = settings.per_sample == "shrink", settings.nodes.tolist()
-    solved = solve_per_sample(_derivative(task, estimators[0]), start, times, rules, narrowed if shrinks else None, task.field.jumps)
+    solved = solve_per_sample(_derivative(task, estimators[0]), start, times, rules, narrowed if shrinks else None, settings.jumps)
     return solved.states[-1], solved.nfe, solved.nfe_of_each
 
 

@@ -7,7 +7,8 @@ of weight 0 (midpoint's first stage) need no divergence.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -84,17 +85,20 @@ class Plan:
         return [(step, stage) for step, stages in enumerate(shapes) for stage in stages]
 
 
-def make_plan(table: Table, nodes: Array, path: Path, objective: Objective, folded: bool = True, churn: float = 0.0) -> Plan:
+def make_plan(
+    table: Table, nodes: Array, path: Path, objective: Objective, folded: bool = True, churn: float = 0.0, jumps: Sequence[int] = ()
+) -> Plan:
     """The plan of a solve through these nodes, float64 [N + 1], rising or falling.
 
-    folded: p and r are part of it; else its evaluations are to return velocities, p = 0 and r = 1. churn: see `_churned`.
+    folded: p and r are part of it; else its evaluations are to return velocities, p = 0 and r = 1. churn: see `_churned`. jumps: positions
+    of the nodes at which the velocity jumps, rising; no step uses evaluations of both sides of one.
 
     Raises ValueError where the path and the objective give no finite velocity.
     """
     velocity = Velocity(velocity_range(path, objective), _factors_on(path, objective) if folded else _trivial_factors)
     if churn > 0.0 and isinstance(table, RungeKutta):
         return _churned(table, nodes, path, velocity, churn)
-    return _plan(table, nodes, velocity)
+    return _plan(table, nodes, velocity, jumps)
 
 
 @functools.lru_cache(maxsize=64)
@@ -103,10 +107,20 @@ def ode_plan(table: Table, nodes: bytes) -> Plan:
     return _plan(table, np.frombuffer(nodes).copy(), Velocity((-np.inf, np.inf), _trivial_factors))
 
 
-def _plan(table: Table, nodes: Array, velocity: "Velocity") -> Plan:
+def _plan(table: Table, nodes: Array, velocity: "Velocity", jumps: Sequence[int] = ()) -> Plan:
     if isinstance(table, RungeKutta):
         return _runge_kutta(table, nodes, velocity)
-    return _adams_bashforth(table, nodes, velocity)
+    ends = (0, *jumps, len(nodes) - 1)
+    return _joined(nodes, [_adams_bashforth(table, nodes[begin : end + 1], velocity) for begin, end in itertools.pairwise(ends)])
+
+
+def _joined(nodes: Array, plans: Sequence[Plan]) -> Plan:
+    """One plan after the other, as one through all nodes."""
+    if len(plans) == 1:
+        return plans[0]
+    segments = tuple(segment for plan in plans for segment in plan.segments)
+    parts = zip(*((plan.times, plan.weights, plan.x_factors, plan.output_factors) for plan in plans), strict=True)
+    return Plan(nodes, segments, *map(np.concatenate, parts))
 
 
 class Factors(NamedTuple):
@@ -229,7 +243,9 @@ def _check_widths(nodes: Array) -> None:
     widths = np.abs(np.diff(nodes))
     ratio = float(np.max(widths[1:] / widths[:-1], initial=1.0))
     if ratio > LARGEST_GROWTH:
-        raise ValueError(f"grid must not lengthen a step more than {LARGEST_GROWTH:g} times for a multistep method, got {ratio:.3g} times")
+        raise ValueError(
+            f"grid and save must not lengthen a step more than {LARGEST_GROWTH:g} times for a multistep method, got {ratio:.3g} times"
+        )
 
 
 def _starting_steps(start: RungeKutta, nodes: Array, velocity: Velocity, at_nodes: Factors) -> tuple[Segment, Plan]:

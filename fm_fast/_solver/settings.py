@@ -12,6 +12,7 @@ from torch import Tensor
 from fm_fast import _backends, _checks, _modes
 from fm_fast._codes import PathCode
 from fm_fast._solver.conditioning import warn_if_ill_conditioned
+from fm_fast._solver.guidance import ALWAYS, Guidance, guided_times
 from fm_fast._solver.plan import Plan, make_plan
 from fm_fast.grids import Grid, grid_nodes, with_times
 from fm_fast.objectives import OBJECTIVES, Objective, as_objective, is_built_in, velocity_range
@@ -27,7 +28,10 @@ TOLERANCE, MAX_STEPS = 1e-5, 10_000  # of adaptive methods, where none are given
 
 @dataclass(frozen=True)
 class Settings:
-    """What a solve is: names resolved, values checked. ``nodes`` run in the direction of the solve; ``saved`` are positions in them."""
+    """What a solve is: names resolved, values checked.
+
+    ``nodes`` run in the direction of the solve; ``saved`` are positions in them; ``guided`` are the times between which guidance applies.
+    """
 
     path: Path
     objective: Objective
@@ -43,26 +47,49 @@ class Settings:
     grad: str
     backend: str
     churn: float = 0.0
+    guided: tuple[float, float] = ALWAYS
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The earliest and the latest time."""
+        first, last = float(self.nodes[0]), float(self.nodes[-1])
+        return min(first, last), max(first, last)
+
+    @property
+    def jumps(self) -> tuple[float, ...]:
+        """The times within the solve at which the velocity jumps: where guidance begins and ends."""
+        low, high = self.span
+        return tuple(time for time in self.guided if low < time < high)
 
     def plan(self, folded: bool = True) -> Plan:
         assert self.table is not None
         with _modes.host_arithmetic():
+            jumps = changes_within(self.nodes, self.guided)
             if _modes.plainly_eager() and kernel_form(self.path)[0] != PathCode.given and is_built_in(self.objective):
-                return _known_plan(self.table, self.nodes.tobytes(), self.path, self.objective.name, folded, self.churn)
-            return make_plan(self.table, self.nodes, self.path, self.objective, folded, self.churn)
+                return _known_plan(self.table, self.nodes.tobytes(), self.path, self.objective.name, folded, self.churn, jumps)
+            return make_plan(self.table, self.nodes, self.path, self.objective, folded, self.churn, jumps)
+
+
+def changes_within(nodes: np.ndarray, guided: tuple[float, float]) -> tuple[int, ...]:
+    """Positions of the nodes between a step that is guided and one that is not, which their middles decide."""
+    if guided == ALWAYS:
+        return ()
+    middles = 0.5 * (nodes[:-1] + nodes[1:])
+    are_guided = (middles >= guided[0]) & (middles <= guided[1])
+    return tuple((np.flatnonzero(are_guided[1:] != are_guided[:-1]) + 1).tolist())
 
 
 @functools.lru_cache(maxsize=64)
-def _known_plan(table: Table, nodes: bytes, path: Path, objective: str, folded: bool, churn: float) -> Plan:
+def _known_plan(table: Table, nodes: bytes, path: Path, objective: str, folded: bool, churn: float, jumps: tuple[int, ...]) -> Plan:
     """Plans of built-in paths and objectives are kept: of a policy's few steps, called again and again, they are half the cost."""
-    return make_plan(table, np.frombuffer(nodes).copy(), path, OBJECTIVES[objective], folded, churn)
+    return make_plan(table, np.frombuffer(nodes).copy(), path, OBJECTIVES[objective], folded, churn, jumps)
 
 
 def make_settings(
     start: Tensor, *, path: str | Path, objective: str | Objective, method: Method, steps: int | None,
     grid: str | Grid | Sequence[float], t0: float, t1: float, save: Save, rtol: float | None, atol: float | None,
     max_steps: int | None, per_sample: PerSample, dtype: torch.dtype | None, grad: str, backend: str | None, reverse: bool,
-    churn: float = 0.0,
+    churn: float = 0.0, guidance: Guidance | None = None,
 ) -> Settings:  # fmt: skip
     """The arguments of a solve, checked and with names resolved."""
     _checks.one_of("dtype", dtype, (None, *_checks.FLOATING))
@@ -85,7 +112,7 @@ def make_settings(
     resolved = _backends.resolve("linear_step", start.device, backend)
     return Settings(
         chosen_path, chosen_objective, table, adaptive, nodes, saved, *accuracy, per_sample,
-        dtype or start.dtype, grad, resolved, float(churn),
+        dtype or start.dtype, grad, resolved, float(churn), guided_times(guidance),
     )  # fmt: skip
 
 
