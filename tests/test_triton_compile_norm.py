@@ -42,7 +42,7 @@ class Case:
 
 
 CASES = [
-    Case(BFLOAT16, "NHWC", SMALL, (28.5, 80, 1024), (38, 128, 1024)),  # of Triton 3.8; 27 and 72 of others
+    Case(BFLOAT16, "NHWC", SMALL, (28.5, 80, 1024), (40, 128, 1024)),  # of Triton 3.8; 27 and 72, and 38, of others
     Case(BFLOAT16, "NCHW", SMALL, (29, 44, 8), (41, 64, 16)),
     Case(FLOAT32, "NHWC", SMALL, (28.5, 64, 1024), (36.5, 128, 1024)),
     Case(FLOAT32, "NCHW", SMALL, (38.5, 48, 32), (55, 72, 32)),
