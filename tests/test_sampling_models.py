@@ -184,23 +184,6 @@ def test_one_tensor_that_is_written_again_is_refused(write, method, backend):
         fm.sample(lambda x, t: write(x, kept, t), noise64(3, 4), method=method, steps=2, backend=backend)
 
 
-@pytest.mark.parametrize("guided_first", [True, False])
-def test_neighbours_of_different_length_are_taken(guided_first, backend):
-    """Where guidance applies an output holds two batches, and its neighbour in memory one."""
-    buffer, numbers = torch.empty(36, dtype=torch.float64), iter(range(3))
-    begins = {0: 0, 2: 24 if guided_first else 12}  # of the outputs that the second step reads; the first step's middle is another
-
-    def model(x, t, y):
-        begin = begins.get(next(numbers))
-        out = torch.empty_like(x) if begin is None else buffer[begin : begin + x.numel()].view(x.shape)
-        return out.copy_(torch.sin(x) + y.reshape(-1, 1))
-
-    guidance = fm.Guidance(2.0, {"y": 0.0}, (0.0, 0.4) if guided_first else (0.4, 1.0))
-    options = {"cond": {"y": torch.ones(3, dtype=torch.float64)}, "guidance": guidance, "method": "ab2", "steps": 2, "backend": backend}
-    plain = fm.sample(lambda x, t, y: torch.sin(x) + y.reshape(-1, 1), noise64(3, 4), **options).x
-    assert torch.equal(fm.sample(model, noise64(3, 4), **options).x, plain)
-
-
 def test_outputs_that_interleave_in_one_tensor_are_taken(backend):
     buffer, numbers = torch.zeros(3, 9, 4, dtype=torch.float64), iter(range(9))
     found = fm.sample(lambda x, t: buffer[:, next(numbers)].copy_(torch.sin(x)), noise64(3, 4), method="rk4", steps=2, backend=backend)
