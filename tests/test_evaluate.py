@@ -21,7 +21,7 @@ from fm_fast.train.likelihood import _merged, dataset_bits
 SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "2", "--samples-per-class", "2"]
 TRAIN = ["train", "--steps", "2", "--batch-size", "16", "--no-evaluate", *SMALL]
 SOLVER = "method steps grid rtol atol max-steps per-sample t0 t1"
-OPTIONS = f"weights seed batch-size device data limit unconditional draws probes tolerance {SOLVER} fid json"
+OPTIONS = f"weights seed batch-size device data limit unconditional draws probes tolerance {SOLVER} no-bits fid json"
 
 
 @pytest.fixture(scope="module")
@@ -212,9 +212,21 @@ def test_the_samples_solver_is_the_commands(run, tmp_path, capsys, trained_class
     assert "samples by bosh3, rtol 0.01, atol 0.1" in answer and "(mean over 4 samples with steps of their own)" in answer
 
 
+def test_samples_alone(run, tmp_path, capsys, monkeypatch, trained_classifier):
+    usual = record_of(run, tmp_path)
+    capsys.readouterr()
+    monkeypatch.setattr("fm_fast.train.evaluate.dataset_bits", None)
+    alone = record_of(run, tmp_path, "--no-bits")
+    assert {name for name in usual if usual[name] != alone[name]} <= {"bits_per_dim", "std_err", "likelihood_nfe", "seconds"}
+    assert alone["bits_per_dim"] is alone["std_err"] is alone["likelihood_nfe"] is None
+    answer = capsys.readouterr()
+    assert "bits" not in answer.out and "NFE: " in answer.out and answer.err == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--no-bits", "--draws", "2"], "draws: expected none with --no-bits, which asks for no likelihoods, got 2"),
         (["--steps", "3"], "steps: expected none for the adaptive method dopri5, which places its own steps, got 3"),
         (["--method", "bosh3", "--grid", "karras"], "grid: expected none for the adaptive method bosh3, which places its own steps"),
         (

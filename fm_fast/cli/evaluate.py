@@ -52,6 +52,7 @@ def add_evaluate(commands: Any) -> None:
                         help=f"solver of the samples; bits/dim stay those of dopri5: {', '.join(METHODS)}; adaptive:"
                         f" {', '.join(ADAPTIVE)} [dopri5]")  # fmt: skip
     add_solver(parser, steps_help="steps of a fixed-step method [as for the run's pictures]", steps=None, default="that of --tolerance")
+    parser.add_argument("--no-bits", dest="bits", action="store_false", help="the samples alone: bits/dim take most of the time")
     parser.add_argument("--fid", action="store_true", help="also FID and the inception score (needs torch-fidelity, downloads its network)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
     parser.set_defaults(run=_evaluate)
@@ -64,12 +65,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     solver = _solver(options, config)
     held_out = held_out_data(options.data, options.limit, config)
     train = load_dataset(config.data, "train", config.preparation)
+    if options.bits:
+        warn_without_dequantisation(config)
     kind = _kind_of(config, train, held_out)
-    print(f"{held_out.name}: {len(held_out)} {kind} images; {config.objective}; {_solves(options.tolerance, solver)}", flush=True)
+    print(f"{held_out.name}: {len(held_out)} {kind} images; {config.objective}; {_solves(options, solver)}", flush=True)
     result = evaluate_network(
         model.to(device), config, train.to(device), held_out.to(device), seed=options.seed, batch_size=options.batch_size,
         tolerance=options.tolerance, unconditional=options.unconditional, with_fid=options.fid, ends=(options.t0, options.t1),
-        draws=options.draws, probes=options.probes, solver=solver,
+        draws=options.draws, probes=options.probes, solver=solver, with_bits=options.bits,
     )  # fmt: skip
     print(report(result))
     if options.json is not None:
@@ -79,7 +82,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """What the end of the work needs."""
+    """What the end of the work needs, and what would have no effect."""
+    for name in () if options.bits else ("draws", "probes"):
+        if getattr(options, name) != 1:
+            raise ValueError(f"{name}: expected none with --no-bits, which asks for no likelihoods, got {getattr(options, name)}")
     if options.json is not None:
         require_target("json", options.json)
     if options.fid:
@@ -95,15 +101,15 @@ def _solver(options: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
     return solver | {name: options.tolerance for name in ("rtol", "atol") if solver[name] is None}
 
 
-def _solves(tolerance: float, solver: dict[str, Any]) -> str:
+def _solves(options: argparse.Namespace, solver: dict[str, Any]) -> str:
     """Of the likelihoods and of the samples."""
+    bits = f"bits/dim by dopri5, tolerance {options.tolerance:g}; " if options.bits else ""
     steps = f"rtol {solver['rtol']:g}, atol {solver['atol']:g}" if solver["steps"] is None else f"{solver['steps']} steps"
-    return f"bits/dim by dopri5, tolerance {tolerance:g}; samples by {solver['method']}, {steps}"
+    return f"{bits}samples by {solver['method']}, {steps}"
 
 
 def _kind_of(config: TrainConfig, train: Dataset, held_out: Dataset) -> str:
-    """What the images are; with warnings."""
-    warn_without_dequantisation(config)
+    """What the images are; with a warning."""
     if not are_undivided(held_out, config) and not torch.equal(held_out.images, train.images[: len(held_out)]):
         return "held-out"
     warn_of_training_images()
@@ -117,8 +123,8 @@ def report(result: Evaluation) -> str:
     novelty = "unknown, they are training images" if quality.novelty is None else f"{quality.novelty:.2f}"
     counted = f"of their batch's; {len(samples.nfe_of_batches)} batches of {samples.batch_size} or fewer"
     return (
-        f"bits/dim: {bits.mean:.4f} +- {bits.mean_std_err:.4f} (standard error of the mean over the images)\n"
-        f"NFE: {samples.nfe:.1f} (mean over {len(samples.images)} samples"
+        ("" if bits is None else f"bits/dim: {bits.mean:.4f} +- {bits.mean_std_err:.4f} (standard error of the mean over the images)\n")
+        + f"NFE: {samples.nfe:.1f} (mean over {len(samples.images)} samples"
         f" {counted if samples.nfe_of_each is None else 'with steps of their own'})\n"
         f"classifier agreement: {agreement} (held-out real images: {quality.real_agreement:.1%})\n"
         f"feature Fréchet distance: {quality.frechet:.4f} (real images: {quality.real_frechet:.4f}; {NOT_FID})\n"
@@ -150,8 +156,10 @@ def record(result: Evaluation) -> dict[str, Any]:
     """For programs."""
     bits, samples = result.bits, result.samples
     return {
-        "bits_per_dim": bits.mean, "std_err": None if math.isnan(bits.mean_std_err) else bits.mean_std_err,
-        "likelihood_nfe": bits.nfe, "nfe": samples.nfe, "nfe_of_batches": list(samples.nfe_of_batches), "samples": len(samples.images),
+        "bits_per_dim": bits and bits.mean,
+        "std_err": None if bits is None or math.isnan(bits.mean_std_err) else bits.mean_std_err,
+        "likelihood_nfe": bits and bits.nfe,
+        "nfe": samples.nfe, "nfe_of_batches": list(samples.nfe_of_batches), "samples": len(samples.images),
         **asdict(result.quality), "frechet_is": NOT_FID, "seconds": result.seconds,
         "restoration": None if result.restoration is None else asdict(result.restoration),
     }  # fmt: skip

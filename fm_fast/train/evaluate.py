@@ -142,9 +142,12 @@ class SampleQuality:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What one row of the paper's Table 1 holds, for one network, and of Table 2 in `restoration`, of a super-resolution network alone."""
+    """What one row of the paper's Table 1 holds, for one network, and of Table 2 in `restoration`, of a super-resolution network alone.
 
-    bits: DatasetBits
+    bits: None where they were not asked for.
+    """
+
+    bits: DatasetBits | None
     samples: Samples
     quality: SampleQuality
     restoration: Restoration | None
@@ -162,6 +165,7 @@ def evaluate_network(
     tolerance: float = 1e-5,
     unconditional: bool = False,
     with_fid: bool = False,
+    with_bits: bool = True,
     solver: Mapping[str, Any] | None = None,
     ends: tuple[float, float] = (0.0, 1.0),
     **likelihood: Any,
@@ -180,7 +184,7 @@ def evaluate_network(
     started, (t0, t1) = time.perf_counter(), ends
     dopri5 = {"method": "dopri5", "rtol": tolerance, "atol": tolerance}
     chosen = {"t0": t0, "t1": t1, **({} if "method" in likelihood else dopri5), **likelihood}
-    bits = dataset_bits(model, config, held_out, batch_size, seed, unconditional, **chosen)
+    bits = dataset_bits(model, config, held_out, batch_size, seed, unconditional, **chosen) if with_bits else None
     by = {"t0": t0, **(dopri5 if solver is None else solver)}
     samples = draw_by(model, config, held_out, seed, batch_size, unconditional, **by)
     quality = sample_quality(samples, train_classifier(train), train, held_out, with_fid)
