@@ -23,9 +23,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import setuptools
 from setuptools import Command, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
+
+SETUPTOOLS = 77  # as in pyproject.toml, which nothing looks at without build isolation
+if int(setuptools.__version__.partition(".")[0]) < SETUPTOOLS:
+    sys.exit(f"fm_fast needs setuptools >= {SETUPTOOLS} to build, got {setuptools.__version__}: pip install --upgrade setuptools")
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
