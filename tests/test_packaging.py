@@ -211,11 +211,9 @@ def load_setup(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 def test_an_old_setuptools_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without build isolation nothing else looks at its version."""
-    (needed,) = re.findall(r"setuptools>=\d+", (ROOT / "pyproject.toml").read_text())
+    (needed,) = set(re.findall(r"setuptools>=\d+", (ROOT / "pyproject.toml").read_text()))
     monkeypatch.setattr("setuptools.__version__", "76.1.0")
-    with pytest.raises(
-        SystemExit, match=r"fm_fast needs setuptools >= (\d+) to build, got 76\.1\.0: pip install --upgrade setuptools"
-    ) as told:
+    with pytest.raises(SystemExit, match=r"needs setuptools >= \d+ to build, got 76\.1\.0: pip install --upgrade setuptools") as told:
         load_setup(monkeypatch)
     assert needed in str(told.value).replace(" ", "")
     monkeypatch.setattr("setuptools.__version__", "77.0")
