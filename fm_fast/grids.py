@@ -29,7 +29,7 @@ class UniformGrid:
     """Equal steps."""
 
     def nodes(self, steps: int, path: Path) -> Times:
-        return np.arange(steps + 1) / steps
+        return _shares(steps)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CosineGrid:
     """t = (1 - cos(pi u)) / 2: short steps at both ends."""
 
     def nodes(self, steps: int, path: Path) -> Times:
-        return _pinned(0.5 * (1.0 - np.cos(math.pi * np.arange(steps + 1) / steps)))
+        return _pinned(0.5 * (1.0 - np.cos(math.pi * _shares(steps))))
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ShiftGrid:
         _checks.positive_number("shift", self.shift)
 
     def nodes(self, steps: int, path: Path) -> Times:
-        level = 1.0 - np.arange(steps + 1) / steps
+        level = 1.0 - _shares(steps)
         return _pinned(1.0 - self.shift * level / (self.shift * level + (1.0 - level)))
 
 
@@ -100,6 +100,11 @@ NAMED: dict[str, Grid] = {"uniform": UniformGrid(), "cosine": CosineGrid(), "shi
 BISECTIONS = 60
 # Times that differ by no more are one; and so are two that rounding tells apart, as far as it is a small share of a step.
 SAME_TIME, SMALL_SHARE = 1e-9, 0.01
+
+
+def _shares(steps: int) -> Times:
+    """0, 1 / steps, ..., 1; float64 from the start, since torch.compile divides whole numbers in float32."""
+    return np.arange(steps + 1, dtype=np.float64) / steps
 
 
 def _pinned(times: Times) -> Times:

@@ -27,13 +27,13 @@ from fm_fast._solver.recording import check_gradient, solving
 from fm_fast._solver.settings import PerSample, Settings, check_finite, make_settings
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective, as_objective, velocity_factors, velocity_range
-from fm_fast.paths import Path, as_path
+from fm_fast.paths import EDGE, Path, as_path
 from fm_fast.random import Whole
 from fm_fast.solvers import Method
 
 __all__ = ["Divergence", "Likelihood", "SampleWithLogProb", "divergence", "log_likelihood", "sample_with_log_prob"]
 
-ROUNDED = 1e-9  # of a solve: what two times may differ by and be meant to be one
+SAME = 2.0 * EDGE  # what two times may differ by and be meant to be one: a grid may be narrowed by EDGE at its ends
 LARGE_ERROR = 0.01  # bits a dimension: what published figures are rounded to
 
 
@@ -218,9 +218,9 @@ def log_likelihood(
             noise; a later t0 than about 0.02 has another density, of which a UserWarning tells. It is tried on x1 before the solve.
         error_estimate: solve again with half the steps and report ``disc_err`` = |difference| / (2^order - 1). Both solves are compared
             by one more probe, held over the two steps that a coarse step replaces, so that the probes' noise does not enter; ``logp``
-            stays as it is. Needs an even number of steps; costs half as many calls of the model again, and one and a half
-            vector-Jacobian products for every evaluation that counts (half if exact). Warns where the mean error exceeds 0.01 bits a
-            dimension.
+            stays as it is. Needs an even number of steps, and guidance that begins and ends where every second step does. Costs half as
+            many calls of the model again, and one and a half vector-Jacobian products for every evaluation that counts (half if exact).
+            Warns where the mean error exceeds 0.01 bits a dimension.
 
     Raises:
         ValueError, TypeError: for any argument out of range or of wrong shape or dtype, naming it.
@@ -243,7 +243,7 @@ def log_likelihood(
         _check_halving(settings)
     chosen = make_probes(kind, probes, replicates, tuple(x1.shape), x1.device)
     task = Task(
-        field=make_field(model, settings.path, settings.objective, len(x1), cond, guidance).during(*settings.span),
+        field=make_field(model, settings.path, settings.objective, len(x1), cond, guidance, settings.span),
         settings=settings,
         probes=chosen,
         key=random.make_key(seed, step, sample_ids, len(x1), x1.device, not chosen.exact),
@@ -274,10 +274,10 @@ def _check_halving(settings: Settings) -> None:
         raise ValueError(f"steps must be even for error_estimate, which solves again with half of them, got {len(nodes) - 1}")
     for jump in settings.jumps:
         nearest = float(nodes[::2][np.abs(nodes[::2] - jump).argmin()])
-        if abs(nearest - jump) > ROUNDED * (settings.span[1] - settings.span[0]):
+        if abs(nearest - jump) > SAME:
             raise ValueError(
                 "guidance.interval must begin and end where every second step does for error_estimate, which does not see what a step costs"
-                f" that is guided in part, got {jump:g}, and {nearest:g} nearest to it; choose another interval, steps or a grid of times"
+                f" that is guided in part, got {jump!r}, and {nearest!r} nearest to it; choose another interval, steps or a grid of times"
             )
 
 
@@ -348,7 +348,7 @@ def sample_with_log_prob(
     )  # fmt: skip
     chosen = make_probes(kind, probes, replicates, tuple(noise.shape), noise.device)
     task = Task(
-        field=make_field(model, settings.path, settings.objective, len(noise), cond, guidance).during(*settings.span),
+        field=make_field(model, settings.path, settings.objective, len(noise), cond, guidance, settings.span),
         settings=settings,
         probes=chosen,
         key=random.make_key(seed, step, sample_ids, len(noise), noise.device, not chosen.exact),

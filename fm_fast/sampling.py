@@ -148,7 +148,7 @@ def sample(
         max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad=grad, backend=backend, reverse=False, churn=churn,
         guidance=guidance,
     )  # fmt: skip
-    field = make_field(model, settings.path, settings.objective, noise.shape[0], cond, guidance).during(*settings.span)
+    field = make_field(model, settings.path, settings.objective, noise.shape[0], cond, guidance, settings.span)
     warn_if_not_of_the_prior(noise, settings.path, float(settings.nodes[0]))
     key = churn_key(settings.churn, seed, step, sample_ids, noise)
     return _solve(field, noise, settings, save, callback, progress, on_nonfinite, key)
@@ -194,7 +194,7 @@ def encode(
         x1, path=path, objective=objective, method=method, steps=steps, grid=grid, t0=t0, t1=t1, save=save, rtol=rtol, atol=atol,
         max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad=grad, backend=backend, reverse=True, guidance=guidance,
     )  # fmt: skip
-    field = make_field(model, settings.path, settings.objective, x1.shape[0], cond, guidance).during(*settings.span)
+    field = make_field(model, settings.path, settings.objective, x1.shape[0], cond, guidance, settings.span)
     return _solve(field, x1, settings, save, callback, progress, on_nonfinite)
 
 

@@ -117,18 +117,19 @@ class AdamsBashforth:
             raise TypeError(f"start must be a RungeKutta table, got {type(self.start).__name__}")
         if self.history < 2:
             raise ValueError(f"history must be at least 2, got {self.history}")
-        if self.start.order() < min(self.history - 1, HIGHEST_CHECKED_ORDER):
-            raise ValueError(f"start must be at least of order {self.history - 1}, got order {self.start.order()}")
+        least = min(self.history - 1, HIGHEST_CHECKED_ORDER)
+        if self.start.order() < least:
+            raise ValueError(f"start must be at least of order {least}, got order {self.start.order()}")
 
     def order(self) -> int:
-        """That of the polynomial, or where they are less accurate of the first steps, whose errors stay."""
+        """That of the polynomial; or, where they are less accurate, of the first steps' errors, which stay, as far as their table tells."""
         return min(self.history, self.start.order() + 1)
 
     def weights(self, times: np.ndarray, end: np.ndarray) -> np.ndarray:
         """Weights [steps, history] of the velocities at times [steps, history], newest first, in the integral from newest to ``end``."""
         newest = times[:, :1]
         scaled = (times - newest) / (end[:, None] - newest)
-        powers = np.arange(self.history)
+        powers = np.arange(self.history, dtype=np.float64)
         # The rule is exact for u^0 .. u^(history-1): integrals 1 / (m + 1) over a step of length 1.
         vandermonde = scaled[:, None, :] ** powers[None, :, None]
         moments = np.broadcast_to(1.0 / (powers + 1.0), (len(times), self.history))

@@ -1,6 +1,5 @@
 """The files of the cache: who makes them, who waits, and what is left behind."""
 
-import fcntl
 import os
 import threading
 import time
@@ -10,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from fm_fast.train.cache import cache_file, make_once
+from fm_fast.train.files import held_in_turn, is_held
 from fm_fast.train.prepare import Preparation
+
+fcntl = pytest.importorskip("fcntl", reason="no locks here")
 
 WAIT = 60.0  # seconds, for what takes milliseconds
 
@@ -31,12 +33,6 @@ def make(file, text="made"):
     make_once(file, file.exists, lambda place: place.write_text(text))
 
 
-def changed(source):
-    """The place in the cache once the source is another."""
-    source.write_text(source.read_text() + ".")
-    return cached(source)
-
-
 def names(folder):
     return sorted(file.name for file in folder.iterdir())
 
@@ -52,8 +48,40 @@ def test_what_a_killed_process_left_is_written_over(source):
     file = cached(source)
     file.parent.mkdir()
     file.with_name(f"{file.name}.tmp").write_text("half of it, and more than there is to come")
-    make_once(file, file.exists, lambda place: place.write_text("whole"))
+
+    def write_within(place):
+        with place.open("r+") as opened:  # as through a mapping, which does not shorten the file
+            opened.write("whole")
+
+    make_once(file, file.exists, write_within)
     assert file.read_text() == "whole" and names(file.parent) == [file.name]
+
+
+def test_a_file_that_another_process_has_just_made_is_not_made_again(source):
+    """Between the look for it and the lock."""
+    file = cached(source)
+    looks = iter([False, True, True])
+
+    def make(place):
+        raise AssertionError("made twice")
+
+    make_once(file, lambda: next(looks), make)
+    assert names(file.parent) == []
+
+
+def test_a_file_that_goes_while_it_is_looked_at(source, monkeypatch):
+    file = cached(source)
+    gone = iter([True])
+
+    def stat(self, **options):
+        if self.suffix == ".tmp" and next(gone, False):
+            raise FileNotFoundError(self)
+        return original(self, **options)
+
+    original = Path.stat
+    monkeypatch.setattr(Path, "stat", stat)
+    make(file)
+    assert file.read_text() == "made"
 
 
 def test_a_failure_leaves_nothing(source):
@@ -100,8 +128,9 @@ def test_others_wait_for_the_one_that_makes_it(source, fails, capsys):
     others = [Maker(file, "other") for _ in range(3)]
     for other in others:
         other.start()
-    told = ""
+    told, deadline = "", time.monotonic() + WAIT
     while told.count(f"waiting for another process, which writes {file}") < len(others):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
         told += capsys.readouterr().out
     assert not any(other.began.is_set() for other in others)
@@ -128,33 +157,20 @@ def test_without_locks_two_may_make_the_same(source, monkeypatch):
     assert file.read_text() == "made" and names(file.parent) == [file.name]
 
 
-def test_older_files_of_the_same_source_are_deleted(source):
-    """Those of other sources, and of another reading, are not."""
-    other_source = source.parent / "other"
-    other_source.write_text("other pixels")
-    kept = [cached(other_source), cached(source, "another way")]
-    older = cached(source)
-    for file in (*kept, older):
-        make(file)
-    beside, left = older.with_suffix(".npz"), older.with_name(f"{older.name}.tmp")
-    for file in (beside, left):
-        file.touch()
-    newer = changed(source)
-    assert newer != older
-    newer.with_suffix(".npz").touch()
-    make(newer)
-    assert names(newer.parent) == sorted(file.name for file in (*kept, newer, newer.with_suffix(".npz")))
+def test_what_changed_or_is_read_otherwise_is_another_file(source):
+    before, otherwise = cached(source), cached(source, "another way")
+    source.write_text("other pixels")
+    assert len({before, otherwise, cached(source)}) == 3
 
 
-def test_an_older_file_that_is_being_made_stays(source):
-    older, may_go_on = cached(source), threading.Event()
-    slow = Maker(older, "older", may_go_on)
-    slow.start()
-    assert slow.began.wait(WAIT)
-    make(changed(source))
-    may_go_on.set()
-    slow.join(WAIT)
-    assert slow.made and older.read_text() == "older"
+def test_who_looks_whether_a_file_is_held_does_not_hold_it(tmp_path):
+    file = tmp_path / "file"
+    assert not is_held(file), "not there"
+    with held_in_turn(file) as is_there:
+        assert is_there and is_held(file)
+    with file.open("rb") as opened:
+        fcntl.flock(opened, fcntl.LOCK_SH)
+        assert not is_held(file)
 
 
 def test_names_that_are_no_text(tmp_path):

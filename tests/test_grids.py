@@ -273,3 +273,10 @@ def test_times_to_save_beside_a_node_are_times_of_their_own(time):
 def test_a_time_is_no_node_where_steps_are_as_short_as_its_rounding():
     nodes, (position,) = with_times(np.array([0.0, 1e-8, 1.0]), [4e-9])
     assert len(nodes) == 4 and nodes[position] == 4e-9
+
+
+@pytest.mark.parametrize("grid", [UniformGrid(), CosineGrid(), ShiftGrid()], ids=repr)
+def test_times_are_as_exact_in_a_compiled_function(grid):
+    """torch.compile would divide whole numbers in float32."""
+    compiled = torch.compile(lambda: torch.from_numpy(grid.nodes(7, fm.OT())), backend="eager")
+    torch.testing.assert_close(compiled(), torch.from_numpy(grid.nodes(7, fm.OT())), rtol=0.0, atol=1e-15)

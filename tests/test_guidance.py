@@ -110,6 +110,15 @@ def test_outside_its_interval_the_conditional_model_runs_alone(interval, method,
     assert model.batches == [6 if guided[step] else 3 for step in asked]
 
 
+def test_an_interval_of_other_numbers_is_one_of_floats():
+    interval = torch.tensor(0.25), np.float32(0.5)
+    guidance = fm.Guidance(2.0, {"y": -1}, interval)
+    assert guidance.interval == (0.25, 0.5) and all(type(time) is float for time in guidance.interval)
+    plain = fm.Guidance(2.0, {"y": -1}, (0.25, 0.5))
+    options = {"cond": {"y": LABELS}, "steps": 4}
+    assert torch.equal(fm.sample(conditional, X0, guidance=guidance, **options).x, fm.sample(conditional, X0, guidance=plain, **options).x)
+
+
 def test_guidance_backwards(backend):
     found = fm.encode(conditional, X0, cond={"y": LABELS}, guidance=fm.Guidance(2.0, {"y": -1}), method="rk4", steps=4, backend=backend)
     expected = solve("rk4", lambda x, t: mixed(x, t, 2.0), X0, np.arange(4, -1, -1) / 4)

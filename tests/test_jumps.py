@@ -120,6 +120,16 @@ def test_an_error_estimate_needs_whole_coarse_steps_on_each_side_of_a_jump(inter
     assert fm.log_likelihood(conditional, X0, grid=grid, guidance=fm.Guidance(2.0, {"y": -1}, interval), **options).disc_err is not None
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("objective", ["velocity", "noise", "data", "score"])
+@pytest.mark.parametrize("path", ["ot", "vp", "ve", "cosine"])
+def test_an_error_estimate_takes_grids_that_stay_inside_of_the_ends(path, objective):
+    """Whose nodes are off by up to 1e-5: 0.2 is not among them to the last digit, nor is a float32 0.8 among any."""
+    guidance = fm.Guidance(1.5, {"y": -1}, (0.2, float(np.float32(0.8))))
+    options = {"cond": {"y": LABELS}, "guidance": guidance, "path": path, "objective": objective, "kind": "exact", "on_nonfinite": "mark"}
+    assert fm.log_likelihood(conditional, X0, steps=20, error_estimate=True, **options).disc_err is not None
+
+
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
 @pytest.mark.parametrize("solver", [fm.sample, fm.encode])

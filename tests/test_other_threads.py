@@ -46,7 +46,19 @@ def beside_forward_differentiation(call: Call) -> Any:
     return found[0]
 
 
-beside = pytest.mark.parametrize("beside", [beside_a_compiler, beside_forward_differentiation])
+def beside_an_export(call: Call) -> Any:
+    """While this thread exports a program, and records gradients."""
+    found = []
+
+    def slow(x):
+        found.append(in_a_thread(call))
+        return x * 2.0
+
+    torch.export.export(Looking(slow), (torch.ones(2),), strict=False)
+    return found[0]
+
+
+beside = pytest.mark.parametrize("beside", [beside_a_compiler, beside_an_export, beside_forward_differentiation])
 
 
 def loss_and_gradient():

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -166,7 +167,10 @@ def tiny_table(monkeypatch):
     }.items():
         monkeypatch.setattr(table1, name, value)
     config = tiny(dequantise=True, evaluate=False, model=TINY_NET, sample_steps=2, samples_per_class=1)
-    monkeypatch.setattr(table1, "settings", lambda data, source=None, alike=False: config)
+    alone = {"preconditioned": "off", "t_sampler": "uniform"}
+    monkeypatch.setattr(
+        table1, "settings", lambda data, source=None, alike=False: dataclasses.replace(config, **alone) if alike else config
+    )
 
 
 @pytest.mark.slow
@@ -185,6 +189,24 @@ def test_table1_command_and_its_restart(tiny_table, tmp_path, capsys):
     assert main(arguments) == 0
     assert capsys.readouterr().out.count("found in") == 5 and (tmp_path / "table1-digits.json").read_text() == before
     assert (tmp_path / "table1-digits.png").stat().st_size > 10_000
+
+
+def test_runs_that_are_alike_have_names_of_their_own(tiny_table, tmp_path, monkeypatch):
+    asked = {}
+
+    def get_all(self, kind, compute, arguments, jobs):
+        asked.update(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parts, "get_all", get_all)
+    for alike in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            table1.reproduce_table1(tmp_path, "digits", 0, 2, alike=alike)
+    assert len(asked) == len({run.out for _, run in asked.values()}) == 10
+    for name, (objective, run) in asked.items():
+        alike = "alike" in name
+        assert (run.objective, run.preconditioned, run.t_sampler) == (objective, *(("off", "uniform") if alike else ("auto", "auto")))
+        assert Path(run.out).name.startswith("digits-alike-") == alike
 
 
 # Parts, drawing, command line

@@ -92,7 +92,7 @@ def test_training_without_a_key_is_an_error():
 def test_a_network_from_the_meta_device_has_no_key_either():
     """Its memory is new, and may hold anything, when it becomes a real one."""
     with torch.device("meta"):
-        inner = UNet(CONFIG)
+        inner = keyed(UNet(CONFIG))
     nn.Sequential(inner).to_empty(device="cpu")
     with pytest.raises(ValueError, match="dropout_key: expected"):
         inner(*inputs(2)[:2], y=inputs(2)[2])

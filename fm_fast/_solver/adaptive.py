@@ -44,7 +44,8 @@ def solve_adaptive(
 
     A method that interpolates passes the times between the first and the last; the steps of others end there.
 
-    jumps: times at which the derivative jumps. Steps end there: they would feel their way over a jump, or pass it unnoticed.
+    jumps: times between the first and the last at which the derivative jumps, in the order of the solve. Steps end there: they would feel
+    their way over a jump, or pass it unnoticed.
 
     plain: by plain PyTorch, which gradients follow.
 
@@ -71,12 +72,6 @@ def _explanation(method: str, reason: str, tolerance: Tolerance) -> str:
     return (
         f"{method} failed ({reason}): the model's velocity is not finite, or too rough for rtol={tolerance.rtol} and atol={tolerance.atol}"
     )
-
-
-def inner_jumps(times: Sequence[float], jumps: Sequence[float]) -> list[float]:
-    """The jumps between the first time and the last, in the order of the solve."""
-    low, high = sorted((times[0], times[-1]))
-    return sorted({jump for jump in jumps if low < jump < high}, reverse=times[-1] < times[0])
 
 
 class Counted:
@@ -115,7 +110,7 @@ class _Control:
     def through(self, times: Sequence[float], jumps: Sequence[float]) -> list[Parts]:
         """The state at each of times; copies, since the next steps overwrite it."""
         states, due = [self._trial.y], list(times[1:])
-        pieces = itertools.pairwise((times[0], *inner_jumps(times, jumps), times[-1]))
+        pieces = itertools.pairwise((times[0], *jumps, times[-1]))
         for begin, end in pieces if due else ():
             self._enter(begin, end, times)
             stops = () if self._interpolates else [time for time in due if abs(time - begin) < abs(end - begin)]

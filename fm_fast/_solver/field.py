@@ -40,13 +40,6 @@ class Field:
             guidance = replace(guidance, scale=guidance.scale[samples])
         return replace(self, batch=len(samples), cond=cond, doubled=doubled, guidance=guidance)
 
-    def during(self, begin: float, end: float) -> "Field":
-        """The field of a solve between these times: guidance that only touches an end of it would be that of a single evaluation."""
-        guidance = self.guidance
-        if guidance is None or (guidance.interval[0] < end and guidance.interval[1] > begin):
-            return self
-        return replace(self, guidance=None, doubled=None)
-
     def scale_at(self, t: Time) -> float | Tensor | None:
         """The scale of guidance: None at one time of the whole batch that is not guided, the only one that is looked at."""
         if self.guidance is None:
@@ -103,9 +96,13 @@ def combined(x: Tensor, output: Tensor, factors: tuple[Tensor, Tensor] | None) -
 
 
 def make_field(
-    model: Model, path: Path, objective: Objective, batch: int, cond: Mapping[str, Any] | None, guidance: Guidance | None
-) -> Field:
-    """The field of a call's arguments. Raises TypeError or ValueError for conditions that do not fit."""
+    model: Model, path: Path, objective: Objective, batch: int, cond: Mapping[str, Any] | None, guidance: Guidance | None,
+    span: tuple[float, float] | None = None,
+) -> Field:  # fmt: skip
+    """The field of a call's arguments; span: the earliest and the latest time of a solve.
+
+    Raises TypeError or ValueError for conditions that do not fit.
+    """
     if not callable(model):
         raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
     _checks.condition(cond)
@@ -114,7 +111,10 @@ def make_field(
         return Field(model, path, objective, batch, given)
     if not isinstance(guidance, Guidance):
         raise TypeError(f"guidance must be a fm_fast.Guidance (scale and null condition) or None, got {type(guidance).__name__}")
-    return Field(model, path, objective, batch, given, guidance, doubled_conditions(guidance, given, batch))
+    doubled = doubled_conditions(guidance, given, batch)
+    if span is not None and not (guidance.interval[0] < span[1] and guidance.interval[1] > span[0]):
+        return Field(model, path, objective, batch, given)  # guidance at an end alone would be that of a single evaluation
+    return Field(model, path, objective, batch, given, guidance, doubled)
 
 
 def check_output(o: object, x: Tensor, name: str = "model") -> None:

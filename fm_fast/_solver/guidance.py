@@ -46,6 +46,8 @@ class Guidance:
             raise ValueError("null must name at least one condition with its null value, or both halves of the batch are the same")
         if not _is_interval(self.interval):
             raise ValueError(f"interval must be (begin, end) with 0 <= begin <= end <= 1, got {self.interval}")
+        begin, end = self.interval
+        object.__setattr__(self, "interval", (float(begin), float(end)))
         if isinstance(self.shared, str) or not all(isinstance(name, str) for name in self.shared):
             raise TypeError(f"shared must be names of conditions, got {self.shared!r}")
         if set(self.shared) & set(self.null):
@@ -54,7 +56,7 @@ class Guidance:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Guidance):
             return NotImplemented
-        mine, others = ((tuple(g.interval), set(g.shared)) for g in (self, other))
+        mine, others = ((g.interval, set(g.shared)) for g in (self, other))
         return mine == others and _equal(self.scale, other.scale) and _equal(self.null, other.null)
 
     def applies(self, t: float) -> bool:
@@ -62,7 +64,7 @@ class Guidance:
 
     def scale_of_each(self, t: Tensor) -> float | Tensor:
         """The scale at times [B]: 1, which leaves the conditional model alone, outside of the interval."""
-        if tuple(self.interval) == ALWAYS:
+        if self.interval == ALWAYS:
             return self.scale
         scale = self.scale if isinstance(self.scale, Tensor) else torch.full((), self.scale, dtype=torch.float64, device=t.device)
         return torch.where((t >= self.interval[0]) & (t <= self.interval[1]), scale, torch.ones_like(scale))
@@ -70,10 +72,7 @@ class Guidance:
 
 def guided_times(guidance: object) -> tuple[float, float]:
     """The interval of what is to be a Guidance or None."""
-    if not isinstance(guidance, Guidance):
-        return ALWAYS
-    begin, end = guidance.interval
-    return begin, end
+    return guidance.interval if isinstance(guidance, Guidance) else ALWAYS
 
 
 def _check_scale(scale: object) -> None:

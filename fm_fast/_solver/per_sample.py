@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fm_fast import _ops, reference
 from fm_fast._constants import constant
-from fm_fast._solver.adaptive import Counted, inner_jumps
+from fm_fast._solver.adaptive import Counted
 from fm_fast._solver.steps import Steps
 from fm_fast._solver.trial import Arithmetic, Derivative, Fused, Moment, Parts, Plain, Tolerance, moment, norm_of_each
 from fm_fast.solvers import EmbeddedRungeKutta
@@ -163,7 +163,7 @@ class _Trials:
 
 def _stops(times: Sequence[float], jumps: Sequence[float], interpolates: bool) -> list[float]:
     """The first time, and those at which steps have to end."""
-    beside = [jump + side for jump in inner_jumps(times, jumps) for side in (-BESIDE_A_JUMP, BESIDE_A_JUMP)]
+    beside = [jump + side for jump in jumps for side in (-BESIDE_A_JUMP, BESIDE_A_JUMP)]
     inner = {*beside, *(() if interpolates else times[1:-1])}
     low, high = sorted((times[0], times[-1]))
     stops = sorted((stop for stop in inner if low < stop < high), reverse=times[-1] < times[0])

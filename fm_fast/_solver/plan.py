@@ -86,19 +86,19 @@ class Plan:
 
 
 def make_plan(
-    table: Table, nodes: Array, path: Path, objective: Objective, folded: bool = True, churn: float = 0.0, jumps: Sequence[int] = ()
+    table: Table, nodes: Array, path: Path, objective: Objective, folded: bool = True, churn: float = 0.0, changes: Sequence[int] = ()
 ) -> Plan:
     """The plan of a solve through these nodes, float64 [N + 1], rising or falling.
 
-    folded: p and r are part of it; else its evaluations are to return velocities, p = 0 and r = 1. churn: see `_churned`. jumps: positions
-    of the nodes at which the velocity jumps, rising; no step uses evaluations of both sides of one.
+    folded: p and r are part of it; else its evaluations are to return velocities, p = 0 and r = 1. churn: see `_churned`. changes:
+    positions of the nodes at which another velocity begins, rising; no step uses evaluations of both sides of one.
 
     Raises ValueError where the path and the objective give no finite velocity.
     """
     velocity = Velocity(velocity_range(path, objective), _factors_on(path, objective) if folded else _trivial_factors)
     if churn > 0.0 and isinstance(table, RungeKutta):
         return _churned(table, nodes, path, velocity, churn)
-    return _plan(table, nodes, velocity, jumps)
+    return _plan(table, nodes, velocity, changes)
 
 
 @functools.lru_cache(maxsize=64)
@@ -107,10 +107,10 @@ def ode_plan(table: Table, nodes: bytes) -> Plan:
     return _plan(table, np.frombuffer(nodes).copy(), Velocity((-np.inf, np.inf), _trivial_factors))
 
 
-def _plan(table: Table, nodes: Array, velocity: "Velocity", jumps: Sequence[int] = ()) -> Plan:
+def _plan(table: Table, nodes: Array, velocity: "Velocity", changes: Sequence[int] = ()) -> Plan:
     if isinstance(table, RungeKutta):
         return _runge_kutta(table, nodes, velocity)
-    ends = (0, *jumps, len(nodes) - 1)
+    ends = (0, *changes, len(nodes) - 1)
     return _joined(nodes, [_adams_bashforth(table, nodes[begin : end + 1], velocity) for begin, end in itertools.pairwise(ends)])
 
 

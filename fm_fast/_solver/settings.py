@@ -17,7 +17,7 @@ from fm_fast._solver.plan import Plan, make_plan
 from fm_fast.grids import Grid, grid_nodes, with_times
 from fm_fast.objectives import OBJECTIVES, Objective, as_objective, is_built_in, velocity_range
 from fm_fast.paths import Path, as_path, kernel_form
-from fm_fast.solvers import EmbeddedRungeKutta, Method, RungeKutta, Table, as_method, is_adaptive
+from fm_fast.solvers import AdamsBashforth, EmbeddedRungeKutta, Method, RungeKutta, Table, as_method, is_adaptive
 
 PerSample = bool | Literal["shrink"]
 Save = None | str | Sequence[float]
@@ -57,17 +57,17 @@ class Settings:
 
     @property
     def jumps(self) -> tuple[float, ...]:
-        """The times within the solve at which the velocity jumps: where guidance begins and ends."""
+        """The times within the solve at which the velocity jumps, in its order: where guidance begins and ends."""
         low, high = self.span
-        return tuple(time for time in self.guided if low < time < high)
+        return tuple(sorted({time for time in self.guided if low < time < high}, reverse=bool(self.nodes[-1] < self.nodes[0])))
 
     def plan(self, folded: bool = True) -> Plan:
         assert self.table is not None
         with _modes.host_arithmetic():
-            jumps = changes_within(self.nodes, self.guided)
+            changes = changes_within(self.nodes, self.guided) if isinstance(self.table, AdamsBashforth) else ()
             if _modes.plainly_eager() and kernel_form(self.path)[0] != PathCode.given and is_built_in(self.objective):
-                return _known_plan(self.table, self.nodes.tobytes(), self.path, self.objective.name, folded, self.churn, jumps)
-            return make_plan(self.table, self.nodes, self.path, self.objective, folded, self.churn, jumps)
+                return _known_plan(self.table, self.nodes.tobytes(), self.path, self.objective.name, folded, self.churn, changes)
+            return make_plan(self.table, self.nodes, self.path, self.objective, folded, self.churn, changes)
 
 
 def changes_within(nodes: np.ndarray, guided: tuple[float, float]) -> tuple[int, ...]:
@@ -80,9 +80,9 @@ def changes_within(nodes: np.ndarray, guided: tuple[float, float]) -> tuple[int,
 
 
 @functools.lru_cache(maxsize=64)
-def _known_plan(table: Table, nodes: bytes, path: Path, objective: str, folded: bool, churn: float, jumps: tuple[int, ...]) -> Plan:
+def _known_plan(table: Table, nodes: bytes, path: Path, objective: str, folded: bool, churn: float, changes: tuple[int, ...]) -> Plan:
     """Plans of built-in paths and objectives are kept: of a policy's few steps, called again and again, they are half the cost."""
-    return make_plan(table, np.frombuffer(nodes).copy(), path, OBJECTIVES[objective], folded, churn, jumps)
+    return make_plan(table, np.frombuffer(nodes).copy(), path, OBJECTIVES[objective], folded, churn, changes)
 
 
 def make_settings(

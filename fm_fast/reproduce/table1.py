@@ -124,7 +124,11 @@ def _bits_by_draws(model: torch.nn.Module, config: TrainConfig, data: Dataset, s
 
 def table_name(data: str, alike: bool) -> str:
     """Of the table's files."""
-    return f"table1-{data}{'-alike' if alike else ''}"
+    return f"table1-{_variant(data, alike)}"
+
+
+def _variant(data: str, alike: bool) -> str:
+    return f"{data}-alike" if alike else data
 
 
 def reproduce_table1(
@@ -135,8 +139,8 @@ def reproduce_table1(
     config = replace(settings(data, source, alike), seed=seed, steps=steps)
     parts = Parts(out / "parts", {"data": config.data, "seed": seed, "steps": steps})
     # The name of a run's folder tells its settings: a run is continued only where they are the same.
-    folder = f"{name.removeprefix('table1-')}-{{}}-{steps}-steps-seed-{seed}"
-    runs = {objective: replace(config, objective=objective, out=str(out / folder.format(objective))) for objective in NAMES}
+    folders = {objective: out / f"{_variant(data, alike)}-{objective}-{steps}-steps-seed-{seed}" for objective in NAMES}
+    runs = {objective: replace(config, objective=objective, out=str(folder)) for objective, folder in folders.items()}
     arguments = {f"{name}-{objective}": (objective, run) for objective, run in runs.items()}
     rows = parts.get_all(Row, row, arguments, jobs)
     command = f"fm-fast reproduce table1 --data {data} --seed {seed} --steps {steps}{' --alike' if alike else ''}"

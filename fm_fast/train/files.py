@@ -107,28 +107,43 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_in_turn(file: Path) -> Iterator[bool]:
-    """Hold the file, which is made if need be, as soon as no other process does; yields whether that one has left it where it was."""
+    """Hold the file, which is made or emptied if need be, as soon as no other process does; yields whether it is still where it was."""
     if fcntl is None:
         file.touch()
         yield True
         return
     with file.open("ab") as opened:
-        with contextlib.suppress(OSError):  # of a file system that has no locks
-            fcntl.flock(opened, fcntl.LOCK_EX)
-        yield file.exists() and os.path.samestat(os.fstat(opened.fileno()), file.stat())
+        is_held_now = _waited_for(opened.fileno())
+        is_there = _is_at(opened.fileno(), file)
+        if is_held_now and is_there:
+            opened.truncate(0)
+        yield is_there
+
+
+def _waited_for(descriptor: int) -> bool:
+    """Whether the file is held; not where the file system has no locks."""
+    assert fcntl is not None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    return False
 
 
 def is_held(file: Path) -> bool:
     """Whether a process holds it; False where that is not known."""
-    if fcntl is None:
-        return False
-    with contextlib.suppress(FileNotFoundError), file.open("rb") as opened:
+    with contextlib.suppress(OSError), file.open("rb") as opened:
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)  # NFS gives readers no other one
         except BlockingIOError:
             return True
-        except OSError:
-            return False
     return False
 
 
