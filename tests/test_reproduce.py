@@ -317,8 +317,9 @@ def test_steps_that_are_too_few_are_refused_before_the_work(comparison, steps, m
     assert capsys.readouterr().err == f"fm-fast: error: {message}\n" and not (tmp_path / "out").exists()
 
 
-def test_pictures_do_not_depend_on_a_display_or_on_pyplot(tmp_path):
+def test_pictures_do_not_depend_on_a_display_or_on_pyplot(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # which another test may have imported
     result = figures.path_result(1, "ot", 0, 8, 4, counts=(4, 6))
     drawing.draw_midpoint_error([result], tmp_path / "sub" / "p.png")
     assert (tmp_path / "sub" / "p.png").read_bytes()[:4] == b"\x89PNG" and "matplotlib.pyplot" not in sys.modules
