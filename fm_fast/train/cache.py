@@ -31,7 +31,7 @@ def make_once(file: Path, is_made: Callable[[], bool], make: Callable[[Path], No
         with held_in_turn(place) as is_there:
             # Where it is not, another process made the file, or failed to, while this one waited.
             if is_there and is_made():
-                place.unlink()
+                place.unlink(missing_ok=True)
             elif is_there:
                 _make(file, place, is_made, make)
                 return
