@@ -100,6 +100,7 @@ NAMED: dict[str, Grid] = {"uniform": UniformGrid(), "cosine": CosineGrid(), "shi
 BISECTIONS = 60
 # Times that differ by no more are one; and so are two that rounding tells apart, as far as it is a small share of a step.
 SAME_TIME, SMALL_SHARE = 1e-9, 0.01
+KEPT_INSIDE = 2.0 * EDGE  # how far nodes may be from the times that were meant, where a path keeps its ends inside [0, 1]
 
 
 def _shares(steps: int) -> Times:
@@ -220,7 +221,7 @@ def with_times(nodes: Times, wanted: Sequence[float]) -> tuple[Times, list[int]]
     """
     given = _times("save", wanted)
     extra = np.clip(given, nodes[0], nodes[-1])
-    outside = np.abs(given - extra) > 2.0 * EDGE
+    outside = np.abs(given - extra) > KEPT_INSIDE
     if outside.any():  # not the size of given[outside], which torch.compile takes for true where there are none
         raise ValueError(f"save must lie inside the solve, [{nodes[0]}, {nodes[-1]}], got {given[outside].tolist()}")
     merged = nodes

@@ -25,15 +25,14 @@ from fm_fast._solver.prior import Prior, as_prior, log_prior, tried_prior, warn_
 from fm_fast._solver.probes import make_probes
 from fm_fast._solver.recording import check_gradient, solving
 from fm_fast._solver.settings import PerSample, Settings, check_finite, make_settings
-from fm_fast.grids import Grid
+from fm_fast.grids import KEPT_INSIDE, Grid
 from fm_fast.objectives import Objective, as_objective, velocity_factors, velocity_range
-from fm_fast.paths import EDGE, Path, as_path
+from fm_fast.paths import Path, as_path
 from fm_fast.random import Whole
 from fm_fast.solvers import Method
 
 __all__ = ["Divergence", "Likelihood", "SampleWithLogProb", "divergence", "log_likelihood", "sample_with_log_prob"]
 
-SAME = 2.0 * EDGE  # what two times may differ by and be meant to be one: a grid may be narrowed by EDGE at its ends
 LARGE_ERROR = 0.01  # bits a dimension: what published figures are rounded to
 
 
@@ -274,7 +273,7 @@ def _check_halving(settings: Settings) -> None:
         raise ValueError(f"steps must be even for error_estimate, which solves again with half of them, got {len(nodes) - 1}")
     for jump in settings.jumps:
         nearest = float(nodes[::2][np.abs(nodes[::2] - jump).argmin()])
-        if abs(nearest - jump) > SAME:
+        if abs(nearest - jump) > KEPT_INSIDE:
             raise ValueError(
                 "guidance.interval must begin and end where every second step does for error_estimate, which does not see what a step costs"
                 f" that is guided in part, got {jump!r}, and {nearest!r} nearest to it; choose another interval, steps or a grid of times"

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import triton
+
+# Of compilers that the budgets were not made for: (instructions, registers). 3.6 and 3.8 need up to 4.2 % and 8 more.
+ROOM = (1.0, 0) if triton.__version__.startswith("3.7.") else (1.05, 8)
 
 TYPES = {
     torch.float64: "fp64",
