@@ -54,7 +54,7 @@ FM_HD void sin_cos_of_quarter_turn(double t, double* sine, double* cosine) {
   sincospi(0.5 * t, sine, cosine);  // needs no table for large angles, and so no memory
 #else
   *sine = sin(kHalfPi * t);
-  *cosine = cos(kHalfPi * t);
+  *cosine = sin(kHalfPi * (1.0 - t));  // exact near t = 1
 #endif
 }
 

@@ -164,7 +164,7 @@ class Cosine:
         return torch.sin(0.5 * math.pi * t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.cos(0.5 * math.pi * t)
+        return torch.sin(0.5 * math.pi * (1.0 - t))  # which near t = 1 is exact, unlike the cosine
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return 0.5 * math.pi * self.sigma(t)

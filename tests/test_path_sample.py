@@ -1,6 +1,7 @@
 """path_sample against the independent float64 model: every path, objective, time sampler, dtype, layout and data map."""
 
 import dataclasses
+import math
 
 import numpy as np
 import oracle
@@ -164,6 +165,15 @@ def test_schedule_derivatives_match_autograd(path):
         y = value(t)
         slope = torch.autograd.grad(y.sum(), t)[0] if y.requires_grad else torch.zeros_like(t)
         torch.testing.assert_close(derivative(t), slope, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("distance", [0.0, 2.0**-45, 2.0**-30])
+def test_the_cosine_paths_noise_vanishes_in_proportion_at_its_end(distance, backend):
+    """sin x = x to 1e-17 there; the relative error is what the score's and ScoreFlow's coefficients see."""
+    t, x1 = torch.tensor([1.0 - distance], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    coefficients = fm.sample_path(x1, t=t, path="cosine", objective="score", seed=0, step=0, backend=backend).coef[0]
+    expected = torch.tensor(math.pi / 2 * distance, dtype=torch.float64)
+    torch.testing.assert_close(coefficients[1], expected, rtol=1e-14, atol=0.0)
 
 
 def test_the_vp_velocity_from_noise_equals_the_papers_diffusion_form():
