@@ -34,12 +34,12 @@ def gradient_transform_active() -> bool:
 def host_arithmetic() -> contextlib.AbstractContextManager[Any]:
     """Where the host computes numbers of its own, which a running ``torch.func`` transform would wrap, and a mode record or fake."""
     outside = temporarily_clear_interpreter_stack() if function_transforms_active() else contextlib.nullcontext()
-    return outside if is_compiling() or plainly_eager() else _without_modes(outside)
+    return _without_modes(outside) if mode_active() and not torch.compiler.is_dynamo_compiling() else outside
 
 
 @contextlib.contextmanager
 def _without_modes(outside: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    with outside, no_dispatch():
+    with outside, torch._C.DisableTorchFunction(), no_dispatch():
         yield
 
 

@@ -141,11 +141,11 @@ def divergence(
     _checks.state("x", x)
     _checks.time(t, x, "x")
     chosen_path, chosen_objective = as_path(path), as_objective(objective)
-    field = make_field(model, chosen_path, chosen_objective, len(x), cond, guidance)
+    field = make_field(model, chosen_path, chosen_objective, x.shape[0], cond, guidance)
     chosen = make_probes(kind, probes, replicates, tuple(x.shape), x.device)
-    key = random.make_key(seed, step, sample_ids, len(x), x.device, not chosen.exact)
+    key = random.make_key(seed, step, sample_ids, x.shape[0], x.device, not chosen.exact)
     resolved = _backends.resolve("divergence_step", x.device, backend)
-    estimator = Estimator(chosen, key, len(x), mode, memory_budget, create_graph, resolved)
+    estimator = Estimator(chosen, key, x.shape[0], mode, memory_budget, create_graph, resolved)
     check_gradient(create_graph)
     with solving(model, create_graph):
         times, scale = _as_times(t, x, velocity_range(chosen_path, chosen_objective)), field.scale_at(t)
@@ -159,7 +159,7 @@ def divergence(
 def _as_times(t: Tensor | float, x: Tensor, limits: tuple[float, float]) -> Tensor:
     wide = reference.accumulation_dtype(x)
     times = t.to(wide) if isinstance(t, Tensor) else torch.full((), t, dtype=wide, device=x.device)
-    return times.clamp(*limits).expand(len(x)).clone()  # a model may write into them
+    return times.clamp(*limits).expand(x.shape[0]).clone()  # a model may write into them
 
 
 def _divergence(estimator: Estimator, v: Tensor, factors: tuple[Tensor, Tensor]) -> Divergence:
@@ -242,10 +242,10 @@ def log_likelihood(
         _check_halving(settings)
     chosen = make_probes(kind, probes, replicates, tuple(x1.shape), x1.device)
     task = Task(
-        field=make_field(model, settings.path, settings.objective, len(x1), cond, guidance, settings.span),
+        field=make_field(model, settings.path, settings.objective, x1.shape[0], cond, guidance, settings.span),
         settings=settings,
         probes=chosen,
-        key=random.make_key(seed, step, sample_ids, len(x1), x1.device, not chosen.exact),
+        key=random.make_key(seed, step, sample_ids, x1.shape[0], x1.device, not chosen.exact),
         mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
         mark=on_nonfinite == "mark",
     )  # fmt: skip
@@ -347,10 +347,10 @@ def sample_with_log_prob(
     )  # fmt: skip
     chosen = make_probes(kind, probes, replicates, tuple(noise.shape), noise.device)
     task = Task(
-        field=make_field(model, settings.path, settings.objective, len(noise), cond, guidance, settings.span),
+        field=make_field(model, settings.path, settings.objective, noise.shape[0], cond, guidance, settings.span),
         settings=settings,
         probes=chosen,
-        key=random.make_key(seed, step, sample_ids, len(noise), noise.device, not chosen.exact),
+        key=random.make_key(seed, step, sample_ids, noise.shape[0], noise.device, not chosen.exact),
         mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
         mark=on_nonfinite == "mark",
     )  # fmt: skip

@@ -243,7 +243,8 @@ def mixed(output: Tensor, x: Tensor, guidance: float) -> Tensor:
 
 def guided(output: Tensor, scale: float | Tensor) -> Tensor:
     """u + scale (c - u) for the halves (c, u) of a doubled batch [2B, ...]; scale is a number, or [B]."""
-    conditional, unconditional = output.chunk(2)
+    batch = output.shape[0] // 2
+    conditional, unconditional = output[:batch], output[batch:]  # chunk asks an exported program's batch for its size
     factor = per_sample(scale.to(output.device, output.dtype), conditional) if isinstance(scale, Tensor) else scale
     return unconditional + factor * (conditional - unconditional)
 

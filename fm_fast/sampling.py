@@ -130,7 +130,7 @@ def sample(
             ``per_sample`` the graph holds the steps in vain too, and where the velocity is not finite there, gradients are not either.
         on_nonfinite: "raise" a FloatingPointError if a sample is not finite at the end, or "mark" it in the result. Inside torch.compile,
             torch.func transforms and the capture of a CUDA graph samples are only marked.
-        backend: as in :func:`fm_fast.flow_matching_loss`.
+        backend: as in :func:`fm_fast.flow_matching_loss`, but plain PyTorch by default where ``torch.export`` records a program.
 
     Raises:
         ValueError, TypeError: for any argument out of range or of wrong shape or dtype, naming it.

@@ -175,6 +175,7 @@ def check_recipes(results: list[tuple[str, Any]]) -> None:
     assert found["large"].shape == (4, 3, 16, 16) and found["large"].dtype == torch.uint8
     assert found["decoded"].shape == (2, 3, 64, 64) and found["chunk"].shape == (64, 8, 2)
     assert bool(found["loss"].isfinite())
+    torch.testing.assert_close(found["same_chunk"], found["chunk"])
 
 
 class Document(NamedTuple):

@@ -13,7 +13,7 @@ from fm_fast.random import Whole
 def churn_key(churn: float, seed: Whole | None, step: Whole | None, sample_ids: Whole | None, noise: Tensor) -> Tensor | None:
     """The key of the noise on the way, None without; ValueError where one is given in vain, as when ``step`` should be ``steps``."""
     if churn > 0.0:
-        return random.make_key(seed, step, sample_ids, len(noise), noise.device)
+        return random.make_key(seed, step, sample_ids, noise.shape[0], noise.device)
     for name, value in (("seed", seed), ("step", step), ("sample_ids", sample_ids)):
         if value is not None:
             meant = " (the number of steps is steps)" if name == "step" else ""

@@ -165,7 +165,7 @@ def _adaptive(task: Task, start: Tensor) -> Integral:
     estimators, x0 = [task.estimator()], start.to(reference.accumulation_dtype(start))
     groups = estimators[0].group_count
     solve = _per_sample if task.settings.per_sample else _together
-    (x, integrals), nfe, nfe_of_each = solve(task, (x0, x0.new_zeros(len(start), groups)), estimators)
+    (x, integrals), nfe, nfe_of_each = solve(task, (x0, x0.new_zeros(start.shape[0], groups)), estimators)
     value, variance = reference.group_statistics(integrals.T.to(torch.float64), groups)
     nvjp = sum(estimator.products for estimator in estimators)
     return Integral(x, value, variance if task.probes.known_variance else None, nfe, nvjp, value, nfe_of_each)

@@ -36,7 +36,7 @@ def tried_prior(prior: Prior | Distribution | None, x: Tensor) -> Prior | None:
             density = function(x.detach().to(reference.accumulation_dtype(x)))
     except Exception:  # data may lie where the prior has no density; the noise need not
         return function
-    _check_density(density, len(x))
+    _check_density(density, x.shape[0])
     return function
 
 
@@ -53,7 +53,7 @@ def warn_if_not_of_the_prior(noise: Tensor, path: Path, begin: float) -> None:
     """UserWarning where a solve from the beginning of a path with wide noise, as VE's is, starts from narrow noise."""
     if kernel_form(path)[0] == PathCode.given or prior_scale(path) == 1.0 or begin > time_limits(path)[0]:
         return
-    if noise.numel() < ENOUGH or not _modes.worth_a_wait(noise):
+    if not _modes.worth_a_wait(noise) or noise.numel() < ENOUGH:
         return
     scale, found = float(prior_scale(path)), float(noise.detach().to(torch.float64).square().mean().sqrt())
     if found < 0.5 * scale:
@@ -84,7 +84,7 @@ def log_prior(prior: Prior | None, x0: Tensor, path: Path) -> Tensor:
     """log p0(x0), float64 [B]."""
     if prior is not None:
         density = prior(x0)
-        _check_density(density, len(x0))
+        _check_density(density, x0.shape[0])
         return density.to(torch.float64)
     scale, size = prior_scale(path), math.prod(x0.shape[1:])
     squares = x0.square().flatten(1).sum(1, dtype=torch.float64) if x0.dim() > 1 else x0.square().to(torch.float64)

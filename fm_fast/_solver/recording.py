@@ -101,9 +101,14 @@ def measured_graph() -> Iterator[dict[int, int]]:
 
 
 def check_gradient(create_graph: bool) -> None:
-    """ValueError where a ``torch.func`` transform asks for the gradient that is not recorded, which would be zero in silence."""
+    """ValueError where a ``torch.func`` transform asks for the gradient that is not recorded, which would be zero in silence.
+
+    And where a program is exported, which cannot hold the gradients of the network that a divergence is made of.
+    """
     if not isinstance(create_graph, bool):
         raise TypeError(f"create_graph must be True or False, got {create_graph!r}")
+    if _modes.is_exporting():
+        raise ValueError("model must not be exported together with its divergence: torch.export keeps no gradients within a program")
     if not create_graph and _modes.gradient_transform_active():
         raise ValueError(
             "create_graph must be True under torch.func.grad, vjp, jacrev and hessian, or the derivative would be zero, got False"

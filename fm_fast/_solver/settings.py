@@ -109,11 +109,17 @@ def make_settings(
         nodes = nodes[::-1].copy()
         saved = saved if isinstance(save, str) else tuple(len(nodes) - 1 - position for position in saved)
     warn_if_ill_conditioned(chosen_path, chosen_objective, table, nodes, float(churn))
-    resolved = _backends.resolve("linear_step", start.device, backend)
     return Settings(
         chosen_path, chosen_objective, table, adaptive, nodes, saved, *accuracy, per_sample,
-        dtype or start.dtype, grad, resolved, float(churn), guided_times(guidance),
+        dtype or start.dtype, grad, _backend(start.device, backend), float(churn), guided_times(guidance),
     )  # fmt: skip
+
+
+def _backend(device: torch.device, requested: str | None) -> str:
+    """Of a solve's ops. A program that is exported runs without fm_fast, unless a backend was asked for."""
+    if requested is None and _backends.ENVIRONMENT_BACKEND is None and _modes.is_exporting():
+        return "reference"
+    return _backends.resolve("linear_step", device, requested)
 
 
 def _accuracy(

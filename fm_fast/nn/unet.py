@@ -190,7 +190,7 @@ def _check_labels(config: UNetConfig, x: Tensor, y: Tensor) -> None:
         raise TypeError(f"y: expected int64 labels, got {y.dtype}")
     if y.shape != x.shape[:1]:
         raise ValueError(f"y: expected shape [{x.shape[0]}], got {list(y.shape)}")
-    if len(y) and _modes.values_readable(y):
+    if _modes.values_readable(y) and len(y):
         _check_range(config, *map(int, y.aminmax()))
 
 
