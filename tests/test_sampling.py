@@ -239,6 +239,19 @@ def test_samples_that_are_not_finite(method, backend):
     torch.testing.assert_close(found.x[1], X0[1] + 1)
 
 
+@pytest.mark.parametrize("ends", [(3e38, 3e38), (-3e38, -3e38), (3e38, -3e38)])
+def test_finite_samples_whose_sum_is_not(ends, backend):
+    x0 = torch.tensor(ends)[:, None].expand(2, 3)
+    found = fm.sample(lambda x, t: torch.zeros_like(x), x0, method="euler", steps=1, backend=backend)
+    assert found.finite.tolist() == [True, True] and torch.equal(found.x, x0)
+
+
+@pytest.mark.parametrize("values", [(torch.inf, -torch.inf), (torch.inf, 0.0), (-torch.inf, 0.0), (torch.nan, 0.0)])
+def test_no_sum_hides_what_is_not_finite(values, backend):
+    with pytest.raises(FloatingPointError, match="of 2 samples are not finite"):
+        fm.sample(lambda x, t: torch.zeros_like(x), torch.tensor(values)[:, None], method="euler", steps=1, backend=backend)
+
+
 def test_a_field_that_explodes(backend):
     found = fm.sample(lambda x, t: x * 1e30, X0.float(), method="euler", steps=9, on_nonfinite="mark", backend=backend)
     assert not found.finite.any()

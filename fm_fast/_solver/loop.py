@@ -125,21 +125,27 @@ class FusedState:
         self.advance = [self._addition(stage) if self._is_addition(stage) else self._combination(stage) for stage in all_stages(plan)]
 
     def _allocate(self, x0: Tensor, plan: Plan, layout: Layout) -> None:
-        dtype = reference.accumulation_dtype(x0)
-        same, batch = layout.dtype == dtype, x0.shape[0]
-        self._node_input = _input_buffer(x0, layout)
-        self.x = self._node_input[:batch] if same else _input_buffer(x0, Layout(dtype))
-        self.x.copy_(x0)
-        self._node_copy = self._none
-        if not same:
-            self._node_copy = self._node_input
-        elif layout.doubled:
-            self._node_copy = self._node_input[batch:]
-        for half in self._node_input.split(batch) if self._node_copy.numel() else ():
-            half.copy_(x0)
+        dtype, batch = reference.accumulation_dtype(x0), x0.shape[0]
+        if layout.dtype == dtype and not layout.doubled:
+            self.x = self._node_input = x0.to(dtype, copy=True, memory_format=_ops.memory_format(x0))
+            self._node_copy = self._none
+        else:
+            self._allocate_apart(x0, layout, dtype, batch)
         self._stage_input = _input_buffer(x0, layout) if plan.has_inner_stages else self._none
-        self._stage_x = self._stage_input[:batch]
-        self._stage_copy = self._stage_input[batch:] if layout.doubled else self._none
+        self._stage_x, self._stage_copy = self._stage_input, self._none
+        if layout.doubled:
+            self._stage_x, self._stage_copy = self._stage_input[:batch], self._stage_input[batch:]
+
+    def _allocate_apart(self, x0: Tensor, layout: Layout, dtype: torch.dtype, batch: int) -> None:
+        """x, and an input that is more than x: of another dtype, or x twice."""
+        self._node_input = _input_buffer(x0, layout)
+        for begin in range(0, 2 * batch if layout.doubled else batch, batch or 1):
+            self._node_input[begin : begin + batch].copy_(x0)
+        if layout.dtype == dtype:
+            self.x, self._node_copy = self._node_input[:batch], self._node_input[batch:]
+        else:
+            self.x = x0.to(dtype, copy=True, memory_format=_ops.memory_format(x0))
+            self._node_copy = self._node_input
 
     def _is_addition(self, stage: Stage) -> bool:
         """Whether the update is x + c o in x's dtype, for which PyTorch's own add is the best kernel: as many passes, less to call."""

@@ -60,16 +60,16 @@ class Plan:
     def evaluations(self) -> int:
         return len(self.times)
 
-    @property
+    @functools.cached_property
     def longest_lag(self) -> int:
         return max(lag for segment in self.segments for stage in segment.stages for lag in stage.lags)
 
-    @property
+    @functools.cached_property
     def has_inner_stages(self) -> bool:
         """Whether some stage's input is not a state."""
         return any(not stage.ends_step for segment in self.segments for stage in segment.stages)
 
-    @property
+    @functools.cached_property
     def updates_in_place(self) -> bool:
         """Whether the output for a state as the input is what that state is overwritten by."""
         return any(stages[0].ends_step or (renoises and stages[1].ends_step) for _, stages, renoises in self.segments)
