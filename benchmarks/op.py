@@ -14,7 +14,7 @@ from benchmarks.timing import Clock
 
 @dataclass(frozen=True)
 class Setting:
-    """One problem: where and on what every provider of an op runs, and which part of a step: "full", "forward" or "backward"."""
+    """One problem: where and on what every provider of an op runs, and which part of a step, or what it is part of (``run.PARTS``)."""
 
     device: torch.device
     size: str
@@ -95,7 +95,7 @@ class Op:
         tensor_bytes: of one full-size tensor, by which memory and traffic are also given; None where no tensor stands for the op.
         costs: of a step on a device, if they are not those of one call.
         work: what a step does, by the metric of its rate, which is this number over the step's milliseconds.
-        parts: of a step that can be timed alone, after the whole.
+        parts: of a step that can be timed alone, after the whole; or what it is part of.
         gpu_sizes: further sizes, on a GPU.
     """
 

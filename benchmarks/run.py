@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 WARM_UP_SECONDS, GPU_WARM_UP_SECONDS = 0.5, 0.1
 SMALL_STEP_MS = 2.0
-PARTS = ("full", "forward", "backward")
+PARTS = ("full", "forward", "backward", "call")
 TIMES = ("ms", "us")
 # What is counted of a step, by metric, and its head in a table
 RATES = {
@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", nargs="+", default=["all"], help="sizes of the op, or all")
     parser.add_argument("--mode", nargs="+", metavar="TEXT", help="modes to keep, by part of their names")
-    parser.add_argument("--part", nargs="+", default=["full"], choices=PARTS, help="of a step, for ops that have a backward pass")
+    parser.add_argument("--part", nargs="+", default=["full"], choices=PARTS, help="halves of a step; call: a whole solve of few steps")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--isa", choices=("avx512", "avx2", "portable"), help="instruction set of the C++ library (FM_FAST_CPU)")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch, on the CPU")

@@ -12,7 +12,7 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import costs, registry, run
 from benchmarks.op import Inexact, Setting, keeping_graphs
-from benchmarks.ops import divergence_step, group_norm_silu, path_loss
+from benchmarks.ops import divergence_step, group_norm_silu, path_loss, sampler
 from fm_fast import _backends, _ops
 
 CPU = torch.device("cpu")
@@ -106,6 +106,20 @@ def test_parts_are_timed_alone_and_named(op, tmp_path, capsys, monkeypatch):
     modes = list(dict.fromkeys(row["mode"] for row in rows if row["mode"].split(", ")[0] == mode))
     assert modes == [mode, f"{mode}, forward", f"{mode}, backward"]
     assert f"{mode}, backward\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["full", "call"])
+def test_a_solvers_time_is_that_beyond_the_models_calls(part):
+    """On a clock that stands still but in the solver, for 7 seconds, and 2 more for each step."""
+    time = [0.0]
+
+    def solve(model, noise, steps):
+        time[0] += 7.0 + 2.0 * steps
+        return noise
+
+    setting = Setting(CPU, "tiny", (1, 2), torch.float32, "euler", part)
+    solver = sampler._build(solve, 1)(sampler.Inputs(torch.zeros(1, 2), lambda x, t: x), setting)
+    assert sampler._overhead(solver, lambda: time[0]) == (2.0 if part == "full" else 7.0 + 2.0 * sampler.FEW_STEPS)
 
 
 def test_a_part_that_an_op_has_not_is_named():

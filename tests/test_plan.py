@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from flows import Linear
 from sampling_helpers import FIXED, lagrange_integral, network, noise64, schedule, solve, velocity_of
 
 import fm_fast as fm
@@ -122,6 +123,28 @@ def test_places_name_step_and_stage(method):
         starting, of = (1, 2) if method == "ab2" else (2, 3)
         expected = [(step, stage) for step in range(starting) for stage in range(of)] + [(step, 0) for step in range(starting, 6)]
     assert plan_of(method).places() == expected
+
+
+def test_settings_of_plain_arguments_are_kept():
+    def solve(**changes):
+        before = settings._known_settings.cache_info()
+        fm.sample(lambda x, t: x, torch.ones(2, 3), **{"method": "euler", "steps": 3, "path": fm.VP(), "t0": 0.25} | changes)
+        after = settings._known_settings.cache_info()
+        return after.hits - before.hits, after.misses - before.misses
+
+    settings._known_settings.cache_clear()
+    assert [solve(), solve(), solve(path=fm.VP(0.2, 15.0)), solve(steps=4), solve(t0=0)] == [(0, 1), (1, 0), (0, 1), (0, 1), (0, 1)]
+    assert solve(path=Linear()) == solve(grid=[0.25, 1.0], steps=None) == solve(save=[0.5]) == (0, 0)
+
+
+def test_kept_settings_let_nothing_through():
+    """True equals 1 and has its hash; what was refused once is refused again."""
+    fm.sample(lambda x, t: x, torch.ones(2, 3), method="euler", steps=1, churn=0)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="steps must be a whole number, got bool"):
+            fm.sample(lambda x, t: x, torch.ones(2, 3), method="euler", steps=True)
+        with pytest.raises(TypeError, match="churn must be a number, got bool"):
+            fm.sample(lambda x, t: x, torch.ones(2, 3), method="euler", steps=1, churn=False)
 
 
 def test_plans_of_built_in_paths_are_kept_and_not_spoilt(monkeypatch):

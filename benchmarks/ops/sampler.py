@@ -2,7 +2,8 @@
 
 The model returns tensors that were made before, so that almost nothing is left but the solver. Of each provider a solve of N and one of
 2 N steps are timed; their difference, divided by N, is a step without the cost of a call; the model's bare calls are taken off it. On a GPU
-a solve is timed from the call until the device has finished.
+a solve is timed from the call until the device has finished. The part "call" is a whole solve of a few steps, as a policy takes them, where
+what begins and ends a solve weighs most.
 """
 
 import functools
@@ -27,7 +28,7 @@ SIZES = {"tiny": (1, 2), "small": (64, 2), "CIFAR": (128, 3, 32, 32), "large": (
 EVALUATIONS = {"euler": 1, "midpoint": 2, "rk4": 4}
 PASSES = {"euler": 3, "midpoint": 6, "rk4": 15}
 LARGE = 1 << 16
-STEPS, LARGE_STEPS, CHECKED_STEPS, REPEATS = 100, 20, 10, 3
+STEPS, LARGE_STEPS, FEW_STEPS, CHECKED_STEPS, REPEATS = 100, 20, 5, 10, 3
 TOLERANCE = 2e-6
 
 
@@ -46,9 +47,12 @@ class Solver:
     solve: Solve
     given: Inputs
     evaluations: int
+    whole: bool
 
     @property
     def steps(self) -> int:
+        if self.whole:
+            return FEW_STEPS
         return LARGE_STEPS if self.given.noise.numel() >= LARGE else STEPS
 
     def __call__(self) -> Tensor:
@@ -229,7 +233,7 @@ def providers(setting: Setting) -> list[Provider]:
 
 
 def _build(solve: Solve, evaluations: int) -> Callable[[Inputs, Setting], Solver]:
-    return lambda given, setting: Solver(solve, given, evaluations)
+    return lambda given, setting: Solver(solve, given, evaluations, whole=setting.part == "call")
 
 
 # Correctness
@@ -255,7 +259,7 @@ def _linear_in_float64(x: Tensor, t: Tensor) -> Tensor:
 
 
 def observe(steps: Mapping[str, Solver], rounds: int, now: timing.Clock) -> dict[str, list[float]]:
-    """Microseconds a step beyond the model's calls."""
+    """Microseconds a step, or a solve of few, beyond the model's calls."""
     timing.warm_up(steps, 0.2)
     return timing.interleaved(steps, rounds, lambda solver: 1e6 * _overhead(solver, now))
 
@@ -263,20 +267,22 @@ def observe(steps: Mapping[str, Solver], rounds: int, now: timing.Clock) -> dict
 def _overhead(solver: Solver, now: timing.Clock) -> float:
     """Seconds. Each part is the shortest of a few: what an interruption adds to one part would be the whole of a small difference."""
     model, noise, steps = solver.given.model, solver.given.noise, solver.steps
-    once, twice, calls = (
-        min(_seconds(part, now) for _ in range(REPEATS))
-        for part in (
-            lambda: solver.solve(model, noise, steps),
-            lambda: solver.solve(model, noise, 2 * steps),
-            lambda: _bare_calls(model, noise, steps * solver.evaluations),
-        )
-    )
-    return (twice - once - calls) / steps
+
+    def shortest(part: Callable[[], object]) -> float:
+        return min(_seconds(part, now) for _ in range(REPEATS))
+
+    once = shortest(lambda: solver.solve(model, noise, steps))
+    calls = shortest(lambda: _bare_calls(model, noise, steps * solver.evaluations))
+    if solver.whole:
+        return once - calls
+    return (shortest(lambda: solver.solve(model, noise, 2 * steps)) - once - calls) / steps
 
 
 def costs_of_a_step(solver: Solver, device: torch.device) -> Costs:
     """Kernels and traffic as the times are: of a solve of 2 N steps without those of one of N. The peak is that of a solve."""
     model, noise, steps = solver.given.model, solver.given.noise, solver.steps
+    if solver.whole:
+        return of_step(lambda: solver.solve(model, noise, steps), device)
     once, twice = (of_step(lambda count=count: solver.solve(model, noise, count), device) for count in (steps, 2 * steps))
     return once.of_one_more(twice, steps)
 
@@ -294,5 +300,5 @@ def _seconds(part: Callable[[], object], now: timing.Clock) -> float:
 
 OP = Op(
     "sampler", SIZES, tuple(EVALUATIONS), inputs, providers, check, peers=tuple(PEERS), rounds=20, unit="us", observe=observe,
-    tensor_bytes=bytes_of_shape, costs=costs_of_a_step,
+    tensor_bytes=bytes_of_shape, costs=costs_of_a_step, parts=("full", "call"),
 )  # fmt: skip

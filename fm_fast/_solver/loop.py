@@ -122,7 +122,7 @@ class FusedState:
         self._buffers = set(map(self._memory_of, (self.x, self._node_input, self._stage_input)))
         # One update in place, or updates that read earlier outputs: neither bears an output that lies in the state's own memory.
         self._copies = plan.longest_lag > 0 or plan.updates_in_place
-        self.advance = [self._addition(stage) if self._is_addition(stage) else self._combination(stage) for stage in all_stages(plan)]
+        self.advance = [self._addition(stage) or self._combination(stage) for stage in all_stages(plan)]
 
     def _allocate(self, x0: Tensor, plan: Plan, layout: Layout) -> None:
         dtype, batch = reference.accumulation_dtype(x0), x0.shape[0]
@@ -147,16 +147,12 @@ class FusedState:
             self.x = x0.to(dtype, copy=True, memory_format=_ops.memory_format(x0))
             self._node_copy = self._node_input
 
-    def _is_addition(self, stage: Stage) -> bool:
-        """Whether the update is x + c o in x's dtype, for which PyTorch's own add is the best kernel: as many passes, less to call."""
-        copy = self._node_copy if stage.ends_step else self._stage_copy
-        plain = stage.lags == (0,) and stage.velocity is None and bool((stage.coefficients[:, 0] == 1.0).all())
-        same_dtype = stage.ends_step or self._stage_x.dtype == self.x.dtype
-        return plain and same_dtype and copy is self._none and self._scale == 1.0 and self._history.limit == 1
-
-    def _addition(self, stage: Stage) -> Callable[[int, Tensor], None]:
-        x, factors, copies = self.x, stage.coefficients[:, 1].tolist(), self._copies
-        target, following = self._destination(stage)[::2]
+    def _addition(self, stage: Stage) -> Callable[[int, Tensor], None] | None:
+        """The update where it is x + c o in x's dtype, for which PyTorch's own add is the best kernel: as many passes, less to call."""
+        x, factors, copies = self.x, stage.additions, self._copies
+        target, copy, following = self._destination(stage)
+        if factors is None or copy is not self._none or target.dtype != x.dtype or self._scale != 1.0 or self._history.limit != 1:
+            return None
 
         def advance(row: int, output: Tensor) -> None:
             if copies:

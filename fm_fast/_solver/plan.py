@@ -23,7 +23,8 @@ Array = np.ndarray
 LARGEST_GROWTH = 1e5
 
 
-class Stage(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Stage:
     """One evaluation of the network and the update that follows it.
 
     lags: which outputs enter, counted back from the newest (0). coefficients: float64 [steps, 1 + len(lags)], of x and of those outputs.
@@ -35,6 +36,13 @@ class Stage(NamedTuple):
     coefficients: Array
     ends_step: bool
     velocity: Array | None = None
+
+    @functools.cached_property
+    def additions(self) -> list[float] | None:
+        """The factors of the newest output, where the update is to add it to x and nothing else."""
+        if self.lags != (0,) or self.velocity is not None or not bool((self.coefficients[:, 0] == 1.0).all()):
+            return None
+        return self.coefficients[:, 1].tolist()
 
 
 class Segment(NamedTuple):
@@ -257,7 +265,7 @@ def _starting_steps(start: RungeKutta, nodes: Array, velocity: Velocity, at_node
     p, r = plan.x_factors.reshape(shape).copy(), plan.output_factors.reshape(shape).copy()
     p[:, 0], r[:, 0] = 0.0, 1.0
     first, *others = _folded_stages(start, np.diff(nodes), Factors(p, r))
-    kept = first._replace(velocity=_velocity_table(at_nodes, 0, len(nodes) - 1))
+    kept = replace(first, velocity=_velocity_table(at_nodes, 0, len(nodes) - 1))
     return Segment(len(nodes) - 1, (kept, *others)), plan
 
 

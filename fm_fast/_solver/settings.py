@@ -17,7 +17,7 @@ from fm_fast._solver.guidance import ALWAYS, Guidance, guided_times
 from fm_fast._solver.plan import Plan, make_plan
 from fm_fast.grids import Grid, grid_nodes, with_times
 from fm_fast.objectives import OBJECTIVES, Objective, as_objective, is_built_in, velocity_range
-from fm_fast.paths import Path, as_path, kernel_form
+from fm_fast.paths import BUILT_IN, Path, as_path, kernel_form
 from fm_fast.solvers import AdamsBashforth, EmbeddedRungeKutta, Method, RungeKutta, Table, as_method, is_adaptive
 
 PerSample = bool | Literal["shrink"]
@@ -25,6 +25,7 @@ Save = None | str | Sequence[float]
 GRADIENTS = ("none", "direct", "checkpoint")
 NONFINITE = ("raise", "mark")
 TOLERANCE, MAX_STEPS = 1e-5, 10_000  # of adaptive methods, where none are given
+PLAIN = {str, int, float, bool, type(None), torch.dtype, *BUILT_IN}  # whose values are all there is to know of them
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,21 @@ def make_settings(
     _checks.one_of("dtype", dtype, (None, *_checks.FLOATING))
     _checks.one_of("grad", grad, GRADIENTS)
     check_setting(start, method, grad)
+    arguments = (
+        path, objective, method, steps, grid, t0, t1, save, rtol, atol, max_steps, per_sample,
+        dtype or start.dtype, grad, _backend(start.device, backend), reverse, churn,
+    )  # fmt: skip
+    resolve = _known_settings if set(map(type, arguments)) <= PLAIN and _modes.plainly_eager() else _resolved
+    settings = resolve(*arguments, guided_times(guidance))
+    warn_if_ill_conditioned(settings.path, settings.objective, settings.table, settings.nodes, settings.churn)
+    return settings
+
+
+def _resolved(
+    path: str | Path, objective: str | Objective, method: Method, steps: int | None, grid: str | Grid | Sequence[float], t0: float,
+    t1: float, save: Save, rtol: float | None, atol: float | None, max_steps: int | None, per_sample: PerSample, dtype: torch.dtype,
+    grad: str, backend: str, reverse: bool, churn: float, guided: tuple[float, float],
+) -> Settings:  # fmt: skip
     t0, t1 = float(_checks.finite_number("t0", t0)), float(_checks.finite_number("t1", t1))
     chosen_path, chosen_objective = as_path(path), as_objective(objective)
     chosen = as_method(method)
@@ -109,11 +125,13 @@ def make_settings(
     if reverse:
         nodes = nodes[::-1].copy()
         saved = saved if isinstance(save, str) else tuple(len(nodes) - 1 - position for position in saved)
-    warn_if_ill_conditioned(chosen_path, chosen_objective, table, nodes, float(churn))
     return Settings(
-        chosen_path, chosen_objective, table, adaptive, nodes, saved, *accuracy, per_sample,
-        dtype or start.dtype, grad, _backend(start.device, backend), float(churn), guided_times(guidance),
+        chosen_path, chosen_objective, table, adaptive, nodes, saved, *accuracy, per_sample, dtype, grad, backend, float(churn), guided,
     )  # fmt: skip
+
+
+# Of a policy's few steps, called again and again, what is made of the arguments would be half the cost. typed: 1 is not True.
+_known_settings = functools.lru_cache(maxsize=64, typed=True)(_resolved)
 
 
 def _backend(device: torch.device, requested: str | None) -> str:
@@ -170,15 +188,7 @@ def _fixed_nodes(
     grid: str | Grid | Sequence[float], steps: int | None, t0: float, t1: float, path: Path, limits: tuple[float, float]
 ) -> np.ndarray:
     with _modes.host_arithmetic():
-        if type(grid) is str and type(steps) is int and _modes.plainly_eager() and kernel_form(path)[0] != PathCode.given:
-            return _known_nodes(grid, steps, t0, t1, path, limits).copy()
         return grid_nodes(grid, steps, t0, t1, path, limits)
-
-
-@functools.lru_cache(maxsize=64)
-def _known_nodes(grid: str, steps: int, t0: float, t1: float, path: Path, limits: tuple[float, float]) -> np.ndarray:
-    """Kept for the reason of :func:`_known_plan`."""
-    return grid_nodes(grid, steps, t0, t1, path, limits)
 
 
 def _adaptive_nodes(
