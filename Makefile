@@ -84,7 +84,7 @@ bench-regression: $(BIN)/python
 
 # In the Python that is there, whose torch knows the GPU; its first stage installs this checkout, without a network.
 gpu-report:
-	$(PYTHON) -m benchmarks.gpu_report $(STAGE) $(if $(OUT),--out $(OUT))
+	KINETO_LOG_LEVEL=99 $(PYTHON) -m benchmarks.gpu_report $(STAGE) $(if $(OUT),--out $(OUT))
 
 clean:
 	rm -rf $(VENV) build dist fm_fast/_native *.egg-info .pytest_cache .ruff_cache

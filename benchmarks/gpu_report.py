@@ -28,7 +28,7 @@ from benchmarks import plan, registry, results, run
 from benchmarks.op import Op, Setting
 
 ROOT = Path(__file__).parent.parent
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+PYTEST = [sys.executable, "-m", "pytest", "-v", "-m", "gpu"]  # by name, as they end: what takes too long is ended before it tells
 TESTS = ("tests/test_gpu.py", "tests/test_trainer_parity.py")
 PROCESSES = 8  # that share the tests, most of which wait for Triton to compile
 # Few of them: the sanitizer takes a hundred times as long.
@@ -43,6 +43,7 @@ SANITIZERS = {
 TEST_SECONDS, SANITIZER_SECONDS, TRIVIAL_SECONDS = 230, 75, 40
 TRIVIAL = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda').add_(1).cpu()"]
 LIBRARY = "from fm_fast import _backends; raise SystemExit(_backends.why_not('path_loss', 'cuda', 'cuda'))"
+WITH_CUDA = "FM_FAST_BUILD=cuda"
 UNFINISHED = "FAILED: it was ended before it had finished"
 
 # What was tried, and "ok", "FAILED" and perhaps why, or why it was not.
@@ -53,19 +54,35 @@ def build(options: argparse.Namespace) -> Outcomes:
     """Compile and install this checkout with the tools of this machine, and print what came of it."""
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
     install.append("--check-build-dependencies")  # else an old setuptools fails in its own words
-    yield "install", _outcome([*_for_this_gpu(), *install])
+    asked = _for_this_gpu()
+    outcome = _outcome([*asked, *install])
+    if outcome != "ok" and WITH_CUDA in asked:
+        yield "install with CUDA", outcome
+        outcome = _outcome(install)
+    yield "install", outcome
     yield "info", _outcome([sys.executable, "-c", "import fm_fast; print(fm_fast.info())"])
-    yield "CUDA library", _outcome([sys.executable, "-c", LIBRARY])
+    yield from _cuda_library()
+
+
+def _cuda_library() -> Outcomes:
+    """Whether it is there. Where it is not, as in a checkout that was built elsewhere, tests skip it and benchmarks run without it."""
+    yield "CUDA library", _limited([sys.executable, "-c", LIBRARY], TRIVIAL_SECONDS)
 
 
 def _for_this_gpu() -> list[str]:
-    """What goes before a build that compiles for the GPU that is here, where nobody said for which: the others take minutes."""
-    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return []
-    return ["env", "TORCH_CUDA_ARCH_LIST={}.{}".format(*torch.cuda.get_device_capability())]
+    """What goes before a build that compiles for the GPU that is here, where nobody said for which: the others take minutes.
+
+    With nvcc there, the CUDA library is asked for: setup.py looks for a driver, which a container may hide, and leaves it out otherwise.
+    """
+    wanted = ["TORCH_CUDA_ARCH_LIST={}.{}".format(*torch.cuda.get_device_capability())]
+    if shutil.which("nvcc") or _beside_nvcc("nvcc"):
+        wanted.append(WITH_CUDA)
+    unset = [setting for setting in wanted if not os.environ.get(setting.partition("=")[0])]
+    return ["env", *unset] if unset else []
 
 
 def test(options: argparse.Namespace) -> Outcomes:
+    yield from _cuda_library()
     shared = ["-n", str(PROCESSES), "--dist", "loadgroup"] if find_spec("xdist") else []
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "tests.xml")
@@ -108,6 +125,7 @@ def _sanitized(tool: list[str], chosen: str) -> str:
 
 def bench(options: argparse.Namespace) -> Outcomes:
     """What the plan lists, in its dtypes; rows are written after each setting, whose providers are timed in turns."""
+    yield from _cuda_library()
     surroundings = results.environment(torch.device("cuda"), None)
     path, entries = _path(options.out, surroundings, ""), [entry for entry in plan.GPU_PLAN if not options.op or entry.op in options.op]
     earlier = [record for record in _records(path) if record["op"] not in {entry.op for entry in entries}]
@@ -131,12 +149,20 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _measured(op: Op, setting: Setting, options: argparse.Namespace) -> tuple[list[results.Row], str]:
-    """The rows of a setting and what came of it: one that fails must not cost the report the others."""
+    """The rows of a setting and what came of it: one that fails must not cost the report the others.
+
+    Nor may one of our backends cost it the rows of the first.
+    """
     try:
         return run.measure(op, setting, options), "ok"
     except (Exception, SystemExit) as error:  # SystemExit: a provider is wrong
         traceback.print_exc()
-        return [], f"FAILED: {error}".splitlines()[0]
+        outcome = f"FAILED: {error}".splitlines()[0]
+    try:
+        others = [provider.name for provider in op.providers(setting) if not provider.ours]
+        return run.measure(op, setting, argparse.Namespace(**{**vars(options), "only": others})), f"{outcome}; rows without it"
+    except (Exception, SystemExit):
+        return [], outcome
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], Outcomes]] = {"build": build, "test": test, "sanitize": sanitize, "bench": bench}

@@ -30,11 +30,12 @@ def machine(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    for name in ("TORCH_CUDA_ARCH_LIST", "FM_FAST_BUILD"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(results, "environment", lambda *arguments: SURROUNDINGS)
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(gpu_report, "_succeeds", succeeds)
-    monkeypatch.setattr(gpu_report.shutil, "which", lambda name: f"/tools/{name}")
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda name, path=None: f"/tools/{name}")
     return commands, fails
 
 
@@ -62,7 +63,10 @@ def test_stages_are_recorded_beside_each_other(machine):
     assert gpu_report.main(["build"]) == 0
     fails.append("-m gpu")
     assert gpu_report.main(["test"]) == 1
-    assert stages() == {"build": {"install": "ok", "info": "ok", "CUDA library": "ok"}, "test": {"tests": "FAILED"}}
+    assert stages() == {
+        "build": {"install": "ok", "info": "ok", "CUDA library": "ok"},
+        "test": {"CUDA library": "ok", "tests": "FAILED"},
+    }
 
 
 def test_failed_tests_are_named(tmp_path):
@@ -111,7 +115,7 @@ def test_both_sanitizers_run(machine):
 
 
 def test_a_sanitizer_that_finds_something_fails(machine):
-    machine[1].append("racecheck --error-exitcode 1 " + sys.executable + " -m pytest -q -m gpu tests/test_gpu.py -k ((reductions")
+    machine[1].append("racecheck --error-exitcode 1 " + sys.executable + " -m pytest -v -m gpu tests/test_gpu.py -k ((reductions")
     assert gpu_report.main(["sanitize"]) == 1
     assert stages()["sanitize"] == {"memcheck": "ok", "racecheck": "FAILED"}
 
@@ -151,7 +155,10 @@ def test_tests_and_tools_that_hang_are_ended(machine, monkeypatch):
 
     monkeypatch.setattr(gpu_report, "_succeeds", hangs)
     assert gpu_report.main(["test"]) == 1 and gpu_report.main(["sanitize"]) == 0
-    assert stages()["test"] == {"tests": f"FAILED: not at its end after {gpu_report.TEST_SECONDS} s"}
+    assert stages()["test"] == {
+        "CUDA library": f"not at its end after {gpu_report.TRIVIAL_SECONDS} s",
+        "tests": f"FAILED: not at its end after {gpu_report.TEST_SECONDS} s",
+    }
     refused = f"refused here, on a trivial program too: not at its end after {gpu_report.TRIVIAL_SECONDS} s"
     assert stages()["sanitize"] == {"memcheck": refused, "racecheck": refused}
 
@@ -168,12 +175,58 @@ def test_what_takes_too_long_is_ended_with_all_that_it_has_begun(tmp_path):
     raise AssertionError("it is still running")
 
 
-@pytest.mark.parametrize(("chosen", "prefix"), [(None, "env TORCH_CUDA_ARCH_LIST=9.0 "), ("8.0", "")])
+@pytest.mark.parametrize(
+    ("chosen", "prefix"),
+    [
+        ({}, "env TORCH_CUDA_ARCH_LIST=9.0 FM_FAST_BUILD=cuda "),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0"}, "env FM_FAST_BUILD=cuda "),
+        ({"FM_FAST_BUILD": "auto", "TORCH_CUDA_ARCH_LIST": "8.0"}, ""),
+    ],
+)
 def test_the_build_is_for_the_gpu_that_is_here(chosen, prefix, machine, monkeypatch):
-    if chosen is not None:
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", chosen)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
     assert gpu_report.main(["build"]) == 0
     assert machine[0][0].startswith(f"{prefix}{sys.executable} -m pip install")
+
+
+def test_without_nvcc_the_cuda_library_is_not_asked_for(machine, monkeypatch):
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda name, path=None: None)
+    assert gpu_report.main(["build"]) == 0
+    assert machine[0][0].startswith(f"env TORCH_CUDA_ARCH_LIST=9.0 {sys.executable} -m pip install")
+
+
+def test_where_the_cuda_library_does_not_build_the_rest_is_installed(machine):
+    commands, fails = machine
+    fails.append("FM_FAST_BUILD=cuda")
+    assert gpu_report.main(["build"]) == 1
+    assert commands[1].startswith(f"{sys.executable} -m pip install")
+    assert stages()["build"] == {"install with CUDA": "FAILED", "install": "ok", "info": "ok", "CUDA library": "ok"}
+
+
+@pytest.mark.parametrize("stage", ["test", "bench"])
+def test_a_missing_cuda_library_fails_what_would_do_without_it(stage, machine, monkeypatch):
+    """Tests skip what is not there, and a benchmark takes the next backend for ours."""
+    machine[1].append("why_not")
+    monkeypatch.setattr(gpu_report.plan, "GPU_PLAN", ())
+    assert gpu_report.main([stage]) == 1
+    assert stages()[stage]["CUDA library"] == "FAILED"
+
+
+def test_one_of_our_backends_costs_the_first_no_rows(machine, monkeypatch):
+    providers = [Provider(name, lambda inputs, setting: None) for name in ("fm_fast cuda", "fm_fast triton", "peer")]
+    setting = Setting(torch.device("cuda"), "size", (1,), torch.float32, "mode")
+    op = Op("op", {}, (), lambda setting: None, lambda setting: providers, lambda *arguments: None, None)
+
+    def measure(op, setting, options):
+        kept = [provider.name for i, provider in enumerate(providers) if not i or options.only is None or provider.name in options.only]
+        if "fm_fast triton" in kept:
+            raise RuntimeError("fm_fast triton cannot run")
+        return kept
+
+    monkeypatch.setattr(gpu_report.run, "measure", measure)
+    rows, outcome = gpu_report._measured(op, setting, run.parse(["--device", "cuda"]))
+    assert rows == ["fm_fast cuda", "peer"] and outcome == "FAILED: fm_fast triton cannot run; rows without it"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -253,7 +306,7 @@ def test_a_setting_that_fails_costs_the_report_no_other(error, machine, monkeypa
     assert [(row["size"], row["provider"], row["device"]) for row in rows] == [
         (s, "ours", "Some GPU") for s in ("first", "first", "second")
     ]
-    assert list(stages()["bench"].values()) == ["ok", f"FAILED: {error}", "ok", "ok"]
+    assert list(stages()["bench"].values()) == ["ok", "ok", f"FAILED: {error}", "ok", "ok"]
 
 
 def test_every_test_of_a_gpu_is_run():

@@ -42,12 +42,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Solver:
-    """A provider at work; calling it solves once."""
+    """A provider at work; calling it solves once. whole: what counts is that solve, of few steps, and not a step of a long one."""
 
     solve: Solve
     given: Inputs
     evaluations: int
-    whole: bool
+    whole: bool = False
 
     @property
     def steps(self) -> int:
