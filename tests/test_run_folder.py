@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -283,6 +284,14 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
         raise KeyError
     assert file.read_text() == "second" and list(tmp_path.iterdir()) == [file]
     assert file.stat().st_mode & 0o777 == 0o666 & ~umask(tmp_path)
+
+
+def test_a_writer_may_put_a_file_of_its_own_in_place_of_the_temporary_one(tmp_path):
+    """As safetensors does, readable by its owner alone."""
+    with replaced_whole(tmp_path / "name") as temporary:
+        temporary.unlink()
+        os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+    assert (tmp_path / "name").stat().st_mode & 0o777 == 0o666 & ~umask(tmp_path)
 
 
 def umask(tmp_path):

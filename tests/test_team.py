@@ -42,7 +42,7 @@ def config(folder, **changes):
 
 def straight(folder, parallel):
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*deprecated")
+        warnings.filterwarnings("error", message=".*deprecated|Grad strides")
         train(config(folder / parallel, parallel=parallel))
 
 

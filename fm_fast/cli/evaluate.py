@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fm_fast._solver.settings import TOLERANCE
 from fm_fast.cli.options import (
     add_run,
     add_solver,
@@ -47,7 +48,7 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--unconditional", action="store_true", help="do not tell the network the labels")
     parser.add_argument("--draws", type=positive, default=1, metavar="INT", help="dequantisation draws an image; the paper: 10 to 50 [1]")
     parser.add_argument("--probes", type=positive, default=1, metavar="INT", help="probe vectors of the divergence, fixed for a solve [1]")
-    parser.add_argument("--tolerance", type=float, default=1e-5, metavar="FLOAT", help="absolute and relative, of dopri5 [1e-5]")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="FLOAT", help="absolute and relative, of dopri5 [1e-5]")
     parser.add_argument("--method", choices=[*METHODS, *ADAPTIVE], metavar="NAME", default="dopri5",
                         help=f"solver of the samples; bits/dim stay those of dopri5: {', '.join(METHODS)}; adaptive:"
                         f" {', '.join(ADAPTIVE)} [dopri5]")  # fmt: skip
@@ -83,13 +84,19 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """What the end of the work needs, and what would have no effect."""
-    for name in () if options.bits else ("draws", "probes"):
-        if getattr(options, name) != 1:
+    for name, default in () if options.bits else _of_likelihoods(options).items():
+        if getattr(options, name) != default:
             raise ValueError(f"{name}: expected none with --no-bits, which asks for no likelihoods, got {getattr(options, name)}")
     if options.json is not None:
         require_target("json", options.json)
     if options.fid:
         require_torch_fidelity()
+
+
+def _of_likelihoods(options: argparse.Namespace) -> dict[str, float]:
+    """Options that the samples do not follow, by name with their defaults. An adaptive method has the tolerance unless it has its own."""
+    follow_tolerance = is_adaptive(options.method) and None in (options.rtol, options.atol)
+    return {"draws": 1, "probes": 1, "t0": 0.0, "t1": 1.0} | ({} if follow_tolerance else {"tolerance": TOLERANCE})
 
 
 def _solver(options: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:

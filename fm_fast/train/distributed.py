@@ -5,6 +5,8 @@ order of summation. Process 0 alone writes files and prints.
 """
 
 import contextlib
+import functools
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,6 +85,7 @@ def joined(device: str) -> Iterator[Team]:
     try:
         yield Team(place, Share(dist.get_rank(), dist.get_world_size()))
     finally:
+        gc.collect()  # networks in shards are cycles that own the group, whose threads must end before the interpreter does
         dist.destroy_process_group()
 
 
@@ -134,9 +137,17 @@ def team_network(state: TrainState, config: TrainConfig, team: Team) -> Iterator
         yield network_of(state, config)
         return
     options: dict[str, Any] = {BUFFERS: False}  # each process's dropout key is its own
+    hooks = [p.register_hook(functools.partial(torch.as_strided, size=p.shape, stride=p.stride())) for p in _of_one_channel(state.model)]
     parallel: nn.Module = DistributedDataParallel(state.model, **options)
     try:
         yield torch.compile(parallel) if config.compile else parallel  # type: ignore[misc]
     finally:
+        for hook in hooks:
+            hook.remove()
         # Were it the last owner of the process group, the reducer would join its threads with Python's lock in hand, which they may need.
         del parallel.logger, parallel.reducer
+
+
+def _of_one_channel(model: nn.Module) -> list[nn.Parameter]:
+    """Weights whose gradients come with other strides for the dimension of size 1, of which the reducer warns as if they mattered."""
+    return [p for p in model.parameters() if p.dim() == 4 and p.shape[1] == 1 and p.requires_grad]

@@ -30,8 +30,8 @@ def replaced_whole(path: Path) -> Iterator[Path]:
     os.close(descriptor)
     temporary = Path(name)
     with takes_place(temporary, path):
-        temporary.chmod(0o666 & ~_umask())
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # now: the writer may have put a file of its own there, as safetensors does
 
 
 @contextlib.contextmanager
