@@ -100,7 +100,7 @@ def time(t: object, x1: Tensor, name: str = "x1") -> None:
 
 
 def weight(value: object, x1: Tensor) -> None:
-    """A tensor [B], or one that broadcasts to x1's shape."""
+    """A tensor [B], or one of as many dimensions as x1 that broadcasts to its shape."""
     if callable(value) and not isinstance(value, Tensor):
         raise TypeError(f"weight must be a torch.Tensor, got {type(value).__name__}; weights of t are computed from the t of sample_path")
     tensor("weight", value)
@@ -111,7 +111,9 @@ def weight(value: object, x1: Tensor) -> None:
     if value.dim() == 1 and value.shape[0] == x1.shape[0]:
         return
     if value.dim() < 2 or not _broadcasts(tuple(value.shape), tuple(x1.shape)):
-        raise ValueError(f"weight must have shape [{x1.shape[0]}] or broadcast to {tuple(x1.shape)}, got {tuple(value.shape)}")
+        raise ValueError(
+            f"weight must have shape [{x1.shape[0]}] or {x1.dim()} dimensions that broadcast to {tuple(x1.shape)}, got {tuple(value.shape)}"
+        )
 
 
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fm_fast import _checks, _modes, reference
-from fm_fast.objectives import Objective, Schedule, as_objective, common_range, schedule, velocity_factors
+from fm_fast.objectives import Objective, Schedule, as_objective, conversion_range, schedule, velocity_factors
 from fm_fast.paths import EDGE, Path, as_path
 
 PREDICTIONS = ("velocity", "noise", "score", "data")
@@ -24,8 +24,8 @@ def convert(
     Args:
         output: [B, ...], what the network returned for (x, t), floating.
         x: [B, ...], the point on the path, of output's shape and device.
-        t: times, a number in [0, 1], a scalar tensor or [B]; kept inside the range in which both predictions are finite. At an end outside
-            of it, such as t = 0 for the velocity of a predicted noise on the OT path, the network must be asked inside too.
+        t: times, a number in [0, 1], a scalar tensor or [B]; kept inside the range in which the result is finite. At an end outside of it,
+            such as t = 0 for the velocity of a predicted noise on the OT path, the network must be asked inside too.
         to: "velocity", "noise" (x0), "score" (-x0 / sigma, the gradient of log p_t) or "data" (x1).
         path, objective: those of training; an objective of one's own too.
 
@@ -48,7 +48,7 @@ def convert(
     _checks.one_of("to", to, PREDICTIONS)
     times = t if isinstance(t, Tensor) else x.new_full((), float(t), dtype=torch.float64)
     chosen_path, chosen_objective, wide = as_path(path), as_objective(objective), reference.accumulation_dtype(x, output)
-    limits = common_range(chosen_path, chosen_objective, as_objective(to))
+    limits = conversion_range(chosen_path, chosen_objective, to)
     x_factor, output_factor = _factors(chosen_path, chosen_objective, to, times.to(torch.float64).clamp(*limits))
     _warn_of_ends(times, limits, output_factor)
     return (_over(x_factor.to(wide), x) * x.to(wide) + _over(output_factor.to(wide), x) * output.to(wide)).to(x.dtype)
@@ -60,8 +60,7 @@ def _warn_of_ends(times: Tensor, limits: tuple[float, float], factor: Tensor) ->
         return
     if bool((((times < limits[0]) | (times > limits[1])) & (factor.abs() > LARGE_FACTOR)).any()):
         warnings.warn(
-            f"t is outside [{limits[0]:.7g}, {limits[1]:.7g}], where both predictions are finite: "
-            "call the network, too, with t kept inside",
+            f"t is outside [{limits[0]:.7g}, {limits[1]:.7g}], where the result is finite: call the network, too, with t kept inside",
             stacklevel=3,
         )
 

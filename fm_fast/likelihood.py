@@ -114,7 +114,7 @@ def divergence(
         x: [B, ...], float64, float32, bfloat16 or float16: the model's input.
         t: a number in [0, 1], a scalar tensor or [B]; kept inside the range in which the velocity is finite, for the model too, as in a
             solve.
-        probes: probe vectors a sample and replicate.
+        probes: probe vectors a sample and replicate; neither number matters to an exact divergence.
         kind: "auto" (exact where a sample has at most max(4, probes) elements, else rademacher), "exact", "rademacher", "gaussian",
             "hadamard" or "coloured" (images; a power of two of probes, one for each colour); see ``fm_fast/_solver/probes.py``.
         mode: "loop" (one vector-Jacobian product after another: least memory), "batched" (all at once: fewest launches), or "auto":

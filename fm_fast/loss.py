@@ -236,7 +236,8 @@ def flow_matching_loss(
         path: "ot", "vp", "ve", "cosine" or a path object, e.g. ``OT(sigma_min=1e-4)``.
         objective: what the model predicts: "velocity", "noise" (DDPM), "score", "scoreflow" or "data".
         t_sampler: "uniform", "stratified", "logit-normal" or a time sampler object.
-        weight: [B], or broadcastable to x1: multiplies the squared errors; a mask. The mean still divides by the element count.
+        weight: [B], or of as many dimensions as x1 and broadcastable to it: multiplies the squared errors; a mask. The mean still divides
+            by the element count.
         reduction: "mean" over all elements, "sum", or "none" (the mean of each sample, [B]).
         dtype: of x_t; by default x1's, or torch's default dtype for uint8.
         flip: probability of mirroring a sample along its last dimension.
@@ -288,7 +289,8 @@ class FlowMatchingLoss(torch.nn.Module):
         settings: keyword arguments of :func:`flow_matching_loss`; those given to the call take precedence.
 
     Raises:
-        ValueError, TypeError: when it is made, for unknown settings, names and values out of range; when it is called, as the function.
+        ValueError, TypeError: when it is made, for unknown settings, and for a path, objective, t_sampler, flip, levels, dtype, reduction
+            or backend that there is not; when it is called, for all else, as the function.
     """
 
     def __init__(self, **settings: Any) -> None:

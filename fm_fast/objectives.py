@@ -166,11 +166,9 @@ def velocity_range(path: str | Path, objective: str | Objective) -> tuple[float,
     return _range(path, objective.velocity_divides_by_alpha, objective.velocity_divides_by_sigma)
 
 
-def common_range(path: Path, objective: Objective, other: Objective) -> tuple[float, float]:
-    """(t_min, t_max) where an output of the one objective can be turned into one of the other."""
-    both = (objective, other)
-    off_data = any(each.velocity_divides_by_sigma for each in both) or other.name == "score"
-    return _range(path, any(each.velocity_divides_by_alpha for each in both), off_data)
+def conversion_range(path: Path, objective: Objective, to: str) -> tuple[float, float]:
+    """(t_min, t_max) where an output of the objective gives the velocity, the noise or the data; the score, too, divides by sigma."""
+    return _range(path, objective.velocity_divides_by_alpha, objective.velocity_divides_by_sigma or to == "score")
 
 
 def _range(path: Path, off_noise: bool, off_data: bool) -> tuple[float, float]:

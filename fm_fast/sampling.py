@@ -103,9 +103,10 @@ def sample(
         grid: where the steps are: "uniform", "karras", "shift", "cosine", an object of ``fm_fast.grids``, or increasing times.
         t0, t1: ends of the solve, kept inside the range in which the path's velocity is finite (VP ends at 1 - 1e-5).
         guidance: a :class:`Guidance`; evaluated on one doubled batch.
-        save: None, "steps" (every state in the order of the solve, the first included), or times in [t0, t1]. A fixed step that contains
-            such a time is split there, and so are the steps of dopri8. Other adaptive methods give states within their steps without an
-            evaluation, by polynomials of an order less than the step's (4 for dopri5 and tsit5): errors may be tens of times larger there.
+        save: None, "steps" (of fixed-step methods: every state in the order of the solve, the first included), or times in [t0, t1]. A
+            fixed step that contains such a time is split there, and so are the steps of dopri8. Other adaptive methods give states within
+            their steps without an evaluation, by polynomials of an order less than the step's (4 for dopri5 and tsit5): errors may be
+            tens of times larger there.
         callback: called as ``callback(step, t, x)`` after each step that counts, with a copy of the state; not with ``per_sample``.
         progress: show a progress bar (needs tqdm; fixed-step methods).
         rtol, atol, max_steps: of adaptive methods, by default 1e-5, 1e-5 and 10_000; None for a fixed-step one. The error's norm is over

@@ -67,6 +67,26 @@ def test_the_ends_are_finite(path, objective, to, t):
     assert fm.convert(x0, x1, t, path=PATHS[path], objective=objective, to=to).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("objective", "to", "t", "expected"),
+    [
+        ("velocity", "data", 1.0, (1.0, 0.0)),
+        ("velocity", "data", 0.0, (1.0, 1.0)),
+        ("velocity", "noise", 0.0, (1.0, 0.0)),
+        ("velocity", "noise", 1.0, (1.0, -1.0)),
+        ("noise", "data", 1.0, (1.0, 0.0)),
+        ("data", "noise", 0.0, (1.0, 0.0)),
+        ("data", "velocity", 0.0, (-1.0, 1.0)),
+        ("noise", "velocity", 1.0, (1.0, -1.0)),
+    ],
+)
+def test_ends_without_a_division_are_exact(objective, to, t, expected):
+    """On the OT path x = x0 at t = 0 and x1 at t = 1, and the velocity is x1 - x0; expected: the factors of x and of the output."""
+    x, output = ends()
+    found = fm.convert(output, x, t, objective=objective, to=to)
+    torch.testing.assert_close(found, expected[0] * x + expected[1] * output, rtol=1e-15, atol=1e-15)
+
+
 # Of the OT path: the conversions that multiply the output by a huge number at an end
 HUGE = {
     0.0: {(objective, to) for objective in ("noise", "score", "scoreflow") for to in ("velocity", "data")},

@@ -112,8 +112,12 @@ BAD_LOSS_ARGUMENTS = [
         TypeError,
         r"weight must be a torch.Tensor, got builtin.*; weights of t are computed from the t of sample_path",
     ),
-    ({"weight": torch.ones(8)}, ValueError, r"weight must have shape \[4\] or broadcast to \(4, 3, 8, 8\), got \(8,\)"),
-    ({"weight": torch.ones(4, 3, 8, 7)}, ValueError, r"weight must have shape \[4\] or broadcast to .*, got \(4, 3, 8, 7\)"),
+    ({"weight": torch.ones(8)}, ValueError, r"weight must have shape \[4\] or 4 dimensions that broadcast to \(4, 3, 8, 8\), got \(8,\)"),
+    (
+        {"weight": torch.ones(4, 3, 8, 7)},
+        ValueError,
+        r"weight must have shape \[4\] or 4 dimensions that broadcast to .*, got \(4, 3, 8, 7\)",
+    ),
     ({"weight": torch.ones(4, device="meta")}, ValueError, r"weight must be on the device of x1, cpu, got meta"),
 ]
 

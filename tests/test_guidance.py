@@ -369,3 +369,28 @@ def test_null_values_of_other_dtypes_differ():
 
 def test_null_values_of_other_kinds_differ():
     assert fm.Guidance(2.0, {"y": np.array([1.0])}) != fm.Guidance(2.0, {"y": [1.0]})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_conditions_are_refused_where_they_would_be_taken_apart(layout):
+    """And passed on where guidance shares them."""
+    texts = torch.nested.nested_tensor([torch.ones(i + 1, 2) for i in range(3)], layout=layout)
+
+    def growing(x, t, y, texts):
+        assert texts.is_nested
+        return 0.5 * x
+
+    def apart(x, t, y, texts):
+        """Samples need more steps than others, and end later."""
+        return torch.sin(9.0 * conditional(x, t, 5.0 * y))
+
+    def solve(network=growing, **settings):
+        return fm.sample(network, X0, cond={"y": LABELS, "texts": texts}, **settings)
+
+    with pytest.raises(TypeError, match=r"cond\['texts'\] must not be nested where guidance doubles it; pad it"):
+        solve(method="euler", steps=1, guidance=fm.Guidance(2.0, {"y": -1}))
+    with pytest.raises(TypeError, match='cond must hold no nested tensors with per_sample="shrink"'):
+        solve(apart, method="dopri5", per_sample="shrink")
+    shared = solve(method="euler", steps=1, guidance=fm.Guidance(2.0, {"y": -1}, shared=("texts",)))
+    torch.testing.assert_close(shared.x, 1.5 * X0)

@@ -130,6 +130,8 @@ def of_samples(given: Any, doubled: Any, samples: Tensor, batch: int, shared: tu
         pairs = [of_samples(*pair, samples, batch) for pair in zip(given, doubled or [None] * len(given), strict=True)]
         one, two = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         return (one, two) if isinstance(given, list) else (_as_tuple(given, one), _as_tuple(given, two))
+    if isinstance(given, Tensor) and given.is_nested:
+        raise TypeError('cond must hold no nested tensors with per_sample="shrink", which takes samples out of them; pad them')
     if not isinstance(given, Tensor) or given.dim() == 0 or given.shape[0] != batch:
         return given, doubled
     return given[samples], None if doubled is None else doubled[torch.cat([samples, samples + batch])]
@@ -152,6 +154,8 @@ def _doubled(name: str, value: Any, null: Any, batch: int) -> Any:
     if isinstance(value, (list, tuple)) and null is value:
         parts = [_doubled(f"{name}.{i}", part, part, batch) for i, part in enumerate(value)]
         return parts if isinstance(value, list) else _as_tuple(value, parts)
+    if isinstance(value, Tensor) and value.is_nested:
+        raise TypeError(f"cond[{name!r}] must not be nested where guidance doubles it; pad it, or name it in guidance.shared")
     if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
         other = _null_like(name, null, value)
         try:

@@ -12,7 +12,9 @@ An evaluation costs one fused op and a copy beside the field. dopri5 and bosh3 t
   evaluations.
 * 16-bit states are float32 between evaluations.
 * ``func`` must return the shape of y; slopes of another are not broadcast.
-* ``max_num_steps`` holds for all intervals of ``t`` together: as many times it as there are intervals.
+* ``max_num_steps`` holds for all intervals of ``t`` together: as many times it as there are intervals. The error where they do not suffice
+  calls it max_steps.
+* ``rtol`` and ``atol`` must both be positive.
 * The last step is cut at ``t[-1]``, where torchdiffeq's goes beyond it and is interpolated. ``func`` is never called outside of ``t``. That
   takes as many evaluations or fewer, by the steps in vain beyond the end. The error there is a step's, not an interpolation's: more often
   smaller than larger, with bosh3 up to 30 times.
