@@ -3,11 +3,13 @@
 import itertools
 import sys
 import warnings
+from pathlib import Path
 
 import control_cases
 import device_parity as parity
 import pytest
 import torch
+from copies import run_python
 from device_parity import SEED, STEP, array, data, sample_path
 from trainer_helpers import tiny
 
@@ -378,6 +380,12 @@ def test_replayed_training_steps_are_the_steps(objective, precision):
 
 
 def test_a_capture_that_fails_leaves_no_trace():
+    """In a process of its own: if it does, the tests after it must not suffer."""
+    done = run_python("import test_gpu; test_gpu.capture_after_a_failed_one()", folder=Path(__file__).parent, path=sys.path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def capture_after_a_failed_one():
     """Random numbers and further captures; the sum is waited for, which no graph can hold."""
     x, recorder = torch.ones(1, device="cuda"), CudaRecorder(torch.device("cuda"))
     before = torch.cuda.current_stream()
