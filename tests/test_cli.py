@@ -123,8 +123,10 @@ def test_a_run_that_would_not_be_what_was_asked_for_is_refused(arguments, messag
 
 def test_what_has_no_effect_is_said(tmp_path, capsys):
     words = ["--steps", "1", "--batch-size", "4", "--no-evaluate", *SMALL]
-    assert main(["train", "digits", "--test-share", "0.2", "--out", str(tmp_path / "a"), *words]) == 0
-    assert "note: test_share 0.2 has no effect, because digits has a test part\n" in capsys.readouterr().out
+    assert main(["train", "digits", "--test-share", "0.2", "--autotune", "--out", str(tmp_path / "a"), *words]) == 0
+    said = capsys.readouterr().out
+    assert "note: test_share 0.2 has no effect, because digits has a test part\n" in said
+    assert "note: autotune has no effect on a CPU\n" in said
     assert main(["train", "--data", own_data(tmp_path), "--out", str(tmp_path / "b"), *words]) == 0
     said = capsys.readouterr().out
     assert "note: attention in the middle only: no level is as high as model.attention_sizes (16,) (8, 4, 2)" in said

@@ -313,6 +313,11 @@ def test_wrong_inputs(x_shape, t_shape, y, error, message):
         UNet(TINY)(torch.zeros(x_shape), torch.zeros(t_shape), y=y)
 
 
+def test_a_time_that_is_a_number():
+    with pytest.raises(TypeError, match=r"t: expected a tensor of shape \[2\], got float"):
+        UNet(TINY)(torch.zeros(2, 1, 8, 8), 0.5)
+
+
 def test_classes_are_not_read_where_a_graph_is_made(monkeypatch):
     """A number that is read from a tensor would be a constant in it, or an error. Convolutions are PyTorch's there."""
     monkeypatch.setattr("fm_fast.nn.convolution._kernels", lambda x, weight: PYTORCH)

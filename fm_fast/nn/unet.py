@@ -176,6 +176,8 @@ def _check_inputs(config: UNetConfig, x: Tensor, t: Tensor, y: Tensor | None, lo
     factor = config.downsampling
     if x.shape[2] % factor or x.shape[3] % factor:
         raise ValueError(f"x: expected a height and width divisible by {factor} (2^(levels-1)), got {x.shape[2]}x{x.shape[3]}")
+    if not isinstance(t, Tensor):
+        raise TypeError(f"t: expected a tensor of shape [{x.shape[0]}], got {type(t).__name__}")
     if t.shape != x.shape[:1]:
         raise ValueError(f"t: expected shape [{x.shape[0]}], got {list(t.shape)}")
     if y is not None:

@@ -51,6 +51,8 @@ def remarks(config: TrainConfig, dataset: Dataset, share: int) -> list[str]:
         found.append("note: coupling optimal has no effect, because a process has one image a step")
     if config.parallel != "ddp" and share == config.batch_size:
         found.append(f"note: parallel {config.parallel} has no effect in one process")
+    if config.autotune and dataset.device.type == "cpu":
+        found.append("note: autotune has no effect on a CPU")
     if config.micro_batch >= share:
         found.append(f"note: micro_batch {config.micro_batch} has no effect, because a process has {share} images a step")
     if _never_told(config):
