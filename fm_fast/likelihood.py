@@ -21,7 +21,7 @@ from fm_fast._solver.estimator import Estimator
 from fm_fast._solver.field import Model, make_field
 from fm_fast._solver.guidance import Guidance
 from fm_fast._solver.integrate import Integral, Task, integrate, integrate_coarsely
-from fm_fast._solver.prior import Prior, as_prior, log_prior, tried_prior, warn_if_begun_late, warn_if_not_of_the_prior
+from fm_fast._solver.prior import Prior, as_prior, log_prior, tried_prior, warn_if_not_of_the_prior, warn_of_another_start
 from fm_fast._solver.probes import make_probes
 from fm_fast._solver.recording import check_gradient, solving
 from fm_fast._solver.settings import PerSample, Settings, check_finite, make_settings
@@ -251,7 +251,7 @@ def log_likelihood(
     )  # fmt: skip
     density = tried_prior(prior, x1)
     if density is None:
-        warn_if_begun_late(settings.path, float(settings.nodes[-1]))
+        warn_of_another_start(settings.path, float(settings.nodes[-1]))
     fine = integrate(task, x1, controlled=error_estimate and not task.probes.exact)
     with torch.set_grad_enabled(create_graph):
         logp = log_prior(density, fine.x, settings.path) + fine.value
@@ -356,7 +356,7 @@ def sample_with_log_prob(
     )  # fmt: skip
     with torch.set_grad_enabled(create_graph):
         if prior is None:
-            warn_if_begun_late(settings.path, float(settings.nodes[0]))
+            warn_of_another_start(settings.path, float(settings.nodes[0]))
             warn_if_not_of_the_prior(noise, settings.path, float(settings.nodes[0]))
         before = log_prior(as_prior(prior), noise.to(reference.accumulation_dtype(noise)), settings.path)
     integral = integrate(task, noise)

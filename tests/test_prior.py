@@ -68,6 +68,23 @@ def test_a_solve_that_begins_where_the_density_is_another_is_told(path, late, ea
         solve(Counted(), x, path=Linear(), t0=late, steps=2)
 
 
+@pytest.mark.parametrize(("path", "share"), [(fm.VP(0.1, 10.0), "0.08"), (fm.VE(0.01, 20.0), "0.05")])
+def test_a_path_whose_noise_holds_data_is_told(path, share):
+    """By so much it is off: with the density that is really there it is right."""
+    field = mixture(path)
+    x = field.sample(16, 1.0, seed=0)
+    options = {"path": path, "method": "rk4", "grid": "karras", "steps": 48, "kind": "exact"}
+    with pytest.warns(UserWarning, match=rf"takes what V\w\(.*\) begins with for noise alone, but data are in it, {share}\d* of its"):
+        wrong = fm.log_likelihood(field, x, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        right = fm.log_likelihood(field, x, prior=lambda x0: field.log_prob(x0, 0.0), **options)
+        for usual in ("vp", "ve", "ot", "cosine"):
+            fm.log_likelihood(Counted(), x, path=usual, steps=2)
+    # What the path keeps of noise at its end is in both.
+    assert float((right.logp - field.log_prob(x)).abs().max()) < 0.25 * float((wrong.logp - field.log_prob(x)).abs().max())
+
+
 BAD_PRIORS = [
     ("normal", TypeError, r"prior must be callable as prior\(x\) with x \[B, ...\], returning log-densities \[B\], got str"),
     (2.0, TypeError, r"prior must be callable .*, got float"),

@@ -14,7 +14,7 @@ from fm_fast.objectives import schedule
 from fm_fast.paths import Path, kernel_form, prior_scale, time_limits
 
 Prior = Callable[[Tensor], Tensor]
-LATE = 0.03  # of a standard deviation: alpha / sigma more than at the path's start, or log sigma less
+LATE = 0.03  # of a standard deviation: alpha / sigma more than at the path's start, or log sigma less; or alpha / sigma there
 ENOUGH = 32  # numbers, whose root mean square is then within a third of what it should be
 
 
@@ -64,14 +64,21 @@ def warn_if_not_of_the_prior(noise: Tensor, path: Path, begin: float) -> None:
         )
 
 
-def warn_if_begun_late(path: Path, begin: float) -> None:
-    """UserWarning where a solve begins so late on a path that its normal distribution is not the density there."""
+def warn_of_another_start(path: Path, begin: float) -> None:
+    """UserWarning where the path's normal distribution is not the density that a solve begins with: so late, or with data in the noise."""
     if kernel_form(path)[0] == PathCode.given or _modes.transforms_active():
         return
     with torch.no_grad(), _modes.host_arithmetic():
         point = schedule(path, torch.tensor([time_limits(path)[0], begin], dtype=torch.float64, device="cpu"))
-        more_data, less_noise = (point.a / point.s).diff(), -point.s.log().diff()
+        share = point.a / point.s
+        more_data, less_noise, at_start = share.diff(), -point.s.log().diff(), float(share[0])
         late = float(torch.maximum(more_data, less_noise)) > LATE
+    if at_start > LATE:
+        warnings.warn(
+            f"the likelihood takes what {path!r} begins with for noise alone, but data are in it, {at_start:.2g} of its standard deviation:"
+            " train a path with more noise, or give the density there as prior",
+            stacklevel=3,
+        )
     if late:
         warnings.warn(
             f"the likelihood takes the state at t0 = {begin:.6g} for the noise that {path!r} begins with, but has another density there: "
