@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from flows import Linear
 
 import fm_fast as fm
 from fm_fast import objectives, paths, random
@@ -13,22 +14,10 @@ from fm_fast.time_samplers import LogitNormal, as_time_sampler
 X1 = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 
 
-class Late:
-    """x_t = t x1 + (1 - t) x0 between times of its own."""
+class Late(Linear):
+    """Between times of its own."""
 
     t_min, t_max = 0.2, 0.7
-
-    def alpha(self, t):
-        return t
-
-    def sigma(self, t):
-        return 1.0 - t
-
-    def d_alpha(self, t):
-        return torch.ones_like(t)
-
-    def d_sigma(self, t):
-        return -torch.ones_like(t)
 
 
 @pytest.mark.parametrize("objective", ["velocity", "noise", "score", "scoreflow", "data"])
@@ -131,10 +120,8 @@ def test_times_are_drawn_anew_beside_given_noise(backend):
     assert not bool((first == second).any())
 
 
-class Scaled(Late):
+class Scaled(Linear):
     """x_t = t x1 + scale (1 - t) x0, scale learned."""
-
-    t_min, t_max = 0.0, 1.0
 
     def __init__(self, scale):
         self.scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
