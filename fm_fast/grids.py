@@ -37,7 +37,7 @@ class CosineGrid:
     """t = (1 - cos(pi u)) / 2: short steps at both ends."""
 
     def nodes(self, steps: int, path: Path) -> Times:
-        return _pinned(0.5 * (1.0 - np.cos(math.pi * _shares(steps))))
+        return 0.5 * (1.0 - np.cos(math.pi * _shares(steps)))
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ShiftGrid:
 
     def nodes(self, steps: int, path: Path) -> Times:
         level = 1.0 - _shares(steps)
-        return _pinned(1.0 - self.shift * level / (self.shift * level + (1.0 - level)))
+        return 1.0 - self.shift * level / (self.shift * level + (1.0 - level))
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ class KarrasGrid:
             roots = np.array([high, low]) ** (1.0 / self.rho)
         if not np.isfinite(roots).all():
             raise ValueError(f"rho must be large enough for finite roots of ratios up to {high:g}, got {self.rho}")
-        return _pinned(_time_of_ratio(np.linspace(roots[0], roots[1], steps + 1) ** self.rho, path))
+        times = _time_of_ratio(np.linspace(roots[0], roots[1], steps + 1) ** self.rho, path)
+        times[0], times[-1] = 0.0, 1.0
+        return times
 
     def _range(self, path: Path) -> tuple[float, float]:
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
@@ -106,12 +108,6 @@ KEPT_INSIDE = 2.0 * EDGE  # how far nodes may be from the times that were meant,
 def _shares(steps: int) -> Times:
     """0, 1 / steps, ..., 1; float64 from the start, since torch.compile divides whole numbers in float32."""
     return np.arange(steps + 1, dtype=np.float64) / steps
-
-
-def _pinned(times: Times) -> Times:
-    """The times with their ends exactly 0 and 1."""
-    times[0], times[-1] = 0.0, 1.0
-    return times
 
 
 def _time_of_ratio(ratios: Times, path: Path) -> Times:

@@ -254,7 +254,7 @@ def test_a_solve_within_a_compiled_function_runs_beside_the_graph(arguments):
     torch.testing.assert_close(torch.compile(solve, backend="eager")(x), solve(x))
 
 
-def test_a_likelihood_of_a_compiled_network(monkeypatch):
+def test_a_likelihood_of_a_compiled_network():
     """Its backward pass gives memory away, and can run once only, unless it was compiled not to."""
     torch.manual_seed(0)
     network, x = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)), torch.randn(16, 2)
@@ -269,5 +269,5 @@ def test_a_likelihood_of_a_compiled_network(monkeypatch):
         with pytest.raises(RuntimeError, match=r"model is compiled, .*set torch._functorch.config.donated_buffer = False before"):
             likelihood(compiled, **arguments)
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)
-    torch.testing.assert_close(likelihood(torch.compile(network, backend="aot_eager")), likelihood(network))
+    with torch._functorch.config.patch(donated_buffer=False):  # monkeypatch would leave it without any value
+        torch.testing.assert_close(likelihood(torch.compile(network, backend="aot_eager")), likelihood(network))

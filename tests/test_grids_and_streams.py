@@ -6,7 +6,7 @@ import torch
 
 import fm_fast as fm
 from fm_fast import _philox
-from fm_fast.grids import NAMED, with_times
+from fm_fast.grids import NAMED
 
 ZERO = torch.zeros(2, 3, dtype=torch.float64)
 
@@ -33,23 +33,12 @@ def test_a_time_a_little_outside_of_the_solve_is_refused():
             nfe(steps=2, t0=0.2, t1=0.5, save=[outside])
 
 
-@pytest.mark.parametrize("grid", [[-0.1, 0.5, 1.0], [0.0, 0.5, 1.5], [0.0, float("nan"), 1.0]])
-def test_times_outside_of_zero_and_one_are_no_grid(grid):
-    with pytest.raises(ValueError, match="grid must be a sequence of times in"):
-        nfe(grid=grid)
-
-
 def test_short_steps_may_follow_long_ones_and_not_the_other_way_round():
     """A multistep method multiplies rounding errors by how much longer a step is than the one before."""
     options = {"method": "ab2", "noise": ZERO}
     fm.sample(lambda x, t: x, grid=[0.0, 0.5, 1.0 - 1e-6, 1.0], **options)
     with pytest.raises(ValueError, match="must not lengthen a step more than 100000 times"):
         fm.sample(lambda x, t: x, grid=[0.0, 1e-6, 0.5, 1.0], **options)
-
-
-def test_wanted_times_in_any_order_are_merged_and_found():
-    nodes, places = with_times(np.array([0.0, 0.5, 1.0]), [0.9, 0.5, 0.1])
-    assert nodes.tolist() == [0.0, 0.1, 0.5, 0.9, 1.0] and places == [3, 2, 1]
 
 
 KINDS = {"bridge": "normal", "x0": "normal", "init": "normal", "probe": "sign", "data_order": "word", "probe_rows": "word"}

@@ -1,4 +1,4 @@
-"""Paths that are nearly built-in ones, and noise that lies in unusual layouts."""
+"""Paths that are nearly built-in ones, and tensors of unusual kinds and layouts."""
 
 import math
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import fm_fast as fm
+from fm_fast import _ops, reference
+from fm_fast._ops import convolutions
 
 X1 = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 
@@ -60,3 +62,29 @@ def test_given_noise_may_lie_in_any_layout(layout, backend):
     found = fm.sample_path(x1, x0=given, t=0.25, backend=backend)
     torch.testing.assert_close(found.x_t, 0.25 * x1 + 0.75 * x0, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.loss(o), ((o - (x1 - x0)) ** 2).mean(), rtol=1e-12, atol=0)
+
+
+class InShards(torch.Tensor):
+    """A tensor whose memory is not all of it, as a DTensor's."""
+
+
+def test_weights_of_another_kind_are_not_read_by_the_kernels_of_convolutions(monkeypatch):
+    monkeypatch.setattr(convolutions, "_ISA", "avx2")
+    x = torch.zeros(4, 16, 8, 8).to(memory_format=torch.channels_last)
+    weight = torch.zeros(16, 16, 3, 3)
+    assert convolutions.is_convolved_here(x, weight) and convolutions.is_convolved_here(x, torch.nn.Parameter(weight))
+    assert not convolutions.is_convolved_here(x, weight.as_subclass(InShards))
+    for backend in (_ops.conv3x3_backend, _ops.conv_weight_grad_backend):
+        assert backend(x, weight.as_subclass(InShards)) == "reference"
+
+
+def test_volumes_keep_their_layout(backend):
+    """Joined ones too: the norm's result is channels_last_3d where x is."""
+    x, second = (torch.randn(2, 4, 3, 2, 5).to(memory_format=torch.channels_last_3d) for _ in range(2))
+    settings = _ops.NormSettings(groups=2, eps=1e-5, activation=True, dropout=0.0, index=0)
+    inputs = (x, second, None, torch.ones(8), torch.zeros(8), None, None)
+    found = _ops.group_norm_silu(inputs, None, settings, backend)
+    torch.testing.assert_close(found, reference.group_norm_silu(*inputs, 2, 1e-5, True, None))
+    assert _ops.memory_format(x) == torch.channels_last_3d
+    if backend != "reference":
+        assert found.is_contiguous(memory_format=torch.channels_last_3d)

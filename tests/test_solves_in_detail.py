@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import fm_fast as fm
+from fm_fast._philox import INDEX_LIMIT
+from fm_fast._solver.estimator import Estimator
+from fm_fast._solver.probes import make_probes
 
 ZERO = torch.zeros(2, 3, dtype=torch.float64)
 
@@ -146,9 +149,21 @@ def test_max_steps_is_the_number_of_steps_that_may_be_tried(per_sample):
         fm.sample(lambda x, t: x * 0, ZERO, max_steps=steps - 1, **options)
 
 
-@pytest.mark.parametrize("method", ["euler", "midpoint"])
-def test_a_model_may_return_its_input_between_steps_with_churn(method, backend):
-    """The state that the next step is made of is not the memory that this step writes into."""
-    x0, options = torch.ones(2, 3), {"method": method, "steps": 4, "churn": 0.5, "seed": 1, "step": 2, "backend": backend}
-    itself, copy = (fm.sample(model, x0, **options).x for model in (lambda x, t: x, lambda x, t: x.clone()))
-    assert torch.equal(itself, copy)
+def test_a_step_cut_at_a_wanted_time_does_not_shorten_the_next():
+    """dopri8 ends its steps at such times: each wanted time costs one more step, of 13 evaluations."""
+    options = {"method": "dopri8", "rtol": 1e-6, "atol": 1e-6}
+    once, twice = (
+        fm.sample(lambda x, t: 2.0 * torch.cos(3.0 * x), ZERO + 1.0, save=save, **options).nfe for save in ([0.5], [0.5, 0.5001])
+    )
+    assert twice == once + 13
+
+
+def test_draws_of_probes_do_not_run_out_unnoticed():
+    """Beyond 2^24 the numbers of the draws would repeat."""
+    key, probes = torch.zeros(3, dtype=torch.int64), make_probes("rademacher", 2, 1, (1, 3), torch.device("cpu"))
+    estimator = Estimator(probes, key, 1, "loop", None, False, "reference")
+    network, x = (lambda x: x * torch.arange(3.0)), torch.ones(1, 3)
+    estimator.add(estimator.record(network, x), INDEX_LIMIT - 2, 0.0, 1.0)
+    assert estimator.sums[0].tolist() == [3.0]  # a diagonal Jacobian's trace is exact with signs
+    with pytest.raises(ValueError, match=f"probes x evaluations must stay below {INDEX_LIMIT}"):
+        estimator.add(estimator.record(network, x), INDEX_LIMIT - 1, 0.0, 1.0)

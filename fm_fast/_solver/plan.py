@@ -80,7 +80,7 @@ class Plan:
     @functools.cached_property
     def updates_in_place(self) -> bool:
         """Whether the output for a state as the input is what that state is overwritten by."""
-        return any(stages[0].ends_step or (renoises and stages[1].ends_step) for _, stages, renoises in self.segments)
+        return any(segment.stages[0].ends_step for segment in self.segments)
 
     def middles(self) -> list[float]:
         """The middle of the step that each evaluation belongs to."""
@@ -248,7 +248,7 @@ def _adams_bashforth(table: AdamsBashforth, nodes: Array, velocity: Velocity) ->
 
 def _check_widths(nodes: Array) -> None:
     """A step much longer than the one before would multiply rounding errors by their ratio."""
-    widths = np.abs(np.diff(nodes))
+    widths = np.diff(nodes)
     ratio = float(np.max(widths[1:] / widths[:-1], initial=1.0))
     if ratio > LARGEST_GROWTH:
         raise ValueError(
