@@ -66,7 +66,7 @@ def build(options: argparse.Namespace) -> Outcomes:
 
 def _cuda_library() -> Outcomes:
     """Whether it is there. Where it is not, as in a checkout that was built elsewhere, tests skip it and benchmarks run without it."""
-    yield "CUDA library", _limited([sys.executable, "-c", LIBRARY], TRIVIAL_SECONDS)
+    yield "CUDA library", _required([sys.executable, "-c", LIBRARY], TRIVIAL_SECONDS)
 
 
 def _for_this_gpu() -> list[str]:
@@ -86,8 +86,7 @@ def test(options: argparse.Namespace) -> Outcomes:
     shared = ["-n", str(PROCESSES), "--dist", "loadgroup"] if find_spec("xdist") else []
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "tests.xml")
-        outcome = _limited([*PYTEST, *TESTS, *shared, f"--junitxml={report}"], TEST_SECONDS)
-        outcome = f"FAILED: {outcome}" if outcome.startswith("not ") else outcome
+        outcome = _required([*PYTEST, *TESTS, *shared, f"--junitxml={report}"], TEST_SECONDS)
         yield "tests", outcome if outcome == "ok" else ": ".join([outcome, *_failed_tests(report)])
 
 
@@ -190,6 +189,12 @@ def _limited(command: list[str], seconds: float) -> str:
         return _outcome(command, seconds)
     except subprocess.TimeoutExpired:
         return f"not at its end after {seconds} s"
+
+
+def _required(command: list[str], seconds: float) -> str:
+    """The same of one that must come to its end."""
+    outcome = _limited(command, seconds)
+    return f"FAILED: {outcome}" if outcome.startswith("not ") else outcome
 
 
 def _path(folder: Path, surroundings: Mapping[str, str], suffix: str) -> Path:

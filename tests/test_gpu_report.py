@@ -156,7 +156,7 @@ def test_tests_and_tools_that_hang_are_ended(machine, monkeypatch):
     monkeypatch.setattr(gpu_report, "_succeeds", hangs)
     assert gpu_report.main(["test"]) == 1 and gpu_report.main(["sanitize"]) == 0
     assert stages()["test"] == {
-        "CUDA library": f"not at its end after {gpu_report.TRIVIAL_SECONDS} s",
+        "CUDA library": f"FAILED: not at its end after {gpu_report.TRIVIAL_SECONDS} s",
         "tests": f"FAILED: not at its end after {gpu_report.TEST_SECONDS} s",
     }
     refused = f"refused here, on a trivial program too: not at its end after {gpu_report.TRIVIAL_SECONDS} s"

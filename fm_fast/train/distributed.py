@@ -4,6 +4,7 @@ A sample's noise, time and label depend on its place in the whole batch, so any 
 order of summation. Process 0 alone writes files and prints.
 """
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -85,8 +86,9 @@ def joined(device: str) -> Iterator[Team]:
     try:
         yield Team(place, Share(dist.get_rank(), dist.get_world_size()))
     finally:
-        gc.collect()  # networks in shards are cycles that own the group, whose threads must end before the interpreter does
         dist.destroy_process_group()
+        # Networks in shards are cycles that own the group, whose threads must end before the interpreter begins to.
+        atexit.register(gc.collect)
 
 
 class StopVote:

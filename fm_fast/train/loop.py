@@ -81,22 +81,18 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
     require_sinks(config)
     with joined(config.device) as team, autotuning(config.autotune):
         is_wanted(config, team.device, team.share.world)  # raises before the work where it cannot be
-        return _train_with(team, config, RunFolder(out), resuming, overwriting, asked)
-
-
-def _train_with(team: Team, config: TrainConfig, folder: RunFolder, resuming: bool, overwriting: bool, asked: Collection[str]) -> Result:
-    """A function of its own, so that the run's network has gone when the team parts."""
-    config, dataset = _loaded(config, team)
-    share = len(team.share.samples(config.batch_size))
-    refuse_without_effect(config, asked, share)
-    with folder.held(resuming, overwriting) if team.first else contextlib.nullcontext():
-        run = _prepared(config, dataset, folder, team, begun=resuming)
-        if resuming:
-            _resume(run)
-        if team.first:
-            folder.tidy()
-        _say(run, "\n".join([_headline(run), *remarks(config, dataset, share)]))
-        return _report(run, _run(run))
+        config, dataset = _loaded(config, team)
+        share = len(team.share.samples(config.batch_size))
+        refuse_without_effect(config, asked, share)
+        folder = RunFolder(out)
+        with folder.held(resuming, overwriting) if team.first else contextlib.nullcontext():
+            run = _prepared(config, dataset, folder, team, begun=resuming)
+            if resuming:
+                _resume(run)
+            if team.first:
+                folder.tidy()
+            _say(run, "\n".join([_headline(run), *remarks(config, dataset, share)]))
+            return _report(run, _run(run))
 
 
 def _loaded(config: TrainConfig, team: Team) -> tuple[TrainConfig, Dataset]:
