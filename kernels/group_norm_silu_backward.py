@@ -272,7 +272,7 @@ def _registers(x: Tensor, plan: NormPlan, extra: tuple[Tensor, ...], dropout: fl
     """The limit of registers of a launch, where it sends none to memory: without dropout, ``extra`` tensors and groups of odd widths."""
     plain = dropout == 0.0 and all(tensor.numel() == 0 for tensor in extra) and not plan.masked_channels
     fits = plain and x.element_size() == 2 and plan.split > 1 and not plan.held
-    return {"maxnreg": REGISTERS} if fits else {}
+    return {"maxnreg": REGISTERS} if fits and torch.version.hip is None else {}  # of NVIDIA's compiler alone; AMD's refuses the word
 
 
 def launch(

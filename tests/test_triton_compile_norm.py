@@ -4,7 +4,7 @@ The counts are of the whole kernel, both passes, an element of its tile; a chang
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
@@ -135,3 +135,17 @@ def test_more_norms_on_sm_90(case, monkeypatch, tmp_path):
 @pytest.mark.parametrize("case", [*CASES, *DROPOUTS], ids=str)
 def test_norms_on_other_architectures(case, capability, monkeypatch, tmp_path):
     assert_cost(case, capability, monkeypatch, tmp_path, 1.15, 24)
+
+
+@pytest.mark.parametrize(("version", "asked"), [(None, {"maxnreg"}), ("7.0", set())])
+def test_launches_ask_a_compiler_for_what_it_knows(version, asked, monkeypatch):
+    """Triton refuses other words: on AMD the first backward pass failed by the limit of registers."""
+    from triton.backends.amd.compiler import HIPOptions
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    monkeypatch.setattr(torch.version, "hip", version)
+    known = {field.name for field in fields(HIPOptions if version else CUDAOptions)}
+    words = set()
+    for recorder in record(Case(BFLOAT16, "NHWC", LARGE, (), (), plain=True), monkeypatch):
+        words |= set(recorder.launches[0][1]) - set(recorder.kernel.arg_names)
+    assert words <= known and words & {"maxnreg"} == asked
