@@ -27,6 +27,8 @@ def constant(values: np.ndarray, dtype: torch.dtype, device: torch.device) -> Te
     made = _kept(values.tobytes(), values.dtype.str, values.shape, dtype, device)
     if _modes.is_captured(device):
         _read_by_graphs.append(made)
+    else:
+        _hold(made, device)
     return made
 
 
@@ -68,3 +70,8 @@ def _kept(data: bytes, kind: str, shape: tuple[int, ...], dtype: torch.dtype, de
 
 def _copied(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device)
+
+
+def _hold(values: Tensor, device: torch.device) -> None:
+    """Until this stream has read them, even if they are forgotten before: another stream may have made them."""
+    values.record_stream(torch.cuda.current_stream(device))

@@ -18,6 +18,7 @@ def capture(monkeypatch):
     capturing = [False]
     monkeypatch.setattr(_modes, "is_captured", lambda device: capturing[0])
     monkeypatch.setattr(constants, "_copied", lambda values, device: values)
+    monkeypatch.setattr(constants, "_hold", lambda values, device: None)
     constants._kept.cache_clear()
     yield lambda value: capturing.__setitem__(0, value)
     constants._kept.cache_clear()
@@ -38,6 +39,17 @@ def test_a_capture_takes_what_is_there_and_nothing_else(capture):
     assert any(x is kept for x in constants._read_by_graphs)
     with pytest.raises(RuntimeError, match="call it once before the capture"):
         constants.constant(VALUES + 1.0, torch.float32, CUDA)
+
+
+def test_a_stream_holds_what_it_reads(capture, monkeypatch):
+    """Also what another stream made; graphs hold theirs for ever."""
+    held = []
+    monkeypatch.setattr(constants, "_hold", lambda values, device: held.append((values, device)))
+    first, again = (constants.constant(VALUES, torch.float32, CUDA) for _ in range(2))
+    assert [values is first for values, _ in held] == [True, True] and again is first and held[0][1] == CUDA
+    capture(True)
+    constants.constant(VALUES, torch.float32, CUDA)
+    assert len(held) == 2
 
 
 def test_inference_mode_leaves_no_mark(capture):

@@ -25,6 +25,7 @@ constexpr int kWideBlocks = 5;
 
 inline void check(cudaError_t error) {
   if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // which the runtime keeps, and the next launch would otherwise find
   const char* help = error == cudaErrorNoKernelImageForDevice
                          ? " (install fm_fast with this GPU in TORCH_CUDA_ARCH_LIST, or set FM_FAST_BACKEND=triton)"
                          : "";

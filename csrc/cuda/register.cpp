@@ -24,8 +24,9 @@ Session::Session(const abi::Arguments& in) {
   abi::Tensor first = in.first("first");
   if (first.device_type() != aoti_torch_device_type_cuda()) first.fail("expected a CUDA tensor");
   device_ = first.device_index();
-  abi::check(aoti_torch_create_cuda_guard(device_, &guard_), "create_cuda_guard");
   abi::check(aoti_torch_get_current_cuda_stream(device_, &stream_), "get_current_cuda_stream");
+  // Last: what a constructor that throws has made, no destructor takes back.
+  abi::check(aoti_torch_create_cuda_guard(device_, &guard_), "create_cuda_guard");
 }
 
 Session::~Session() {
@@ -36,8 +37,9 @@ Session::~Session() {
 void* Session::allocate(int64_t doubles) {
   if (doubles < 1) doubles = 1;
   const int64_t stride = 1;
-  abi::check(aoti_torch_empty_strided(1, &doubles, &stride, aoti_torch_dtype_float64(), aoti_torch_device_type_cuda(), device_, &scratch_),
-             "empty_strided");
+  if (aoti_torch_empty_strided(1, &doubles, &stride, aoti_torch_dtype_float64(), aoti_torch_device_type_cuda(), device_, &scratch_))
+    throw std::runtime_error("fm_fast: no working memory of " + std::to_string(doubles * sizeof(double)) +
+                             " bytes could be had of torch: the device is out of memory, most likely");
   return abi::Tensor(scratch_, "scratch").data();
 }
 
