@@ -34,6 +34,9 @@ IMPORTS = [
     "from fm_fast.compat.torchcfm.optimal_transport import OTPlanSampler",
     "from fm_fast.compat.torchcfm.utils import torch_wrapper",
     "from fm_fast.compat.torchdiffeq import odeint, odeint_adjoint",
+    "from fm_fast.compat.transport import ModelType, PathType, Sampler, Transport, WeightType, create_transport",
+    "from fm_fast.compat.transport.transport import ModelType, PathType, Sampler, Transport, WeightType",
+    "from fm_fast.compat.transport.path import GVPCPlan, ICPlan, VPCPlan, expand_t_like_x",
 ]
 
 
@@ -80,7 +83,7 @@ def test_every_name_lies_where_it_does_in_the_original(library):
     assert set(found) >= names - {"torch_wrapper"}, "the original has all these names"
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", [*LIBRARIES, "transport"])
 def test_every_package_is_installed(library):
     listed = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     packages = [module.__name__ for module in modules(COMPAT + library) if hasattr(module, "__path__")]
@@ -94,6 +97,7 @@ import fm_fast as fm
 assert not any(name.startswith("fm_fast.compat") for name in sys.modules)
 assert fm.compat.torchdiffeq.odeint and fm.compat.torchcfm.ConditionalFlowMatcher and fm.compat.flow_matching.path.scheduler.VPScheduler
 assert fm.compat.flow_matching.solver.ODESolver and fm.compat.torchcfm.optimal_transport.OTPlanSampler
+assert fm.compat.transport.create_transport
 assert not {"torchcfm", "flow_matching", "torchdiffeq", "ot"} & set(sys.modules)
 """
     result = run_python(code)

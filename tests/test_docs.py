@@ -79,9 +79,14 @@ def values(results: list[tuple[str, Any]], kind: str | type) -> list[Any]:
     return found
 
 
-def check_readme(results: list[tuple[str, Any]]) -> None:
+def setup_session() -> dict[str, Any]:
     session: dict[str, Any] = {}
     exec(README_SETUP, session)
+    return session
+
+
+def check_readme(results: list[tuple[str, Any]]) -> None:
+    session = setup_session()
     model, x1, step = session["model"], session["x1"], session["step"]
     x0 = fm.noise(tuple(x1.shape), seed=0, step=step)
     drawn = {kind: fm.noise((len(x1),), seed=0, step=step, stream="t", kind=kind) for kind in ("uniform", "normal")}
@@ -178,6 +183,15 @@ def check_recipes(results: list[tuple[str, Any]]) -> None:
     torch.testing.assert_close(found["same_chunk"], found["chunk"])
 
 
+def check_sit(results: list[tuple[str, Any]]) -> None:
+    found, session = dict(results), setup_session()
+    assert found["losses"].shape == (16,) and bool(found["losses"].isfinite().all())
+    noise, (by_ode, by_sde) = found["noise"], values(results, "images")
+    torch.testing.assert_close(by_ode, VARIANCE**0.5 * noise, rtol=5e-3, atol=5e-3)
+    assert abs(float(by_sde.std()) / VARIANCE**0.5 - 1.0) < 0.05 and not torch.allclose(by_sde, by_ode, atol=0.1)
+    check_log_prob(found["logp"], None, session["x1"])
+
+
 class Document(NamedTuple):
     """What a document's code takes for granted, and the check of what it assigned."""
 
@@ -189,6 +203,7 @@ DOCUMENTS = {
     ROOT / "README.md": Document(README_SETUP, check_readme),
     DOCS / "quickstart.md": Document("", check_quickstart),
     DOCS / "recipes.md": Document("", check_recipes),
+    DOCS / "migration" / "sit.md": Document(README_SETUP, check_sit),
 }
 
 
