@@ -49,7 +49,7 @@ def convert(
     times = t if isinstance(t, Tensor) else x.new_full((), float(t), dtype=torch.float64)
     chosen_path, chosen_objective, wide = as_path(path), as_objective(objective), reference.accumulation_dtype(x, output)
     limits = conversion_range(chosen_path, chosen_objective, to)
-    x_factor, output_factor = _factors(chosen_path, chosen_objective, to, times.to(torch.float64).clamp(*limits))
+    x_factor, output_factor = prediction_factors(chosen_path, chosen_objective, to, times.to(torch.float64).clamp(*limits))
     _warn_of_ends(times, limits, output_factor)
     return (_over(x_factor.to(wide), x) * x.to(wide) + _over(output_factor.to(wide), x) * output.to(wide)).to(x.dtype)
 
@@ -65,7 +65,7 @@ def _warn_of_ends(times: Tensor, limits: tuple[float, float], factor: Tensor) ->
         )
 
 
-def _factors(path: Path, objective: Objective, to: str, t: Tensor) -> tuple[Tensor, Tensor]:
+def prediction_factors(path: Path, objective: Objective, to: str, t: Tensor) -> tuple[Tensor, Tensor]:
     """(A, B) with the prediction A x + B o at times t, float64."""
     if to == "velocity":
         return velocity_factors(path, objective, t)

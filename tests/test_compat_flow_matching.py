@@ -57,6 +57,20 @@ def test_schedules_and_their_derivatives(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
+def test_whole_numbers_as_times(name):
+    """Are times of torch's default dtype: values cut to whole numbers would be wrong ones."""
+    whole, plan = torch.tensor([0, 1]), scheduler(schedulers, name)
+    found, expected = plan(whole), plan(whole.float())
+    for part in ("alpha_t", "sigma_t", "d_alpha_t", "d_sigma_t"):
+        assert torch.equal(getattr(found, part), getattr(expected, part)) and getattr(found, part).dtype == torch.float32
+    x = ends(torch.float32)[0]
+    path = paths.AffineProbPath(plan)
+    torch.testing.assert_close(path.velocity_to_target(x, x, torch.tensor(0)), path.velocity_to_target(x, x, torch.tensor(0.0)))
+    with pytest.raises(TypeError, match=r"t must be a torch\.Tensor, got float"):
+        plan(0.5)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_points_and_velocities(name):
     x_0, x_1, t = ends()
     path = paths.CondOTProbPath() if name == "CondOTScheduler" else paths.AffineProbPath(scheduler(schedulers, name))
@@ -130,8 +144,9 @@ def test_a_scheduler_of_ones_own_and_the_path_of_a_scheduler():
 
 
 WRONG = [
-    (lambda x_0, x_1, t: (x_0[:4], x_1, t), ValueError, "x_0 must have the shape"),
-    (lambda x_0, x_1, t: (x_0, x_1, t[:3]), ValueError, r"t must be a number, a scalar tensor or have shape \[5\], got \(3,\)"),
+    (lambda x_0, x_1, t: (x_0[:4], x_1, t), ValueError, "x_0 must have the shape of x_1, "),
+    (lambda x_0, x_1, t: (x_0, x_1, t[:3]), ValueError, r"^t must have shape \[5\], got \(3,\)"),
+    (lambda x_0, x_1, t: (x_0, x_1, t[:, None]), ValueError, r"^t must have shape \[5\], got \(5, 1\)"),
     (lambda x_0, x_1, t: (x_0, x_1, t[0]), ValueError, r"t must have shape \[5\], got \(\)"),
     (lambda x_0, x_1, t: (x_0, x_1, 0.5), TypeError, "t must be a torch.Tensor, got float"),
     (lambda x_0, x_1, t: (x_0, x_1, 2 * t), ValueError, r"t must lie in \[0, 1\]"),
@@ -219,6 +234,45 @@ def test_likelihoods(method, step_size, exact):
     torch.testing.assert_close(x_0, expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(log_p, log_p0(expected) + 48 * 0.35, rtol=1e-3, atol=1e-3)
     assert not log_p.requires_grad
+
+
+@pytest.mark.parametrize("method", ["euler", "dopri5"])
+def test_settings_in_tensors_of_one_number(method):
+    step = None if method == "dopri5" else 0.1
+    given = {name: torch.tensor(1e-4, dtype=torch.float64) for name in ("rtol", "atol")}
+    of_numbers = {name: 1e-4 for name in given}
+    x = solve(method=method, step_size=step if step is None else torch.tensor(step, dtype=torch.float64), **given)
+    assert torch.equal(x, solve(method=method, step_size=step, **of_numbers))
+    likelihoods = []
+    for settings in (given, of_numbers):
+        torch.manual_seed(0)
+        likelihoods.append(likelihood(method=method, step_size=step, **settings)[1])
+    assert torch.equal(*likelihoods)
+
+
+def test_the_times_of_likelihoods_have_the_dtype_of_the_state():
+    """As those of samples: a 16-bit network takes no others."""
+    seen = set()
+
+    def velocity(x, t):
+        seen.add((x.dtype, t.dtype))
+        return -x
+
+    _, x_1, _ = ends(torch.bfloat16)
+    ODESolver(velocity).compute_likelihood(x_1, lambda x: x.flatten(1).sum(1), 0.25)
+    ODESolver(velocity).sample(x_1, 0.25)
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
+
+
+def test_steps_that_end_at_the_rounded_times_of_the_grid_are_not_split():
+    """float32 times differ from the ends of steps by their rounding, which made two steps of nearly each."""
+    for count in (101, 1001):
+        for times in (torch.linspace(0, 1, count), torch.linspace(0, 1, count).double(), 0.1 + torch.linspace(0, 1, count)):
+            calls = []
+            ODESolver(lambda x, t, calls=calls: calls.append(0) or -x).sample(
+                torch.ones(1, 1), 1 / (count - 1), time_grid=times, return_intermediates=True
+            )
+            assert len(calls) == count - 1
 
 
 def test_likelihoods_can_be_differentiated():
@@ -333,6 +387,8 @@ def likelihood(**changed):
         (lambda: likelihood(time_grid=torch.tensor([0.0, 1.0])), ValueError, "time_grid must run from 1 to 0, got 0.0 to 1.0"),
         (lambda: likelihood(return_intermediates=True), ValueError, "return_intermediates must be False"),
         (lambda: likelihood(step_size=None), ValueError, "step_size must be given"),
+        (lambda: likelihood(log_p0=lambda x: x), ValueError, r"log_p0 must return a tensor of shape \[5\], one log-density a sample"),
+        (lambda: likelihood(log_p0=3.0), TypeError, r"log_p0 must be callable as log_p0\(x\), returning log-densities \[B\], got float"),
     ],
 )
 def test_wrong_arguments(call, kind, message):

@@ -288,7 +288,8 @@ WRONG = [
     (lambda x0, x1: (x0.float(), x1), TypeError, "x0 must have the dtype of x1, torch.float64, got torch.float32"),
     (lambda x0, x1: (x0.long(), x1), TypeError, "x0 must be float64, float32, bfloat16 or float16, got torch.int64"),
     (lambda x0, x1: (x0, x1, torch.full((8,), 1.5)), ValueError, r"t must lie in \[0, 1\]"),
-    (lambda x0, x1: (x0, x1, torch.rand(3)), ValueError, r"t must be a number, a scalar tensor or have shape \[8\], got \(3,\)"),
+    (lambda x0, x1: (x0, x1, torch.rand(3)), ValueError, r"^t must have shape \[8\], got \(3,\)"),
+    (lambda x0, x1: (x0, x1, torch.rand(8, 1)), ValueError, r"^t must have shape \[8\], got \(8, 1\)"),
     (lambda x0, x1: (x0, x1, 0.5), TypeError, "t must be a torch.Tensor, got float"),
 ]
 
@@ -298,6 +299,12 @@ WRONG = [
 def test_wrong_arguments(name, given, kind, message):
     with pytest.raises(kind, match=message):
         getattr(ours, name)().sample_location_and_conditional_flow(*given(*pair()))
+
+
+def test_a_bridge_is_no_exact_matcher():
+    """Which programs tell apart by their classes."""
+    bridge = ours.SchrodingerBridgeConditionalFlowMatcher(0.5)
+    assert not isinstance(bridge, ours.ExactOptimalTransportConditionalFlowMatcher) and bridge.ot_method == "exact"
 
 
 def test_a_bridge_of_almost_no_width_warns():

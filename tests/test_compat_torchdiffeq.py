@@ -308,6 +308,24 @@ class WithCallback(torch.nn.Module):
         raise AssertionError
 
 
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_a_func_that_writes_to_its_input_is_told_by_its_own_names(method):
+    with pytest.raises(RuntimeError, match=r"func must leave its input y as it is, .* give it y\.clone\(\)"):
+        odeint(lambda t, y: y.mul_(-1.0), Y0.clone(), TIMES, method=method)
+
+
+def test_an_adaptive_method_under_a_transform_is_refused_by_its_name():
+    with pytest.raises(ValueError, match=r"got 'dopri5'$"):
+        torch.func.jacrev(lambda y: odeint(pull, y, TIMES))(Y0)
+
+
+@pytest.mark.parametrize("options", [None, {"step_size": 0.01}])
+@pytest.mark.parametrize("method", ["euler", "rk4"])
+def test_rounded_times_cost_no_evaluations(method, options):
+    (_, calls), (_, others) = both(torch.linspace(0, 1, 101), method=method, options=options)
+    assert calls == others
+
+
 WRONG = [
     ({"y0": ()}, ValueError, "y0 must hold at least one tensor, got an empty tuple"),
     ({"y0": (Y0, 1.0)}, TypeError, r"y0\[1\] must be a torch.Tensor, got float"),
@@ -324,12 +342,13 @@ WRONG = [
         TypeError,
         r"func must return floating tensors on cpu, got torch.int64 on cpu for y\[1\]",
     ),
-    ({"y0": (Y0, Y0[0]), "rtol": (1e-3, 1e-4)}, TypeError, "rtol must be"),
+    ({"y0": (Y0, Y0[0]), "rtol": (1e-3, 1e-4)}, TypeError, "rtol must be one number: tolerances of each part .* not covered, got tuple"),
     ({"y0": Y0.long()}, TypeError, "y0 must be float64, float32, bfloat16 or float16, got torch.int64"),
     ({"t": [0.0, 1.0]}, TypeError, "t must be a torch.Tensor, got list"),
     ({"t": torch.zeros(0)}, ValueError, r"t must hold two or more times in one dimension, got shape \(0,\)"),
     ({"t": torch.zeros(1), "method": "rk3"}, ValueError, "method must be one of"),
-    ({"rtol": torch.tensor([1e-3, 1e-4])}, TypeError, "rtol must be a number, got Tensor"),
+    ({"rtol": torch.tensor([1e-3, 1e-4])}, TypeError, "rtol must be one number: tolerances of .* are not covered, got Tensor"),
+    ({"method": ""}, ValueError, "method must be one of euler, .*, got ''"),
     ({"y0": torch.tensor(1.0), "func": lambda t, y: 1.0}, TypeError, "func must return a torch.Tensor, got float"),
     ({"func": lambda t, y: y[0]}, ValueError, r"func must return the shape of its input, \(3, 4\), got \(4,\)"),
     ({"t": torch.tensor([0.0, 1.0, 1.0])}, ValueError, "t must be strictly increasing or strictly decreasing"),

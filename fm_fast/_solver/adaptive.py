@@ -39,6 +39,7 @@ def solve_adaptive(
     plain: bool,
     after_step: AfterStep | None = None,
     jumps: Sequence[float] = (),
+    name: str = "model",
 ) -> tuple[list[Parts], int]:
     """The state at each of ``times``, and the number of evaluations, none of them outside ``times``.
 
@@ -47,14 +48,14 @@ def solve_adaptive(
     jumps: times between the first and the last at which the derivative jumps, in the order of the solve. Steps end there: they would feel
     their way over a jump, or pass it unnoticed.
 
-    plain: by plain PyTorch, which gradients follow.
+    plain: by plain PyTorch, which gradients follow. name: what errors call the network.
 
     Raises RuntimeError if the field is not finite, a step becomes too short to be one, or ``max_steps`` steps that were tried, whether
     they counted or not, do not reach the end.
     """
     if start[0].numel() == 0:
         return [start for _ in times], 0
-    counted = Counted(derivative, start)
+    counted = Counted(derivative, start, name)
     # The model is not to be given what is the caller's.
     begin = start if plain else tuple(_ops.native_layout(part).clone() for part in start)
     arithmetic = Plain(begin, method) if plain else Fused(begin, method, backend)
@@ -77,8 +78,8 @@ def _explanation(method: str, reason: str, tolerance: Tolerance) -> str:
 class Counted:
     """The derivative, whose evaluations are counted, and which must not write into the state."""
 
-    def __init__(self, derivative: Derivative, start: Parts) -> None:
-        self._derivative, self._watches = derivative, counts_writes(start[0])
+    def __init__(self, derivative: Derivative, start: Parts, name: str = "model") -> None:
+        self._derivative, self._watches, self._name = derivative, counts_writes(start[0]), name
         self.evaluations = 0
 
     def change(self, derivative: Derivative) -> None:
@@ -87,7 +88,7 @@ class Counted:
 
     def __call__(self, now: Moment, y: Parts) -> Parts:
         self.evaluations += 1
-        return unwritten(y[0], lambda: self._derivative(now, y)) if self._watches else self._derivative(now, y)
+        return unwritten(y[0], lambda: self._derivative(now, y), self._name) if self._watches else self._derivative(now, y)
 
 
 class _Control:

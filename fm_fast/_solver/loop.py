@@ -43,21 +43,21 @@ class State(Protocol):
     advance: list[Callable[[int, Tensor], None]]
 
 
-def run(plan: Plan, state: State, evaluate: Evaluate, after_step: AfterStep | None = None) -> Tensor:
-    """The state at the last node; ``state`` must have been made for ``plan`` and is used up."""
+def run(plan: Plan, state: State, evaluate: Evaluate, after_step: AfterStep | None = None, name: str = "model") -> Tensor:
+    """The state at the last node; ``state`` must have been made for ``plan`` and is used up. name: what errors call the network."""
     try:
-        return _run(plan, state, evaluate, after_step)
+        return _run(plan, state, _watched(evaluate, state.input, name), after_step)
     finally:
         state.advance.clear()  # which refers to the state that holds it: its buffers would wait for the garbage collector
 
 
 def _run(plan: Plan, state: State, evaluate: Evaluate, after_step: AfterStep | None) -> Tensor:
-    watched, number, first_stage, finished = _watched(evaluate, state.input), 0, 0, 0
+    number, first_stage, finished = 0, 0, 0
     for segment in plan.segments:
         stages = state.advance[first_stage : first_stage + len(segment.stages)]
         for row in range(segment.steps):
             for advance in stages:
-                advance(row, watched(state.input, number))
+                advance(row, evaluate(state.input, number))
                 number += 1
             finished += 1
             if after_step is not None:
@@ -66,19 +66,20 @@ def _run(plan: Plan, state: State, evaluate: Evaluate, after_step: AfterStep | N
     return state.x
 
 
-def _watched(evaluate: Evaluate, x: Tensor) -> Evaluate:
+def _watched(evaluate: Evaluate, x: Tensor, name: str) -> Evaluate:
     """The same, with a RuntimeError where an input, such as x, is written to."""
     if not counts_writes(x):
         return evaluate
-    return lambda x, number: unwritten(x, lambda: evaluate(x, number))
+    return lambda x, number: unwritten(x, lambda: evaluate(x, number), name)
 
 
-def unwritten(x: Tensor, compute: Callable[[], Result]) -> Result:
+def unwritten(x: Tensor, compute: Callable[[], Result], name: str = "model") -> Result:
     """What is computed from x, of which writes are counted; RuntimeError if x, an input of the model, was written to meanwhile."""
     before = x._version
     result = compute()
     if x._version != before:
-        raise RuntimeError("model must leave its input x as it is, which is the state of the solve; give it x.clone()")
+        given = "x" if name == "model" else "y"
+        raise RuntimeError(f"{name} must leave its input {given} as it is, which is the state of the solve; give it {given}.clone()")
     return result
 
 

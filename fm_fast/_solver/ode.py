@@ -103,7 +103,7 @@ def _fixed(field: OdeField, y0: Tensor, stops: Stops, table: Table, name: str) -
 
     backend = _backends.resolve("linear_step", y0.device, None)
     state = make_state(y0, plan, Layout(y0.dtype), backend, plain=torch.is_grad_enabled())
-    run(plan, state, evaluate, keep)
+    run(plan, state, evaluate, keep, name)
     return [states[position] for position in stops.wanted]
 
 
@@ -121,6 +121,6 @@ def _adaptive(field: PartsField, y0: Parts, stops: Stops, method: EmbeddedRungeK
     times = [float(stops.nodes[position]) for position in stops.wanted]
     backend = _backends.resolve("linear_step", like.device, None)
     states, _ = solve_adaptive(
-        derivative, start, times, method, accuracy.tolerance, accuracy.max_steps, backend, plain=torch.is_grad_enabled()
+        derivative, start, times, method, accuracy.tolerance, accuracy.max_steps, backend, plain=torch.is_grad_enabled(), name=name
     )
     return states

@@ -36,17 +36,18 @@ def tried_prior(prior: Prior | Distribution | None, x: Tensor) -> Prior | None:
             density = function(x.detach().to(reference.accumulation_dtype(x)))
     except Exception:  # data may lie where the prior has no density; the noise need not
         return function
-    _check_density(density, x.shape[0])
+    check_density("prior", density, x.shape[0])
     return function
 
 
-def _check_density(density: object, batch: int) -> None:
+def check_density(name: str, density: object, batch: int) -> None:
+    """ValueError if what the function ``name`` returned is not one log-density a sample."""
     if isinstance(density, Tensor) and density.shape == (batch,):
         return
     found = tuple(density.shape) if isinstance(density, Tensor) else type(density).__name__
     each = isinstance(density, Tensor) and density.dim() > 1 and len(density) == batch
     remedy = "; sum over a sample's elements, as in lambda x: distribution.log_prob(x).flatten(1).sum(1)" if each else ""
-    raise ValueError(f"prior must return a tensor of shape [{batch}], one log-density a sample, got {found}{remedy}")
+    raise ValueError(f"{name} must return a tensor of shape [{batch}], one log-density a sample, got {found}{remedy}")
 
 
 def warn_if_not_of_the_prior(noise: Tensor, path: Path, begin: float) -> None:
@@ -91,7 +92,7 @@ def log_prior(prior: Prior | None, x0: Tensor, path: Path) -> Tensor:
     """log p0(x0), float64 [B]."""
     if prior is not None:
         density = prior(x0)
-        _check_density(density, x0.shape[0])
+        check_density("prior", density, x0.shape[0])
         return density.to(torch.float64)
     scale, size = prior_scale(path), math.prod(x0.shape[1:])
     squares = x0.square().flatten(1).sum(1, dtype=torch.float64) if x0.dim() > 1 else x0.square().to(torch.float64)

@@ -176,12 +176,17 @@ def check_setting(start: Tensor, method: object, grad: str) -> None:
     if is_adaptive(method) and _modes.transforms_active():
         raise ValueError(
             "method must be a fixed-step one under torch.func transforms and forward-mode differentiation, which hide the error that an "
-            f"adaptive one looks at, got {method!r}"
+            f"adaptive one looks at, got {_shown(method)}"
         )
     if is_adaptive(method) and not _modes.has_values(start):
-        raise ValueError(f"method must be a fixed-step one for meta and fake tensors, which have no error to look at, got {method!r}")
+        raise ValueError(f"method must be a fixed-step one for meta and fake tensors, which have no error to look at, got {_shown(method)}")
     if grad == "checkpoint" and _modes.function_transforms_active():
         raise ValueError('grad must be "none" or "direct" under torch.func transforms, which do not support checkpoints, got "checkpoint"')
+
+
+def _shown(method: object) -> str:
+    """A name, and not the numbers of a table."""
+    return repr(method.name if isinstance(method, EmbeddedRungeKutta) else method)
 
 
 def _fixed_nodes(

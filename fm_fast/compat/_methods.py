@@ -59,9 +59,11 @@ def stops_at(times: np.ndarray, step_size: float | None, wanted: Sequence[int]) 
     if step_size is None:
         return Stops(times, tuple(wanted))
     _checks.positive_number("step_size", step_size)
-    count = max(1, math.ceil(abs(times[-1] - times[0]) / step_size - WHOLE_STEPS))
+    # Times are float32 as a rule, and are still rounded so where they have become float64.
+    same = max(WHOLE_STEPS * step_size, min(4.0 * torch.finfo(torch.float32).eps * np.abs(times).max(), 0.25 * step_size))
+    count = max(1, math.ceil((abs(times[-1] - times[0]) - same) / step_size))
     even = times[0] + math.copysign(step_size, times[-1] - times[0]) * np.arange(1, count)
-    return _merged(times, even, WHOLE_STEPS * step_size, wanted)
+    return _merged(times, even, same, wanted)
 
 
 def stops_on(times: np.ndarray, grid: object, rounding: float, wanted: Sequence[int]) -> Stops:

@@ -21,12 +21,13 @@ An evaluation costs one fused op and a copy beside the field. dopri5 and bosh3 t
 * Options that tune how adaptive steps are chosen, "first_step", "min_step", "safety", "ifactor", "dfactor" and "dtype", have no effect, nor
   has "interp"; a warning names them. An option that no method has is an error. "grid_constructor" is called with ``func``, ``y0`` and ``t``
   as they were given, also of a tuple.
-* Gradients are recorded where they are enabled, as there, but not of ``t``; sampling belongs under ``torch.no_grad()``.
+* Gradients are recorded where they are enabled, as there, but not of ``t``; sampling belongs under ``torch.no_grad()``. What has no part
+  in the states gets no gradient (None), where torchdiffeq's is zero for all of a tuple and, with ``odeint_adjoint``, for all parameters.
 * ``odeint_adjoint`` solves nothing backwards: it keeps the states, evaluates ``func`` once more in the backward pass, and gives the exact
   gradient of the steps that were taken, for all that needs one, whatever ``adjoint_params`` holds.
 
-The options "max_step", "step_t", "jump_t", "norm" and "perturb", tolerances of each part of a tuple, events, callbacks, dense output and
-implicit, Adams and SciPy's methods are not covered, and say so.
+The options "max_step", "step_t", "jump_t", "norm" and "perturb", tolerances of each part of a tuple, ``event_fn``, callbacks and implicit,
+Adams and SciPy's methods are not covered, and say so. There is no ``odeint_event`` and no ``odeint_dense``.
 """
 
 import warnings
@@ -83,7 +84,7 @@ def odeint(
         RuntimeError: an adaptive method cannot go on.
     """
     _check_covered(func, event_fn)
-    return _solve(func, y0, t, rtol, atol, method or "dopri5", options)
+    return _solve(func, y0, t, rtol, atol, _or_default(method), options)
 
 
 def odeint_adjoint(
@@ -113,13 +114,17 @@ def odeint_adjoint(
     settings = {
         "adjoint_rtol": (adjoint_rtol, rtol),
         "adjoint_atol": (adjoint_atol, atol),
-        "adjoint_method": (adjoint_method, method or "dopri5"),
+        "adjoint_method": (adjoint_method, _or_default(method)),
         "adjoint_options": (adjoint_options, own),
     }
     ignored = [name for name, (value, default) in settings.items() if value is not None and not same(value, default)]
     _warn_of(ignored + ["adjoint_params"] * (adjoint_params is not None and not _are_all(adjoint_params, func)))
     recorded = _evaluated_again(func) if torch.is_grad_enabled() else func
-    return _solve(recorded, y0, t, rtol, atol, method or "dopri5", options)
+    return _solve(recorded, y0, t, rtol, atol, _or_default(method), options)
+
+
+def _or_default(method: str | None) -> str:
+    return "dopri5" if method is None else method
 
 
 def _warn_of(ignored: list[str]) -> None:
@@ -149,12 +154,18 @@ def _solve(
     asked = read_options(options, method, isinstance(chosen, EmbeddedRungeKutta), CALLER)
     single = isinstance(t, Tensor) and t.shape == (1,)
     stops = _stops(asked, func, y0, torch.cat([t, t + 1]) if single else t, single)
-    accuracy = accuracy_of(chosen, number(rtol), number(atol), asked.max_num_steps * (len(stops.wanted) - 1))
+    accuracy = accuracy_of(chosen, _one("rtol", rtol), _one("atol", atol), asked.max_num_steps * (len(stops.wanted) - 1))
     if single:
         return y0[None].clone() if isinstance(y0, Tensor) else tuple(part[None].clone() for part in y0)
     if isinstance(y0, Tensor):
         return solve_ode(func, y0, stops, chosen, accuracy, "func")
     return solve_ode_in_parts(lambda t, y: _checked(func(t, y), y), y0, stops, chosen, accuracy, "func")
+
+
+def _one(name: str, tolerance: Any) -> Any:
+    if isinstance(tolerance, tuple | list) or (isinstance(tolerance, Tensor) and tolerance.numel() != 1):
+        raise TypeError(f"{name} must be one number: tolerances of each part or element are not covered, got {type(tolerance).__name__}")
+    return number(tolerance)
 
 
 def _stops(asked: Options, func: object, y0: object, t: Tensor, single: bool) -> Stops:

@@ -128,8 +128,8 @@ class VariancePreservingConditionalFlowMatcher(ConditionalFlowMatcher):
         return 0.5 * math.pi * (torch.cos(angle) * x1 - torch.sin(angle) * x0)
 
 
-class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
-    """:class:`ConditionalFlowMatcher` on the pairs of least squared distance.
+class _OfOptimalPairs(ConditionalFlowMatcher):
+    """On the pairs of least squared distance.
 
     ``ot_sampler`` makes them: any object with the methods ``sample_plan`` and ``sample_plan_with_labels`` may be put in its place.
     """
@@ -160,13 +160,21 @@ class ExactOptimalTransportConditionalFlowMatcher(ConditionalFlowMatcher):
         return (*draw[:3], y0, y1, *draw[3:])
 
 
-class SchrodingerBridgeConditionalFlowMatcher(ExactOptimalTransportConditionalFlowMatcher):
+class ExactOptimalTransportConditionalFlowMatcher(_OfOptimalPairs):
+    """:class:`ConditionalFlowMatcher` on the pairs of least squared distance.
+
+    ``ot_sampler`` makes them: any object with the methods ``sample_plan`` and ``sample_plan_with_labels`` may be put in its place.
+    """
+
+
+class SchrodingerBridgeConditionalFlowMatcher(_OfOptimalPairs):
     """A Brownian bridge of width sigma sqrt(t (1 - t)) between optimal pairs (Tong et al. 2023)."""
 
     def __init__(self, sigma: float | Tensor = 1.0, ot_method: str = "exact") -> None:
         super().__init__(sigma)
         _checks.positive_number("sigma", self.sigma)
         _checks.one_of("ot_method", ot_method, ("exact",))
+        self.ot_method = ot_method
         if self.sigma < 1e-3:
             warnings.warn(f"sigma = {self.sigma} makes the bridge's velocity very large beside its width", stacklevel=2)
 
@@ -199,5 +207,7 @@ def _times(t: Tensor | None, x0: Tensor) -> Tensor:
     if t is None:
         return torch.rand(x0.shape[0], device=x0.device).to(x0.dtype)
     _checks.tensor("t", t)
+    if t.dim() > 0 and t.shape != x0.shape[:1]:
+        raise ValueError(f"t must have shape [{x0.shape[0]}], got {tuple(t.shape)}")
     _checks.time(t, x0, "x0")
     return t.expand(x0.shape[0])

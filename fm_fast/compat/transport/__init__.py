@@ -12,7 +12,7 @@ Models are called ``model(x, t, **model_kwargs)`` with t [B], in float32, as eve
 * ``diffusion_form="SBDM"`` needs a ``sample_eps`` on the linear and the GVP path, where its diffusion is infinite at t = 0.
 * Likelihoods hold their probe for an adaptive solve, draw it afresh at every evaluation of fixed steps, and call the model once for both
   the velocity and its divergence. log p is float64.
-* 16-bit states are float32 between the evaluations of an ODE.
+* 16-bit states are float32 between evaluations.
 
 The methods of ``sample_ode`` are those of :mod:`fm_fast.compat.torchdiffeq`. :func:`fm_fast.flow_matching_loss`, :func:`fm_fast.sample` and
 :func:`fm_fast.log_likelihood` are what it is made of, and have more.

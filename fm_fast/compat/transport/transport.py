@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fm_fast import _checks
+from fm_fast import _checks, reference
 from fm_fast.compat._methods import MAX_STEPS, method_named
 from fm_fast.compat.transport.path import FORMS, GVPCPlan, ICPlan, VPCPlan, own_diffusion
-from fm_fast.conversions import convert
+from fm_fast.conversions import convert, prediction_factors
 from fm_fast.likelihood import log_likelihood
 from fm_fast.loss import sample_path
-from fm_fast.objectives import schedule
+from fm_fast.objectives import as_objective, conversion_range, schedule
 from fm_fast.sampling import encode, sample
 from fm_fast.solvers import EmbeddedRungeKutta
 
@@ -231,60 +231,75 @@ class Sampler:
         low, high = self.transport.interval(self.transport.sample_eps, diffusion_form, size)
         if diffusion_form == "SBDM" and low == 0.0 and not isinstance(self.transport.path_sampler, VPCPlan):
             raise ValueError("sample_eps must be above 0 for diffusion_form='SBDM', which is infinite at t = 0, got 0")
-        times = _times(low, high, num_steps)
-        walk = _Sde(self.transport, diffusion_form, diffusion_norm, (high - low) / (num_steps - 1))
-        step = walk.euler if sampling_method == "Euler" else walk.heun
+        sde = _Sde(self.transport, diffusion_form, diffusion_norm, _times(low, high, num_steps))
+        step = sde.euler if sampling_method == "Euler" else sde.heun
 
         @torch.no_grad()
         def solve(x: Tensor, model: Model, **model_kwargs: Any) -> list[Tensor]:
             _checks.state("x", x)
-            states = []
-            for t in times[:-1]:
-                states.append(x := step(x, x.new_full((len(x),), t, dtype=torch.float32), _bound(model, model_kwargs)))
-            return [*states, walk.last(x, x.new_full((len(x),), high, dtype=torch.float32), _bound(model, model_kwargs), last_step, size)]
+            dtype, states = x.dtype, list[Tensor]()
+
+            def evaluate(number: int, x: Tensor) -> Tensor:
+                return model(
+                    x.to(dtype),
+                    torch.full((len(x),), sde.times[number], dtype=reference.accumulation_dtype(x), device=x.device),
+                    **model_kwargs,
+                )
+
+            x = x.to(reference.accumulation_dtype(x))
+            for number in range(num_steps - 1):
+                states.append(x := step(number, x, evaluate))
+            return [state.to(dtype) for state in (*states, sde.last(x, evaluate, last_step, size))]
 
         return solve
 
 
+# (number of a time, x) -> output
+Evaluate = Callable[[int, Tensor], Tensor]
+
+
 class _Sde:
-    """Steps of one size of the SDE. Models are (x, t) -> output."""
+    """Steps of dx = (v + w score) dt + sqrt(2 w) dW between equidistant times. With drift = f x + g o, o being the model's output, all
+    factors are numbers that the host knows."""
 
-    def __init__(self, transport: Transport, form: str, norm: float, dt: float) -> None:
-        self.transport, self.form, self.norm, self.dt = transport, form, norm, dt
+    def __init__(self, transport: Transport, form: str, norm: float, times: list[float]) -> None:
+        self.transport, self.times, self.dt = transport, times, times[1] - times[0]
+        t, path = torch.tensor(times, dtype=torch.float64, device="cpu"), transport.path_sampler.path
+        w = FORMS[form](t, schedule(path, t), norm)
+        velocity, score = self._factors("velocity", t), self._factors("score", t)
+        self.drift = [(v + w * s).tolist() for v, s in zip(velocity, score, strict=True)]
+        self.kicks = (2.0 * self.dt * w).sqrt().tolist()
 
-    def euler(self, x: Tensor, t: Tensor, model: Model) -> Tensor:
-        kick = self._noise(x, t)
-        return x + self.dt * self._drift(x, t, model) + kick
+    def _factors(self, to: str, t: Tensor) -> tuple[Tensor, Tensor]:
+        known = self.transport.path_and_objective
+        path, objective = known["path"], as_objective(known["objective"])
+        return prediction_factors(path, objective, to, t.clamp(*conversion_range(path, objective, to)))
 
-    def heun(self, x: Tensor, t: Tensor, model: Model) -> Tensor:
-        x = x + self._noise(x, t)
-        first = self._drift(x, t, model)
-        second = self._drift(x + self.dt * first, t + self.dt, model)
-        return x + 0.5 * self.dt * (first + second)
+    def euler(self, number: int, x: Tensor, evaluate: Evaluate) -> Tensor:
+        moved = self._moved(number, x, evaluate, self.dt)
+        return moved.add_(torch.randn_like(x), alpha=self.kicks[number])
 
-    def last(self, x: Tensor, t: Tensor, model: Model, kind: str | None, size: float) -> Tensor:
-        if kind == "Mean":
-            return x + size * self._drift(x, t, model)
+    def heun(self, number: int, x: Tensor, evaluate: Evaluate) -> Tensor:
+        x = x.add(torch.randn_like(x), alpha=self.kicks[number])
+        predicted = self._moved(number, x, evaluate, self.dt)
+        # The mean of the drifts at both ends: half of the first step, and half of one from the second.
+        return 0.5 * (x + self._moved(number + 1, predicted, evaluate, self.dt))
+
+    def last(self, x: Tensor, evaluate: Evaluate, kind: str | None, size: float) -> Tensor:
+        """From the last time on, without noise."""
         if kind is None:
             return x
-        found = convert(model(x, t), x, t, to="data" if kind == "Tweedie" else "velocity", **self.transport.path_and_objective)
-        return found if kind == "Tweedie" else x + size * found
+        if kind == "Mean":
+            return self._moved(-1, x, evaluate, size)
+        t = torch.tensor(self.times[-1], dtype=torch.float64, device="cpu")
+        f, g = (float(factor) for factor in self._factors("data" if kind == "Tweedie" else "velocity", t))
+        output = evaluate(-1, x)
+        return f * x + g * output if kind == "Tweedie" else (1.0 + size * f) * x + size * g * output
 
-    def _drift(self, x: Tensor, t: Tensor, model: Model) -> Tensor:
-        output, known = model(x, t), self.transport.path_and_objective
-        velocity, score = (convert(output, x, t, to=to, **known) for to in ("velocity", "score"))
-        return velocity + self._diffusion(x, t) * score
-
-    def _noise(self, x: Tensor, t: Tensor) -> Tensor:
-        return (2.0 * self.dt * self._diffusion(x, t)).sqrt() * torch.randn_like(x)
-
-    def _diffusion(self, x: Tensor, t: Tensor) -> Tensor:
-        """Of x's dtype."""
-        return self.transport.path_sampler.compute_diffusion(x, t, self.form, self.norm).to(x.dtype)
-
-
-def _bound(model: Model, model_kwargs: Mapping[str, Any]) -> Model:
-    return lambda x, t: model(x, t, **model_kwargs)
+    def _moved(self, number: int, x: Tensor, evaluate: Evaluate, size: float) -> Tensor:
+        """x + size * drift."""
+        f, g = self.drift[0][number], self.drift[1][number]
+        return (1.0 + size * f) * x + size * g * evaluate(number, x)
 
 
 def _times(low: float, high: float, num_steps: int) -> list[float]:

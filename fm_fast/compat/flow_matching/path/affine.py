@@ -98,8 +98,8 @@ def _check_ends(x_0: object, x_1: object, t: object) -> None:
     for name, x in (("x_0", x_0), ("x_1", x_1)):
         _checks.state(name, x)
     assert isinstance(x_0, Tensor) and isinstance(x_1, Tensor)
-    _checks.like("x_0", x_0, x_1)
+    _checks.like("x_0", x_0, x_1, "x_1")
     _checks.tensor("t", t)
-    _checks.time(t, x_1, "x_1")
-    if isinstance(t, Tensor) and t.dim() != 1:
+    if isinstance(t, Tensor) and t.shape != x_1.shape[:1]:
         raise ValueError(f"t must have shape [{x_1.shape[0]}], got {tuple(t.shape)}")
+    _checks.time(t, x_1, "x_1")

@@ -6,7 +6,7 @@ On purpose it differs in this:
 * ``step_size``: a step that contains a time of ``time_grid`` is split there, instead of its ends being interpolated.
 * 16-bit states are float32 between evaluations.
 * ``compute_likelihood`` draws its probe afresh at every step, which lowers the variance, and takes samples of any shape with
-  ``exact_divergence``, float64, and fields that do not depend on x. log p is float64, and ``enable_grad`` gives it a gradient.
+  ``exact_divergence``, and float64. log p is float64, and ``enable_grad`` gives it a gradient.
 
 :func:`fm_fast.sample` and :func:`fm_fast.log_likelihood` have guidance, several probes with standard errors, and more solvers.
 """
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from fm_fast import _checks
 from fm_fast._solver.ode import Stops, solve_ode
+from fm_fast._solver.prior import check_density
 from fm_fast.compat._methods import MAX_STEPS, accuracy_of, method_named, stops_at, times_of
+from fm_fast.compat._options import number
 from fm_fast.compat.flow_matching.solver.solver import Solver
 from fm_fast.likelihood import log_likelihood
 from fm_fast.solvers import EmbeddedRungeKutta, Table
@@ -68,6 +70,7 @@ class ODESolver(Solver):
         """
         _checks.state("x_init", x_init)
         chosen = method_named(method)
+        step_size, rtol, atol = number(step_size), number(rtol), number(atol)
         stops = _stops(chosen, method, step_size, time_grid, return_intermediates)
         with torch.set_grad_enabled(enable_grad):
             states = solve_ode(
@@ -105,6 +108,7 @@ class ODESolver(Solver):
         """
         _checks.state("x_1", x_1)
         chosen, times = method_named(method), times_of("time_grid", time_grid)
+        step_size, rtol, atol = number(step_size), number(rtol), number(atol)
         if return_intermediates:
             raise ValueError("return_intermediates must be False in compute_likelihood; sample with the same time_grid gives the states")
         if times[0] != 1.0 or times[-1] != 0.0:
@@ -114,9 +118,22 @@ class ODESolver(Solver):
         steps = {"rtol": rtol, "atol": atol, "max_steps": MAX_STEPS} if adaptive else {"grid": nodes[::-1].tolist()}
         found = log_likelihood(
             _Timed(self.velocity_model, model_extras), x_1, method=chosen, **steps, kind="exact" if exact_divergence else "rademacher",
-            prior=log_p0, create_graph=enable_grad,
+            prior=_named(log_p0, len(x_1)), create_graph=enable_grad,
         )  # fmt: skip
         return found.x0.to(x_1.dtype), found.logp
+
+
+def _named(log_p0: Callable[[Tensor], Tensor], batch: int) -> Callable[[Tensor], Tensor]:
+    """The same; errors call it by its name here."""
+    if not callable(log_p0):
+        raise TypeError(f"log_p0 must be callable as log_p0(x), returning log-densities [B], got {type(log_p0).__name__}")
+
+    def prior(x: Tensor) -> Tensor:
+        density = log_p0(x)
+        check_density("log_p0", density, batch)
+        return density
+
+    return prior
 
 
 class _Timed(nn.Module):
@@ -127,7 +144,7 @@ class _Timed(nn.Module):
         self.velocity_model, self.extras = velocity_model, extras
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.velocity_model(x=x, t=t[0] if len(t) else t.new_zeros(()), **self.extras)
+        return self.velocity_model(x=x, t=(t[0] if len(t) else t.new_zeros(())).to(x.dtype), **self.extras)
 
 
 def _stops(

@@ -30,7 +30,7 @@ __all__ = [
 
 @dataclass
 class SchedulerOutput:
-    """alpha, sigma and their derivatives at times t, of t's shape and dtype."""
+    """alpha, sigma and their derivatives at times t, of t's shape and dtype, or torch's default dtype for integers."""
 
     alpha_t: Tensor
     sigma_t: Tensor
@@ -47,7 +47,9 @@ class Scheduler:
     def __call__(self, t: Tensor) -> SchedulerOutput:
         if self.path is None:
             raise NotImplementedError(f"{type(self).__name__} must have a path or a __call__ of its own")
-        return SchedulerOutput(*(value.to(t.dtype) for value in schedule(self.path, t.double())))
+        _checks.tensor("t", t)
+        dtype = t.dtype if t.is_floating_point() else torch.get_default_dtype()
+        return SchedulerOutput(*(value.to(dtype) for value in schedule(self.path, t.double())))
 
     def snr_inverse(self, snr: Tensor) -> Tensor:
         """The times, of any shape, at which alpha / sigma is ``snr``, which may be infinite."""
