@@ -175,7 +175,7 @@ def _explicit(grid: Sequence[float], steps: int | None, t0: float, t1: float) ->
         raise ValueError(f"grid must hold at least two times, got {len(times)}")
     if steps is not None and _required(steps) != len(times) - 1:
         raise ValueError(f"steps must be left out or equal the {len(times) - 1} steps of grid, got {steps}")
-    if (t0, t1) != (0.0, 1.0) and (t0, t1) != (times[0], times[-1]):
+    if (t0, t1) != (0.0, 1.0) and not np.allclose((t0, t1), times[[0, -1]], rtol=0.0, atol=_rounding_of(grid)):
         raise ValueError(f"t0 and t1 must be left out or equal the ends of grid, {times[0]} and {times[-1]}, got {t0} and {t1}")
     return _increasing(times, "grid")
 
@@ -217,11 +217,12 @@ def with_times(nodes: Times, wanted: Sequence[float]) -> tuple[Times, list[int]]
     """
     given = _times("save", wanted)
     extra = np.clip(given, nodes[0], nodes[-1])
-    outside = np.abs(given - extra) > KEPT_INSIDE
+    rounding = _rounding_of(wanted)
+    inside_of_noise, inside_of_data = (KEPT_INSIDE if margin <= KEPT_INSIDE else rounding for margin in (nodes[0], 1.0 - nodes[-1]))
+    outside = (given < nodes[0] - inside_of_noise) | (given > nodes[-1] + inside_of_data)
     if outside.any():  # not the size of given[outside], which torch.compile takes for true where there are none
         raise ValueError(f"save must lie inside the solve, [{nodes[0]}, {nodes[-1]}], got {given[outside].tolist()}")
     merged = nodes
-    rounding = _rounding_of(wanted)
     for time in np.sort(extra):
         steps = np.diff(merged)
         shortest = np.minimum(np.append(steps, np.inf), np.insert(steps, 0, np.inf))  # beside each node

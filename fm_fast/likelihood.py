@@ -141,7 +141,7 @@ def divergence(
     _checks.state("x", x)
     _checks.time(t, x, "x")
     chosen_path, chosen_objective = as_path(path), as_objective(objective)
-    field = make_field(model, chosen_path, chosen_objective, x.shape[0], cond, guidance)
+    field = make_field(model, chosen_path, chosen_objective, x.shape[0], cond, guidance).recordable()
     chosen = make_probes(kind, probes, replicates, tuple(x.shape), x.device)
     key = random.make_key(seed, step, sample_ids, x.shape[0], x.device, not chosen.exact)
     resolved = _backends.resolve("divergence_step", x.device, backend)
@@ -242,7 +242,7 @@ def log_likelihood(
         _check_halving(settings)
     chosen = make_probes(kind, probes, replicates, tuple(x1.shape), x1.device)
     task = Task(
-        field=make_field(model, settings.path, settings.objective, x1.shape[0], cond, guidance, settings.span),
+        field=make_field(model, settings.path, settings.objective, x1.shape[0], cond, guidance, settings.span).recordable(),
         settings=settings,
         probes=chosen,
         key=random.make_key(seed, step, sample_ids, x1.shape[0], x1.device, not chosen.exact),
@@ -347,7 +347,7 @@ def sample_with_log_prob(
     )  # fmt: skip
     chosen = make_probes(kind, probes, replicates, tuple(noise.shape), noise.device)
     task = Task(
-        field=make_field(model, settings.path, settings.objective, noise.shape[0], cond, guidance, settings.span),
+        field=make_field(model, settings.path, settings.objective, noise.shape[0], cond, guidance, settings.span).recordable(),
         settings=settings,
         probes=chosen,
         key=random.make_key(seed, step, sample_ids, noise.shape[0], noise.device, not chosen.exact),

@@ -44,7 +44,7 @@ class Objective:
         target: (c1, c0, k, w) of the loss from the path's values at some times.
         velocity: (p, r) of the velocity from the same.
         weight_is_singular: w is infinite where alpha or sigma is 0, which training then keeps away from.
-        velocity_divides_by_alpha, velocity_divides_by_sigma: the same of the velocity, for sampling.
+        velocity_divides_by_alpha, velocity_divides_by_sigma: the same of the velocity, or of the output itself, for sampling.
     """
 
     name: str
@@ -132,8 +132,16 @@ OBJECTIVES = {
     for o in (
         Objective("velocity", _velocity_target, _velocity_from_velocity),
         Objective("noise", _noise_target, _velocity_from_noise, velocity_divides_by_alpha=True),
-        Objective("score", _score_target, _velocity_from_score, velocity_divides_by_alpha=True),
-        Objective("scoreflow", _scoreflow_target, _velocity_from_score, weight_is_singular=True, velocity_divides_by_alpha=True),
+        # The velocity does not divide by sigma, but the score itself is infinite where sigma is 0.
+        Objective("score", _score_target, _velocity_from_score, velocity_divides_by_alpha=True, velocity_divides_by_sigma=True),
+        Objective(
+            "scoreflow",
+            _scoreflow_target,
+            _velocity_from_score,
+            weight_is_singular=True,
+            velocity_divides_by_alpha=True,
+            velocity_divides_by_sigma=True,
+        ),
         Objective("data", _data_target, _velocity_from_data, velocity_divides_by_sigma=True),
     )
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 from fm_fast import _checks
 
 HIGHEST_CHECKED_ORDER = 4
+PARTS_CHECKED = (0.25, 0.5, 0.75)  # of a step, for states within it
 TOLERANCE = 1e-10
 ROUNDED = 1e-14  # from 1: by the rounding of a row's weights
 # Of the way through a step: a number, or one a sample
@@ -62,15 +63,22 @@ class RungeKutta:
 
     def order(self) -> int:
         """The order of convergence, from the order conditions (Butcher's rooted trees); at most 4 is told."""
-        matrix, b, c = self.matrix(), np.array(self.b), np.array(self.c)
+        return self.order_within(1.0, self.b)
+
+    def order_within(self, theta: float, weights: Sequence[float]) -> int:
+        """The same of the state y + h sum_i weights_i k_i, a part theta of the way through a step; 0 where their sum is another."""
+        matrix, w, c = self.matrix(), np.array(weights), np.array(self.c)
         ac = matrix @ c
         conditions = {
-            2: [(b @ c, 1 / 2)],
-            3: [(b @ c**2, 1 / 3), (b @ ac, 1 / 6)],
-            4: [(b @ c**3, 1 / 4), ((b * c) @ ac, 1 / 8), (b @ (matrix @ c**2), 1 / 12), (b @ (matrix @ ac), 1 / 24)],
+            1: [(w.sum(), 1)],
+            2: [(w @ c, 1 / 2)],
+            3: [(w @ c**2, 1 / 3), (w @ ac, 1 / 6)],
+            4: [(w @ c**3, 1 / 4), ((w * c) @ ac, 1 / 8), (w @ (matrix @ c**2), 1 / 12), (w @ (matrix @ ac), 1 / 24)],
         }
-        order = 1
-        while order < HIGHEST_CHECKED_ORDER and all(abs(value - wanted) < TOLERANCE for value, wanted in conditions[order + 1]):
+        order = 0
+        while order < HIGHEST_CHECKED_ORDER and all(
+            abs(value - wanted * theta ** (order + 1)) < TOLERANCE for value, wanted in conditions[order + 1]
+        ):
             order += 1
         return order
 
@@ -149,7 +157,7 @@ class EmbeddedRungeKutta:
             order 4: it gives the states within the step, at t + theta h, without an evaluation. Without it methods of order 4 and more,
             and of order 3 with no stage at the step's end, split a step where a state is asked for.
 
-    Raises ValueError for weights of the wrong number or sum, and an order that is not the table's.
+    Raises ValueError for weights of the wrong number, sum or order, and an order that is not the table's.
 
     Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, chapter II.4.
     """
@@ -177,6 +185,14 @@ class EmbeddedRungeKutta:
             raise ValueError(
                 f"dense must hold {self.table.stages} weights that sum to 0, of a method with a stage at the end, got {self.dense}"
             )
+        self._check_order_within()
+
+    def _check_order_within(self) -> None:
+        """With ``dense``, states within a step are of the order that the step itself has in the mean: one less, and no more than 4."""
+        wanted = min(self.order - 1, HIGHEST_CHECKED_ORDER)
+        found = min(self.table.order_within(theta, self.weights_within(theta)) for theta in PARTS_CHECKED) if self.dense else wanted
+        if found < wanted:
+            raise ValueError(f"dense must give states of order {wanted} within a step, got order {found}")
 
     @property
     def interpolates(self) -> bool:

@@ -82,7 +82,12 @@ def test_every_grid_increases_between_exact_ends(grid, path, steps):
 
 @pytest.mark.parametrize(
     ("path", "objective", "ends"),
-    [("ot", "noise", (EDGE, 1.0)), ("ot", "data", (0.0, 1 - EDGE)), ("vp", "velocity", (0.0, 1 - EDGE)), ("cosine", "score", (EDGE, 1.0))],
+    [
+        ("ot", "noise", (EDGE, 1.0)),
+        ("ot", "data", (0.0, 1 - EDGE)),
+        ("vp", "velocity", (0.0, 1 - EDGE)),
+        ("cosine", "score", (EDGE, 1 - EDGE)),
+    ],
 )
 def test_the_ends_at_which_a_velocity_is_infinite_are_left_out(path, objective, ends):
     nodes = nodes_of("uniform", 4, path=path, objective=objective)

@@ -116,6 +116,14 @@ def test_a_step_is_split_where_the_method_does_not_interpolate():
     torch.testing.assert_close(saving.saved[0], saving.saved[1], rtol=1e-5, atol=1e-6)
 
 
+def test_weights_within_a_step_have_an_order():
+    """Which is computed, as a table's is: three times the right ones sum to 0 as well."""
+    wrong = tuple(3.0 * weight for weight in DOPRI5.dense)
+    with pytest.raises(ValueError, match="dense must give states of order 4 within a step, got order 3"):
+        dataclasses.replace(DOPRI5, dense=wrong)
+    assert dataclasses.replace(DOPRI5, dense=DOPRI5.dense) == DOPRI5
+
+
 @pytest.mark.parametrize("dense", [(1.0, -1.0), (0.0,) * 6 + (1.0,), (math.nan,) * 7])
 def test_wrong_weights_within_a_step(dense):
     with pytest.raises(ValueError, match="dense must hold 7 weights that sum to 0"):

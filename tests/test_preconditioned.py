@@ -50,6 +50,36 @@ def test_preconditioned_network_has_a_target_of_unit_variance_uncorrelated_with_
     assert abs(float(target.var()) - 1) < 0.02 and abs(float((target * x).mean() / x.std())) < 0.02
 
 
+class OfNoise(nn.Module):
+    """What a perfect network of data N(0, 1/4) says of x0, as its score: infinite where sigma is 0."""
+
+    def forward(self, x, t):
+        a, s = t.reshape(-1, 1), 1 - t.reshape(-1, 1)
+        return -(s * x / (a**2 / 4 + s**2)) / s
+
+
+@pytest.mark.parametrize("objective", ["score", "scoreflow"])
+@pytest.mark.parametrize("method", ["midpoint", "heun2", "rk4", "ab3", "dopri5"])
+def test_a_score_is_not_asked_for_where_it_is_infinite(method, objective):
+    """At t = 1 of a path that ends at the data the factor of the score is 0, and 0 times infinity no number."""
+    x, steps = fm.noise((4, 2), seed=0, step=0, dtype=torch.float64), None if method == "dopri5" else 400
+    settings = {"objective": objective, "method": method, "steps": steps, "t0": 1e-3}
+    torch.testing.assert_close(fm.sample(OfNoise(), x, **settings).x, x / 2, rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(fm.encode(OfNoise(), x / 2, **settings).x, x, rtol=5e-3, atol=5e-3)
+    exact = torch.distributions.Normal(0.0, 0.5).log_prob(x / 2).sum(1)
+    torch.testing.assert_close(fm.log_likelihood(OfNoise(), x / 2, kind="exact", **settings).logp, exact, rtol=0, atol=0.02)
+    assert bool(fm.divergence(OfNoise(), x, 1.0, objective=objective).div.isfinite().all())
+
+
+@pytest.mark.parametrize("objective", ["score", "scoreflow"])
+def test_preconditioned_scores_sample_on_a_path_that_ends_at_the_data(objective):
+    network = Preconditioned(Constant(), fm.Cosine(), objective)
+    x = fm.noise((2, 1, 2, 2), seed=0, step=0)
+    for method in ("heun2", "dopri5"):
+        found = fm.sample(network, x, path="cosine", objective=objective, method=method, steps=20 if method == "heun2" else None, t0=0.01)
+        assert bool(found.x.isfinite().all())
+
+
 def test_preconditioned_is_finite_at_both_ends_and_refuses_other_objectives():
     t = torch.tensor([0.0, 1.0])
     assert torch.isfinite(Preconditioned(Constant(), fm.VP(), "score")(torch.zeros(2, 1, 2, 2), t)).all()

@@ -167,3 +167,75 @@ def test_draws_of_probes_do_not_run_out_unnoticed():
     assert estimator.sums[0].tolist() == [3.0]  # a diagonal Jacobian's trace is exact with signs
     with pytest.raises(ValueError, match=f"probes x evaluations must stay below {INDEX_LIMIT}"):
         estimator.add(estimator.record(network, x), INDEX_LIMIT - 1, 0.0, 1.0)
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, y=None, more=None):
+        return -self.scale * x * (1.0 if y is None else y[:, None]) * (1.0 if more is None else more["z"][0])
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_likelihoods_of_conditions_that_were_made_in_inference_mode(guided):
+    """Autograd refuses to keep them, so copies go to the model."""
+    x, y, z, model = torch.randn(4, 2), torch.rand(4), torch.tensor(0.5), Scaled()
+
+    def found(x, y, z, scale):
+        cond, guidance = {"y": y, "more": {"z": (z,)}}, fm.Guidance(scale, {"y": 0.0}) if guided else None
+        settings = {"cond": cond, "guidance": guidance, "kind": "exact"}
+        log_prob = fm.sample_with_log_prob(model, x, steps=3, **settings).logp
+        return fm.log_likelihood(model, x, steps=3, **settings).logp, log_prob, fm.divergence(model, x, 0.5, **settings).div
+
+    scale = torch.full((4,), 2.0)
+    expected = found(x, y, z, scale)
+    with torch.inference_mode():
+        made = found(*(value.clone() for value in (x, y, z, scale)))
+    for one, other in zip(made, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_model_that_was_made_in_inference_mode_is_refused_and_left_as_it_was():
+    with torch.inference_mode():
+        model = Scaled()
+        for call in (
+            lambda: fm.log_likelihood(model, torch.randn(4, 2), steps=2),
+            lambda: fm.divergence(model, torch.randn(4, 2), 0.5),
+            lambda: fm.log_likelihood(model, torch.randn(4, 2), steps=2, create_graph=True),
+        ):
+            with pytest.raises(RuntimeError, match=r"model must not have been made in inference mode, .* make or load it outside"):
+                call()
+        assert model.scale.requires_grad
+        assert fm.sample(model, torch.randn(4, 2), steps=2).x.shape == (4, 2)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.6)])
+def test_the_divergence_of_guidance_at_many_times(interval):
+    """Under vmap over a scalar time, whose value nobody can look at."""
+    x, y = torch.randn(4, 2, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+    guidance, times = fm.Guidance(2.0, {"y": 0.0}, interval=interval), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+
+    def divergence(t):
+        return fm.divergence(lambda x, t, y: torch.sin(x) * (y + t)[:, None], x, t, cond={"y": y}, guidance=guidance, kind="exact").div
+
+    torch.testing.assert_close(torch.func.vmap(divergence)(times), torch.stack([divergence(t) for t in times]))
+
+
+def test_the_ends_of_a_rounded_grid_are_its_ends():
+    x0, model = torch.ones(1, 2), lambda x, t: -x
+    for grid in (torch.linspace(0.1, 0.9, 5), torch.linspace(0.1, 0.9, 5).numpy(), torch.linspace(0.1, 0.9, 5).tolist()):
+        assert torch.equal(fm.sample(model, x0, grid=grid, t0=0.1, t1=0.9).x, fm.sample(model, x0, grid=grid).x)
+    with pytest.raises(ValueError, match="t0 and t1 must be left out or equal the ends of grid"):
+        fm.sample(model, x0, grid=torch.linspace(0.1, 0.9, 5), t0=0.1, t1=0.90001)
+
+
+@pytest.mark.parametrize(("ends", "time"), [((0.0, 0.5), 0.500015), ((0.3, 1.0), 0.299985)])
+def test_a_time_to_save_outside_of_the_solve_is_refused_however_near(ends, time):
+    x0, (t0, t1) = torch.ones(1, 2), ends
+    with pytest.raises(ValueError, match="save must lie inside the solve"):
+        fm.sample(lambda x, t: -x, x0, steps=4, t0=t0, t1=t1, save=[time])
+    # The path's own margins, and rounding, are forgiven.
+    assert fm.sample(lambda x, t: -x, x0, path="vp", steps=4, save=[0.0, 1.0]).saved.shape == (2, 1, 2)
+    assert fm.sample(lambda x, t: -x, x0, steps=4, t1=0.7, save=torch.tensor([0.7])).saved.shape == (1, 1, 2)

@@ -75,5 +75,5 @@ def error_factors(path: Path, objective: Objective, times: np.ndarray) -> np.nda
         target = objective.target(point)
         output = torch.hypot(target.c1, target.c0) / target.k.abs()
         r = objective.velocity(point)[1]
-        # Not a number: a score where sigma is 0, which the velocity does not use there.
+        # Not a number where an objective of one's own has k = 0 and the velocity does not use its output.
         return (r.abs() * output / torch.hypot(point.a, point.s)).nan_to_num(0.0).numpy()

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from fm_fast import _checks, _ops, reference
-from fm_fast._solver.guidance import Guidance, doubled_conditions, of_samples
+from fm_fast import _checks, _modes, _ops, reference
+from fm_fast._solver.guidance import ALWAYS, Guidance, doubled_conditions, of_samples
 from fm_fast.objectives import Objective, is_built_in, velocity_factors
 from fm_fast.paths import Path
 
@@ -40,12 +41,23 @@ class Field:
             guidance = replace(guidance, scale=guidance.scale[samples])
         return replace(self, batch=len(samples), cond=cond, doubled=doubled, guidance=guidance)
 
+    def recordable(self) -> "Field":
+        """The same with copies of the conditions that were made in inference mode, which autograd refuses to keep."""
+        if _modes.is_compiling() or not self.cond:
+            return self
+        cond, doubled, guidance = _recordable(self.cond), _recordable(self.doubled), self.guidance
+        if guidance is not None:
+            guidance = replace(guidance, scale=_recordable(guidance.scale))
+        return replace(self, cond=cond, doubled=doubled, guidance=guidance)
+
     def scale_at(self, t: Time) -> float | Tensor | None:
         """The scale of guidance: None at one time of the whole batch that is not guided, the only one that is looked at."""
         if self.guidance is None:
             return None
-        if isinstance(t, Tensor) and t.dim() == 1:
-            return self.guidance.scale_of_each(t)
+        if self.guidance.interval == ALWAYS:
+            return self.guidance.scale
+        if isinstance(t, Tensor) and (t.dim() == 1 or _modes.transforms_active()):
+            return self.guidance.scale_of_each(t.expand(self.batch))
         return self.guidance.scale if self.guidance.applies(float(t.detach()) if isinstance(t, Tensor) else t) else None
 
     def output_at(self, x: Tensor, t: Tensor, scale: float | Tensor | None) -> Tensor:
@@ -85,6 +97,12 @@ class Field:
             return None
         times = t if isinstance(t, Tensor) else torch.full((), t, dtype=torch.float64, device=device)
         return velocity_factors(self.path, self.objective, times)
+
+
+def _recordable(values: Any) -> Any:
+    """Tensors, also within dicts, lists and tuples, or copies of those made in inference mode."""
+    with torch.inference_mode(False):
+        return tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, values)
 
 
 def combined(x: Tensor, output: Tensor, factors: tuple[Tensor, Tensor] | None) -> Tensor:

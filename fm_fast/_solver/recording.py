@@ -122,10 +122,22 @@ def solving(model: object, create_graph: bool) -> Iterator[None]:
         yield
 
 
+def _check_parameters(module: object) -> None:
+    """RuntimeError where autograd could not go through a module."""
+    if _modes.is_compiling() or not isinstance(module, torch.nn.Module):
+        return
+    if any(parameter.is_inference() for parameter in module.parameters()):
+        raise RuntimeError(
+            "model must not have been made in inference mode, through whose parameters no gradient goes, as a divergence needs it: make "
+            "or load it outside, or under torch.no_grad()"
+        )
+
+
 @contextlib.contextmanager
 def _frozen(model: object, freeze: bool) -> Iterator[None]:
     """The parameters of a module do not require gradients meanwhile: without it, autograd keeps activations that only they need."""
     module = getattr(model, "__self__", model)
+    _check_parameters(module)
     freeze = freeze and not _modes.transforms_active()  # which forbid to change what requires a gradient
     # Computed ones, as torch.func.functional_call puts in, cannot be frozen.
     wanted = [p for p in module.parameters() if p.requires_grad and p.is_leaf] if freeze and isinstance(module, torch.nn.Module) else []
