@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fm_fast import _checks
+from fm_fast.objectives import schedule
 from fm_fast.paths import EDGE, Path
 
 Times = np.ndarray
@@ -89,7 +90,8 @@ class KarrasGrid:
 
     def _range(self, path: Path) -> tuple[float, float]:
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
-        first, last = (path.sigma(ends) / path.alpha(ends)).tolist()
+        point = schedule(path, ends)
+        first, last = (point.s / point.a).tolist()
         high, low = min(self.sigma_max, first), max(self.sigma_min, last)
         if high <= low:
             raise ValueError(
@@ -115,8 +117,8 @@ def _time_of_ratio(ratios: Times, path: Path) -> Times:
     low, high = np.zeros_like(ratios), np.ones_like(ratios)
     for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)
-        t = torch.from_numpy(middle)
-        too_noisy = (path.sigma(t) > torch.from_numpy(ratios) * path.alpha(t)).numpy()
+        point = schedule(path, torch.from_numpy(middle))
+        too_noisy = (point.s > torch.from_numpy(ratios) * point.a).numpy()
         low, high = np.where(too_noisy, middle, low), np.where(too_noisy, high, middle)
     return 0.5 * (low + high)
 

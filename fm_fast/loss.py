@@ -3,6 +3,8 @@
 The fused kernels read x1 and the output and write x_t and the gradient; noise and target are never stored.
 """
 
+import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ from fm_fast.objectives import Objective, loss_coefficients
 from fm_fast.paths import Path
 from fm_fast.random import Whole
 from fm_fast.time_samplers import TimeSampler
+
+INSIDE = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
 
 
 class _Writes(NamedTuple):
@@ -370,8 +374,16 @@ def _warn_if_ranks_draw_alike() -> None:
     warnings.warn(
         f"seed was given without sample_ids in a process group of {random.world_size()} ranks, which all draw the same noise then: give "
         "sample_ids=<position of the first sample in the global batch>, such as rank * len(x1), or 0 where that is meant",
-        stacklevel=3,
+        stacklevel=_level_of_caller(),
     )
+
+
+def _level_of_caller() -> int:
+    """The stack level, for a warning of who calls this, of the first frame that is neither of this package nor of torch's modules."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _as_times(t: Tensor | float, x1: Tensor, spec: PathSpec, wide: torch.dtype) -> Tensor:

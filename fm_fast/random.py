@@ -47,7 +47,7 @@ FRESH_WORDS = 2**31
 
 
 def noise(
-    shape: tuple[int, ...],
+    shape: Sequence[int],
     *,
     seed: Whole,
     step: Whole,
@@ -92,7 +92,7 @@ def _indexed(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
-def _check_noise_arguments(shape: tuple[int, ...], stream: str, index: int, dtype: torch.dtype | None, kind: str | None) -> None:
+def _check_noise_arguments(shape: Sequence[int], stream: str, index: int, dtype: torch.dtype | None, kind: str | None) -> None:
     _checks.one_of("stream", stream, STREAMS)
     if kind is not None:
         _checks.one_of("kind", kind, KINDS)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from conftest import CPU_BACKENDS
 from torch.func import grad, jvp
+from unet_helpers import shaken
 
 import fm_fast as fm
 from fm_fast import _backends
+from fm_fast.nn import UNet, UNetConfig
 from fm_fast.random import make_key
 
 SEED = 21
@@ -227,6 +229,20 @@ def test_inductor_forward_and_backward(backend):
         torch.testing.assert_close(
             torch.autograd.grad(got, model.weight), torch.autograd.grad(expected, model.weight), rtol=1e-4, atol=1e-6
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+def test_a_network_of_several_sizes(training):
+    """The second size makes the compiler compile for any: it failed at the projection of the attention."""
+    torch._dynamo.reset()
+    config = UNetConfig(16, 3, 0, channels=32, multipliers=(1, 2), blocks=1, attention_sizes=(), head_channels=32)
+    model = shaken(UNet(config), 0.02).train(training)
+    compiled, t = torch.compile(model), torch.tensor([0.2, 0.7])
+    with torch.set_grad_enabled(training):
+        for height, width in ((16, 16), (24, 20)):
+            x = torch.randn(2, 3, height, width)
+            torch.testing.assert_close(compiled(x, t), model(x, t), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -158,3 +158,17 @@ def test_a_conversion_is_in_float64_where_either_input_is(dtypes):
     torch.testing.assert_close(
         fm.convert(output, x, t, to="data"), exact.to(dtypes[0]), rtol=0 if x.dtype == torch.float32 else 1e-14, atol=0
     )
+
+
+@pytest.mark.parametrize("by", ["sample_path", "flow_matching_loss", "FlowMatchingLoss"])
+def test_the_warning_of_ranks_that_draw_alike_is_shown_where_the_loss_is_called(by, monkeypatch):
+    monkeypatch.setattr(fm.random, "world_size", lambda: 2)
+    model = torch.nn.Linear(3, 3)
+    calls = {
+        "sample_path": lambda x: fm.sample_path(x, seed=0, step=0),
+        "flow_matching_loss": lambda x: fm.flow_matching_loss(lambda x, t: model(x), x, seed=0, step=0),
+        "FlowMatchingLoss": lambda x: fm.FlowMatchingLoss()(lambda x, t: model(x), x, seed=0, step=0),
+    }
+    with pytest.warns(UserWarning, match="which all draw the same noise") as told:
+        calls[by](torch.zeros(2, 3))
+    assert [warning.filename for warning in told] == [__file__]

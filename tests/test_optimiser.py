@@ -8,6 +8,7 @@ import pytest
 import torch
 from optimiser_cases import AVERAGES, HALF_TYPES, backward, gradients, network
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from fm_fast.train.averaging import fixed_decay
 from fm_fast.train.optimiser import AdamWEMA
@@ -289,10 +290,68 @@ def test_the_state_of_others_is_refused():
     optimiser = AdamWEMA([weight()], averages=AVERAGES)
     with pytest.raises(ValueError, match="state_dict: expected as many parameters"):
         optimiser.load_state_dict(AdamWEMA([weight(), weight()]).state_dict())
-    with pytest.raises(ValueError, match="of parameter 0 in their shapes"):
+    with pytest.raises(ValueError, match=r"expected averages \(.*\) of parameter 0, got averages \(0, .*\)"):
         optimiser.load_state_dict(AdamWEMA([weight()]).state_dict())
-    with pytest.raises(ValueError, match="of parameter 0 in their shapes, got nothing"):
+    with pytest.raises(ValueError, match=r"expected exp_avg .* of parameter 0, got none$"):
         optimiser.load_state_dict({**optimiser.state_dict(), "state": {}})
+    state = optimiser.state_dict()
+    with pytest.raises(ValueError, match="expected states of the parameters of its groups, got others: 5"):
+        optimiser.load_state_dict({**state, "state": {**state["state"], 5: {}}})
+
+
+def trained(kind, model, steps=5):
+    optimiser = kind(model.parameters(), lr=1e-2)
+    for step in range(steps):
+        backward(model, step)
+        optimiser.step()
+        optimiser.zero_grad()
+    return optimiser
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, AdamWEMA])
+def test_states_are_known_by_the_ids_of_their_groups(kind):
+    """torch.distributed.checkpoint puts names there; others may number them as they like."""
+    model = network()
+    theirs = trained(kind, model)
+    numbered, named = theirs.state_dict(), get_optimizer_state_dict(model, theirs)
+    count = len(numbered["state"])
+    renumbered = {
+        "state": {count - 1 - i: value for i, value in numbered["state"].items()},
+        "param_groups": [{**numbered["param_groups"][0], "params": list(range(count))[::-1]}],
+    }
+    for stored in (numbered, renumbered, named):
+        other = copy.deepcopy(model)
+        found = AdamWEMA(other.parameters(), lr=1e-2)
+        if stored is named:
+            set_optimizer_state_dict(other, found, stored)
+        else:
+            found.load_state_dict(copy.deepcopy(stored))
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(found.state[q][name], theirs.state[p][name]) and bool(found.state[q][name].any())
+
+
+def test_hooks_of_loading_are_called():
+    model, seen = network(), []
+    optimiser = trained(AdamWEMA, model)
+    state, other = copy.deepcopy(optimiser.state_dict()), AdamWEMA(model.parameters(), lr=1e-2)
+    other.register_load_state_dict_pre_hook(lambda optimiser, given: seen.append(given) or {**given, "param_groups": changed(given)})
+    other.register_load_state_dict_post_hook(lambda optimiser: seen.append(float(optimiser.param_groups[0]["lr"])))
+    other.load_state_dict(state)
+    assert seen[0] is state and seen[1] == 0.5
+
+
+def changed(state):
+    return [{**group, "lr": 0.5} for group in state["param_groups"]]
+
+
+def test_a_rate_in_a_tensor_of_one_number():
+    models = [network(), network()]
+    for model, rate in zip(models, (1e-2, torch.tensor([1e-2])), strict=True):
+        backward(model, 0)
+        AdamWEMA(model.parameters(), rate).step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q)
 
 
 def test_sparse_gradients_are_refused():

@@ -50,6 +50,14 @@ def test_preconditioned_network_has_a_target_of_unit_variance_uncorrelated_with_
     assert abs(float(target.var()) - 1) < 0.02 and abs(float((target * x).mean() / x.std())) < 0.02
 
 
+@pytest.mark.parametrize(("name", "path"), [("vp", fm.VP()), ("ve", fm.VE())])
+def test_a_path_by_its_name(name, path):
+    x, t = fm.noise((3, 2), seed=0, step=0), torch.tensor([0.1, 0.5, 0.9])
+    for objective in ("noise", "velocity"):
+        found, expected = (Preconditioned(Constant(), given, objective)(x, t) for given in (name, path))
+        assert torch.equal(found, expected)
+
+
 class OfNoise(nn.Module):
     """What a perfect network of data N(0, 1/4) says of x0, as its score: infinite where sigma is 0."""
 

@@ -13,7 +13,7 @@ from unet_helpers import TINY, inputs, shaken
 import fm_fast as fm
 from fm_fast.nn import PRESETS, UNet, UNetConfig
 from fm_fast.nn.attention import Attention
-from fm_fast.nn.convolution import PYTORCH
+from fm_fast.nn.convolution import PYTORCH, Convolution
 from fm_fast.nn.embedding import sinusoidal_embedding
 from fm_fast.nn.layers import BlockSettings, Half, ResidualBlock
 
@@ -332,3 +332,68 @@ def test_labels_for_an_unconditional_network():
     model = UNet(UNetConfig(8, 1, 0, channels=8, multipliers=(1,), groups=4, head_channels=8))
     with pytest.raises(ValueError, match="y: expected None"):
         model(torch.zeros(1, 1, 8, 8), torch.zeros(1), y=torch.zeros(1, dtype=torch.int64))
+
+
+def test_settings_of_a_convolution_that_its_kernels_do_not_have():
+    """Are PyTorch's to follow: padding that goes round makes images that tile."""
+    x, changed = torch.randn(2, 32, 8, 8), {"padding_mode": "circular"}
+    for settings in (changed, {"dilation": 2, "padding": 2}, {"groups": 4}, {"groups": 4, "padding_mode": "reflect"}):
+        layer = Convolution(32, 32, **{"kernel_size": 3, "padding": 1, **settings})
+        plain = nn.Conv2d(32, 32, **{"kernel_size": 3, "padding": 1, **settings})
+        plain.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(layer(x), plain(x))
+        assert layer(x).shape == x.shape
+    layer, plain = Convolution(32, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1, padding_mode="circular")
+    layer.load_state_dict(plain.state_dict())
+    layer.padding_mode = "circular"  # as one changes a whole network
+    torch.testing.assert_close(layer(x), plain(x))
+
+
+def test_many_networks_at_once():
+    """By vmap over their weights."""
+    networks, (x, t, y) = [shaken(UNet(TINY)) for _ in range(2)], inputs(2)
+    parameters, buffers = torch.func.stack_module_state(networks)
+
+    def call(parameters, buffers):
+        return torch.func.functional_call(networks[0], (parameters, buffers), (x, t, y))
+
+    found = torch.func.vmap(call)(parameters, buffers)
+    torch.testing.assert_close(found, torch.stack([network(x, t, y) for network in networks]), rtol=1e-4, atol=1e-5)
+
+
+def test_saved_tensors_may_come_back_in_another_layout():
+    """As those that hooks keep elsewhere do."""
+    model, (x, t, y) = shaken(UNet(replace(TINY, channels=32, head_channels=32)), 0.03), inputs(2)  # wide enough for the kernels
+
+    def gradients():
+        model.zero_grad()
+        model(x, t, y).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept.contiguous().clone(), lambda kept: kept):
+        found = gradients()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()) + 1e-7)
+
+
+class Wrapped(nn.Module):
+    """A layer within another that has no weight of its own, as adapters have it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *given):
+        return self.inner(*given)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_within_others(training):
+    model, (x, t, y) = shaken(UNet(TINY)).train(training), inputs(2)
+    expected = model(x, t, y)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d | nn.Linear) and not isinstance(module, Wrapped):
+                setattr(module, name, Wrapped(child))
+    torch.testing.assert_close(model(x, t, y), expected)

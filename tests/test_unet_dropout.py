@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from unet_helpers import TINY, inputs, shaken
 
 from fm_fast.nn import GroupNormSiLU, UNet
@@ -89,15 +90,54 @@ def test_training_without_a_key_is_an_error():
     copy.deepcopy(keyed(model))(x, t, y=y)
 
 
-def test_a_network_from_the_meta_device_has_no_key_either():
-    """Its memory is new, and may hold anything, when it becomes a real one."""
+def test_the_key_outlives_what_becomes_of_the_weights():
+    """Their memory is new, and may hold anything, when a network comes from the meta device or is emptied."""
     with torch.device("meta"):
-        inner = keyed(UNet(CONFIG))
+        inner = UNet(CONFIG)
     nn.Sequential(inner).to_empty(device="cpu")
     with pytest.raises(ValueError, match="dropout_key: expected"):
         inner(*inputs(2)[:2], y=inputs(2)[2])
-    keyed(inner).to(torch.float64)
-    assert inner.dropout_key.tolist() == [3, 5, 0]
+    keyed(inner)
+    for change in (
+        lambda: inner.to(torch.float64), lambda: inner.type(torch.bfloat16), lambda: inner.to_empty(device="cpu"),
+        lambda: inner.to("meta"), lambda: inner.to_empty(device="cpu"),
+    ):  # fmt: skip
+        change()
+        assert inner.dropout_key.tolist() == [3, 5, 0] and inner.dropout_key.dtype == torch.int64
+
+
+def test_weights_that_are_assigned_to_a_network_on_the_meta_device():
+    state, (x, t, y) = shaken(UNet(CONFIG)).state_dict(), inputs(2)
+    with torch.device("meta"):
+        model = UNet(CONFIG)
+    model.load_state_dict(state, assign=True)
+    expected = UNet(CONFIG)
+    expected.load_state_dict(state)
+    assert torch.equal(keyed(model)(x, t, y=y), keyed(expected)(x, t, y=y))
+    assert model.to("cpu").dropout_key.tolist() == [3, 5, 0]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_key_of_a_call_is_that_of_its_backward_pass(fused):
+    """Two calls with keys of their own before one backward pass: as two micro-batches of a sum."""
+    model, (x, t, y) = shaken(UNet(CONFIG, fused=fused)), inputs(2)
+
+    def gradients(*losses):
+        model.zero_grad()
+        sum(losses).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    def loss(first_id):
+        return keyed(model, first_id=first_id)(x, t, y).square().sum()
+
+    apart = [gradients(loss(first_id)) for first_id in (0, 2)]
+    expected = [a + b for a, b in zip(*apart, strict=True)]
+    together = gradients(*[loss(first_id) for first_id in (0, 2)])
+    keys = [torch.tensor([3, 5, i]) for i in (0, 2)]
+    again = gradients(*[checkpoint(model, x, t, y, dropout_key=key, use_reentrant=False).square().sum() for key in keys])
+    for found in (together, again):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()) + 1e-7)
 
 
 @pytest.mark.parametrize("name", ["seed", "step", "first_id"])

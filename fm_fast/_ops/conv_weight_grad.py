@@ -35,5 +35,7 @@ def conv_weight_grad(grad_y: Tensor, x: Tensor, weight: Tensor, with_bias: bool,
         grad_weight, grad_bias = reference.conv_weight_grad(grad_y, x, weight)
         return grad_weight, grad_bias if with_bias else None
     grad_weight, grad_bias = torch.empty_like(weight), weight.new_empty(weight.shape[0]) if with_bias else absent(weight)
-    _conv_weight_grad[backend](grad_weight, grad_bias, grad_y.contiguous(memory_format=torch.channels_last), x)
+    # Hooks of saved tensors may give x back in another layout.
+    grad_y, x = (part.contiguous(memory_format=torch.channels_last) for part in (grad_y, x))
+    _conv_weight_grad[backend](grad_weight, grad_bias, grad_y, x)
     return grad_weight, grad_bias if with_bias else None

@@ -5,9 +5,13 @@ import itertools
 import torch
 from torch import Tensor
 
+from fm_fast import _modes
+
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last for images and volumes that lie so, else contiguous."""
+    """channels_last for images and volumes that lie so, else contiguous; under torch.func's transforms, which do not tell, contiguous."""
+    if _modes.function_transforms_active():
+        return torch.contiguous_format
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if x.dim() in formats and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.dim()]):
         return formats[x.dim()]

@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
     def _is_differentiated_plainly(self) -> bool:
         """Not at all, or as training does: once, by one gradient."""
-        return not torch.is_grad_enabled() or (self.training and self.query_key_value.weight.requires_grad)
+        return not torch.is_grad_enabled() or (self.training and any(p.requires_grad for p in self.query_key_value.parameters()))
 
 
 def _by_pytorch(joint: Tensor) -> Tensor:

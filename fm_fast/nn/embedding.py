@@ -21,6 +21,11 @@ def sinusoidal_embedding(t: Tensor, dimension: int, scale: float = 1000.0) -> Te
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def dtype_of(layer: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """Of a layer's weights, which may be wrapped by another layer; ``otherwise`` where it shows none, as quantised ones do."""
+    return next((p.dtype for p in layer.parameters() if p.is_floating_point()), otherwise)
+
+
 class TimeEmbedding(nn.Module):
     """Sinusoids of t followed by a two-layer perceptron: float [B] -> [B, width]."""
 
@@ -31,7 +36,8 @@ class TimeEmbedding(nn.Module):
         self.second = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        features = sinusoidal_embedding(t, self.dimension, self.scale).to(self.first.weight.dtype)
+        features = sinusoidal_embedding(t, self.dimension, self.scale)
+        features = features.to(dtype_of(self.first, features.dtype))
         return self.second(F.silu(self.first(features)))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fm_fast.objectives import OBJECTIVES, Schedule, schedule
-from fm_fast.paths import Path, time_limits
+from fm_fast.paths import Path, as_path, time_limits
 
 
 def _velocity(p: Schedule, x: Tensor, noise: Tensor) -> Tensor:
@@ -46,8 +46,9 @@ class Preconditioned(nn.Module):
     starts at alpha = 0, which the noise does not determine.
     """
 
-    def __init__(self, network: nn.Module, path: Path, objective: str) -> None:
+    def __init__(self, network: nn.Module, path: str | Path, objective: str) -> None:
         super().__init__()
+        path = as_path(path)
         if objective not in PREDICTIONS:
             raise ValueError(f"objective: expected one of {', '.join(PREDICTIONS)}, got {objective!r}")
         if not can_precondition(path, objective):

@@ -14,7 +14,7 @@ from fm_fast import _checks, _modes
 from fm_fast.nn.attention import Attention
 from fm_fast.nn.config import UNetConfig
 from fm_fast.nn.convolution import Convolution, conv3x3, zeroed
-from fm_fast.nn.embedding import ClassEmbedding, TimeEmbedding
+from fm_fast.nn.embedding import ClassEmbedding, TimeEmbedding, dtype_of
 from fm_fast.nn.layers import Block, BlockSettings, ResidualBlock, downsample, upsample
 from fm_fast.nn.norm import GroupNormSiLU
 
@@ -31,7 +31,11 @@ class UNet(nn.Module):
     Returns [B, image_channels, H, W]. The last convolution starts at zero, hence so does the output.
 
     Dropout follows the noise contract: its masks are a function of `dropout_key`, int64 (seed, step, id of the first sample), which a
-    training step sets by :meth:`set_dropout_key`. fused=False computes everything by plain PyTorch, equal up to rounding, masks included.
+    training step sets by :meth:`set_dropout_key`, or gives to the call: as a call within torch.utils.checkpoint must get it where the key
+    is set again before the backward pass, since it is run a second time then.
+
+    fused=False computes everything by plain PyTorch, equal up to rounding, masks included. Second derivatives in training mode (gradient
+    penalties) need it wherever op ``attention`` has no kernel, since PyTorch's has none.
 
     Raises ValueError for a shape that does not fit, a key that was never set or a class that there is not (where y can be read without
     waiting for a device), TypeError for labels that are not int64.
@@ -43,7 +47,7 @@ class UNet(nn.Module):
         width = 4 * config.channels
         settings = BlockSettings(width, config.groups, config.dropout, config.scale_shift, fused)
         # Not a buffer: DistributedDataParallel would give every process the key of the first.
-        self.dropout_key = torch.tensor(NO_KEY, dtype=torch.int64)
+        self.dropout_key = torch.tensor(NO_KEY, dtype=torch.int64, device="cpu")  # with values also where weights have none yet
         self._has_key = False  # looking at its values would make the host wait for a GPU, and ends a compiled graph
         self.time = TimeEmbedding(config.channels, width, config.time_scale)
         self.label = ClassEmbedding(config.classes, width) if config.classes else None
@@ -58,9 +62,11 @@ class UNet(nn.Module):
             if isinstance(layer, Convolution):
                 layer.fused = fused
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, low_resolution: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, low_resolution: Tensor | None = None, dropout_key: Tensor | None = None
+    ) -> Tensor:
         _check_inputs(self.config, x, t, y, low_resolution)
-        embedding, key = self._embed(t, y), self._key()
+        embedding, key = self._embed(t, y), self._key(x, dropout_key)
         h = self.stem(self._joined(x, low_resolution))
         skips = [h]
         for layer in self.encoder:
@@ -72,13 +78,11 @@ class UNet(nn.Module):
         return self.head(self.norm(h))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "UNet":
-        """What `to` and `to_empty` do; what comes from the meta device has no values, so that the key is again one that was never set."""
-        abstract = self.dropout_key.is_meta
+        """What `to`, `to_empty` and `type` do: the key follows to the device, with its values, but not to one that has none."""
         super()._apply(fn, recurse)
-        self.dropout_key = fn(self.dropout_key)
-        if abstract and not self.dropout_key.is_meta:
-            self.dropout_key.copy_(torch.tensor(NO_KEY))
-            self._has_key = False
+        device = fn(self.dropout_key).device
+        if device.type != "meta":
+            self.dropout_key = self.dropout_key.to(device)
         return self
 
     @torch.no_grad()
@@ -100,14 +104,15 @@ class UNet(nn.Module):
         for index, block in enumerate(blocks):
             block.second_norm.index = index
 
-    def _key(self) -> Tensor | None:
+    def _key(self, x: Tensor, given: Tensor | None) -> Tensor | None:
+        """The key of this call, which the backward pass needs as it is now."""
         if not self.training or self.config.dropout == 0.0:
             return None
-        if not self._has_key and _modes.has_values(self.dropout_key):
+        if given is None and not self._has_key and _modes.has_values(x):
             raise ValueError(
                 "dropout_key: expected set_dropout_key(seed, step, first_id) before each training step, but it was never called"
             )
-        return self.dropout_key
+        return self.dropout_key.to(x.device, copy=True) if given is None else given
 
     def _embed(self, t: Tensor, y: Tensor | None) -> Tensor:
         embedding = self.time(t)
@@ -117,12 +122,13 @@ class UNet(nn.Module):
         return F.silu(embedding)
 
     def _joined(self, x: Tensor, low_resolution: Tensor | None) -> Tensor:
-        image = x.to(self.stem.weight.dtype)
+        image = x.to(dtype_of(self.stem, x.dtype))
         if low_resolution is not None:
             enlarged = F.interpolate(low_resolution.to(image.dtype), size=x.shape[2:], mode="bicubic")
             image = torch.cat([image, enlarged], dim=1)
-        # The fused layers train a seventh faster in this layout (CPU, float32); the plain ones keep what they are given.
-        keeps = not self.fused or _modes.transforms_active()
+        # The fused layers train a seventh faster in this layout (CPU, float32); the plain ones keep what they are given. Compiled for the
+        # CPU both are as fast, and the compiler fails at copies into it where it knows no sizes (torch 2.13).
+        keeps = not self.fused or _modes.transforms_active() or (_modes.is_compiling() and image.is_cpu)
         return image if keeps else image.to(memory_format=torch.channels_last)
 
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from fm_fast import _backends, _checks, _ops
 from fm_fast._ops.adamw_ema import APPLIED, OWN, SKIPPED
 from fm_fast.train.averaging import Averaging
-from fm_fast.train.optimiser_state import from_adamw, is_adamw, known_settings, load
+from fm_fast.train.optimiser_state import from_adamw, in_order, is_adamw, known_settings, load
 
 ALIGNMENT = 16  # elements: every parameter's state begins at a cache line
 HALF_TYPES = (torch.bfloat16, torch.float16)
 UNKNOWN = -1  # in place of the version of a weight that is not known to be its master rounded
-Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class AdamWEMA(torch.optim.Optimizer):
     def __init__(
         self,
         parameters: Parameters,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -202,7 +202,7 @@ class AdamWEMA(torch.optim.Optimizer):
             row = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["max_norm"])
             for j, value in enumerate(row):
                 if isinstance(value, Tensor) or value != self._written[i][j]:
-                    self._settings[i, j].fill_(value)
+                    self._settings[i, j].fill_(value.reshape(()) if isinstance(value, Tensor) else value)
                     self._written[i][j] = math.nan if isinstance(value, Tensor) else value
 
     @property
@@ -253,16 +253,22 @@ class AdamWEMA(torch.optim.Optimizer):
 
         Raises ValueError for the state of other parameters or averages, and for what this optimiser does not do (amsgrad, maximize).
         """
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
         groups = [known_settings(group) for group in state_dict["param_groups"]]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             raise ValueError("state_dict: expected as many parameters in each group as the optimiser has")
         states = [self.state[p] for p in self._parameters]
-        stored = from_adamw(state_dict, states) if is_adamw(state_dict) else state_dict["state"]
+        stored = in_order(state_dict)
+        if is_adamw(state_dict):
+            stored = from_adamw(stored, states)
         for i, state in enumerate(states):
             load(i, stored.get(i, {}), state)
         self._versions = [UNKNOWN] * len(self._halves)
         for group, stored in zip(self.param_groups, groups, strict=True):
             group.update({name: value for name, value in stored.items() if name != "params"})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
 
 def _layout(groups: Sequence[dict[str, Any]]) -> tuple[Tensor, int]:
@@ -285,6 +291,8 @@ def _averagings(averages: Any) -> tuple[Averaging, ...]:
 def _check_parameters(parameters: Sequence[Tensor]) -> None:
     if len({id(p) for p in parameters}) != len(parameters):
         raise ValueError("parameters: expected each once, got one of them twice")
+    if any(hasattr(p, "device_mesh") for p in parameters):
+        raise TypeError("parameters: expected plain tensors, got those of fully_shard (DTensor), which torch.optim.AdamW takes")
     devices, dtypes = {p.device for p in parameters}, {p.dtype for p in parameters}
     if len(devices) > 1:
         raise ValueError(f"parameters: expected one device, got {', '.join(sorted(map(str, devices)))}")

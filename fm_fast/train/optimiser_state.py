@@ -12,16 +12,28 @@ from fm_fast._ops.adamw_ema import APPLIED
 FOREIGN = {"amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
 
 
+def in_order(state_dict: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
+    """The states by the places of their parameters in the groups: by what ids the groups name them is free, as in torch's optimisers.
+
+    ``torch.distributed.checkpoint`` uses names. ValueError for a state of none of them.
+    """
+    ids = [name for group in state_dict["param_groups"] for name in group["params"]]
+    unknown = set(state_dict["state"]) - set(ids)
+    if unknown:
+        raise ValueError(f"state_dict: expected states of the parameters of its groups, got others: {', '.join(sorted(map(str, unknown)))}")
+    return {place: state_dict["state"][name] for place, name in enumerate(ids) if name in state_dict["state"]}
+
+
 def is_adamw(state_dict: dict[str, Any]) -> bool:
     """Whether this is the state of torch.optim.AdamW, which has counts of its own kind and knows no averages."""
     return "amsgrad" in state_dict["param_groups"][0]
 
 
-def from_adamw(state_dict: dict[str, Any], states: Sequence[dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+def from_adamw(found: dict[int, dict[str, Tensor]], states: Sequence[dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
     """The states of the parameters here, by torch's; one that has had no gradient there has none."""
-    steps = {i: int(stored["step"]) for i, stored in state_dict["state"].items()}
+    steps = {i: int(stored["step"]) for i, stored in found.items()}
     applied = max(steps.values(), default=0)
-    return {i: _from_adamw(state_dict["state"].get(i, {}), steps.get(i, 0), applied, state) for i, state in enumerate(states)}
+    return {i: _from_adamw(found.get(i, {}), steps.get(i, 0), applied, state) for i, state in enumerate(states)}
 
 
 def _from_adamw(stored: dict[str, Tensor], steps: int, applied: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -45,9 +57,10 @@ def load(index: int, stored: dict[str, Tensor], state: dict[str, Tensor]) -> Non
     """Write the stored state of a parameter into ``state``; ValueError if it is that of another."""
     if "counts" in stored:  # states of before parameters had counts of their own
         stored = {"updates": stored["counts"][APPLIED], **stored}
-    if {name: value.shape for name, value in stored.items()} != {name: value.shape for name, value in state.items()}:
-        raise ValueError(
-            f"state_dict: expected {', '.join(state)} of parameter {index} in their shapes, got {', '.join(stored) or 'nothing'}"
-        )
+    found, expected = ({name: tuple(value.shape) for name, value in values.items()} for values in (stored, state))
+    if found != expected:
+        wrong = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+        shown = [", ".join(f"{name} {shapes[name]}" for name in wrong if name in shapes) for shapes in (expected, found)]
+        raise ValueError(f"state_dict: expected {shown[0] or 'no more'} of parameter {index}, got {shown[1] or 'none'}")
     for name, value in stored.items():
         state[name].copy_(value)

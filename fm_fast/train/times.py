@@ -14,7 +14,8 @@ BISECTIONS = 50
 
 def log_snr(path: Path, t: Tensor) -> Tensor:
     """ln(alpha^2 / sigma^2): rises along the path."""
-    return 2.0 * (path.alpha(t).log() - path.sigma(t).log())
+    point = schedule(path, t)
+    return 2.0 * (point.a.log() - point.s.log())
 
 
 def importance_times(recipe: Recipe, batch: int, seed: int, step: Whole, first_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
