@@ -227,7 +227,6 @@ def test_samples_alone(run, tmp_path, capsys, monkeypatch, trained_classifier):
     ("arguments", "message"),
     [
         (["--no-bits", "--draws", "2"], "draws: expected none with --no-bits, which asks for no likelihoods, got 2"),
-        (["--no-bits", "--t0", "0.2"], "t0: expected none with --no-bits, which asks for no likelihoods, got 0.2"),
         (["--no-bits", "--t1", "0.5"], "t1: expected none with --no-bits, which asks for no likelihoods, got 0.5"),
         (["--no-bits", "--method", "euler", "--tolerance", "7"], "tolerance: expected none with --no-bits, which asks for no likelihoods"),
         (["--no-bits", "--rtol", "1e-4", "--atol", "1e-4", "--tolerance", "7"], "tolerance: expected none with --no-bits"),

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ from fm_fast.cli.options import (
     positive,
     require_target,
     solver_of,
+    source_of,
     warn_of_training_images,
     warn_without_dequantisation,
 )
 from fm_fast.solvers import ADAPTIVE, METHODS, is_adaptive
 from fm_fast.train.config import TrainConfig
-from fm_fast.train.data import Dataset, load_dataset
+from fm_fast.train.data import Dataset, levels_of, load_dataset, with_levels
 from fm_fast.train.devices import pick_device
 from fm_fast.train.evaluate import Evaluation, evaluate_network
 from fm_fast.train.files import replaced_whole
+from fm_fast.train.identity import same_source
 from fm_fast.train.quality import require_torch_fidelity
 from fm_fast.train.restoration import WINDOW, Restoration
 from fm_fast.train.weights import load_model
@@ -65,7 +68,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     model, config = load_model(options.checkpoint, options.weights)
     solver = _solver(options, config)
     held_out = held_out_data(options.data, options.limit, config)
-    train = load_dataset(config.data, "train", config.preparation)
+    train = _training_data(options, config)
     if options.bits:
         warn_without_dequantisation(config)
     kind = _kind_of(config, train, held_out)
@@ -82,6 +85,18 @@ def _evaluate(options: argparse.Namespace) -> None:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def _training_data(options: argparse.Namespace, config: TrainConfig) -> Dataset:
+    """Of the run; or where they have been moved, the training part of the data that were named instead, which is told."""
+    try:
+        return load_dataset(config.data, "train", config.preparation)
+    except FileNotFoundError:
+        if options.data is None or same_source(source_of(options.data), config.data):
+            raise
+    found = with_levels(load_dataset(source_of(options.data), "train", config.preparation), levels_of(config.data))
+    print(f"fm-fast: warning: the run's data, {config.data}, are not there: training images are those of {found.name}", file=sys.stderr)
+    return found
+
+
 def _check(options: argparse.Namespace) -> None:
     """What the end of the work needs, and what would have no effect."""
     for name, default in () if options.bits else _of_likelihoods(options).items():
@@ -96,7 +111,7 @@ def _check(options: argparse.Namespace) -> None:
 def _of_likelihoods(options: argparse.Namespace) -> dict[str, float]:
     """Options that the samples do not follow, by name with their defaults. An adaptive method has the tolerance unless it has its own."""
     follow_tolerance = is_adaptive(options.method) and None in (options.rtol, options.atol)
-    return {"draws": 1, "probes": 1, "t0": 0.0, "t1": 1.0} | ({} if follow_tolerance else {"tolerance": TOLERANCE})
+    return {"draws": 1, "probes": 1, "t1": 1.0} | ({} if follow_tolerance else {"tolerance": TOLERANCE})
 
 
 def _solver(options: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:

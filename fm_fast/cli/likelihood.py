@@ -91,8 +91,9 @@ def _headline(options: argparse.Namespace, config: TrainConfig, dataset: Dataset
 
 def _report(result: DatasetBits) -> str:
     probes = "" if result.probe_std_err is None else f"; {result.probe_std_err:.2g} of it by the probes"
+    error = f" +- {result.mean_std_err:.4f} (standard error of the mean over the images{probes})" if len(result.bpd) > 1 else ""
     return (
-        f"bits/dim: {result.mean:.4f} +- {result.mean_std_err:.4f} (standard error of the mean over the images{probes})\n"
+        f"bits/dim: {result.mean:.4f}{error}\n"
         f"{result.nfe:g} evaluations and {result.nvjp:g} vector-Jacobian products an image; {result.seconds:.1f} s"
     )
 

@@ -11,7 +11,8 @@ from fm_fast._solver.settings import MAX_STEPS, TOLERANCE
 from fm_fast.grids import NAMED as GRIDS
 from fm_fast.solvers import is_adaptive
 from fm_fast.train.config import TrainConfig
-from fm_fast.train.data import UNDIVIDED, Dataset, load_dataset
+from fm_fast.train.data import UNDIVIDED, Dataset, levels_of, load_dataset, with_levels
+from fm_fast.train.files import is_stream
 from fm_fast.train.identity import same_source
 from fm_fast.train.weights import AVERAGE
 
@@ -79,8 +80,14 @@ def require_target(name: str, file: Path) -> None:
         raise FileNotFoundError(f"{name}: expected a file in a folder, got {file}: there is no folder {file.parent}")
     if file.is_dir():
         raise IsADirectoryError(f"{name}: expected a file, {file} is a folder")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
+    if not os.access(file if file.exists() else file.parent, os.W_OK) or not _takes_a_temporary_file(file):
         raise PermissionError(f"{name}: expected a file that can be written, got {file}")
+
+
+def _takes_a_temporary_file(file: Path) -> bool:
+    """Beside which it is written, but for streams."""
+    target = file.resolve()
+    return not (target.is_file() or not target.exists()) or os.access(target.parent, os.W_OK) or is_stream(file)
 
 
 def solver_of(options: argparse.Namespace, method: str, steps: int) -> dict[str, Any]:
@@ -109,12 +116,18 @@ def held_out_data(source: str | None, limit: int | None, config: TrainConfig, **
     dataset = load_dataset(path, split, config.preparation if own else replace(config.preparation, **changes))
     for line in dataset.left_out:
         print(f"fm-fast: {line}", file=sys.stderr)
-    return replace(dataset, name=source, images=dataset.images[:limit], labels=dataset.labels[:limit])
+    found = replace(dataset, name=source, images=dataset.images[:limit], labels=dataset.labels[:limit])
+    return with_levels(found, levels_of(config.data))
 
 
 def _parts(source: str) -> tuple[str, str]:
     path, _, split = source.rpartition(":")
     return (path, split) if path and split in SPLITS else (source, "test")
+
+
+def source_of(source: str) -> str:
+    """Without the name of a split."""
+    return _parts(source)[0]
 
 
 def are_undivided(held_out: Dataset, config: TrainConfig) -> bool:

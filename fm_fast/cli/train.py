@@ -12,6 +12,8 @@ from fm_fast.train.presets import PRESETS, SUMMARIES
 from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.weights import load_model
 
+# Settings that a run takes from the one that it begins with
+TASK = ("objective", "super_resolution", "preconditioned", "sigma_min")
 # Fields of the network that the data decides.
 FROM_DATA = ("image_size", "image_channels", "classes", "low_resolution_channels")
 
@@ -73,7 +75,10 @@ def config_from(options: argparse.Namespace) -> TrainConfig:
     """The given options, for the rest the preset's, or with --resume the stored run's. Raises ValueError if no data or folder is named."""
     given = _given(options)
     base = _resumed(options.preset, given) if options.resume else _begun(_preset(options.preset, given), given.get("init_from"))
-    model = replace(base.model, **{name.removeprefix("model."): value for name, value in given.items() if "." in name})
+    try:
+        model = replace(base.model, **{name.removeprefix("model."): value for name, value in given.items() if "." in name})
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from error
     return replace(base, model=model, **{name: value for name, value in given.items() if "." not in name})
 
 
@@ -93,7 +98,7 @@ def _begun(preset: TrainConfig, source: str | None) -> TrainConfig:
     if not source:
         return preset
     stored = load_model(source)[1]
-    return replace(preset, model=stored.model, objective=stored.objective, super_resolution=stored.super_resolution)
+    return replace(preset, model=stored.model, **{name: getattr(stored, name) for name in TASK})
 
 
 def _resumed(name: str | None, given: dict[str, Any]) -> TrainConfig:
@@ -110,6 +115,7 @@ def _resumed(name: str | None, given: dict[str, Any]) -> TrainConfig:
 def _train(options: argparse.Namespace) -> None:
     config = config_from(options)
     if not config.data:
-        raise ValueError(f"data: expected --data PATH with preset {options.preset}")
+        preset = f" with preset {options.preset}" if options.preset else ""
+        raise ValueError(f"data: expected --data PATH{preset}, got {config.data!r}")
     # A run that was begun before such settings were refused may still name them again.
     train(config, options.resume, options.overwrite, () if options.resume else _given(options))

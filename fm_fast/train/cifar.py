@@ -1,10 +1,12 @@
 """Read CIFAR-10 batches in its "python" and "binary" forms, from a folder or from the .tar.gz archive itself."""
 
 import io
+import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePath
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,8 +48,15 @@ def _archive_files(archive: Path) -> Iterator[tuple[str, bytes]]:
                 content = members.extractfile(member) if "_batch" in member.name else None
                 if content is not None:
                     yield PurePath(member.name).name, content.read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            _read_on(members.fileobj)
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{archive}: expected a complete tar archive of CIFAR-10, got: {error}") from error
+
+
+def _read_on(archive: Any) -> None:
+    """To the end, where the compressed file's checksum is: behind the last member, tarfile does not look."""
+    while archive.read(1 << 20):
+        pass
 
 
 def _batch(path: Path, files: dict[str, bytes], name: str) -> tuple[Tensor, Tensor]:

@@ -109,6 +109,8 @@ def _read(source: str | Path, split: str, preparation: Preparation) -> Dataset:
         return digits(split)
     if str(source) == "fashion":
         return replace(_from_folder(_fashion_folder(), split, preparation), name="fashion")
+    if not str(source):
+        raise ValueError("data: expected 'digits', 'fashion' or a path to data, got ''")
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected 'digits', 'fashion' or a path to data")
@@ -126,6 +128,23 @@ def _fashion_folder() -> Path:
 def levels_of(source: str) -> int:
     """The number of grey levels of the data at `source`, without reading them."""
     return DIGITS_LEVELS if source == "digits" else LEVELS
+
+
+def with_levels(dataset: Dataset, levels: int) -> Dataset:
+    """The same with that number of grey levels, since files do not tell theirs.
+
+    ValueError for values beyond these, and for the shipped digits, whose number is known.
+    """
+    if dataset.levels == levels:
+        return dataset
+    if dataset.levels != LEVELS:
+        raise ValueError(
+            f"data: expected images of {levels} grey levels, as the run was trained on, got {dataset.name} with {dataset.levels}"
+        )
+    highest = int(dataset.images.max())
+    if highest >= levels:
+        raise ValueError(f"data: expected values below {levels}, the grey levels that the run was trained on, got {highest}")
+    return replace(dataset, levels=levels)
 
 
 def digits(split: str = "train") -> Dataset:

@@ -13,7 +13,7 @@ from fm_fast.train.classifier import Classifier, agreement, features, train_clas
 from fm_fast.train.condition import NULL_CLASS, condition_of, reduced_if_wanted
 from fm_fast.train.config import Recipe, TrainConfig
 from fm_fast.train.data import UNDIVIDED, Dataset
-from fm_fast.train.likelihood import DatasetBits, dataset_bits
+from fm_fast.train.likelihood import DatasetBits, dataset_bits, require_fitting
 from fm_fast.train.quality import feature_distance, inception, median_distance, nearest_neighbour_accuracy
 from fm_fast.train.restoration import Restoration, bicubic, restoration, signal_to_noise
 from fm_fast.train.sample import sample, starting_noise, to_integers
@@ -181,6 +181,7 @@ def evaluate_network(
     _checks.positive_number("tolerance", tolerance)
     if min(len(train), len(held_out)) < 2:
         raise ValueError(f"data, limit: expected at least 2 training and 2 held-out images, got {len(train)} and {len(held_out)}")
+    require_fitting(config, held_out)
     started, (t0, t1) = time.perf_counter(), ends
     dopri5 = {"method": "dopri5", "rtol": tolerance, "atol": tolerance}
     chosen = {"t0": t0, "t1": t1, **({} if "method" in likelihood else dopri5), **likelihood}

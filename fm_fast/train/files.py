@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,18 +16,22 @@ except ImportError:  # Windows, which also opens no folders
     fcntl = None
 
 TEMPORARY = ".tmp"
+LONGEST_CHAIN = 40  # of links, as Linux has it
 
 
 @contextlib.contextmanager
 def replaced_whole(path: Path) -> Iterator[Path]:
     """Yields the name of a temporary file beside `path`; what was written to it takes the place of `path` at the end.
 
-    Whatever happens, also loss of power, `path` is the old file or the new one: the content reaches the disk before its name does. What is
-    no file, as a device or a pipe, is written directly. An OSError that names no file, as that of a full disk, is raised with the name.
+    Whatever happens, also loss of power, `path` is the old file or the new one: the content reaches the disk before its name does. Of a
+    link the file that it names is replaced. To a device, a pipe or an open file, such as /dev/stdout, it is appended. An OSError that names
+    no file, as that of a full disk, is raised with the name.
     """
-    if path.exists() and not path.is_file():
-        yield path
+    if is_stream(path):
+        with _appended(path) as temporary:
+            yield temporary
         return
+    path = path.resolve()
     descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=TEMPORARY, dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
@@ -44,9 +50,41 @@ def takes_place(temporary: Path, path: Path) -> Iterator[None]:
         _to_disk(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise_with_name(error, path)
         raise
+
+
+def raise_with_name(error: BaseException, path: Path) -> None:
+    """The same error anew, with the name, if it is an OSError that has none."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def is_stream(path: Path) -> bool:
+    """Whether this, or what it is a link to, is no file of a folder: /dev/stdout stays a stream where it has been sent to a file."""
+    for _ in range(LONGEST_CHAIN):
+        place = path.parent.resolve()
+        if place == Path("/dev") or place.is_relative_to("/proc") or (path.exists() and not path.is_file() and not path.is_dir()):
+            return True
+        if not path.is_symlink():
+            return False
+        path = place / os.readlink(path)
+    return False
+
+
+@contextlib.contextmanager
+def _appended(path: Path) -> Iterator[Path]:
+    """Yields the name of a temporary file; what was written to it follows, at the end, what has been written to `path`."""
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder, "content")
+        yield temporary
+        sys.stdout.flush()
+        try:
+            with temporary.open("rb") as content, path.open("ab") as stream:
+                shutil.copyfileobj(content, stream)
+        except OSError as error:
+            raise_with_name(error, path)
+            raise
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 WIDE_MODES = ("I", "F")  # of more than 8 bits, which Pillow cuts off at 255
 DAMAGE = (OSError, SyntaxError, ValueError)
 ORIENTATION = 0x0112
+DEPTH = 24  # where a PNG file says how many bits a channel has
 
 
 def read_image(file: Path, resize: int) -> Tensor:
@@ -24,15 +25,23 @@ def read_image(file: Path, resize: int) -> Tensor:
         raise ImportError("a folder of images needs Pillow: pip install pillow, or 'fm_fast[train]'") from error
     try:
         with Image.open(file) as image:
-            mode = image.mode
-            rgb = image if mode.startswith(WIDE_MODES) else _on_white(_upright(image))
+            wide = image.mode.startswith(WIDE_MODES) or _is_wide_png(file, image)
+            rgb = image if wide else _on_white(_upright(image))
     except (*DAMAGE, Image.DecompressionBombError) as error:
         raise ValueError(f"{file}: expected a readable image, got: {error}") from error
-    if mode.startswith(WIDE_MODES):
-        raise ValueError(f"{file}: expected 8 bits a channel, got an image of mode {mode}")
+    if wide:
+        raise ValueError(f"{file}: expected 8 bits a channel, got an image of more ({rgb.mode})")
     rgb = _middle_square(rgb, resize) if resize else rgb
     pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return pixels.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1)
+
+
+def _is_wide_png(file: Path, image: Any) -> bool:
+    """Whether Pillow keeps the upper half of 16 bits alone, without a word: the header has the number."""
+    if image.format != "PNG":
+        return False
+    with file.open("rb") as opened:
+        return opened.read(DEPTH + 1)[DEPTH:] == bytes([16])
 
 
 def _upright(image: Any) -> Any:

@@ -22,6 +22,8 @@ def initial_weights(config: TrainConfig) -> tuple[Weights, str]:
     source, stored = load_model(config.init_from)
     if stored.objective != config.objective:
         raise ValueError(f"objective: expected {stored.objective}, as of init_from {config.init_from}, got {config.objective}")
+    for name in ("preconditioned", "sigma_min"):
+        _require_alike(name, stored, config)
     with torch.device("meta"):
         wanted = {name: value.shape for name, value in build_model(config).state_dict().items()}
     found = source.state_dict()
@@ -29,12 +31,21 @@ def initial_weights(config: TrainConfig) -> tuple[Weights, str]:
     differing = {name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)}
     differences = _differences(stored.model, config.model)
     if differences or not all(_is_of_classes(name) for name in differing):
-        reason = differences or f"images of {stored.model.image_size} pixels, not {config.model.image_size}"
+        sizes = stored.model.image_size, config.model.image_size
+        reason = differences or (f"images of {sizes[0]} pixels, not {sizes[1]}" if sizes[0] != sizes[1] else "other weights")
         raise ValueError(f"init_from: expected a run with the same network, {config.init_from} has {reason}")
     text = f"begins with the average of {config.init_from}"
     if any(name in wanted for name in differing):
         text += f", but for the embedding of the classes: {stored.model.classes} there, {config.model.classes} here"
     return {name: value for name, value in found.items() if name not in differing}, text
+
+
+def _require_alike(name: str, stored: TrainConfig, config: TrainConfig) -> None:
+    """A setting without which the same weights would mean something else."""
+    there, here = ((run.recipe.path, run.recipe.preconditioned) for run in (stored, config))
+    if getattr(stored, name) != getattr(config, name) and there != here:
+        expected, found = getattr(stored, name), getattr(config, name)
+        raise ValueError(f"{name}: expected {expected}, as of init_from {config.init_from}, got {found}")
 
 
 def _is_of_classes(name: str) -> bool:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from fm_fast.train.allocator import keep_freed_memory
 from fm_fast.train.checkpoint import read_checkpoint, restore
-from fm_fast.train.config import TrainConfig, fit_to_data
+from fm_fast.train.config import TrainConfig, fit_to_data, from_dict
 from fm_fast.train.curve import can_draw, draw_curves, draw_quality
 from fm_fast.train.data import DataOrder, Dataset, load_dataset
 from fm_fast.train.devices import autotuning, flops_per_image
@@ -92,7 +92,8 @@ def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False
             if team.first:
                 folder.tidy()
             _say(run, "\n".join([_headline(run), *remarks(config, dataset, share)]))
-            return _report(run, _run(run))
+            begun = run.state.step
+            return _report(run, _run(run), begun)
 
 
 def _loaded(config: TrainConfig, team: Team) -> tuple[TrainConfig, Dataset]:
@@ -148,6 +149,8 @@ def _resume(run: Run) -> None:
         for text in found.warnings:
             tell(f"warning: {text}")
         found.set_damaged_aside()
+    if run.state.step == run.config.steps and from_dict(content["config"]) != run.config:
+        _save(run)  # no later step will bring the new settings, such as the place of the data, into a checkpoint
 
 
 def _run(run: Run) -> float:
@@ -196,12 +199,26 @@ def _stepper(run: Run, network: Model, logger: Logger) -> Callable[[], StepLoss]
 
 def _interval_files(run: Run, logger: Logger) -> None:
     last = run.state.step == run.config.steps
-    if last or _due(run.state.step, run.config.checkpoint_every):
+    if last:
         _save(run)
+    elif _due(run.state.step, run.config.checkpoint_every):
+        with _dispensable("checkpoint", logger):
+            _save(run)
     if last or _due(run.state.step, run.config.sample_every):
-        _write_pictures(run)
+        with _dispensable("pictures", logger):
+            _write_pictures(run)
     if run.config.quality_every > 0 and (last or _due(run.state.step, run.config.quality_every)):
-        _measure_quality(run, logger)
+        with _dispensable("quality", logger):
+            _measure_quality(run, logger)
+
+
+@contextlib.contextmanager
+def _dispensable(what: str, logger: Logger) -> Iterator[None]:
+    """What training goes on without: a full disk or samples that are not finite are told."""
+    try:
+        yield
+    except (OSError, FloatingPointError) as error:
+        logger.say(f"warning: no {what} of this step: {error}; training goes on")
 
 
 def _due(step: int, every: int) -> bool:
@@ -268,11 +285,12 @@ def _headline(run: Run) -> str:
     )
 
 
-def _report(run: Run, seconds: float) -> Result:
-    folder = run.folder
+def _report(run: Run, seconds: float, begun: int) -> Result:
+    folder, taken = run.folder, run.config.steps - begun
     pictures = (folder.samples, folder.curve, folder.quality_curve)
     files = [file for file in (*pictures, folder.checkpoint(run.config.steps), folder.weights) if file.exists()]
-    _say(run, f"trained in {seconds:.1f} s; wrote {', '.join(map(str, files))} and {folder.log}")
+    done = f"trained in {seconds:.1f} s; wrote" if taken else "no step was left to take; there are"
+    _say(run, f"{done} {', '.join(map(str, files))} and {folder.log}")
     return Result(run.state, run.config, seconds, _quality(run, run.state.averaged()))
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from fm_fast.train.config import TrainConfig
-from fm_fast.train.data import Dataset, levels_of
+from fm_fast.train.data import Dataset
 
 
 def reduced_side(config: TrainConfig) -> int:
@@ -21,13 +21,7 @@ def is_reduced(config: TrainConfig, dataset: Dataset) -> bool:
 
 
 def as_originals(config: TrainConfig, dataset: Dataset) -> Dataset:
-    """Images of the network's size whose reduced images are the given ones: each pixel becomes a block.
-
-    Files do not tell their grey levels, so they are taken to have the run's. Raises ValueError for values beyond these levels.
-    """
-    levels, highest = min(dataset.levels, levels_of(config.data)), int(dataset.images.max())
-    if highest >= levels:
-        raise ValueError(f"data: expected values below {levels}, the grey levels that the run was trained on, got {highest}")
+    """Images of the network's size whose reduced images are the given ones: each pixel becomes a block."""
     factor = config.super_resolution
     blocks = dataset.images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
-    return replace(dataset, images=blocks, levels=levels, mapped=False)
+    return replace(dataset, images=blocks, mapped=False)

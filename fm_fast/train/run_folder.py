@@ -81,20 +81,40 @@ class RunFolder:
         for file in files:
             try:
                 return Found(file, read_checkpoint(file, mapped), damaged)
-            except ValueError as error:
+            except (ValueError, FileNotFoundError) as error:
+                if not file.exists() and self.checkpoints() != files:
+                    return self.newest_valid(mapped)  # the run goes on, and has deleted old ones
                 damaged[file] = str(error)
         if not files:
             raise FileNotFoundError(f"{self.path}: no checkpoint-NUMBER.pt in this folder")
         raise ValueError("; ".join(damaged.values()))
 
     def save(self, stored: dict[str, Any], config: TrainConfig, data: dict[str, Any] | None = None) -> Path:
-        """Write a checkpoint of a state's `state_dict()`, then delete all but the newest `config.keep_checkpoints`."""
+        """Write a checkpoint of a state's `state_dict()`, then delete all but the newest `config.keep_checkpoints`.
+
+        Where the disk is full, the older ones make room before: all but the newest that can be read.
+        """
         file = self.checkpoint(stored["step"])
-        save_checkpoint(file, stored, config, data)
+        try:
+            save_checkpoint(file, stored, config, data)
+        except OSError:
+            if not (config.keep_checkpoints > 0 and self._made_room()):
+                raise
+            save_checkpoint(file, stored, config, data)
         if config.keep_checkpoints > 0:
             for old in self.checkpoints()[config.keep_checkpoints :]:
                 old.unlink()
         return file
+
+    def _made_room(self) -> bool:
+        """Whether there were checkpoints beside the newest valid one."""
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            newest = self.newest_valid().file
+            older = [file for file in self.checkpoints() if file != newest]
+            for file in older:
+                file.unlink()
+            return bool(older)
+        return False
 
     @contextlib.contextmanager
     def held(self, resuming: bool, overwriting: bool) -> Iterator[None]:
@@ -118,6 +138,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete the files of the run that a new one replaces, and begin the new one's log."""
-        for file in (*self.checkpoints(), self.weights, self.log, self.curve, self.quality, self.quality_curve):
+        pictures, logs = (self.samples, self.curve, self.quality_curve), (self.log, self.quality)
+        for file in (*self.checkpoints(), *self.path.glob("checkpoint-*.pt.damaged"), self.weights, *pictures, *logs):
             file.unlink(missing_ok=True)
         self.log.touch()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fm_fast.train.files import TEMPORARY, as_folder
+from fm_fast.train.files import TEMPORARY, as_folder, raise_with_name
 from fm_fast.train.picture import COLOUR_TYPES, to_8_bit, write_png
 
 
@@ -46,6 +46,7 @@ def _write(file: Path, image: Tensor) -> None:
     try:
         write_png(temporary, image)
         os.replace(temporary, file)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        raise_with_name(error, file)
         raise

@@ -1,0 +1,333 @@
+"""What a run meets outside of itself: links and streams as targets, full disks, data of other grey levels, moved and damaged files."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from copies import run_python
+from test_data_files import write_cifar
+from trainer_helpers import tiny
+
+from fm_fast.cli import main
+from fm_fast.train import loop, run_folder, train
+from fm_fast.train.checkpoint import read_checkpoint
+from fm_fast.train.data import digits, load_dataset
+from fm_fast.train.files import replaced_whole
+from fm_fast.train.run_folder import RunFolder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUICK = {"sample_every": 0, "sample_steps": 1, "samples_per_class": 1, "evaluate": False, "batch_size": 4, "steps": 4}
+
+
+def run(folder, resuming=False, overwriting=False, **changes):
+    return train(tiny(**{**QUICK, "out": str(folder), **changes}), resuming, overwriting)
+
+
+@pytest.fixture(scope="module")
+def of_digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    run(folder)
+    return folder
+
+
+# Targets
+
+
+def test_the_file_that_a_link_names_is_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    target, link = tmp_path / "real" / "target.json", tmp_path / "link.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    with replaced_whole(link) as temporary:
+        temporary.write_text("new")
+    assert link.is_symlink() and target.read_text() == "new" and list((tmp_path / "real").iterdir()) == [target]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files have no names here")
+def test_a_stream_is_appended_to_and_stays_what_it_is(tmp_path):
+    """/dev/stdout is a link to an open file, which it may have been sent to with something in it."""
+    opened = tmp_path / "opened"
+    with opened.open("w") as stream:
+        stream.write("before\n")
+        stream.flush()
+        link = tmp_path / "stdout"
+        link.symlink_to(f"/proc/{os.getpid()}/fd/{stream.fileno()}")
+        for place in (link, Path(os.readlink(link))):
+            with replaced_whole(place) as temporary:
+                temporary.write_text("written\n")
+        assert link.is_symlink()
+    assert opened.read_text() == "before\nwritten\nwritten\n"
+    reading, writing = os.pipe()
+    with replaced_whole(Path(f"/proc/{os.getpid()}/fd/{writing}")) as temporary:
+        temporary.write_text("through")
+    assert os.read(reading, 100) == b"through"
+    os.close(reading), os.close(writing)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files have no names here")
+def test_results_to_standard_output_follow_the_report(of_digits, tmp_path):
+    """By a link of the test's own: what would replace /dev/stdout itself would harm more than a test."""
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    code = f"""
+import sys
+from fm_fast.cli import main
+sys.exit(main(["likelihood", {str(of_digits)!r}, "--limit", "2", "--steps", "1", "--json", {str(tmp_path / "stdout")!r}]))
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    report, record = result.stdout.rsplit("\n", 2)[0], json.loads(result.stdout.splitlines()[-1])
+    assert "bits/dim: " in report and record["images"] == 2 and (tmp_path / "stdout").is_symlink()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
+def test_a_full_device_is_told_by_its_name(tmp_path):
+    (tmp_path / "name").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*name'"), replaced_whole(tmp_path / "name") as temporary:
+        temporary.write_text("x" * 100_000)
+
+
+# Full disks and failing pictures
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "name")
+
+
+def not_finite(*_, **__):
+    raise FloatingPointError("4 of 4 samples are not finite")
+
+
+@pytest.mark.parametrize("failure", [full, not_finite])
+def test_training_goes_on_without_its_pictures(failure, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "_write_samples", failure)
+    result = run(tmp_path, sample_every=2)
+    assert result.state.step == 4 and RunFolder(tmp_path).checkpoint(4).exists()
+    assert capsys.readouterr().out.count("warning: no pictures of this step: ") == 2
+
+
+def test_training_goes_on_without_a_checkpoint_on_the_way_but_not_without_the_last(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_folder, "save_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path, checkpoint_every=1)
+    assert capsys.readouterr().out.count("warning: no checkpoint of this step: [Errno 28]") == 3
+
+
+@pytest.mark.parametrize("keep", [2, 0])
+def test_old_checkpoints_make_room_for_a_new_one(keep, tmp_path, monkeypatch):
+    """All but the newest, and only where they would be deleted anyway."""
+    save = run_folder.save_checkpoint
+
+    def with_room_for_two(path, *arguments):
+        if len(list(tmp_path.glob("checkpoint-*.pt"))) >= 2:
+            full()
+        save(path, *arguments)
+
+    monkeypatch.setattr(run_folder, "save_checkpoint", with_room_for_two)
+    if keep == 0:
+        with pytest.raises(OSError, match="No space left"):
+            run(tmp_path, checkpoint_every=1, keep_checkpoints=0)
+    else:
+        run(tmp_path, checkpoint_every=1, keep_checkpoints=2)
+    names = sorted(file.name for file in tmp_path.glob("checkpoint-*.pt"))
+    assert names == [f"checkpoint-{step:08d}.pt" for step in ((3, 4) if keep else (1, 2))]
+
+
+# The folder
+
+
+def test_the_newest_checkpoint_of_a_run_that_goes_on(tmp_path, monkeypatch):
+    """It may have been deleted, and followed by another, since the folder was read."""
+    run(tmp_path, checkpoint_every=2, keep_checkpoints=0)
+    first, read = [True], run_folder.read_checkpoint
+
+    def meanwhile(file, *arguments):
+        if first:
+            first.clear()
+            shutil.move(file, RunFolder(tmp_path).checkpoint(5))
+        return read(file, *arguments)
+
+    monkeypatch.setattr(run_folder, "read_checkpoint", meanwhile)
+    found = RunFolder(tmp_path).newest_valid()
+    assert found.file == RunFolder(tmp_path).checkpoint(5) and found.damaged == {}
+
+
+def test_a_checkpoint_that_is_no_file_is_a_damaged_one(tmp_path):
+    run(tmp_path)
+    RunFolder(tmp_path).checkpoint(99).mkdir()
+    found = RunFolder(tmp_path).newest_valid()
+    assert found.file == RunFolder(tmp_path).checkpoint(4) and list(found.damaged) == [RunFolder(tmp_path).checkpoint(99)]
+
+
+def test_a_new_run_deletes_the_pictures_of_the_old_one(tmp_path):
+    run(tmp_path)
+    (tmp_path / "checkpoint-00000002.pt.damaged").touch()
+    assert RunFolder(tmp_path).samples.exists()
+    RunFolder(tmp_path).clear()
+    assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+# Data
+
+
+def held_out(tmp_path, **changes):
+    """The held-out digits as a file, which does not tell that they have 17 levels."""
+    data = digits("test")
+    images = (data.images + changes.get("shift", 0)).numpy()
+    np.savez(tmp_path / "mine.npz", images=images, labels=data.labels.numpy())
+    return str(tmp_path / "mine.npz")
+
+
+def record_of(command, folder, tmp_path, *arguments):
+    out = tmp_path / "result.json"
+    assert main([command, str(folder), "--limit", "4", *arguments, "--json", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def test_files_have_the_grey_levels_of_the_run(of_digits, tmp_path):
+    data, settings = held_out(tmp_path), ("--steps", "2", "--seed", "3")
+    found, expected = (record_of("likelihood", of_digits, tmp_path, *settings, "--data", name) for name in (data, "digits:test"))
+    assert found["bits_per_dim_of_images"] == expected["bits_per_dim_of_images"] and found["levels"] == 17
+    settings = ("--method", "euler", "--steps", "1", "--no-bits")
+    found, expected = (record_of("evaluate", of_digits, tmp_path, *settings, "--data", name) for name in (data, "digits:test"))
+    assert {name for name in found if found[name] != expected[name]} <= {"data", "seconds"}
+
+
+def test_images_of_more_grey_levels_than_the_run_are_refused(of_digits, tmp_path, capsys):
+    assert main(["likelihood", str(of_digits), "--data", held_out(tmp_path, shift=1), "--steps", "1"]) == 1
+    assert "data: expected values below 17, the grey levels that the run was trained on, got 17" in capsys.readouterr().err
+    run(tmp_path / "run", data=held_out(tmp_path))
+    assert main(["likelihood", str(tmp_path / "run"), "--data", "digits:test", "--steps", "1"]) == 1
+    error = capsys.readouterr().err
+    assert "data: expected images of 256 grey levels, as the run was trained on, got digits:test with 17" in error
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.zeros((4, 16, 16), np.uint8), np.arange(4), r"data: expected images of \(1, 8, 8\) for this network, got \(1, 16, 16\)"),
+        (np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 2, 14]), "data: expected at most 10 classes for this network, got 15"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_before_samples_are_drawn(images, labels, message, of_digits, tmp_path, capsys):
+    np.savez(tmp_path / "other.npz", images=images, labels=labels)
+    arguments = ["--no-bits", "--method", "euler", "--steps", "1", "--data", str(tmp_path / "other.npz")]
+    assert main(["evaluate", str(of_digits), *arguments]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def moved(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
+    old, new = tmp_path / "old.npz", tmp_path / "new.npz"
+    np.savez(old, images=images, labels=np.arange(24) % 3, test_images=images[:8], test_labels=np.arange(8) % 3)
+    run(tmp_path / "run", data=str(old), steps=2)
+    shutil.move(old, new)
+    return str(old), str(new)
+
+
+def test_a_finished_run_is_evaluated_with_its_data_at_their_new_place(tmp_path, capsys):
+    old, new = moved(tmp_path)
+    arguments = ["evaluate", str(tmp_path / "run"), "--no-bits", "--method", "euler", "--steps", "1"]
+    assert main(arguments) == 1 and "old.npz: no such file" in capsys.readouterr().err
+    assert main([*arguments, "--data", new]) == 0
+    assert f"warning: the run's data, {old}, are not there: training images are those of " in capsys.readouterr().err
+
+
+def test_a_finished_run_remembers_the_new_place_of_its_data(tmp_path, capsys):
+    _, new = moved(tmp_path)
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--data", new]) == 0
+    told = capsys.readouterr().out
+    assert "no step was left to take; there are " in told and "trained in" not in told
+    assert read_checkpoint(RunFolder(tmp_path / "run").checkpoint(2))["config"]["data"] == new
+    assert main(["evaluate", str(tmp_path / "run"), "--no-bits", "--method", "euler", "--steps", "1"]) == 0
+
+
+@pytest.mark.parametrize("damage", ["checksum", "end", "xz"])
+def test_a_damaged_archive_is_refused_though_its_members_can_be_read(damage, tmp_path):
+    folder, archive = tmp_path / "cifar-10-batches-bin", tmp_path / "cifar.tar.gz"
+    folder.mkdir()
+    write_cifar(folder, "binary")
+    with tarfile.open(archive, "w:xz" if damage == "xz" else "w:gz") as opened:
+        opened.add(folder, arcname=folder.name)
+    content = bytearray(archive.read_bytes())
+    if damage == "end":
+        del content[-6:]
+    else:
+        content[-8 if damage == "checksum" else len(content) // 2] ^= 0xFF  # the first byte of gzip's CRC-32
+    archive.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cifar\.tar\.gz: expected a complete tar archive of CIFAR-10"):
+        load_dataset(archive)
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_colours_of_sixteen_bits_are_refused(depth, tmp_path):
+    """Pillow would keep the upper half of each without a word."""
+    pytest.importorskip("PIL")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "image.png").write_bytes(png(depth))
+    if depth == 8:
+        assert load_dataset(tmp_path).images.shape == (1, 3, 2, 2)
+    else:
+        with pytest.raises(ValueError, match=r"image\.png: expected 8 bits a channel, got an image of more"):
+            load_dataset(tmp_path)
+
+
+def png(depth):
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    rows = (b"\x00" + bytes(2 * 3 * depth // 8)) * 2
+    header = struct.pack(">IIBBBBB", 2, 2, depth, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_no_name_is_no_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="data: expected 'digits', 'fashion' or a path to data, got ''"):
+        load_dataset("")
+    assert main(["train", "--data", ""]) == 1
+    assert capsys.readouterr().err == "fm-fast: error: data: expected --data PATH, got ''\n"
+
+
+# Settings
+
+
+def test_a_setting_of_the_network_is_called_as_its_option_is(capsys):
+    assert main(["train", "digits", "--model.groups", "0"]) == 1
+    assert capsys.readouterr().err.startswith("fm-fast: error: model.groups: expected at least 1")
+
+
+def test_one_image_has_no_standard_error(of_digits, capsys):
+    assert main(["likelihood", str(of_digits), "--limit", "1", "--steps", "1"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bits/dim: ")]
+    assert "+-" not in line and "nan" not in line
+
+
+SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "1", "--samples-per-class", "1"]
+BRIEF = ["train", "digits", "--steps", "2", "--batch-size", "4", "--no-evaluate", *SMALL]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "other"), [(["--objective", "ddpm", "--preconditioned", "off"], "preconditioned", "on"),
+                                    (["--sigma-min", "0.3"], "sigma_min", "0.1")],
+)  # fmt: skip
+def test_a_run_takes_the_task_of_the_one_that_it_begins_with(settings, name, other, tmp_path, capsys):
+    """By which the same weights mean something else."""
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    assert main([*BRIEF, *settings, "--out", first]) == 0
+    assert main([*BRIEF, "--init-from", first, "--out", second]) == 0
+    stored = [RunFolder(Path(folder)).settings() for folder in (first, second)]
+    assert stored[0].recipe == stored[1].recipe and getattr(stored[1], name) != getattr(tiny(), name)
+    capsys.readouterr()
+    option = f"--{name.replace('_', '-')}"
+    assert main([*BRIEF, "--init-from", first, option, other, "--out", str(tmp_path / "third")]) == 1
+    expected = f"{name}: expected {getattr(stored[0], name)}, as of init_from {first}, got {other}"
+    assert expected in capsys.readouterr().err
