@@ -54,8 +54,11 @@ class Binary:
         return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(prefixes))
 
 
-def intermediate(recorder, capability=90):
-    """What Triton makes of the recorded launch, specialised as the just-in-time compiler would; ``asm`` holds every stage of it."""
+def intermediate(recorder, capability=90, target=None):
+    """What Triton makes of the recorded launch, specialised as the just-in-time compiler would; ``asm`` holds every stage of it.
+
+    target: another one than NVIDIA's of that capability.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -65,7 +68,7 @@ def intermediate(recorder, capability=90):
     arguments = dict(zip(kernel.arg_names, values, strict=False)) | options
     launch_options = {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg") if name in options}
     source = ASTSource(kernel, *_specialised(kernel.params, arguments))
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch_options)
+    return triton.compile(source, target=target or GPUTarget("cuda", capability, 32), options=launch_options)
 
 
 def compiled(recorder, capability, folder):
