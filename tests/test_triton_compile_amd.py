@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton.backends.amd", reason="triton is not installed, or without a compiler for AMD")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process, not compiled", allow_module_level=True)
 
