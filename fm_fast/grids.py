@@ -234,8 +234,10 @@ def with_times(nodes: Times, wanted: Sequence[float]) -> tuple[Times, list[int]]
 
 
 def _rounding_of(times: object) -> float:
-    """Of the times' dtype; Python's numbers may have been float32 before."""
+    """Of the times' dtype, or float32's where that has more digits: they may have been float32 before."""
     dtype = getattr(times, "dtype", torch.float32)
     if isinstance(dtype, np.dtype):
-        return float(np.finfo(dtype).eps) if dtype.kind == "f" else 0.0
-    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+        own = float(np.finfo(dtype).eps) if dtype.kind == "f" else 0.0
+    else:
+        own = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    return max(own, torch.finfo(torch.float32).eps)

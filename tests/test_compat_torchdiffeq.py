@@ -308,6 +308,13 @@ class WithCallback(torch.nn.Module):
         raise AssertionError
 
 
+def test_a_tolerance_for_each_part_that_is_the_same_for_all():
+    """As SiT gives them."""
+    for y0, func, tolerances in ((Y0, pull, [1e-4]), ((Y0, Y0[0]), lambda t, y: (pull(t, y[0]), -y[1]), [1e-4, 1e-4])):
+        found, expected = (odeint(func, y0, TIMES, rtol=given, atol=given) for given in (tolerances, 1e-4))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
 def test_a_func_that_writes_to_its_input_is_told_by_its_own_names(method):
     with pytest.raises(RuntimeError, match=r"func must leave its input y as it is, .* give it y\.clone\(\)"):

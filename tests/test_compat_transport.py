@@ -291,11 +291,19 @@ REFUSED = [
     (lambda: Sampler(create_transport()).sample_ode(sampling_method="Euler"), ValueError, "method must be one of euler"),
     (lambda: Sampler(create_transport()).sample_ode(num_steps=1), ValueError, "num_steps must be a whole number of at least 2, got 1"),
     (lambda: Sampler(create_transport()).sample_sde(sampling_method="euler"), ValueError, "sampling_method must be one of Euler, Heun"),
-    (lambda: Sampler(create_transport()).sample_sde(diffusion_form="increasing"), ValueError, "diffusion_form must be one of constant"),
+    (
+        lambda: Sampler(create_transport()).sample_sde(diffusion_form="increasing"),
+        ValueError,
+        "diffusion_form must be one of SBDM, constant",
+    ),
     (lambda: Sampler(create_transport()).sample_sde(last_step="mean"), ValueError, "last_step must be one of None, Mean"),
     (lambda: Sampler(create_transport()).sample_sde(last_step_size=2), ValueError, "last_step_size must be a number"),
+    (lambda: Sampler(create_transport()).sample_sde(diffusion_norm=-1.0), ValueError, "diffusion_norm must not be negative for"),
+    (lambda: Sampler(create_transport()).sample_sde(diffusion_norm=math.nan), ValueError, "diffusion_norm must be finite"),
+    (lambda: Sampler(create_transport()).sample_sde(num_steps=1), ValueError, "num_steps must be a whole number of at least 2, got 1"),
+    (lambda: Sampler(create_transport()).sample_ode(rtol=-1.0), ValueError, "rtol must be positive"),
     (lambda: Sampler(create_transport()).sample_sde(), ValueError, "sample_eps must be above 0 for diffusion_form='SBDM'"),
-    (lambda: ICPlan().compute_diffusion(noise(2, 2), torch.rand(2), "Sigma"), ValueError, "form must be one of constant"),
+    (lambda: ICPlan().compute_diffusion(noise(2, 2), torch.rand(2), "Sigma"), ValueError, "form must be one of SBDM, constant"),
 ]
 
 
@@ -307,4 +315,107 @@ def test_refusals(call: Any, error: type[Exception], message: str) -> None:
 
 def test_made_of_its_parts() -> None:
     made = Transport(model_type=ModelType.NOISE, path_type=PathType.GVP, loss_type=WeightType.NONE, train_eps=0.0, sample_eps=0.1)
-    assert isinstance(made.path_sampler, GVPCPlan) and made.interval(made.sample_eps) == (0.1, 0.9)
+    assert isinstance(made.path_sampler, GVPCPlan) and made.check_interval(0.0, 0.1, eval=True) == (0.1, 0.9)
+
+
+INTERVALS = {
+    # path, prediction, options: the ends, of train_eps 0.1 and sample_eps 0.2
+    ("Linear", "velocity"): [({}, (0, 1)), ({"eval": True}, (0, 1)), ({"sde": True, "diffusion_form": "sigma"}, (0, 0.9))],
+    ("GVP", "velocity"): [({"sde": True}, (0.1, 0.9)), ({"sde": True, "eval": True, "last_step_size": 0.04}, (0.2, 0.96))],
+    ("Linear", "noise"): [({}, (0.1, 0.9)), ({"eval": True, "reverse": True}, (0.8, 0.2)), ({"last_step_size": 0.04}, (0.1, 0.9))],
+    ("VP", "velocity"): [({}, (0, 0.9)), ({"eval": True}, (0, 0.8)), ({"sde": True, "last_step_size": 0.04}, (0, 0.96))],
+    ("VP", "score"): [({"eval": True, "reverse": True}, (1, 0.2)), ({"sde": True}, (0, 0.9))],
+}
+
+
+@pytest.mark.parametrize("kind", INTERVALS, ids=str)
+def test_intervals(kind: tuple[str, str]) -> None:
+    for options, expected in INTERVALS[kind]:
+        assert create_transport(*kind).check_interval(0.1, 0.2, **options) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", ["Euler", "Heun"])
+@pytest.mark.parametrize(("path", "prediction"), [*itertools.product(PATHS, PREDICTIONS)])
+def test_sde_up_to_the_ends(path: str, prediction: str, method: str) -> None:
+    """Without a last step and without margins: the model is asked where what it says counts for something finite."""
+    transport, model = create_transport(path, prediction, sample_eps=0.0), Exact(path, prediction)
+    form = "sigma" if path == "Linear" else "inccreasing-decreasing"
+    torch.manual_seed(0)
+    walk = Sampler(transport).sample_sde(sampling_method=method, diffusion_form=form, last_step=None, num_steps=100)
+    end = walk(torch.randn(2000, 2, dtype=torch.float64), model)[-1]
+    assert abs(float(end.std()) / DEVIATION - 1.0) < 0.1
+    times = torch.cat([t for _, t, _ in model.calls])
+    assert float(times.min()) >= (0.0 if prediction == "velocity" or path == "VP" else 1e-5) and float(times.max()) <= 1 - 1e-5
+
+
+def test_the_diffusion_of_vp_at_its_end() -> None:
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(
+        VPCPlan().compute_drift(torch.ones(2, 1, dtype=torch.float64), ends)[1], torch.tensor([[10.0], [0.05]]).double()
+    )
+    torch.testing.assert_close(VPCPlan(0.2, 4.0).own_diffusion(ends), torch.tensor([2.0, 0.1]).double())
+
+
+@pytest.mark.parametrize("output", [lambda x, t: x.mean(1, keepdim=True), lambda x, t: (x, t), lambda x, t: x[:1]])
+def test_outputs_of_another_shape(output: Any) -> None:
+    sampler, x = Sampler(create_transport()), noise(4, 3)
+    for solve in (sampler.sample_sde(diffusion_form="sigma", num_steps=3), sampler.sample_ode(num_steps=3)):
+        with pytest.raises((TypeError, ValueError), match="model must return"):
+            solve(x, output)
+    with pytest.raises((TypeError, ValueError), match="model must return"):
+        create_transport().get_drift()(x, torch.rand(4), output)
+
+
+def test_a_model_that_writes_to_its_input_is_refused() -> None:
+    x = noise(4, 3)
+    before = x.clone()
+    with pytest.raises(RuntimeError, match="model must leave its input x as it is"):
+        Sampler(create_transport()).sample_sde(diffusion_form="sigma", num_steps=3)(x, lambda x, t: x.mul_(2.0))
+    assert torch.equal(x, before)
+
+
+def test_gradients_of_an_ode_where_they_are_recorded() -> None:
+    """As odeint has them."""
+    scale, x = torch.tensor(0.5, requires_grad=True), noise(4, 3)
+    solve = Sampler(create_transport()).sample_ode(sampling_method="rk4", num_steps=20)
+    states = solve(x, lambda x, t: scale * x)
+    (found,) = torch.autograd.grad(states[-1].sum(), scale)
+    torch.testing.assert_close(found, (math.exp(0.5) * x).sum(), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert not solve(x, lambda x, t: scale * x).requires_grad
+
+
+def test_drifts_in_other_solvers() -> None:
+    """Whose steps go beyond the end, and whose times are rounded."""
+    for prediction in PREDICTIONS:
+        transport, model = create_transport("GVP", prediction), Exact("GVP", prediction)
+        drift, times = Sampler(transport).drift, torch.linspace(0.001, 1.0, 5)
+
+        def clamped(x: Tensor, t: Tensor, model: Exact = model) -> Tensor:
+            return model(x, t.clamp(1e-5, 1 - 1e-5))
+
+        x = noise(4, 3, dtype=torch.float64)
+        states = torchdiffeq.odeint(lambda t, y, drift=drift, f=clamped: drift(y, t.expand(4), f), x, times.double(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(states[-1], DEVIATION * x, rtol=1e-2, atol=1e-2)
+
+
+def test_one_number_a_sample() -> None:
+    x = noise(5, dtype=torch.float64)
+    logp, _ = Sampler(create_transport()).sample_ode_likelihood(rtol=1e-6, atol=1e-6)(DEVIATION * x, Exact("Linear", "velocity"))
+    exact = torch.distributions.Normal(0.0, DEVIATION).log_prob(DEVIATION * x)
+    torch.testing.assert_close(logp, exact, rtol=0.0, atol=1e-3)
+    assert create_transport().prior_logp(torch.zeros(0, 3)).shape == (0,)
+
+
+def test_noise_does_not_depend_on_the_layout() -> None:
+    x, walk = noise(2, 3, 4, 4), Sampler(create_transport()).sample_sde(diffusion_form="sigma", num_steps=4)
+    ends = []
+    for given in (x, x.to(memory_format=torch.channels_last)):
+        torch.manual_seed(0)
+        ends.append(walk(given, Exact("Linear", "velocity"))[-1])
+    torch.testing.assert_close(*ends)
+
+
+def test_times_of_16_bit_data_are_not_drawn_in_16_bits() -> None:
+    t, _, _ = create_transport().sample(torch.zeros(50_000, 1, dtype=torch.bfloat16))
+    assert t.dtype == torch.bfloat16 and int((t == 0).sum()) == 0

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -197,18 +198,58 @@ def test_likelihoods_of_conditions_that_were_made_in_inference_mode(guided):
         torch.testing.assert_close(one, other)
 
 
+class Through(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+
+    def forward(self, x, t):
+        return self.layer(x)
+
+
 def test_a_model_that_was_made_in_inference_mode_is_refused_and_left_as_it_was():
     with torch.inference_mode():
-        model = Scaled()
+        model = Through()
         for call in (
             lambda: fm.log_likelihood(model, torch.randn(4, 2), steps=2),
             lambda: fm.divergence(model, torch.randn(4, 2), 0.5),
             lambda: fm.log_likelihood(model, torch.randn(4, 2), steps=2, create_graph=True),
         ):
-            with pytest.raises(RuntimeError, match=r"model must not have been made in inference mode, .* make or load it outside"):
+            with pytest.raises(
+                RuntimeError, match=r"model must hold no tensors that were made in inference mode, .* make or load it outside"
+            ):
                 call()
-        assert model.scale.requires_grad
+        assert all(p.requires_grad for p in model.parameters())
         assert fm.sample(model, torch.randn(4, 2), steps=2).x.shape == (4, 2)
+
+
+class Informed(torch.nn.Module):
+    """With a part that no gradient goes through."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.inference_mode():
+            self.encoder = torch.nn.Linear(2, 2)
+
+    def forward(self, x, t):
+        with torch.no_grad():
+            shift = self.encoder(torch.ones(2))
+        return -x + shift.clone()
+
+
+def test_a_part_of_inference_mode_that_no_gradient_goes_through_may_stay():
+    assert torch.equal(fm.divergence(Informed(), torch.randn(3, 2), 0.5, kind="exact").div, torch.full((3,), -2.0))
+
+
+def test_conditions_that_a_model_writes_into_are_the_callers_own():
+    seen = []
+
+    def model(x, t, seen):
+        seen.append(float(t[0]))
+        return -x
+
+    fm.log_likelihood(model, torch.randn(3, 2), cond={"seen": seen}, steps=2)
+    assert len(seen) > 0
 
 
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.6)])
@@ -225,7 +266,8 @@ def test_the_divergence_of_guidance_at_many_times(interval):
 
 def test_the_ends_of_a_rounded_grid_are_its_ends():
     x0, model = torch.ones(1, 2), lambda x, t: -x
-    for grid in (torch.linspace(0.1, 0.9, 5), torch.linspace(0.1, 0.9, 5).numpy(), torch.linspace(0.1, 0.9, 5).tolist()):
+    rounded = torch.linspace(0.1, 0.9, 5)
+    for grid in (rounded, rounded.numpy(), rounded.tolist(), rounded.double()):
         assert torch.equal(fm.sample(model, x0, grid=grid, t0=0.1, t1=0.9).x, fm.sample(model, x0, grid=grid).x)
     with pytest.raises(ValueError, match="t0 and t1 must be left out or equal the ends of grid"):
         fm.sample(model, x0, grid=torch.linspace(0.1, 0.9, 5), t0=0.1, t1=0.90001)
@@ -238,4 +280,6 @@ def test_a_time_to_save_outside_of_the_solve_is_refused_however_near(ends, time)
         fm.sample(lambda x, t: -x, x0, steps=4, t0=t0, t1=t1, save=[time])
     # The path's own margins, and rounding, are forgiven.
     assert fm.sample(lambda x, t: -x, x0, path="vp", steps=4, save=[0.0, 1.0]).saved.shape == (2, 1, 2)
-    assert fm.sample(lambda x, t: -x, x0, steps=4, t1=0.7, save=torch.tensor([0.7])).saved.shape == (1, 1, 2)
+    for times in (torch.tensor([0.7]), torch.tensor([0.7]).double(), np.cumsum(np.full(7, 0.1))[-1:]):
+        assert fm.sample(lambda x, t: -x, x0, steps=4, t1=0.7, save=times).saved.shape == (1, 1, 2)
+    assert fm.sample(lambda x, t: -x, x0, steps=4, t1=0.3, save=torch.linspace(0, 0.3, 4).double()).saved_t[-1] == 0.3

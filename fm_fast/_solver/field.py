@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fm_fast import _checks, _modes, _ops, reference
 from fm_fast._solver.guidance import ALWAYS, Guidance, doubled_conditions, of_samples
@@ -100,7 +100,9 @@ class Field:
 
 
 def _recordable(values: Any) -> Any:
-    """Tensors, also within dicts, lists and tuples, or copies of those made in inference mode."""
+    """Tensors, also within dicts, lists and tuples, with copies of those made in inference mode; what holds none stays the same object."""
+    if not any(isinstance(x, Tensor) and x.is_inference() for x in tree_leaves(values)):
+        return values
     with torch.inference_mode(False):
         return tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, values)
 

@@ -35,7 +35,7 @@ class _Graph:
     def __init__(self, network: Network, x: Tensor) -> None:
         with torch.inference_mode(False), torch.enable_grad():
             self._x = _leaf(x)
-            self.output = _recorded(network(self._x))
+            self.output = _recorded(_called(network, self._x))
 
     def products(self, z: Tensor, keep: bool, create_graph: bool) -> Tensor:
         product = self._product(z if len(z) > 1 else z[0], len(z) > 1, keep or create_graph, create_graph)
@@ -75,6 +75,18 @@ def _leaf(x: Tensor) -> Tensor:
     if x.requires_grad:
         return x
     return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+
+
+def _called(network: Network, x: Tensor) -> Tensor:
+    try:
+        return network(x)
+    except RuntimeError as error:
+        if "Inference tensors cannot be saved" not in str(error):
+            raise
+        raise RuntimeError(
+            "model must hold no tensors that were made in inference mode, through which no gradient goes, as a divergence needs it: make "
+            "or load it outside, or under torch.no_grad()"
+        ) from error
 
 
 def _recorded(output: Tensor) -> Tensor:
@@ -122,25 +134,19 @@ def solving(model: object, create_graph: bool) -> Iterator[None]:
         yield
 
 
-def _check_parameters(module: object) -> None:
-    """RuntimeError where autograd could not go through a module."""
-    if _modes.is_compiling() or not isinstance(module, torch.nn.Module):
-        return
-    if any(parameter.is_inference() for parameter in module.parameters()):
-        raise RuntimeError(
-            "model must not have been made in inference mode, through whose parameters no gradient goes, as a divergence needs it: make "
-            "or load it outside, or under torch.no_grad()"
-        )
+def _is_of_inference(parameter: Tensor) -> bool:
+    """Which torch does not let change."""
+    return not _modes.is_compiling() and parameter.is_inference()
 
 
 @contextlib.contextmanager
 def _frozen(model: object, freeze: bool) -> Iterator[None]:
     """The parameters of a module do not require gradients meanwhile: without it, autograd keeps activations that only they need."""
     module = getattr(model, "__self__", model)
-    _check_parameters(module)
     freeze = freeze and not _modes.transforms_active()  # which forbid to change what requires a gradient
     # Computed ones, as torch.func.functional_call puts in, cannot be frozen.
-    wanted = [p for p in module.parameters() if p.requires_grad and p.is_leaf] if freeze and isinstance(module, torch.nn.Module) else []
+    parameters = module.parameters() if freeze and isinstance(module, torch.nn.Module) else ()
+    wanted = [p for p in parameters if p.requires_grad and p.is_leaf and not _is_of_inference(p)]
     try:
         for parameter in wanted:
             parameter.requires_grad_(False)

@@ -163,6 +163,8 @@ def _solve(
 
 
 def _one(name: str, tolerance: Any) -> Any:
+    if isinstance(tolerance, tuple | list) and tolerance and all(same(each, tolerance[0]) for each in tolerance):
+        return number(tolerance[0])
     if isinstance(tolerance, tuple | list) or (isinstance(tolerance, Tensor) and tolerance.numel() != 1):
         raise TypeError(f"{name} must be one number: tolerances of each part or element are not covered, got {type(tolerance).__name__}")
     return number(tolerance)

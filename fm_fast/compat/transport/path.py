@@ -13,20 +13,15 @@ from fm_fast.paths import OT, VP, Cosine, Path
 
 __all__ = ["GVPCPlan", "ICPlan", "VPCPlan", "expand_t_like_x"]
 
-# w(t) of dx = (v + w grad log p) dt + sqrt(2 w) dW, from the times, the path's sigma, and the w of the path's own diffusion (SBDM)
+# w(t) of dx = (v + w grad log p) dt + sqrt(2 w) dW beside the path's own diffusion ("SBDM")
 FORMS: dict[str, Callable[[Tensor, Schedule, float], Tensor]] = {
     "constant": lambda t, p, norm: torch.full_like(t, norm),
-    "SBDM": lambda t, p, norm: norm * own_diffusion(p),
     "sigma": lambda t, p, norm: norm * p.s,
     "linear": lambda t, p, norm: norm * (1.0 - t),
     "decreasing": lambda t, p, norm: 0.25 * (norm * torch.cos(math.pi * t) + 1.0) ** 2,
     "inccreasing-decreasing": lambda t, p, norm: norm * torch.sin(math.pi * t) ** 2,  # spelt as in SiT
 }
-
-
-def own_diffusion(p: Schedule) -> Tensor:
-    """sigma (alpha'/alpha sigma - sigma'): half the squared diffusion of the SDE that made the path; beta / 2 on VP."""
-    return p.s * (p.da / p.a * p.s - p.ds)
+OWN = "SBDM"
 
 
 def expand_t_like_x(t: Tensor, x: Tensor) -> Tensor:
@@ -49,16 +44,29 @@ class ICPlan:
         p = schedule(self.path, t)
         return p.s, p.ds
 
+    def compute_d_alpha_alpha_ratio_t(self, t: Tensor) -> Tensor:
+        """alpha' / alpha."""
+        p = schedule(self.path, t)
+        return p.da / p.a
+
+    def own_diffusion(self, t: Tensor) -> Tensor:
+        """sigma (alpha'/alpha sigma - sigma'): half the squared diffusion of the SDE that makes noise of data along this path."""
+        p = schedule(self.path, t)
+        return p.s * (p.da / p.a * p.s - p.ds)
+
+    def diffusion(self, t: Tensor, form: str, norm: float) -> Tensor:
+        """w of the SDE dx = (v + w grad log p) dt + sqrt(2 w) dW at times of any shape."""
+        _checks.one_of("form", form, (OWN, *FORMS))
+        return norm * self.own_diffusion(t) if form == OWN else FORMS[form](t, schedule(self.path, t), norm)
+
     def compute_drift(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(f, w) of the velocity -f + w grad log p at x."""
-        p = schedule(self.path, expand_t_like_x(t, x))
-        return -(p.da / p.a) * x, own_diffusion(p)
+        times = expand_t_like_x(t, x)
+        return -self.compute_d_alpha_alpha_ratio_t(times) * x, self.own_diffusion(times)
 
     def compute_diffusion(self, x: Tensor, t: Tensor, form: str = "constant", norm: float = 1.0) -> Tensor:
-        """w of the SDE dx = (v + w grad log p) dt + sqrt(2 w) dW, with the dimensions of x."""
-        _checks.one_of("form", form, tuple(FORMS))
-        times = expand_t_like_x(t, x)
-        return FORMS[form](times, schedule(self.path, times), norm)
+        """w of the SDE, with the dimensions of x."""
+        return self.diffusion(expand_t_like_x(t, x), form, norm)
 
     def get_score_from_velocity(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """grad log p at x."""
@@ -71,10 +79,24 @@ class ICPlan:
     def get_velocity_from_score(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
         return convert(score, x, t, to="velocity", path=self.path, objective="score")
 
+    def compute_mu_t(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        """The point between noise x0 and data x1."""
+        p = schedule(self.path, expand_t_like_x(t, x1))
+        return p.a * x1 + p.s * x0
+
+    def compute_xt(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        """The same."""
+        return self.compute_mu_t(t, x0, x1)
+
+    def compute_ut(self, t: Tensor, x0: Tensor, x1: Tensor, xt: Tensor) -> Tensor:
+        """The velocity of that point."""
+        p = schedule(self.path, expand_t_like_x(t, x1))
+        return p.da * x1 + p.ds * x0
+
     def plan(self, t: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(t, x_t, u_t): the point between noise x0 and data x1, and its velocity."""
-        p = schedule(self.path, expand_t_like_x(t, x1))
-        return t, p.a * x1 + p.s * x0, p.da * x1 + p.ds * x0
+        xt = self.compute_xt(t, x0, x1)
+        return t, xt, self.compute_ut(t, x0, x1, xt)
 
 
 class GVPCPlan(ICPlan):
@@ -84,6 +106,11 @@ class GVPCPlan(ICPlan):
 
 
 class VPCPlan(ICPlan):
-    """The variance preserving path with beta from 0.1 to 20."""
+    """The variance preserving path; sigma_min and sigma_max are the ends of its beta."""
 
-    path: Path = VP()
+    def __init__(self, sigma_min: float = 0.1, sigma_max: float = 20.0) -> None:
+        self.path = VP(sigma_min, sigma_max)
+
+    def own_diffusion(self, t: Tensor) -> Tensor:
+        """beta / 2, which is alpha' / alpha here, and finite also where sigma is 0."""
+        return self.compute_d_alpha_alpha_ratio_t(t)

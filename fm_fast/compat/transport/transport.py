@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fm_fast import _checks, reference
-from fm_fast.compat._methods import MAX_STEPS, method_named
-from fm_fast.compat.transport.path import FORMS, GVPCPlan, ICPlan, VPCPlan, own_diffusion
-from fm_fast.conversions import convert, prediction_factors
+from fm_fast import _checks
+from fm_fast._solver.field import check_output
+from fm_fast.compat._methods import MAX_STEPS, accuracy_of, method_named
+from fm_fast.compat._options import number
+from fm_fast.compat.transport._sde import Sde
+from fm_fast.compat.transport.path import FORMS, OWN, GVPCPlan, ICPlan, VPCPlan
+from fm_fast.conversions import convert
 from fm_fast.likelihood import log_likelihood
 from fm_fast.loss import sample_path
-from fm_fast.objectives import as_objective, conversion_range, schedule
+from fm_fast.objectives import as_objective
 from fm_fast.sampling import encode, sample
 from fm_fast.solvers import EmbeddedRungeKutta
 
@@ -108,9 +111,7 @@ class Transport:
         """
         _checks.data(x1)
         _check_conditions(model_kwargs)
-        low, high = self.interval(self.train_eps)
-        t = low + (high - low) * torch.rand(len(x1), device=x1.device)
-        drawn = sample_path(x1, t=t, **self.path_and_objective)
+        drawn = sample_path(x1, t=self._training_times(x1), **self.path_and_objective)
         output = model(drawn.x_t, drawn.t, **(model_kwargs or {}))
         return {"pred": output, "loss": drawn.loss(output, self._weight(drawn.t), reduction="none")}
 
@@ -118,28 +119,36 @@ class Transport:
         """[B]: the squared error of the velocity that the output amounts to, or the rate at which it costs likelihood."""
         if self.loss_type is WeightType.NONE:
             return None
-        p = schedule(self.path_sampler.path, t.double())
-        return (own_diffusion(p) / p.s) ** 2 if self.loss_type is WeightType.VELOCITY else own_diffusion(p) / p.s**2
+        w, (sigma, _) = self.path_sampler.own_diffusion(t.double()), self.path_sampler.compute_sigma_t(t.double())
+        return (w / sigma) ** 2 if self.loss_type is WeightType.VELOCITY else w / sigma**2
 
     def sample(self, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(t [B], noise, x1), for losses of one's own: ``path_sampler.plan`` makes a point and a velocity of them."""
         _checks.state("x1", x1)
-        low, high = self.interval(self.train_eps)
         x0 = torch.randn_like(x1)
-        return low + (high - low) * torch.rand(len(x1), dtype=x1.dtype, device=x1.device), x0, x1
+        return self._training_times(x1).to(x1.dtype), x0, x1
 
-    def interval(self, eps: float, sde_form: str | None = None, last_step_size: float = 0.0) -> tuple[float, float]:
-        """(t0, t1) of times that stay ``eps`` away from the ends where a value is infinite; ``sde_form``: of an SDE's diffusion."""
-        predicts_velocity, end = self.model_type is ModelType.VELOCITY, 1.0 - (last_step_size or eps)
-        if isinstance(self.path_sampler, VPCPlan):
-            return 0.0, end
-        if predicts_velocity and sde_form is None:
-            return 0.0, 1.0
-        return (0.0 if predicts_velocity and sde_form != "SBDM" else eps), end
+    def check_interval(
+        self, train_eps: float, sample_eps: float, *, diffusion_form: str = OWN, sde: bool = False, reverse: bool = False,
+        eval: bool = False, last_step_size: float = 0.0,
+    ) -> tuple[float, float]:  # fmt: skip
+        """(t0, t1) of times that stay ``sample_eps`` (``eval``) or ``train_eps`` away from the ends where a value is infinite."""
+        eps, predicts_velocity = sample_eps if eval else train_eps, self.model_type is ModelType.VELOCITY
+        t0, t1 = 0.0, 1.0
+        if isinstance(self.path_sampler, VPCPlan) or sde or not predicts_velocity:
+            t1 -= last_step_size if sde and last_step_size > 0.0 else eps
+        if not isinstance(self.path_sampler, VPCPlan) and (not predicts_velocity or (sde and diffusion_form == OWN)):
+            t0 = eps
+        return (1.0 - t0, 1.0 - t1) if reverse else (t0, t1)
+
+    def _training_times(self, x1: Tensor) -> Tensor:
+        """[B], float32: 16 bits would hold too few of them."""
+        low, high = self.check_interval(self.train_eps, self.sample_eps)
+        return low + (high - low) * torch.rand(len(x1), device=x1.device, dtype=torch.float32)
 
     def prior_logp(self, z: Tensor) -> Tensor:
         """log N(z; 0, 1) of each sample [B]."""
-        return -0.5 * (z.flatten(1) ** 2 + math.log(2.0 * math.pi)).sum(1)
+        return -0.5 * (z.unsqueeze(-1).flatten(1) ** 2 + math.log(2.0 * math.pi)).sum(1)
 
     def get_drift(self) -> Model:
         """(x, t, model, **model_kwargs) -> the velocity."""
@@ -150,14 +159,25 @@ class Transport:
         return self._converted("score")
 
     def _converted(self, to: str) -> Model:
-        return lambda x, t, model, **model_kwargs: convert(model(x, t, **model_kwargs), x, t, to=to, **self.path_and_objective)
+        def converted(x: Tensor, t: Tensor, model: Model, **model_kwargs: Any) -> Tensor:
+            output = model(x, t, **model_kwargs)
+            check_output(output, x)
+            if to == self.model_type.value:
+                return output
+            # Rounding, and solvers that step beyond the end, ask for times a little outside.
+            return convert(output, x, t.clamp(0.0, 1.0), to=to, **self.path_and_objective)
+
+        return converted
 
 
 class Sampler:
     """What draws samples of a transport's model, and finds their likelihoods."""
 
     def __init__(self, transport: Transport) -> None:
-        self.transport = transport
+        self.transport, self.drift, self.score = transport, transport.get_drift(), transport.get_score()
+
+    def _interval(self, **of_solve: Any) -> tuple[float, float]:
+        return self.transport.check_interval(self.transport.train_eps, self.transport.sample_eps, eval=True, **of_solve)
 
     def sample_ode(
         self, *, sampling_method: str = "dopri5", num_steps: int = 50, atol: float = 1e-6, rtol: float = 1e-3, reverse: bool = False
@@ -168,11 +188,11 @@ class Sampler:
             sampling_method: as of :func:`fm_fast.compat.torchdiffeq.odeint`.
             num_steps: how many states: an adaptive method's steps are its own, of others there is one less.
         """
-        ends = self.transport.interval(self.transport.sample_eps)
-        settings = self._solver(ends, sampling_method, num_steps, atol, rtol, reverse)
+        settings = self._solver(sampling_method, num_steps, atol, rtol, reverse)
 
         def solve(x: Tensor, model: Model, **model_kwargs: Any) -> Tensor:
-            found = (encode if reverse else sample)(model, x, cond=model_kwargs, **settings)
+            grad = "direct" if torch.is_grad_enabled() else "none"
+            found = (encode if reverse else sample)(model, x, cond=model_kwargs, grad=grad, **settings)
             assert found.saved is not None
             return found.saved.to(x.dtype)
 
@@ -182,8 +202,7 @@ class Sampler:
         self, *, sampling_method: str = "dopri5", num_steps: int = 50, atol: float = 1e-6, rtol: float = 1e-3
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         """A function (x, model, **model_kwargs) -> (log p(x) [B] in nats, the noise that x comes from), by one Rademacher probe."""
-        ends = self.transport.interval(self.transport.sample_eps)
-        settings = self._solver(ends, sampling_method, num_steps, atol, rtol, reverse=True)
+        settings = self._solver(sampling_method, num_steps, atol, rtol, reverse=True)
         settings.pop("save")
 
         def solve(x: Tensor, model: Model, **model_kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -193,22 +212,24 @@ class Sampler:
 
         return solve
 
-    def _solver(
-        self, ends: tuple[float, float], sampling_method: str, num_steps: int, atol: float, rtol: float, reverse: bool
-    ) -> dict[str, Any]:
+    def _solver(self, sampling_method: str, num_steps: int, atol: float, rtol: float, reverse: bool) -> dict[str, Any]:
         """Of :func:`fm_fast.sample`, with ``reverse`` of :func:`fm_fast.encode`."""
-        method, low, high = method_named(sampling_method), *((1.0 - ends[1], 1.0 - ends[0]) if reverse else ends)
-        times = _times(low, high, num_steps)
+        method, (begin, end) = method_named(sampling_method), self._interval(reverse=reverse)
+        _check_count(num_steps)
+        low, high = min(begin, end), max(begin, end)
+        times = torch.linspace(low, high, num_steps, dtype=torch.float64, device="cpu").tolist()
         settings = {"method": method, "t0": low, "t1": high, **self.transport.path_and_objective}
-        if isinstance(method, EmbeddedRungeKutta):
-            return {**settings, "save": times[::-1] if reverse else times, "rtol": rtol, "atol": atol, "max_steps": MAX_STEPS}
-        return {**settings, "save": "steps", "grid": times}
+        if not isinstance(method, EmbeddedRungeKutta):
+            return {**settings, "save": "steps", "grid": times}
+        accuracy = accuracy_of(method, number(rtol), number(atol))
+        tolerances = {"rtol": accuracy.tolerance.rtol, "atol": accuracy.tolerance.atol, "max_steps": MAX_STEPS}
+        return {**settings, "save": times[::-1] if reverse else times, **tolerances}
 
     def sample_sde(
         self,
         *,
         sampling_method: str = "Euler",
-        diffusion_form: str = "SBDM",
+        diffusion_form: str = OWN,
         diffusion_norm: float = 1.0,
         last_step: str | None = "Mean",
         last_step_size: float = 0.04,
@@ -225,87 +246,29 @@ class Sampler:
             num_steps: all steps, the last one included.
         """
         _checks.one_of("sampling_method", sampling_method, ("Euler", "Heun"))
-        _checks.one_of("diffusion_form", diffusion_form, tuple(FORMS))
+        _checks.one_of("diffusion_form", diffusion_form, (OWN, *FORMS))
+        if _checks.finite_number("diffusion_norm", diffusion_norm) < 0.0 and diffusion_form != "decreasing":
+            raise ValueError(f"diffusion_norm must not be negative for diffusion_form={diffusion_form!r}, got {diffusion_norm}")
         _checks.one_of("last_step", last_step, (None, "Mean", "Tweedie", "Euler"))
         size = 0.0 if last_step is None else _margin("last_step_size", last_step_size)
-        low, high = self.transport.interval(self.transport.sample_eps, diffusion_form, size)
-        if diffusion_form == "SBDM" and low == 0.0 and not isinstance(self.transport.path_sampler, VPCPlan):
+        _check_count(num_steps)
+        low, high = self._interval(sde=True, diffusion_form=diffusion_form, last_step_size=size)
+        if diffusion_form == OWN and low == 0.0 and not isinstance(self.transport.path_sampler, VPCPlan):
             raise ValueError("sample_eps must be above 0 for diffusion_form='SBDM', which is infinite at t = 0, got 0")
-        sde = _Sde(self.transport, diffusion_form, diffusion_norm, _times(low, high, num_steps))
-        step = sde.euler if sampling_method == "Euler" else sde.heun
+        objective = as_objective(self.transport.model_type.value)
+        sde = Sde(self.transport.path_sampler, objective, diffusion_form, diffusion_norm, low, high, num_steps)
 
-        @torch.no_grad()
         def solve(x: Tensor, model: Model, **model_kwargs: Any) -> list[Tensor]:
             _checks.state("x", x)
-            dtype, states = x.dtype, list[Tensor]()
-
-            def evaluate(number: int, x: Tensor) -> Tensor:
-                return model(
-                    x.to(dtype),
-                    torch.full((len(x),), sde.times[number], dtype=reference.accumulation_dtype(x), device=x.device),
-                    **model_kwargs,
-                )
-
-            x = x.to(reference.accumulation_dtype(x))
-            for number in range(num_steps - 1):
-                states.append(x := step(number, x, evaluate))
-            return [state.to(dtype) for state in (*states, sde.last(x, evaluate, last_step, size))]
+            with torch.no_grad():
+                return sde.solve(x, model, model_kwargs, sampling_method, last_step, size)
 
         return solve
 
 
-# (number of a time, x) -> output
-Evaluate = Callable[[int, Tensor], Tensor]
-
-
-class _Sde:
-    """Steps of dx = (v + w score) dt + sqrt(2 w) dW between equidistant times. With drift = f x + g o, o being the model's output, all
-    factors are numbers that the host knows."""
-
-    def __init__(self, transport: Transport, form: str, norm: float, times: list[float]) -> None:
-        self.transport, self.times, self.dt = transport, times, times[1] - times[0]
-        t, path = torch.tensor(times, dtype=torch.float64, device="cpu"), transport.path_sampler.path
-        w = FORMS[form](t, schedule(path, t), norm)
-        velocity, score = self._factors("velocity", t), self._factors("score", t)
-        self.drift = [(v + w * s).tolist() for v, s in zip(velocity, score, strict=True)]
-        self.kicks = (2.0 * self.dt * w).sqrt().tolist()
-
-    def _factors(self, to: str, t: Tensor) -> tuple[Tensor, Tensor]:
-        known = self.transport.path_and_objective
-        path, objective = known["path"], as_objective(known["objective"])
-        return prediction_factors(path, objective, to, t.clamp(*conversion_range(path, objective, to)))
-
-    def euler(self, number: int, x: Tensor, evaluate: Evaluate) -> Tensor:
-        moved = self._moved(number, x, evaluate, self.dt)
-        return moved.add_(torch.randn_like(x), alpha=self.kicks[number])
-
-    def heun(self, number: int, x: Tensor, evaluate: Evaluate) -> Tensor:
-        x = x.add(torch.randn_like(x), alpha=self.kicks[number])
-        predicted = self._moved(number, x, evaluate, self.dt)
-        # The mean of the drifts at both ends: half of the first step, and half of one from the second.
-        return 0.5 * (x + self._moved(number + 1, predicted, evaluate, self.dt))
-
-    def last(self, x: Tensor, evaluate: Evaluate, kind: str | None, size: float) -> Tensor:
-        """From the last time on, without noise."""
-        if kind is None:
-            return x
-        if kind == "Mean":
-            return self._moved(-1, x, evaluate, size)
-        t = torch.tensor(self.times[-1], dtype=torch.float64, device="cpu")
-        f, g = (float(factor) for factor in self._factors("data" if kind == "Tweedie" else "velocity", t))
-        output = evaluate(-1, x)
-        return f * x + g * output if kind == "Tweedie" else (1.0 + size * f) * x + size * g * output
-
-    def _moved(self, number: int, x: Tensor, evaluate: Evaluate, size: float) -> Tensor:
-        """x + size * drift."""
-        f, g = self.drift[0][number], self.drift[1][number]
-        return (1.0 + size * f) * x + size * g * evaluate(number, x)
-
-
-def _times(low: float, high: float, num_steps: int) -> list[float]:
+def _check_count(num_steps: object) -> None:
     if not _checks.is_whole(num_steps) or num_steps < 2:
         raise ValueError(f"num_steps must be a whole number of at least 2, got {num_steps!r}")
-    return torch.linspace(low, high, int(num_steps), dtype=torch.float64, device="cpu").tolist()
 
 
 def _margin(name: str, value: float) -> float:
