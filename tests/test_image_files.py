@@ -78,7 +78,7 @@ def test_cmyk_is_converted(tmp_path):
 
 def test_wide_channels_are_refused_by_name(tmp_path):
     image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "wide.png")
-    with pytest.raises(ValueError, match=r"wide.png: expected 8 bits a channel, got an image of more \(I"):
+    with pytest.raises(ValueError, match=r"wide.png: expected 8 bits a channel, got more, in mode I"):
         read_image(tmp_path / "wide.png", 0)
 
 

@@ -338,11 +338,16 @@ def test_hooks_of_loading_are_called():
     other.register_load_state_dict_pre_hook(lambda optimiser, given: seen.append(given) or {**given, "param_groups": changed(given)})
     other.register_load_state_dict_post_hook(lambda optimiser: seen.append(float(optimiser.param_groups[0]["lr"])))
     other.load_state_dict(state)
-    assert seen[0] is state and seen[1] == 0.5
+    assert seen[0] == state and seen[0] is not state and seen[1] == 0.5
 
 
 def changed(state):
     return [{**group, "lr": 0.5} for group in state["param_groups"]]
+
+
+def test_a_rate_in_a_tensor_of_several_numbers_is_refused():
+    with pytest.raises(ValueError, match="lr: expected 0 or more, and finite, got tensor"):
+        AdamWEMA(network().parameters(), torch.tensor([1.0, 2.0]))
 
 
 def test_a_rate_in_a_tensor_of_one_number():

@@ -268,11 +268,16 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_device_is_not_replaced(tmp_path):
-    (tmp_path / "null").symlink_to("/dev/null")
-    with replaced_whole(tmp_path / "null") as place:
-        place.write_text("lost")
-    assert (tmp_path / "null").is_char_device() and (tmp_path / "null").is_symlink()
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """A pipe here, which stands for devices: a test that fails must not replace those of the machine."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDWR)
+    with replaced_whole(link) as place:
+        place.write_text("through")
+    assert os.read(reader, 100) == b"through" and pipe.is_fifo() and link.is_symlink()
+    os.close(reader)
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -17,7 +19,7 @@ from test_data_files import write_cifar
 from trainer_helpers import tiny
 
 from fm_fast.cli import main
-from fm_fast.train import loop, run_folder, train
+from fm_fast.train import files, loop, run_folder, train
 from fm_fast.train.checkpoint import read_checkpoint
 from fm_fast.train.data import digits, load_dataset
 from fm_fast.train.files import replaced_whole
@@ -74,7 +76,7 @@ def test_a_stream_is_appended_to_and_stays_what_it_is(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files have no names here")
 def test_results_to_standard_output_follow_the_report(of_digits, tmp_path):
-    """By a link of the test's own: what would replace /dev/stdout itself would harm more than a test."""
+    """By a link of the test's own, to what cannot be replaced: /dev/stdout itself could be, by a test that fails."""
     (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
     code = f"""
 import sys
@@ -87,11 +89,61 @@ sys.exit(main(["likelihood", {str(of_digits)!r}, "--limit", "2", "--steps", "1",
     assert "bits/dim: " in report and record["images"] == 2 and (tmp_path / "stdout").is_symlink()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
-def test_a_full_device_is_told_by_its_name(tmp_path):
-    (tmp_path / "name").symlink_to("/dev/full")
+def test_a_full_stream_is_told_by_its_name(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "name")
+    reader = os.open(tmp_path / "name", os.O_RDWR)
+    monkeypatch.setattr(files.shutil, "copyfileobj", no_room)
     with pytest.raises(OSError, match=r"No space left on device: '.*name'"), replaced_whole(tmp_path / "name") as temporary:
-        temporary.write_text("x" * 100_000)
+        temporary.write_text("lost")
+    os.close(reader)
+
+
+def no_room(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files have no names here")
+@pytest.mark.parametrize("closed", [False, True])
+def test_what_is_printed_later_follows_what_was_appended(closed, tmp_path):
+    """Where standard output has been sent to a file; and without one, results still reach other streams."""
+    link, opened = tmp_path / "stdout", tmp_path / "opened"
+    link.symlink_to("/proc/self/fd/1" if not closed else tmp_path / "pipe")
+    code = f"""
+import os, sys
+from pathlib import Path
+from fm_fast.train.files import replaced_whole
+if not {closed}:
+    print("before")
+else:
+    sys.stdout = None
+    os.mkfifo({str(tmp_path / "pipe")!r})
+    reader = os.open({str(tmp_path / "pipe")!r}, os.O_RDWR)
+with replaced_whole(Path({str(link)!r})) as temporary:
+    temporary.write_text("written\\n")
+if {closed}:
+    os.write(1, os.read(reader, 100))
+else:
+    print("after")
+"""
+    with opened.open("w") as stream:
+        descriptor = os.dup(1)
+        os.dup2(stream.fileno(), 1)
+        try:
+            result = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        finally:
+            os.dup2(descriptor, 1)
+            os.close(descriptor)
+    assert result.returncode == 0, result.stderr
+    assert opened.read_text().splitlines()[-3:] == (["written"] if closed else ["before", "written", "after"])
+
+
+@pytest.mark.parametrize("where", ["circle", "nowhere"])
+def test_links_that_lead_to_no_file_are_told_before_the_work(where, tmp_path, capsys):
+    link = tmp_path / "link.json"
+    link.symlink_to(link if where == "circle" else tmp_path / "none" / "target.json")
+    assert main(["likelihood", str(tmp_path), "--json", str(link)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fm-fast: error: json: expected a file") and ("there is no folder" in error) == (where == "nowhere")
 
 
 # Full disks and failing pictures
@@ -118,6 +170,45 @@ def test_training_goes_on_without_a_checkpoint_on_the_way_but_not_without_the_la
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path, checkpoint_every=1)
     assert capsys.readouterr().out.count("warning: no checkpoint of this step: [Errno 28]") == 3
+
+
+def test_another_error_of_a_checkpoint_ends_training_and_deletes_nothing(tmp_path, monkeypatch):
+    save = run_folder.save_checkpoint
+
+    def refused(path, *arguments):
+        if path.name == "checkpoint-00000003.pt":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        save(path, *arguments)
+
+    monkeypatch.setattr(run_folder, "save_checkpoint", refused)
+    with pytest.raises(PermissionError):
+        run(tmp_path, checkpoint_every=1, keep_checkpoints=3)
+    assert sorted(file.name for file in tmp_path.glob("checkpoint-*")) == ["checkpoint-00000001.pt", "checkpoint-00000002.pt"]
+
+
+def test_a_run_ends_well_without_its_weights_alone_which_its_checkpoint_has(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "can_write_weights", lambda: True)
+    monkeypatch.setattr(loop, "save_weights", full)
+    assert run(tmp_path).state.step == 4 and RunFolder(tmp_path).checkpoint(4).exists()
+    assert "warning: no weights.safetensors of this step: [Errno 28]" in capsys.readouterr().out
+
+
+def test_training_goes_on_without_its_log_and_the_log_goes_on_when_there_is_room_again(tmp_path, monkeypatch, capsys):
+    opened = Path.open
+
+    def without_room(self, mode="r", *arguments, **settings):
+        if self.name == "log.jsonl" and mode == "a" and not steps.pop(0):
+            with opened(self, "a") as stream:
+                stream.write('{"step": ')  # as far as the room went
+            full()
+        return opened(self, mode, *arguments, **settings)
+
+    steps = [True, False, False, True, True, True]
+    monkeypatch.setattr(Path, "open", without_room)
+    run(tmp_path, log_every=1, steps=6)
+    monkeypatch.undo()
+    assert [record["step"] for record in files.read_records(tmp_path / "log.jsonl")] == [1, 4, 5, 6]
+    assert capsys.readouterr().out.count("log.jsonl: no room for the record of step 2 and the following; training goes on") == 1
 
 
 @pytest.mark.parametrize("keep", [2, 0])
@@ -159,11 +250,17 @@ def test_the_newest_checkpoint_of_a_run_that_goes_on(tmp_path, monkeypatch):
     assert found.file == RunFolder(tmp_path).checkpoint(5) and found.damaged == {}
 
 
-def test_a_checkpoint_that_is_no_file_is_a_damaged_one(tmp_path):
+def test_folders_and_links_without_a_file_are_no_checkpoints(tmp_path):
     run(tmp_path)
-    RunFolder(tmp_path).checkpoint(99).mkdir()
-    found = RunFolder(tmp_path).newest_valid()
-    assert found.file == RunFolder(tmp_path).checkpoint(4) and list(found.damaged) == [RunFolder(tmp_path).checkpoint(99)]
+    folder = RunFolder(tmp_path)
+    folder.checkpoint(1).mkdir()
+    folder.checkpoint(99).symlink_to(tmp_path / "nowhere")
+    found = folder.newest_valid()
+    assert found.file == folder.checkpoint(4) and list(found.damaged) == [folder.checkpoint(99)]
+    run(tmp_path, resuming=True, steps=5, keep_checkpoints=1)
+    assert folder.checkpoints() == [folder.checkpoint(5)] and folder.checkpoint(1).is_dir()
+    folder.clear()
+    assert folder.checkpoint(1).is_dir()
 
 
 def test_a_new_run_deletes_the_pictures_of_the_old_one(tmp_path):
@@ -276,7 +373,7 @@ def test_colours_of_sixteen_bits_are_refused(depth, tmp_path):
     if depth == 8:
         assert load_dataset(tmp_path).images.shape == (1, 3, 2, 2)
     else:
-        with pytest.raises(ValueError, match=r"image\.png: expected 8 bits a channel, got an image of more"):
+        with pytest.raises(ValueError, match=r"image\.png: expected 8 bits a channel, got more, in mode RGB"):
             load_dataset(tmp_path)
 
 
@@ -331,3 +428,13 @@ def test_a_run_takes_the_task_of_the_one_that_it_begins_with(settings, name, oth
     assert main([*BRIEF, "--init-from", first, option, other, "--out", str(tmp_path / "third")]) == 1
     expected = f"{name}: expected {getattr(stored[0], name)}, as of init_from {first}, got {other}"
     assert expected in capsys.readouterr().err
+
+
+def test_another_objective_than_that_of_the_run_to_begin_with_is_named(tmp_path, capsys):
+    first = str(tmp_path / "first")
+    assert main([*BRIEF, "--sigma-min", "0.3", "--out", first]) == 0
+    capsys.readouterr()
+    assert main([*BRIEF, "--init-from", first, "--objective", "ddpm", "--out", str(tmp_path / "second")]) == 1
+    assert capsys.readouterr().err == f"fm-fast: error: objective: expected fm-ot, as of init_from {first}, got ddpm\n"
+    assert main([*BRIEF, "--init-from", first, "--preconditioned", "off", "--sigma-min", "0.1", "--out", str(tmp_path / "second")]) == 1
+    assert "sigma_min: expected 0.3, as of init_from" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The reference U-Net: shapes, initial values, conditioning, dtypes, errors, and independent counts and formulas."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -397,3 +398,40 @@ def test_layers_within_others(training):
             if isinstance(child, nn.Conv2d | nn.Linear) and not isinstance(module, Wrapped):
                 setattr(module, name, Wrapped(child))
     torch.testing.assert_close(model(x, t, y), expected)
+
+
+class Adapted(nn.Module):
+    """A layer in 16 bits with parameters of its own in 32, as adapters keep them."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.factor, self.inner = nn.Parameter(torch.ones(())), inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_adapters_and_weights_that_are_no_parameters_keep_the_dtype_of_the_layer():
+    """As those of copies that nn.DataParallel makes are none."""
+    model, (x, t, y) = shaken(UNet(TINY)).bfloat16().eval(), inputs(2)
+    expected, bare = model(x, t, y), copy.deepcopy(model)
+    for layers, name in ((model, "stem"), (model.time, "first")):
+        setattr(layers, name, Adapted(getattr(layers, name)))
+    assert torch.equal(model(x, t, y), expected)
+    for module in bare.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                del module._parameters[name]
+                object.__setattr__(module, name, parameter.data)
+    assert not list(bare.parameters())
+    assert bare(x, t, y).dtype == torch.bfloat16
+
+
+def test_a_frozen_convolution_whose_padding_is_a_word():
+    x = torch.randn(2, 16, 8, 8, requires_grad=True)
+    for padding in ("same", "valid"):
+        layer = Convolution(16, 16, 3, padding=padding).requires_grad_(False)
+        plain = nn.Conv2d(16, 16, 3, padding=padding)
+        plain.load_state_dict(layer.state_dict())
+        (found,), (expected,) = (torch.autograd.grad(each(x).square().sum(), x) for each in (layer, plain))
+        torch.testing.assert_close(found, expected)

@@ -140,6 +140,23 @@ def test_the_key_of_a_call_is_that_of_its_backward_pass(fused):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()) + 1e-7)
 
 
+@pytest.mark.parametrize(
+    ("key", "kind", "message"),
+    [
+        ((1, 2, 3), TypeError, "dropout_key must be a torch.Tensor, got tuple"),
+        (torch.zeros(3), ValueError, r"dropout_key must be int64 of shape \[3\], .* got torch.float32 of shape \(3,\)"),
+        (torch.tensor([1, 2]), ValueError, r"dropout_key must be int64 of shape \[3\], .* of shape \(2,\)"),
+    ],
+)
+def test_wrong_keys_of_a_call(key, kind, message):
+    x, t, y = inputs(2)
+    with pytest.raises(kind, match=message):
+        UNet(CONFIG)(x, t, y, dropout_key=key)
+    every_second = torch.tensor([3, 0, 5, 0, 7, 0])[::2]
+    model = shaken(UNet(CONFIG))
+    assert torch.equal(model(x, t, y, dropout_key=every_second), model(x, t, y, dropout_key=torch.tensor([3, 5, 7])))
+
+
 @pytest.mark.parametrize("name", ["seed", "step", "first_id"])
 def test_wrong_keys(name):
     with pytest.raises(ValueError, match=name):

@@ -78,16 +78,18 @@ def require_target(name: str, file: Path) -> None:
     """Told before the work that would be lost, not after it: OSError if the file of that option cannot be written."""
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{name}: expected a file in a folder, got {file}: there is no folder {file.parent}")
+    try:
+        target = file.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise ValueError(f"{name}: expected a file, got {file}: {error}") from error
     if file.is_dir():
         raise IsADirectoryError(f"{name}: expected a file, {file} is a folder")
-    if not os.access(file if file.exists() else file.parent, os.W_OK) or not _takes_a_temporary_file(file):
+    # A file is written beside the one that it replaces, a stream is appended to.
+    places = [file] if is_stream(file) else [target.parent, *([target] if target.exists() else [])]
+    if not places[0].exists():
+        raise FileNotFoundError(f"{name}: expected a file in a folder, got {file}: there is no folder {places[0]}")
+    if not all(os.access(place, os.W_OK) for place in places):
         raise PermissionError(f"{name}: expected a file that can be written, got {file}")
-
-
-def _takes_a_temporary_file(file: Path) -> bool:
-    """Beside which it is written, but for streams."""
-    target = file.resolve()
-    return not (target.is_file() or not target.exists()) or os.access(target.parent, os.W_OK) or is_stream(file)
 
 
 def solver_of(options: argparse.Namespace, method: str, steps: int) -> dict[str, Any]:

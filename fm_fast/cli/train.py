@@ -74,7 +74,11 @@ def _numbers(kind: type, text: str) -> tuple[Any, ...]:
 def config_from(options: argparse.Namespace) -> TrainConfig:
     """The given options, for the rest the preset's, or with --resume the stored run's. Raises ValueError if no data or folder is named."""
     given = _given(options)
-    base = _resumed(options.preset, given) if options.resume else _begun(_preset(options.preset, given), given.get("init_from"))
+    base = (
+        _resumed(options.preset, given)
+        if options.resume
+        else _begun(_preset(options.preset, given), given.get("init_from"), given.get("objective"))
+    )
     try:
         model = replace(base.model, **{name.removeprefix("model."): value for name, value in given.items() if "." in name})
     except ValueError as error:
@@ -93,12 +97,14 @@ def _preset(name: str | None, given: dict[str, Any]) -> TrainConfig:
     return PRESETS[name or ("images" if given["data"] != "digits" else "digits")]
 
 
-def _begun(preset: TrainConfig, source: str | None) -> TrainConfig:
+def _begun(preset: TrainConfig, source: str | None, objective: str | None) -> TrainConfig:
     """The preset with the network and the task of the run to begin with."""
     if not source:
         return preset
     stored = load_model(source)[1]
-    return replace(preset, model=stored.model, **{name: getattr(stored, name) for name in TASK})
+    # Of another objective, which is refused later, they would be taken for mistakes of their own.
+    task = TASK if objective in (None, stored.objective) else ("super_resolution",)
+    return replace(preset, model=stored.model, **{name: getattr(stored, name) for name in task})
 
 
 def _resumed(name: str | None, given: dict[str, Any]) -> TrainConfig:

@@ -48,7 +48,7 @@ class Convolution(nn.Conv2d):
             return self._convolved(x.float(), self.weight.float(), bias).to(dtype)
 
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.padding_mode != "zeros" or self.dilation != (1, 1) or self.groups != 1:
+        if self.padding_mode != "zeros" or self.dilation != (1, 1) or self.groups != 1 or isinstance(self.padding, str):
             return self._conv_forward(x, weight, bias)
         kernels = _kernels(x, weight) if self.fused and self.keeps_size else PYTORCH
         if _is_only_differentiated_in(x, weight, bias):

@@ -22,8 +22,12 @@ def sinusoidal_embedding(t: Tensor, dimension: int, scale: float = 1000.0) -> Te
 
 
 def dtype_of(layer: nn.Module, otherwise: torch.dtype) -> torch.dtype:
-    """Of a layer's weights, which may be wrapped by another layer; ``otherwise`` where it shows none, as quantised ones do."""
-    return next((p.dtype for p in layer.parameters() if p.is_floating_point()), otherwise)
+    """Of a layer's weight, or of the one that it is wrapped around, as adapters are; ``otherwise`` where it shows none (quantised ones)."""
+    own = getattr(layer, "weight", None)
+    if isinstance(own, Tensor) and own.is_floating_point():
+        return own.dtype
+    named = [(name.rpartition(".")[2] != "weight", p.dtype) for name, p in layer.named_parameters() if p.is_floating_point()]
+    return min(named, key=lambda entry: entry[0])[1] if named else otherwise
 
 
 class TimeEmbedding(nn.Module):

@@ -47,7 +47,8 @@ class UNet(nn.Module):
         width = 4 * config.channels
         settings = BlockSettings(width, config.groups, config.dropout, config.scale_shift, fused)
         # Not a buffer: DistributedDataParallel would give every process the key of the first.
-        self.dropout_key = torch.tensor(NO_KEY, dtype=torch.int64, device="cpu")  # with values also where weights have none yet
+        place = torch.empty(0).device  # where weights are made; a key has values also where these have none yet
+        self.dropout_key = torch.tensor(NO_KEY, dtype=torch.int64, device="cpu" if place.type == "meta" else place)
         self._has_key = False  # looking at its values would make the host wait for a GPU, and ends a compiled graph
         self.time = TimeEmbedding(config.channels, width, config.time_scale)
         self.label = ClassEmbedding(config.classes, width) if config.classes else None
@@ -94,6 +95,9 @@ class UNet(nn.Module):
         _checks.whole("seed", seed, _checks.MAX_SEED)
         _checks.whole("step", step, _checks.WORD)
         _checks.whole("first_id", first_id, _checks.WORD)
+        device = next(self.parameters()).device  # of weights that were assigned to a network on the meta device
+        if device not in (self.dropout_key.device, torch.device("meta")):
+            self.dropout_key = self.dropout_key.to(device)
         for place, value in zip(self.dropout_key, (seed, step, first_id), strict=True):
             place.copy_(value.reshape(())) if isinstance(value, Tensor) else place.fill_(value)
         self._has_key = True
@@ -112,7 +116,7 @@ class UNet(nn.Module):
             raise ValueError(
                 "dropout_key: expected set_dropout_key(seed, step, first_id) before each training step, but it was never called"
             )
-        return self.dropout_key.to(x.device, copy=True) if given is None else given
+        return self.dropout_key.to(x.device, copy=True) if given is None else _checked_key(given, x)
 
     def _embed(self, t: Tensor, y: Tensor | None) -> Tensor:
         embedding = self.time(t)
@@ -130,6 +134,15 @@ class UNet(nn.Module):
         # CPU both are as fast, and the compiler fails at copies into it where it knows no sizes (torch 2.13).
         keeps = not self.fused or _modes.transforms_active() or (_modes.is_compiling() and image.is_cpu)
         return image if keeps else image.to(memory_format=torch.channels_last)
+
+
+def _checked_key(key: object, x: Tensor) -> Tensor:
+    _checks.tensor("dropout_key", key)
+    assert isinstance(key, Tensor)
+    if key.dtype != torch.int64 or key.shape != (3,):
+        raise ValueError(f"dropout_key must be int64 of shape [3], (seed, step, first id), got {key.dtype} of shape {tuple(key.shape)}")
+    _checks.same_device("dropout_key", key, x, "x")
+    return key.contiguous()
 
 
 class _Middle(nn.Module):

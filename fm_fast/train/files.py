@@ -1,6 +1,7 @@
 """Files that are never half written, and folders that one run at a time writes into."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -78,13 +79,30 @@ def _appended(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder, "content")
         yield temporary
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
         try:
             with temporary.open("rb") as content, path.open("ab") as stream:
                 shutil.copyfileobj(content, stream)
+                stream.flush()
+                _go_to_the_end(stream.fileno())
         except OSError as error:
             raise_with_name(error, path)
             raise
+
+
+def _go_to_the_end(descriptor: int) -> None:
+    """Where that file is this process's output: what it prints next follows what was appended."""
+    for output in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(output), os.fstat(descriptor)):
+                os.lseek(output, 0, os.SEEK_END)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk had no room; None is what torch and safetensors do not tell."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, None)
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ def read_image(file: Path, resize: int) -> Tensor:
     except (*DAMAGE, Image.DecompressionBombError) as error:
         raise ValueError(f"{file}: expected a readable image, got: {error}") from error
     if wide:
-        raise ValueError(f"{file}: expected 8 bits a channel, got an image of more ({rgb.mode})")
+        raise ValueError(f"{file}: expected 8 bits a channel, got more, in mode {rgb.mode}")
     rgb = _middle_square(rgb, resize) if resize else rgb
     pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return pixels.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1)

@@ -22,8 +22,8 @@ def initial_weights(config: TrainConfig) -> tuple[Weights, str]:
     source, stored = load_model(config.init_from)
     if stored.objective != config.objective:
         raise ValueError(f"objective: expected {stored.objective}, as of init_from {config.init_from}, got {config.objective}")
-    for name in ("preconditioned", "sigma_min"):
-        _require_alike(name, stored, config)
+    _require_alike("preconditioned", stored, config, *(run.recipe.preconditioned for run in (stored, config)))
+    _require_alike("sigma_min", stored, config, *(run.recipe.path for run in (stored, config)))
     with torch.device("meta"):
         wanted = {name: value.shape for name, value in build_model(config).state_dict().items()}
     found = source.state_dict()
@@ -40,10 +40,9 @@ def initial_weights(config: TrainConfig) -> tuple[Weights, str]:
     return {name: value for name, value in found.items() if name not in differing}, text
 
 
-def _require_alike(name: str, stored: TrainConfig, config: TrainConfig) -> None:
-    """A setting without which the same weights would mean something else."""
-    there, here = ((run.recipe.path, run.recipe.preconditioned) for run in (stored, config))
-    if getattr(stored, name) != getattr(config, name) and there != here:
+def _require_alike(name: str, stored: TrainConfig, config: TrainConfig, there: object, here: object) -> None:
+    """What a setting makes of a recipe; the same weights would mean something else with another."""
+    if there != here:
         expected, found = getattr(stored, name), getattr(config, name)
         raise ValueError(f"{name}: expected {expected}, as of init_from {config.init_from}, got {found}")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.devices import peak_memory, peak_tflops
 from fm_fast.train.distributed import Team
-from fm_fast.train.files import read_records, replaced_whole
+from fm_fast.train.files import is_full, read_records, replaced_whole
 from fm_fast.train.interrupt import say_nothing_more
 from fm_fast.train.prepare import GIB
 from fm_fast.train.run_folder import RunFolder
@@ -60,6 +60,7 @@ class Logger:
     ) -> None:
         self.folder, self.config, self.team, self.flops_per_image = folder, config, team, flops_per_image
         self._skipped = skipped
+        self._cut: set[Path] = set()  # files whose last line may be half a one
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._quartiles: list[Tensor] = []
@@ -152,8 +153,17 @@ class Logger:
         return [total / count if count else None for total, count in zip(sums, counts, strict=True)]
 
     def _write(self, record: dict[str, Any], file: Path, prefix: str = "") -> None:
-        with file.open("a") as stream:
-            stream.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        line = json.dumps(_finite(record), allow_nan=False) + "\n"
+        try:
+            with file.open("a") as stream:
+                stream.write("\n" + line if file in self._cut else line)
+            self._cut.discard(file)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            if file not in self._cut:
+                self.say(f"warning: {file}: no room for the record of step {record['step']} and the following; training goes on")
+            self._cut.add(file)
         if self._board is not None:
             for name, value in _scalars(record):
                 self._board.add_scalar(prefix + name, value, record["step"])

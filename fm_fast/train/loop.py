@@ -18,7 +18,7 @@ from fm_fast.train.data import DataOrder, Dataset, load_dataset
 from fm_fast.train.devices import autotuning, flops_per_image
 from fm_fast.train.distributed import StopVote, Team, joined, state_of, team_network
 from fm_fast.train.evaluate import Enlargement, Quality, evaluate, evaluate_enlargement
-from fm_fast.train.files import as_folder
+from fm_fast.train.files import as_folder, is_full
 from fm_fast.train.graph import GraphedStep, is_wanted
 from fm_fast.train.identity import identity_of
 from fm_fast.train.initial import initial_weights
@@ -150,7 +150,7 @@ def _resume(run: Run) -> None:
             tell(f"warning: {text}")
         found.set_damaged_aside()
     if run.state.step == run.config.steps and from_dict(content["config"]) != run.config:
-        _save(run)  # no later step will bring the new settings, such as the place of the data, into a checkpoint
+        _save(run, tell)  # no later step will bring the new settings, such as the place of the data, into a checkpoint
 
 
 def _run(run: Run) -> float:
@@ -181,7 +181,7 @@ def _steps(run: Run, logger: Logger) -> float:
             signal = vote(asked())
             if signal and state.step < config.steps:
                 vote.close()
-                _save(run)
+                _save(run, logger.say)
                 logger.say(f"interrupted after step {state.step}; continue with --resume")
                 stop(signal)
         vote.close()
@@ -200,38 +200,41 @@ def _stepper(run: Run, network: Model, logger: Logger) -> Callable[[], StepLoss]
 def _interval_files(run: Run, logger: Logger) -> None:
     last = run.state.step == run.config.steps
     if last:
-        _save(run)
+        _save(run, logger.say)
     elif _due(run.state.step, run.config.checkpoint_every):
-        with _dispensable("checkpoint", logger):
-            _save(run)
+        with _dispensable("checkpoint", logger.say, is_full):
+            _save(run, logger.say)
     if last or _due(run.state.step, run.config.sample_every):
-        with _dispensable("pictures", logger):
+        with _dispensable("pictures", logger.say):
             _write_pictures(run)
     if run.config.quality_every > 0 and (last or _due(run.state.step, run.config.quality_every)):
-        with _dispensable("quality", logger):
+        with _dispensable("quality", logger.say):
             _measure_quality(run, logger)
 
 
 @contextlib.contextmanager
-def _dispensable(what: str, logger: Logger) -> Iterator[None]:
-    """What training goes on without: a full disk or samples that are not finite are told."""
+def _dispensable(what: str, say: Callable[[str], None], also: Callable[[OSError], bool] = lambda error: True) -> Iterator[None]:
+    """What a run goes on without: files that cannot be written, and samples that are not finite, are told. also: which errors of files."""
     try:
         yield
     except (OSError, FloatingPointError) as error:
-        logger.say(f"warning: no {what} of this step: {error}; training goes on")
+        if isinstance(error, OSError) and not also(error):
+            raise
+        say(f"warning: no {what} of this step: {error}; the run goes on")
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _save(run: Run) -> None:
-    """Every process helps to gather what is in shards; the first writes."""
+def _save(run: Run, say: Callable[[str], None]) -> None:
+    """Every process helps to gather what is in shards; the first writes. The weights alone are in the checkpoint, too."""
     stored = run.state.state_dict()
     if run.team.first:
         run.folder.save(stored, run.config, run.data)
         if can_write_weights():
-            save_weights(run.folder.weights, stored["average"], run.config, run.state.step)
+            with _dispensable(run.folder.weights.name, say):
+                save_weights(run.folder.weights, stored["average"], run.config, run.state.step)
 
 
 def _write_pictures(run: Run) -> None:

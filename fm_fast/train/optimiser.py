@@ -253,6 +253,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
         Raises ValueError for the state of other parameters or averages, and for what this optimiser does not do (amsgrad, maximize).
         """
+        state_dict = dict(state_dict)  # which hooks may change
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         groups = [known_settings(group) for group in state_dict["param_groups"]]
@@ -324,8 +325,8 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 def _is_number(value: object, fits: Callable[[float], bool]) -> bool:
-    """Whether this is a number that fits; a tensor is not looked at, which would wait for its device."""
-    return isinstance(value, Tensor) or (_checks.is_number(value) and fits(value))
+    """Whether this is a number that fits; a tensor's value is not looked at, which would wait for its device."""
+    return (isinstance(value, Tensor) and value.numel() == 1) or (_checks.is_number(value) and fits(value))
 
 
 def _alike(gradient: Tensor, p: Tensor) -> Tensor:

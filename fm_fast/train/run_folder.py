@@ -9,7 +9,7 @@ from typing import Any
 
 from fm_fast.train.checkpoint import read_checkpoint, save_checkpoint
 from fm_fast.train.config import TrainConfig, from_dict
-from fm_fast.train.files import TEMPORARY, only_writer
+from fm_fast.train.files import TEMPORARY, is_full, only_writer
 
 NUMBERED = re.compile(r"checkpoint-(\d{8,})\.pt")
 
@@ -29,7 +29,8 @@ class Found:
     def set_damaged_aside(self) -> None:
         """Rename the newer files, so that they do not pass for the newest once training has gone on from here."""
         for file in self.damaged:
-            file.rename(file.with_name(f"{file.name}.damaged"))
+            with contextlib.suppress(FileNotFoundError):
+                file.rename(file.with_name(f"{file.name}.damaged"))
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """Those that are there, newest first, valid or not."""
         files = self.path.iterdir() if self.path.is_dir() else ()
-        numbered = [(int(match[1]), file) for file in files if (match := NUMBERED.fullmatch(file.name))]
+        numbered = [(int(match[1]), file) for file in files if (match := NUMBERED.fullmatch(file.name)) and not file.is_dir()]
         return [file for _, file in sorted(numbered, reverse=True)]
 
     def settings(self) -> TrainConfig:
@@ -97,8 +98,8 @@ class RunFolder:
         file = self.checkpoint(stored["step"])
         try:
             save_checkpoint(file, stored, config, data)
-        except OSError:
-            if not (config.keep_checkpoints > 0 and self._made_room()):
+        except OSError as error:
+            if not (is_full(error) and config.keep_checkpoints > 0 and self._made_room()):
                 raise
             save_checkpoint(file, stored, config, data)
         if config.keep_checkpoints > 0:
@@ -109,6 +110,8 @@ class RunFolder:
     def _made_room(self) -> bool:
         """Whether there were checkpoints beside the newest valid one."""
         with contextlib.suppress(ValueError, FileNotFoundError):
+            if len(self.checkpoints()) < 2:
+                return False
             newest = self.newest_valid().file
             older = [file for file in self.checkpoints() if file != newest]
             for file in older:
