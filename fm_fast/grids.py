@@ -177,7 +177,7 @@ def _explicit(grid: Sequence[float], steps: int | None, t0: float, t1: float) ->
         raise ValueError(f"grid must hold at least two times, got {len(times)}")
     if steps is not None and _required(steps) != len(times) - 1:
         raise ValueError(f"steps must be left out or equal the {len(times) - 1} steps of grid, got {steps}")
-    if (t0, t1) != (0.0, 1.0) and not np.allclose((t0, t1), times[[0, -1]], rtol=0.0, atol=_rounding_of(grid)):
+    if (t0, t1) != (0.0, 1.0) and not np.allclose((t0, t1), times[[0, -1]], rtol=0.0, atol=_rounding_of_ends(grid)):
         raise ValueError(f"t0 and t1 must be left out or equal the ends of grid, {times[0]} and {times[-1]}, got {t0} and {t1}")
     return _increasing(times, "grid")
 
@@ -219,12 +219,11 @@ def with_times(nodes: Times, wanted: Sequence[float]) -> tuple[Times, list[int]]
     """
     given = _times("save", wanted)
     extra = np.clip(given, nodes[0], nodes[-1])
-    rounding = _rounding_of(wanted)
-    inside_of_noise, inside_of_data = (KEPT_INSIDE if margin <= KEPT_INSIDE else rounding for margin in (nodes[0], 1.0 - nodes[-1]))
-    outside = (given < nodes[0] - inside_of_noise) | (given > nodes[-1] + inside_of_data)
+    margins = [KEPT_INSIDE if margin <= KEPT_INSIDE else _rounding_of_ends(wanted) for margin in (nodes[0], 1.0 - nodes[-1])]
+    outside = (given < nodes[0] - margins[0]) | (given > nodes[-1] + margins[1])
     if outside.any():  # not the size of given[outside], which torch.compile takes for true where there are none
         raise ValueError(f"save must lie inside the solve, [{nodes[0]}, {nodes[-1]}], got {given[outside].tolist()}")
-    merged = nodes
+    merged, rounding = nodes, _rounding_of(wanted)
     for time in np.sort(extra):
         steps = np.diff(merged)
         shortest = np.minimum(np.append(steps, np.inf), np.insert(steps, 0, np.inf))  # beside each node
@@ -234,10 +233,13 @@ def with_times(nodes: Times, wanted: Sequence[float]) -> tuple[Times, list[int]]
 
 
 def _rounding_of(times: object) -> float:
-    """Of the times' dtype, or float32's where that has more digits: they may have been float32 before."""
+    """Of the times' dtype; Python's numbers may have been float32 before."""
     dtype = getattr(times, "dtype", torch.float32)
     if isinstance(dtype, np.dtype):
-        own = float(np.finfo(dtype).eps) if dtype.kind == "f" else 0.0
-    else:
-        own = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-    return max(own, torch.finfo(torch.float32).eps)
+        return float(np.finfo(dtype).eps) if dtype.kind == "f" else 0.0
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+
+def _rounding_of_ends(times: object) -> float:
+    """The same for times that are to be the ends of a solve, or within: float64 ones may have been float32 before, too, or sums."""
+    return max(_rounding_of(times), torch.finfo(torch.float32).eps)

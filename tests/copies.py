@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -65,4 +66,11 @@ def run_python(code, *arguments, folder=".", path=(), typed="", **environment) -
 def two_processes(work, arguments):
     """work(rank, *arguments) in each of two processes."""
     multiprocessing.set_forkserver_preload(["torch", "torch._dynamo"])
-    torch.multiprocessing.start_processes(work, arguments, nprocs=2, start_method="forkserver")
+    processes = torch.multiprocessing.start_processes(work, arguments, nprocs=2, start_method="forkserver", join=False)
+    assert processes is not None
+    end = time.monotonic() + DEADLINE
+    while not processes.join(timeout=5):  # raises what a process has raised
+        if time.monotonic() > end:
+            for process in processes.processes:
+                process.kill()
+            raise TimeoutError(f"two processes: one waits for the other, or both took more than {DEADLINE} s")

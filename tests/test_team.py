@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -90,22 +89,14 @@ FAST = [(straight, "ddp"), (resumed, "ddp"), (stopped, "ddp")]
 SLOW = [(straight, "fsdp"), (resumed, "fsdp"), (begun, "fsdp")]
 
 
-def work(rank, scenarios, ports, folder):
+def work(rank, scenarios, port, folder):
+    """One training after another, as torchrun's processes: they meet in a store that outlives a training, and what one has left there must
+    not reach the next."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    for (scenario, parallel), port in zip(scenarios, ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", **place)
+    for scenario, parallel in scenarios:
         scenario(folder if rank == 0 else folder / "second", parallel)
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +115,8 @@ def of_two(place, alone, scenarios):
             copy_middle(alone, place / f"resumed-{parallel}")
         if scenario is begun:
             shutil.copytree(alone, place / "source")
-    two_processes(work, (scenarios, free_ports(len(scenarios)), place))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    two_processes(work, (scenarios, store.port, place))
     return place
 
 

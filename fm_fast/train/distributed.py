@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from fm_fast.train.devices import pick_device
 from fm_fast.train.step import WHOLE, Model, Share, TrainState, network_of, new_state
 
 Value = TypeVar("Value")
+_teams = itertools.count()  # all processes train equally often
 # The others wait while the first process reads a million images for the first time; torchrun notices when a process dies.
 PATIENCE = timedelta(hours=12)
 # The option by which buffers are not sent around before each step, whose name torch has changed.
@@ -82,13 +84,25 @@ def joined(device: str) -> Iterator[Team]:
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
     # Messages between the hosts go through gloo also where gradients go through NCCL.
-    dist.init_process_group("gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=PATIENCE)
+    backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
+    store, rank, world = _met()
+    # What an earlier team of these processes left in the store would send this one to addresses where nobody listens any more.
+    own = dist.PrefixStore(f"team-{next(_teams)}", store)  # type: ignore[reportPrivateImportUsage]
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=PATIENCE)
     try:
         yield Team(place, Share(dist.get_rank(), dist.get_world_size()))
     finally:
         dist.destroy_process_group()
         # Networks in shards are cycles that own the group, whose threads must end before the interpreter begins to.
         atexit.register(gc.collect)
+
+
+@functools.cache
+def _met() -> tuple[Any, int, int]:
+    """The store of the processes that torchrun started, this one's number, and how many there are."""
+    from torch.distributed.rendezvous import rendezvous  # which not every build of torch has
+
+    return next(rendezvous("env://", timeout=PATIENCE))
 
 
 class StopVote:
