@@ -186,7 +186,7 @@ def check_recipes(results: list[tuple[str, Any]]) -> None:
 def check_sit(results: list[tuple[str, Any]]) -> None:
     found, session = dict(results), setup_session()
     assert found["losses"].shape == (16,) and bool(found["losses"].isfinite().all())
-    noise, (by_ode, by_sde) = found["noise"], values(results, "images")
+    noise, by_ode, by_sde = found["noise"], found["images"], found["samples"]
     torch.testing.assert_close(by_ode, VARIANCE**0.5 * noise, rtol=5e-3, atol=5e-3)
     assert abs(float(by_sde.std()) / VARIANCE**0.5 - 1.0) < 0.05 and not torch.allclose(by_sde, by_ode, atol=0.1)
     check_log_prob(found["logp"], None, session["x1"])

@@ -19,7 +19,8 @@ differs in this:
 * Samples of an ODE that are not finite are an error. Outputs of another shape than x are one everywhere.
 * 16-bit states are float32 between evaluations.
 
-The methods of ``sample_ode`` are those of :mod:`fm_fast.compat.torchdiffeq`. Not there: the modules ``integrators`` and ``utils``.
+Gradients of an ODE are recorded where they are enabled, as there: sampling belongs under ``torch.no_grad()``, where it is fused. The
+methods of ``sample_ode`` are those of :mod:`fm_fast.compat.torchdiffeq`. Not there: the modules ``integrators`` and ``utils``.
 :func:`fm_fast.flow_matching_loss`, :func:`fm_fast.sample` and :func:`fm_fast.log_likelihood` are what it is made of, and have more.
 """
 
