@@ -1,4 +1,4 @@
-// The arguments of an op's call, read from torch's stack in the order of fm_fast/_ops/schemas.py and checked: all that a backend needs.
+// The arguments of an op's call, read from torch's stack in the order of fm_fast/_schemas.py and checked: all that a backend needs.
 #pragma once
 
 #include "evaluation.h"
@@ -132,7 +132,7 @@ DivergenceCall read_divergence_step(abi::Arguments* in);
 
 // One letter an argument, as abi::Arguments wants them.
 constexpr const char* kNoiseArguments = "TTiii";
-constexpr const char* kPathSampleArguments = "TTTTTTiffiifffffffb";
+constexpr const char* kPathSampleArguments = "TTTTTTiffiiffffffb";
 constexpr const char* kPathLossArguments = "TTTTTTTTiffbO";
 constexpr const char* kPathLossBackwardArguments = "TTTTTTTTiffbb";
 constexpr const char* kLinearStepArguments = "TTTLTifO";

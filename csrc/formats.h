@@ -35,6 +35,7 @@ FM_HD float widen(Float16 x) {
 #else
   uint32_t magnitude = x.bits & 0x7fffu, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
+  if (magnitude < 0x400u) scaled = static_cast<float>(magnitude) * 0x1p-24f;  // else lost where subnormal floats count as zero
   uint32_t bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : bit_cast<uint32_t>(scaled);
   return bit_cast<float>(bits | sign);
 #endif

@@ -2,6 +2,8 @@
 // Every shared function has internal linkage: copies built with different -m flags must never be merged by the linker.
 #pragma once
 
+#include <stddef.h>
+
 #include <math.h>
 #include <stdint.h>
 

@@ -62,7 +62,7 @@ View read_grad_output(const Tensor& grad_output, int reduction, int64_t batch) {
   Dtype dtype = dtype_of(grad_output);
   check_device(grad_output);
   if (dtype != Dtype::float32 && dtype != Dtype::float64) grad_output.fail("expected float32 or float64");
-  if (grad_output.numel() != (per_sample ? batch : 1) || grad_output.dim() > 1)
+  if (grad_output.numel() != (per_sample ? batch : 1) || grad_output.dim() > 1 || (per_sample && grad_output.dim() != 1))
     grad_output.fail(per_sample ? "expected one number a sample" : "expected one number");
   return View{grad_output.data(), dtype, per_sample ? grad_output.strides()[0] : 0, 0, 0};
 }

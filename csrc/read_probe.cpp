@@ -25,12 +25,12 @@ ProbeCall probe_call(const Tensor& probes, const ProbeInputs& in) {
   call.shape = shape_of(entry);
   call.view = float_view(entry, entry);
   call.probe_stride = probes.strides()[0];
-  call.probes = probes.sizes()[0];
+  call.probes = whole(probes.sizes()[0], 1, INT64_MAX, "probes");
   call.key_words = key_words(in.key, call.shape.batch);
   call.share = whole(in.share, 1, INT64_MAX, "share");
   call.first = whole(in.first, 0, INT64_MAX - call.probes, "first");
   call.index = whole(in.index, 0, kIndexLimit - 1, "index");
-  whole(call.index + (call.first + call.probes - 1) / call.share, 0, kIndexLimit - 1, "index + probes / share");
+  whole((call.first + call.probes - 1) / call.share, 0, kIndexLimit - 1 - call.index, "index + probes / share");
   set_structure(in, call.shape.channels * call.shape.positions, &call);
   return call;
 }

@@ -93,6 +93,8 @@ FM_HD Tally control_sample(const ControlCall& call, int64_t sample) {
   SampleSteps s = load_steps(call, sample);
   double before = s.tried;
   int64_t status = s.status;
+  if (s.stop < 0 || s.stop >= call.stop_count)
+    s.status = kGivenUp;  // counts of others than this op's, which would be read beyond the stops
   if (call.parts > 0) judge(call, mean_square(call, sample), &s);
   plan(call, &s);
   store_steps(call, sample, s);

@@ -86,6 +86,17 @@ def test_a_number_that_is_none_reaches_its_sample_and_head_alone():
 
 
 @needs_cpp
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FC00055, 0xFFC00001 - 2**32, -1])
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_every_kind_of_no_number_stays_none(part, bits):
+    """Also those with bits of their own."""
+    joint, _ = problem(1, 20, 1, 16)
+    joint.view(torch.int32)[0, 3, part, 0, 5] = bits
+    found, expected = (_ops.attention(joint, backend) for backend in ("cpp", "reference"))
+    assert torch.equal(found.isnan(), expected.isnan()) and bool(expected.isnan().any())
+
+
+@needs_cpp
 def test_results_depend_neither_on_threads_nor_on_the_rest_of_the_batch():
     joint, grad_out = problem(5, 70, 3, 32)
     (out, gradient), *others = on_thread_counts(lambda: forward_and_backward(joint, grad_out))

@@ -178,3 +178,14 @@ def test_an_input_computed_from_another_gets_its_own_gradient_only(how):
     else:
         found = torch.stack([torch.autograd.grad(y, source, row, create_graph=True)[0] for row in z])
     torch.testing.assert_close(found, expected)
+
+
+@needs_cpp
+@pytest.mark.parametrize("positions", [16, 25])
+def test_numbers_near_the_largest_do_not_spoil_the_gradients_of_rows_that_end_within_a_vector(positions):
+    """What lies beyond a row is infinite where its mean is divided by almost nothing."""
+    x, layer = torch.full((1, 16, 1, positions), 2.0**119, requires_grad=True), GroupNormSiLU(4, 16)
+    torch.nn.init.constant_(layer.weight, 100.0)
+    layer(x).sum().backward()
+    for gradient in (x.grad, layer.weight.grad, layer.bias.grad):
+        assert bool(gradient.isfinite().all())

@@ -344,3 +344,20 @@ def test_missing_instruction_set_is_an_error() -> None:
 
 def test_build_record_is_plain_json() -> None:
     assert json.loads(json.dumps(_backends.build_info())) == _backends.build_info()
+
+
+LETTERS = {"Tensor?": "O", "Tensor[]": "L", "Tensor": "T", "int": "i", "float": "f", "bool": "b"}
+
+
+def letters_of(schema):
+    """One letter an argument, as the native ops write them."""
+    plain = re.sub(r"\(\w!\)", "", schema[1 : schema.index(") ->")])
+    return "".join(LETTERS[argument.split()[0]] for argument in plain.split(", "))
+
+
+def test_native_ops_take_the_arguments_of_their_schemas():
+    sources = [file for file in (ROOT / "csrc").rglob("*") if file.suffix in (".h", ".cpp")]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in sources)
+    named = {re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower(): found for name, found in re.findall(r'k(\w+)Arguments = "(\w+)"', text)}
+    own = dict(re.findall(r'\nvoid (\w+)\(StableIValue\* stack[^{]*\{\s+(?:abi::)?Arguments in\(stack, "(\w+)"\)', text))
+    assert {**named, **own} == {name: letters_of(schema) for name, schema in _schemas.SCHEMAS.items()}

@@ -44,6 +44,16 @@ def test_a_step_that_was_cut_does_not_shorten_the_next(backend):
     assert numbers[:, 0].tolist() == [0.5, 0.4, 0.4] and counts[:, 0].tolist() == [2, 6, 1]
 
 
+@pytest.mark.parametrize("stop", [3, 2**40, -1])
+def test_a_stop_that_there_is_not_is_not_read(stop, backend):
+    if backend == "reference":
+        pytest.skip("plain PyTorch checks every index")
+    given = case(2, stops=(0.0, 0.5, 1.0))
+    given.counts[:, 0], given.counts[:, 1] = (stop, 0, 1), (1, 0, 1)
+    _, counts, *_ = control_cases.controlled(_ops.step_control(backend), given, torch.float64)
+    assert counts[2, 0] == 2 and counts[0, 0] == stop
+
+
 @needs_cpp
 def test_the_number_of_threads_changes_nothing():
     given = case(5000)

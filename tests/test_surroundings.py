@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from fm_fast.train import files, loop, run_folder, train
 from fm_fast.train.checkpoint import read_checkpoint
 from fm_fast.train.data import digits, load_dataset
 from fm_fast.train.files import replaced_whole
+from fm_fast.train.interrupt import deferred_interrupt
 from fm_fast.train.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,6 +115,7 @@ def test_what_is_printed_later_follows_what_was_appended(closed, tmp_path):
 import os, sys
 from pathlib import Path
 from fm_fast.train.files import replaced_whole
+from fm_fast.train.interrupt import deferred_interrupt
 if not {closed}:
     print("before")
 else:
@@ -438,3 +442,66 @@ def test_another_objective_than_that_of_the_run_to_begin_with_is_named(tmp_path,
     assert capsys.readouterr().err == f"fm-fast: error: objective: expected fm-ot, as of init_from {first}, got ddpm\n"
     assert main([*BRIEF, "--init-from", first, "--preconditioned", "off", "--sigma-min", "0.1", "--out", str(tmp_path / "second")]) == 1
     assert "sigma_min: expected 0.3, as of init_from" in capsys.readouterr().err
+
+
+# Platforms
+
+
+@pytest.mark.parametrize("encoding", ["cp1251", "ascii"])
+def test_letters_that_the_output_has_not_cost_no_result(encoding, of_digits, tmp_path):
+    arguments = ["evaluate", str(of_digits), "--limit", "4", "--no-bits", "--method", "euler", "--steps", "1"]
+    code = f"""
+import io, sys
+sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding={encoding!r})
+from fm_fast.cli import main
+from fm_fast.train.log import tell
+tell("out-\u00e9")
+sys.exit(main({[*arguments, "--json", str(tmp_path / "result.json")]!r}))
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert "out-\\xe9" in result.stdout and "Fr\\xe9chet" in result.stdout and (tmp_path / "result.json").exists()
+
+
+def test_a_circle_of_links_is_not_replaced(tmp_path):
+    link = tmp_path / "loop"
+    link.symlink_to(link)
+    with pytest.raises(OSError, match="loop"), replaced_whole(link) as temporary:
+        temporary.write_text("lost")
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_folders_that_cannot_be_brought_to_the_disk(number, tmp_path, monkeypatch):
+    """As some file systems have none of that."""
+    fsync = os.fsync
+
+    def without_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", without_folders)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="name"), replaced_whole(tmp_path / "name") as temporary:
+            temporary.write_text("new")
+    else:
+        with replaced_whole(tmp_path / "name") as temporary:
+            temporary.write_text("new")
+        assert (tmp_path / "name").read_text() == "new"
+
+
+def test_a_name_as_long_as_names_may_be(tmp_path):
+    file = tmp_path / ("\u00e9" * 120 + ".json")
+    with replaced_whole(file) as temporary:
+        temporary.write_text("new")
+    assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+
+
+def test_signals_that_others_handle_stay_theirs(monkeypatch):
+    handled = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else handled(number))
+    before = handled(signal.SIGTERM)
+    with deferred_interrupt():
+        assert handled(signal.SIGTERM) is before and handled(signal.SIGINT) is not signal.default_int_handler
+    assert handled(signal.SIGINT) is signal.default_int_handler

@@ -49,11 +49,14 @@ class Forward {
   explicit Forward(const AttentionArgs& args)
       : args_(args), n_(sizes_of(args)), memory_(2 * matrix() + 2 * block() + kQueries * n_.pitch + kLineElements) {}
 
-  // Queries from..to of a head.
+  // Queries from..to of a head, whose keys and values stay from one run to the next.
   void run(int64_t unit, int64_t from, int64_t to) {
-    transpose(part(unit, 1), n_.pixels, n_.features, n_.pitch, keys());
-    Right<float> value = rows_of(part(unit, 2), n_.pixels, n_.features, values());
-    for (int64_t first = from; first < to; first += kQueries) attend(unit, first, lesser(kQueries, to - first), value);
+    if (unit != unit_) {
+      transpose(part(unit, 1), n_.pixels, n_.features, n_.pitch, keys());
+      value_ = rows_of(part(unit, 2), n_.pixels, n_.features, values());
+      unit_ = unit;
+    }
+    for (int64_t first = from; first < to; first += kQueries) attend(unit, first, lesser(kQueries, to - first));
   }
 
  private:
@@ -66,11 +69,11 @@ class Forward {
   float* scores() { return sums() + block(); }
   Head<const S> part(int64_t unit, int64_t i) const { return part_of(args_, static_cast<const S*>(args_.joint), unit, i); }
 
-  void attend(int64_t unit, int64_t first, int64_t rows, const Right<float>& value) {
+  void attend(int64_t unit, int64_t first, int64_t rows) {
     float factors[kQueries];
     score(n_, part(unit, 0), first, rows, keys(), queries(), scores());
     for (int64_t r = 0; r < rows; ++r) factors[r] = weigh(scores() + r * n_.pitch, &args_.log_sums[unit * n_.pixels + first + r]);
-    multiply<false>(Left<float>{scores(), n_.pitch, 1}, value, n_.pixels, rows, n_.features, Result{sums(), n_.features});
+    multiply<false>(Left<float>{scores(), n_.pitch, 1}, value_, n_.pixels, rows, n_.features, Result{sums(), n_.features});
     Head<S> out = result_of(args_, static_cast<S*>(args_.out), unit);
     for (int64_t r = 0; r < rows; ++r) store_row(sums() + r * n_.features, n_.features, factors[r], out.row(first + r));
   }
@@ -85,6 +88,8 @@ class Forward {
   const AttentionArgs& args_;
   Sizes n_;
   Scratch<float, 16> memory_;
+  int64_t unit_ = -1;
+  Right<float> value_ = {};
 };
 
 template <class Kernel>

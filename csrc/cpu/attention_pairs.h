@@ -54,10 +54,13 @@ class PairForward {
         floats_(kQueries * (n_.pitch + n_.features) + kLineElements),
         pairs_(n_.features * n_.pitch + kQueries * n_.pitch / 2 + kLineElements) {}
 
-  // Queries from..to of a head.
+  // Queries from..to of a head, whose keys and values stay from one run to the next.
   void run(int64_t unit, int64_t from, int64_t to) {
-    transpose_pairs(part(unit, 1), n_.pixels, n_.features, n_.pitch, keys());
-    pair_rows(part(unit, 2), n_.pixels, n_.features, values());
+    if (unit != unit_) {
+      transpose_pairs(part(unit, 1), n_.pixels, n_.features, n_.pitch, keys());
+      pair_rows(part(unit, 2), n_.pixels, n_.features, values());
+      unit_ = unit;
+    }
     for (int64_t first = from; first < to; first += kQueries) attend(unit, first, lesser(kQueries, to - first));
   }
 
@@ -100,6 +103,7 @@ class PairForward {
   Sizes n_;
   Scratch<float, 16> floats_;
   Scratch<Pair, 16> pairs_;
+  int64_t unit_ = -1;
 };
 
 class PairBackward {

@@ -41,7 +41,7 @@ struct Derivative {
   FM_METHOD void step(Registers* r, int, int64_t line, int64_t lane, How how) const {
     Vector<T> d = load(x.at(line, lane), how) - r->shift, g = load(dy.at(line, lane), how);
     if (mask.data) g *= load(mask.at(line, lane), how);
-    g *= Activation::derivative(fused(d, r->factor, r->term));
+    g = kept<T>(g * Activation::derivative(fused(d, r->factor, r->term)), how);  // what lies beyond a row may be infinite here
     store(dz.at(line, lane), g, how);
     r->sum += g;
     r->product = fused(g, d, r->product);

@@ -1,4 +1,4 @@
-// Registration of the CPU implementations. Schemas live in fm_fast/_ops/schemas.py; the ops read their arguments in that order.
+// Registration of the CPU implementations. Schemas live in fm_fast/_schemas.py; the ops read their arguments in that order.
 #include "../unbox.h"
 #include "ops.h"
 

@@ -45,14 +45,14 @@ Conv3x3Args conv3x3_args(const Tensor& y, const Tensor& x, const Tensor& weight,
 }  // namespace
 
 void conv3x3(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments in(stack, "TTTTB");
+  Arguments in(stack, "TTTTb");
   Tensor y = in.tensor("y"), x = in.tensor("x"), weight = in.tensor("weight"), bias = in.tensor("bias");
   refuse_grad({&x, &weight, &bias});
   Conv3x3Args args = conv3x3_args(y, x, weight, bias, in.flag());
   if (y.numel() == 0) return;
   int64_t blocks = args.outputs / kConvOutputs, tiles = args.batch * divide_up(args.height, 2) * divide_up(args.width, 2);
   Scratch<float, kInlineTransformed> transformed(16 * args.inputs * args.outputs + 16);
-  args.transformed = transformed.data();
+  args.transformed = on_a_line(transformed.data());
   run_units(kernels().conv3x3_weights, args, blocks * (args.inputs / kConvOutputs), 4);
   run_units(kernels().conv3x3, args, divide_up(tiles, args.unit_tiles), 1);
 }

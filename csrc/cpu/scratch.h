@@ -2,6 +2,8 @@
 // Internal linkage: the same names are compiled under different instruction sets.
 #pragma once
 
+#include <stddef.h>
+
 #include <stdint.h>
 
 namespace fm {

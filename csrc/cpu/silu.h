@@ -14,7 +14,8 @@ constexpr float kLn2Low = 1.4286068202862268e-06f;
 constexpr float kWholeNumbers = 0x1.8p23f;  // added to a small number, rounds it to a whole one, which the last bits then hold
 constexpr float kSmallestExponent = -87.3f, kLargestExponent = 88.72f;
 
-// exp(t), to a rounding or two; t outside of [-87.3, 88.72] counts as the nearest bound.
+// exp(t), to a rounding or two; t outside of [-87.3, 88.72] counts as the nearest bound. NaN stays NaN, also one with bits of its own,
+// to which an exponent cannot be added.
 FM_INLINE Vector<float> exponential(Vector<float> t) {
   t = between(t, kSmallestExponent, kLargestExponent);
   Vector<float> shifted = fused(t, all(kLog2E), all(kWholeNumbers)), n = shifted - kWholeNumbers;
@@ -22,7 +23,8 @@ FM_INLINE Vector<float> exponential(Vector<float> t) {
   Vector<float> g = fused(all(kExp[4]), r, all(kExp[3]));
   for (int i = 2; i >= 0; --i) g = fused(g, r, all(kExp[i]));
   Vector<float> power = fused(r * r, g, r) + 1.0f;
-  return reinterpret_cast<Vector<float>>(reinterpret_cast<Integers<float>>(power) + (reinterpret_cast<Integers<float>>(shifted) << 23));
+  Integers<float> result = reinterpret_cast<Integers<float>>(power) + (reinterpret_cast<Integers<float>>(shifted) << 23);
+  return t == t ? reinterpret_cast<Vector<float>>(result) : t;
 }
 
 FM_INLINE Vector<double> exponential(Vector<double> t) {

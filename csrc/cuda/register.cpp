@@ -1,4 +1,4 @@
-// Registration of the CUDA implementations, and the session of a call. Schemas live in fm_fast/_ops/schemas.py.
+// Registration of the CUDA implementations, and the session of a call. Schemas live in fm_fast/_schemas.py.
 #include "kernels.h"
 #include "ops.h"
 #include "session.h"

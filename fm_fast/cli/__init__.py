@@ -1,6 +1,7 @@
 """The command line: fm-fast train | sample | likelihood | evaluate | reproduce | info, a file a command."""
 
 import argparse
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Training ends with 143 after SIGTERM and 129 after SIGHUP.
     """
+    _spell_what_the_output_has_not()
     options = parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
@@ -36,6 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _spell_what_the_output_has_not() -> None:
+    """A letter that its encoding lacks, as é in many, is not worth the result of long work."""
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")
 
 
 def _show_warning(message: Warning | str, *place: Any) -> None:

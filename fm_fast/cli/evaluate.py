@@ -78,7 +78,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         tolerance=options.tolerance, unconditional=options.unconditional, with_fid=options.fid, ends=(options.t0, options.t1),
         draws=options.draws, probes=options.probes, solver=solver, with_bits=options.bits,
     )  # fmt: skip
-    print(report(result))
+    print(report(result), flush=True)
     if options.json is not None:
         content = _settings(options, config, held_out) | solver | record(result)
         with replaced_whole(options.json) as temporary:

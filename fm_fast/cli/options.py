@@ -12,7 +12,7 @@ from fm_fast.grids import NAMED as GRIDS
 from fm_fast.solvers import is_adaptive
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import UNDIVIDED, Dataset, levels_of, load_dataset, with_levels
-from fm_fast.train.files import is_stream
+from fm_fast.train.files import is_stream, resolved
 from fm_fast.train.identity import same_source
 from fm_fast.train.weights import AVERAGE
 
@@ -79,8 +79,8 @@ def require_target(name: str, file: Path) -> None:
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{name}: expected a file in a folder, got {file}: there is no folder {file.parent}")
     try:
-        target = file.resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle
+        target = resolved(file)
+    except OSError as error:
         raise ValueError(f"{name}: expected a file, got {file}: {error}") from error
     if file.is_dir():
         raise IsADirectoryError(f"{name}: expected a file, {file} is a folder")

@@ -17,7 +17,10 @@ except ImportError:  # Windows, which also opens no folders
     fcntl = None
 
 TEMPORARY = ".tmp"
+LONGEST_BEGINNING = 200  # bytes of a temporary file's name, to which more are added
 LONGEST_CHAIN = 40  # of links, as Linux has it
+# What file systems say that do not bring folders to the disk one by one, and of folders that cannot be read.
+NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 
 
 @contextlib.contextmanager
@@ -32,13 +35,25 @@ def replaced_whole(path: Path) -> Iterator[Path]:
         with _appended(path) as temporary:
             yield temporary
         return
-    path = path.resolve()
-    descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=TEMPORARY, dir=path.parent)
+    path = resolved(path)
+    beginning = path.name if len(os.fsencode(path.name)) <= LONGEST_BEGINNING else "result"
+    descriptor, name = tempfile.mkstemp(prefix=f"{beginning}.", suffix=TEMPORARY, dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
     with takes_place(temporary, path):
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # now: the writer may have put a file of its own there, as safetensors does
+
+
+def resolved(path: Path) -> Path:
+    """The file that a link names. OSError for links in a circle, of which Python's versions say different things."""
+    try:
+        target = path.resolve()
+    except RuntimeError:
+        target = path
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return target
 
 
 @contextlib.contextmanager
@@ -65,7 +80,12 @@ def is_stream(path: Path) -> bool:
     """Whether this, or what it is a link to, is no file of a folder: /dev/stdout stays a stream where it has been sent to a file."""
     for _ in range(LONGEST_CHAIN):
         place = path.parent.resolve()
-        if place == Path("/dev") or place.is_relative_to("/proc") or (path.exists() and not path.is_file() and not path.is_dir()):
+        if (
+            place == Path("/dev")
+            or place.is_relative_to("/dev/fd")
+            or place.is_relative_to("/proc")
+            or (path.exists() and not path.is_file() and not path.is_dir())
+        ):
             return True
         if not path.is_symlink():
             return False
@@ -136,11 +156,15 @@ def _umask() -> int:
 def _to_disk(path: Path) -> None:
     if path.is_dir() and fcntl is None:
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NOT_FOR_FOLDERS):
+            raise
 
 
 @contextlib.contextmanager

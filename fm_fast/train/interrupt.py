@@ -42,10 +42,13 @@ def deferred_interrupt() -> Iterator[Callable[[], int]]:
 
 
 def _signals() -> list[int]:
-    """SIGHUP comes when a terminal closes, where the platform has it; a run under nohup was told to ignore it."""
+    """SIGHUP comes when a terminal closes, where the platform has it; a run under nohup was told to ignore it.
+
+    Not those that a program in which Python is embedded handles, whose handlers Python could not give back.
+    """
     hang_up: int | None = getattr(signal, "SIGHUP", None)
     heeded = [] if hang_up is None or signal.getsignal(hang_up) == signal.SIG_IGN else [hang_up]
-    return [signal.SIGINT, signal.SIGTERM, *heeded]
+    return [number for number in (signal.SIGINT, signal.SIGTERM, *heeded) if signal.getsignal(number) is not None]
 
 
 def _leave(terminals: list[int]) -> None:

@@ -183,6 +183,8 @@ def tell(text: str) -> None:
     """
     try:
         print(text, flush=True)
+    except UnicodeEncodeError:  # letters that the encoding of the output has not
+        tell(text.encode("ascii", "backslashreplace").decode("ascii"))
     except OSError:
         say_nothing_more([sys.stdout.fileno()])
 

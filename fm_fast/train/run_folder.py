@@ -104,7 +104,8 @@ class RunFolder:
             save_checkpoint(file, stored, config, data)
         if config.keep_checkpoints > 0:
             for old in self.checkpoints()[config.keep_checkpoints :]:
-                old.unlink()
+                with contextlib.suppress(FileNotFoundError, PermissionError):  # gone, or read by somebody on Windows: the next save's turn
+                    old.unlink()
         return file
 
     def _made_room(self) -> bool:
