@@ -7,6 +7,8 @@ stage failed.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -15,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -41,6 +44,7 @@ SANITIZERS = {
 }
 # Of a stage's tests, of a sanitizer's and of a trivial program under it: a stage is to end within four minutes.
 TEST_SECONDS, SANITIZER_SECONDS, TRIVIAL_SECONDS = 230, 75, 40
+BUILD_SECONDS = BENCH_SECONDS = 235
 TRIVIAL = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda').add_(1).cpu()"]
 LIBRARY = "from fm_fast import _backends; raise SystemExit(_backends.why_not('path_loss', 'cuda', 'cuda'))"
 WITH_CUDA = "FM_FAST_BUILD=cuda"
@@ -55,10 +59,10 @@ def build(options: argparse.Namespace) -> Outcomes:
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
     install.append("--check-build-dependencies")  # else an old setuptools fails in its own words
     asked = _for_this_gpu()
-    outcome = _outcome([*asked, *install])
+    outcome = _required([*asked, *install], BUILD_SECONDS)
     if outcome != "ok" and WITH_CUDA in asked:
         yield "install with CUDA", outcome
-        outcome = _outcome(install)
+        outcome = _required(install, BUILD_SECONDS)
     yield "install", outcome
     yield "info", _outcome([sys.executable, "-c", "import fm_fast; print(fm_fast.info())"])
     yield from _cuda_library()
@@ -87,7 +91,18 @@ def test(options: argparse.Namespace) -> Outcomes:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "tests.xml")
         outcome = _required([*PYTEST, *TESTS, *shared, f"--junitxml={report}"], TEST_SECONDS)
-        yield "tests", outcome if outcome == "ok" else ": ".join([outcome, *_failed_tests(report)])
+        if outcome != "ok":
+            outcome = ": ".join([outcome, *_failed_tests(report)])
+        elif _ran_nothing(report):
+            outcome = "FAILED: all tests were skipped"
+        yield "tests", outcome
+
+
+def _ran_nothing(report: Path) -> bool:
+    """Whether every test was skipped, of which pytest makes no failure."""
+    if not report.is_file():
+        return False
+    return all(case.find("skipped") is not None for case in ElementTree.parse(report).iter("testcase"))
 
 
 def _failed_tests(report: Path) -> list[str]:
@@ -119,7 +134,10 @@ def _sanitized(tool: list[str], chosen: str) -> str:
     trivial = _limited([*tool, *TRIVIAL], TRIVIAL_SECONDS)
     if trivial != "ok":
         return "refused here, on a trivial program too: " + ("its output is above" if trivial == "FAILED" else trivial)
-    return _limited([*tool, *PYTEST, TESTS[0], "-k", chosen], SANITIZER_SECONDS)
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "tests.xml")
+        outcome = _limited([*tool, *PYTEST, TESTS[0], "-k", chosen, f"--junitxml={report}"], SANITIZER_SECONDS)
+        return "nothing ran: all tests were skipped" if outcome == "ok" and _ran_nothing(report) else outcome
 
 
 def bench(options: argparse.Namespace) -> Outcomes:
@@ -140,7 +158,29 @@ def bench(options: argparse.Namespace) -> Outcomes:
                 print(tables[-1], flush=True)  # also where the rest does not come to its end
                 results.write(path, rows, surroundings, earlier)
             yield f"{op.name}, {setting.size}, {dtype}, {setting.problem}", outcome
+            if outcome != "ok" and not _device_works():
+                yield from _by_another(entry.op, entries, options)
+                return
     print("\n".join(["\nAll of them:", *tables]))
+
+
+def _device_works() -> bool:
+    """After an illegal access nothing does in this process any more."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _by_another(op: str, entries: Sequence[plan.Entry], options: argparse.Namespace) -> Outcomes:
+    """What comes after that op, by a new process; of its own settings the others are lost."""
+    names = list(dict.fromkeys(entry.op for entry in entries))
+    left = names[names.index(op) + 1 :]
+    yield "device", f"FAILED: {op} has left it of no more use to its process"
+    if left:
+        command = [sys.executable, "-m", "benchmarks.gpu_report", "bench", "--op", *left, "--out", str(options.out)]
+        yield ", ".join(left), _required(command, BENCH_SECONDS)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -157,11 +197,13 @@ def _measured(op: Op, setting: Setting, options: argparse.Namespace) -> tuple[li
     except (Exception, SystemExit) as error:  # SystemExit: a provider is wrong
         traceback.print_exc()
         outcome = f"FAILED: {error}".splitlines()[0]
-    try:
-        others = [provider.name for provider in op.providers(setting) if not provider.ours]
-        return run.measure(op, setting, argparse.Namespace(**{**vars(options), "only": others})), f"{outcome}; rows without it"
-    except (Exception, SystemExit):
-        return [], outcome
+    others = [provider for provider in op.providers(setting) if not provider.ours]
+    alone = dataclasses.replace(op, providers=lambda setting: others)
+    # With the first of ours, or with none.
+    for chosen, only in ((op, [provider.name for provider in others]), (alone, None)):
+        with contextlib.suppress(Exception, SystemExit):
+            return run.measure(chosen, setting, argparse.Namespace(**{**vars(options), "only": only})), f"{outcome}; rows without it"
+    return [], outcome
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], Outcomes]] = {"build": build, "test": test, "sanitize": sanitize, "bench": bench}
@@ -247,7 +289,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes = {name: _in_new_process(name, options.out) for name in STAGES}
         print(", ".join(f"{name}: {'ok' if good else 'FAILED'}" for name, good in outcomes.items()))
         return 0 if all(outcomes.values()) else 1
-    return 0 if _run_stage(options.stage, options) else 1
+    with _ended_after(BENCH_SECONDS) if options.stage == "bench" else contextlib.nullcontext():
+        return 0 if _run_stage(options.stage, options) else 1
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """What waits for a device for ever hears of no exception: the process ends, and leaves what it has written."""
+
+    def end() -> None:
+        print(f"not at its end after {seconds} s", flush=True)
+        os._exit(1)
+
+    watch = threading.Timer(seconds, end)
+    watch.daemon = True
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.cancel()
 
 
 if __name__ == "__main__":

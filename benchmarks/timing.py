@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from fm_fast.train.graph import leave_failed_capture
-
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # parameters of mallopt, as malloc.h numbers them
 
 Step = Callable[[], object]
@@ -102,6 +100,8 @@ def captured(steps: list[Step]) -> Step:
     The steps' results are kept until the end of the capture, so that each has memory of its own: otherwise all would be written to the
     same, which then lies in the cache.
     """
+    from fm_fast.train.graph import leave_failed_capture  # which older packages, with which this compares, have not
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

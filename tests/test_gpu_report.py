@@ -35,6 +35,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "environment", lambda *arguments: SURROUNDINGS)
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(gpu_report, "_succeeds", succeeds)
+    monkeypatch.setattr(gpu_report, "_device_works", lambda: True)
     monkeypatch.setattr(gpu_report.shutil, "which", lambda name, path=None: f"/tools/{name}")
     return commands, fails
 
@@ -213,20 +214,64 @@ def test_a_missing_cuda_library_fails_what_would_do_without_it(stage, machine, m
     assert stages()[stage]["CUDA library"] == "FAILED"
 
 
-def test_one_of_our_backends_costs_the_first_no_rows(machine, monkeypatch):
+@pytest.mark.parametrize("broken", ["fm_fast cuda", "fm_fast triton"])
+def test_a_backend_of_ours_costs_the_others_no_rows(broken, machine, monkeypatch):
+    """Not even where it is the first, to which ratios are."""
     providers = [Provider(name, lambda inputs, setting: None) for name in ("fm_fast cuda", "fm_fast triton", "peer")]
     setting = Setting(torch.device("cuda"), "size", (1,), torch.float32, "mode")
     op = Op("op", {}, (), lambda setting: None, lambda setting: providers, lambda *arguments: None, None)
 
     def measure(op, setting, options):
-        kept = [provider.name for i, provider in enumerate(providers) if not i or options.only is None or provider.name in options.only]
-        if "fm_fast triton" in kept:
-            raise RuntimeError("fm_fast triton cannot run")
+        given = op.providers(setting)
+        kept = [each.name for i, each in enumerate(given) if not i or options.only is None or each.name in options.only]
+        if broken in kept:
+            raise RuntimeError(f"{broken} cannot run")
         return kept
 
     monkeypatch.setattr(gpu_report.run, "measure", measure)
     rows, outcome = gpu_report._measured(op, setting, run.parse(["--device", "cuda"]))
-    assert rows == ["fm_fast cuda", "peer"] and outcome == "FAILED: fm_fast triton cannot run; rows without it"
+    assert rows == (["peer"] if broken == "fm_fast cuda" else ["fm_fast cuda", "peer"])
+    assert outcome == f"FAILED: {broken} cannot run; rows without it"
+
+
+def test_what_a_broken_device_leaves_is_measured_by_another_process(machine, monkeypatch):
+    commands, _ = machine
+    monkeypatch.setattr(gpu_report, "_device_works", lambda: False)
+    monkeypatch.setattr(gpu_report, "_measured", lambda op, setting, options: ([], "FAILED: illegal access"))
+    assert gpu_report.main(["bench"]) == 1
+    names = list(dict.fromkeys(entry.op for entry in plan.GPU_PLAN))
+    (command,) = [command for command in commands if "gpu_report bench" in command]
+    assert command.endswith(f"bench --op {' '.join(names[1:])} --out {results.FOLDER}")
+    assert stages()["bench"]["device"] == f"FAILED: {names[0]} has left it of no more use to its process"
+
+
+def test_a_stage_that_waits_for_ever_is_ended():
+    code = f"""
+import sys, time
+sys.path.append({str(pathlib.Path(__file__).parent.parent)!r})
+from benchmarks import gpu_report
+print("begun", flush=True)
+with gpu_report._ended_after(0.2):
+    time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 1 and done.stdout.splitlines() == ["begun", "not at its end after 0.2 s"]
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_tests_that_are_all_skipped_are_none(skipped, machine, monkeypatch):
+    body = "<skipped/>" if skipped else ""
+
+    def succeeds(command, seconds=None):
+        for argument in command:
+            if argument.startswith("--junitxml="):
+                pathlib.Path(argument.partition("=")[2]).write_text(f"<suite><testcase name='one'>{body}</testcase></suite>")
+        return True
+
+    monkeypatch.setattr(gpu_report, "_succeeds", succeeds)
+    assert gpu_report.main(["test"]) == int(skipped) and gpu_report.main(["sanitize"]) == 0
+    assert stages()["test"]["tests"] == ("FAILED: all tests were skipped" if skipped else "ok")
+    assert set(stages()["sanitize"].values()) == {"nothing ran: all tests were skipped" if skipped else "ok"}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
