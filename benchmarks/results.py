@@ -81,9 +81,15 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return _cpu_name(cpuinfo.read_text(encoding="utf-8")) if cpuinfo.is_file() else platform.machine()
+
+
+def _cpu_name(cpuinfo: str) -> str:
+    """With family and model: a virtual machine may call processors of two generations by one name."""
+    first = cpuinfo.strip().partition("\n\n")[0]
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    numbers = [f"{word} {found[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in found]
+    return " ".join([found.get("model name") or platform.machine(), *numbers])
 
 
 WRITTEN = ("benchmarks/results", "docs/images")  # by benchmarks themselves

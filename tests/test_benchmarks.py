@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import platform
 import re
 import subprocess
 import sys
@@ -159,6 +160,13 @@ def test_the_regression_set_runs():
     command = [sys.executable, "-m", "pytest", *chosen, "benchmarks/test_regression.py"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "18 passed, 18 deselected" in done.stdout, done.stdout
+
+
+def test_processors_of_two_generations_have_two_names():
+    lines = "processor\t: 0\ncpu family\t: {}\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n\n"
+    assert results._cpu_name(lines.format(25)) == "AMD EPYC family 25 model 17"
+    assert results._cpu_name(lines.format(26)) == "AMD EPYC family 26 model 17"
+    assert results._cpu_name("processor\t: 0\n") == results._cpu_name("") == platform.machine()
 
 
 def test_a_commit_is_dirty_by_its_sources_and_not_by_results(tmp_path):
