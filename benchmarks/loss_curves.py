@@ -133,8 +133,7 @@ def main() -> None:
     if not largest <= TOLERANCE:
         sys.exit(f"the mean losses of the last fifth differ by {largest:.2e}, more than {TOLERANCE:.0%}")
     problem = f"{options.steps} steps, warm-up {options.warm_up}, {len(options.seeds)} seeds"
-    name = NAME if options.dtype == "float32" else f"{NAME}-{options.dtype}"
-    path = options.out or results.default_path(name, surroundings)
+    path = options.out or results.default_path(NAME, surroundings, options.dtype)
     results.write(path, rows(found, options.size, options.dtype, problem), surroundings)
 
 

@@ -57,9 +57,14 @@ def environment(device: torch.device, threads: int | None) -> dict[str, str]:
     }
 
 
-def default_path(op: str, surroundings: Mapping[str, str]) -> Path:
-    """results/<device>-<date>-<op>.json, with the instruction set on a CPU."""
-    parts = (surroundings["device"], surroundings["cpu_isa"], surroundings["date"], op)
+def default_path(op: str, surroundings: Mapping[str, str], dtype: str = "float32", halves: Sequence[str] = ()) -> Path:
+    """results/<device>-<date>-<op>.json, with the instruction set on a CPU.
+
+    Another dtype, halves of a step and another number of threads than two are named: their rows are not written over the usual ones.
+    """
+    threads = surroundings["threads"]
+    unusual = ("" if dtype == "float32" else dtype, *halves, f"{threads} threads" if threads not in ("", "2") else "")
+    parts = (surroundings["device"], surroundings["cpu_isa"], surroundings["date"], op, *unusual)
     return FOLDER / ("-".join("_".join(part.split()) for part in parts if part) + ".json")
 
 

@@ -291,7 +291,7 @@ def run_op(options: argparse.Namespace) -> None:
     print(", ".join(f"{name} {value}" for name, value in surroundings.items() if value))
     for remark in peers.remarks(op.peers):
         print(remark, flush=True)
-    path = options.out or results.default_path(options.op, surroundings)
+    path = options.out or results.default_path(options.op, surroundings, options.dtype, [part for part in options.part if part != "full"])
     rows: list[Row] = []
     for setting in chosen:
         new = measure(op, setting, options)

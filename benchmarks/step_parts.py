@@ -115,7 +115,7 @@ def main() -> None:
         print(remark, flush=True)
     found = rows(setting, measure(setting, options.rounds))
     print(table(found))
-    results.write(options.out or results.default_path(NAME, surroundings), found, surroundings)
+    results.write(options.out or results.default_path(NAME, surroundings, options.dtype), found, surroundings)
 
 
 if __name__ == "__main__":

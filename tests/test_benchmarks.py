@@ -169,6 +169,15 @@ def test_processors_of_two_generations_have_two_names():
     assert results._cpu_name("processor\t: 0\n") == results._cpu_name("") == platform.machine()
 
 
+def test_rows_of_another_kind_are_not_written_over_the_usual_ones():
+    def name(threads="2", **kind):
+        return results.default_path("op", {"device": "a b", "cpu_isa": "avx2", "date": "2026-01-02", "threads": threads}, **kind).name
+
+    assert name() == name(threads="") == "a_b-avx2-2026-01-02-op.json"
+    assert name(dtype="bfloat16", halves=["forward"]) == "a_b-avx2-2026-01-02-op-bfloat16-forward.json"
+    assert name(threads="1") == "a_b-avx2-2026-01-02-op-1_threads.json"
+
+
 def test_a_commit_is_dirty_by_its_sources_and_not_by_results(tmp_path):
     who = ("-c", "user.name=a", "-c", "user.email=a@b")
 
