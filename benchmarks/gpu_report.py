@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -45,6 +46,7 @@ SANITIZERS = {
 # Of a stage's tests, of a sanitizer's and of a trivial program under it: a stage is to end within four minutes.
 TEST_SECONDS, SANITIZER_SECONDS, TRIVIAL_SECONDS = 230, 75, 40
 BUILD_SECONDS = BENCH_SECONDS = 235
+SPARE_SECONDS = 10  # to start, and to tell what came of it
 TRIVIAL = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda').add_(1).cpu()"]
 LIBRARY = "from fm_fast import _backends; raise SystemExit(_backends.why_not('path_loss', 'cuda', 'cuda'))"
 WITH_CUDA = "FM_FAST_BUILD=cuda"
@@ -143,7 +145,7 @@ def _sanitized(tool: list[str], chosen: str) -> str:
 def bench(options: argparse.Namespace) -> Outcomes:
     """What the plan lists, in its dtypes; rows are written after each setting, whose providers are timed in turns."""
     yield from _cuda_library()
-    surroundings = results.environment(torch.device("cuda"), None)
+    until, surroundings = time.monotonic() + BENCH_SECONDS - SPARE_SECONDS, results.environment(torch.device("cuda"), None)
     path, entries = _path(options.out, surroundings, ""), [entry for entry in plan.GPU_PLAN if not options.op or entry.op in options.op]
     earlier = [record for record in _records(path) if record["op"] not in {entry.op for entry in entries}]
     rows: list[results.Row] = []
@@ -159,7 +161,7 @@ def bench(options: argparse.Namespace) -> Outcomes:
                 results.write(path, rows, surroundings, earlier)
             yield f"{op.name}, {setting.size}, {dtype}, {setting.problem}", outcome
             if outcome != "ok" and not _device_works():
-                yield from _by_another(entry.op, entries, options)
+                yield from _by_another(entry.op, entries, options, until)
                 return
     print("\n".join(["\nAll of them:", *tables]))
 
@@ -173,14 +175,14 @@ def _device_works() -> bool:
     return True
 
 
-def _by_another(op: str, entries: Sequence[plan.Entry], options: argparse.Namespace) -> Outcomes:
-    """What comes after that op, by a new process; of its own settings the others are lost."""
+def _by_another(op: str, entries: Sequence[plan.Entry], options: argparse.Namespace, until: float) -> Outcomes:
+    """What comes after that op, by a new process that must not outlive this one; of its own settings the others are lost."""
     names = list(dict.fromkeys(entry.op for entry in entries))
     left = names[names.index(op) + 1 :]
     yield "device", f"FAILED: {op} has left it of no more use to its process"
     if left:
         command = [sys.executable, "-m", "benchmarks.gpu_report", "bench", "--op", *left, "--out", str(options.out)]
-        yield ", ".join(left), _required(command, BENCH_SECONDS)
+        yield ", ".join(left), _required(command, max(until - time.monotonic(), 0.0))
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -238,10 +238,13 @@ def test_what_a_broken_device_leaves_is_measured_by_another_process(machine, mon
     commands, _ = machine
     monkeypatch.setattr(gpu_report, "_device_works", lambda: False)
     monkeypatch.setattr(gpu_report, "_measured", lambda op, setting, options: ([], "FAILED: illegal access"))
+    given, succeeds = [], gpu_report._succeeds
+    monkeypatch.setattr(gpu_report, "_succeeds", lambda command, seconds=None: given.append(seconds) or succeeds(command, seconds))
     assert gpu_report.main(["bench"]) == 1
     names = list(dict.fromkeys(entry.op for entry in plan.GPU_PLAN))
     (command,) = [command for command in commands if "gpu_report bench" in command]
     assert command.endswith(f"bench --op {' '.join(names[1:])} --out {results.FOLDER}")
+    assert 0.0 < given[-1] <= gpu_report.BENCH_SECONDS - gpu_report.SPARE_SECONDS  # and so ends before this one is ended
     assert stages()["bench"]["device"] == f"FAILED: {names[0]} has left it of no more use to its process"
 
 
