@@ -77,6 +77,42 @@ def test_pairs_drawn_with_replacement():
     assert torch.equal(paired[0][0], x0[ORDER[place]]) and len(place.unique()) < 8
 
 
+def test_draws_from_a_plan():
+    """As programs index what belongs to the samples: every pair once, or with replacement, from torch's generator."""
+    x0, x1 = pair()
+    sampler = ours.OTPlanSampler("exact")
+    plan = sampler.get_map(x0, x1)
+    i, j = sampler.sample_map(plan, len(x0), replace=False)
+    assert sorted(j) == list(range(8)) and torch.equal(x0[i], x0[ORDER[j]]), "arrays that index tensors"
+    i, j = seeded(sampler.sample_map, plan, 8)
+    assert len(set(j)) < 8 and i.tolist() == ORDER[j].tolist()
+    assert j.tolist() == seeded(sampler.sample_map, torch.from_numpy(plan), batch_size=8, replace=True)[1].tolist()
+
+
+def test_draws_from_any_plan_follow_its_weights():
+    """Of torchcfm's entropic plans too, also between batches of different sizes."""
+    plan = torch.tensor([[0.0, 3.0, 0.0], [1.0, 0.0, 4.0]]).numpy()
+    i, j = seeded(ours.OTPlanSampler().sample_map, plan, 8000)
+    shares = torch.zeros(2, 3).index_put_((torch.as_tensor(i), torch.as_tensor(j)), torch.tensor(1 / 8000), accumulate=True)
+    torch.testing.assert_close(shares, torch.from_numpy(plan / plan.sum()), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("plan", "size", "message"),
+    [
+        (torch.eye(3), 4, "batch_size must be at most 3 with replace=False, the pairs of pi, got 4"),
+        (torch.eye(3), 0, "batch_size must be at least 1, got 0"),
+        (torch.ones(3), 1, r"pi must be a plan \[N, M\], got shape \(3,\)"),
+        (torch.zeros(2, 2), 1, "pi must be finite, not negative, and positive somewhere"),
+        (-torch.eye(2), 1, "pi must be finite, not negative"),
+        (torch.full((2, 2), math.nan), 1, "pi must be finite"),
+    ],
+)
+def test_what_is_no_plan_to_draw_from(plan, size, message):
+    with pytest.raises(ValueError, match=message):
+        ours.OTPlanSampler().sample_map(plan.numpy(), size, replace=False)
+
+
 @pytest.mark.parametrize("name", PAIRED)
 def test_the_sampler_of_a_matcher(name):
     """As programs call it, on torchcfm's matchers too: there by draws from the plan."""

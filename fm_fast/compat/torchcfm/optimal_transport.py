@@ -12,11 +12,14 @@ from fm_fast.couplings import optimal_order
 
 __all__ = ["OTPlanSampler"]
 
+Plan = np.ndarray[Any, np.dtype[np.float64]]
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+
 
 class OTPlanSampler:
     """Pairs of least squared distance of two batches of one shape (Tong et al. 2023, Pooladian et al. 2023).
 
-    There are no plans between batches of different sizes, no draws from a plan (``sample_map``) and no trajectories.
+    There are no plans between batches of different sizes and no trajectories.
 
     Args:
         method: "exact".
@@ -35,12 +38,24 @@ class OTPlanSampler:
     ) -> None:
         _checks.one_of("method", method, ("exact",))
 
-    def get_map(self, x0: Tensor, x1: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def get_map(self, x0: Tensor, x1: Tensor) -> Plan:
         """The plan [B, B]: 1 / B for x0_i and x1_j that are a pair, else 0."""
         order = self._order(x0, x1).cpu()
         plan = np.zeros((len(order), len(order)))
         plan[order, np.arange(len(order))] = 1.0 / max(len(order), 1)
         return plan
+
+    def sample_map(self, pi: Plan | Tensor, batch_size: int, replace: bool = True) -> tuple[Indices, Indices]:
+        """(i, j), the pairs of ``batch_size`` draws from a plan [N, M] of any total, as from :meth:`get_map`.
+
+        torch's generator draws them, with replacement or without, which the plan must then have pairs enough for.
+        """
+        rows, columns, weights = _pairs_of(pi)
+        _checks.count("batch_size", batch_size)
+        if not replace and batch_size > len(weights):
+            raise ValueError(f"batch_size must be at most {len(weights)} with replace=False, the pairs of pi, got {batch_size}")
+        drawn = torch.multinomial(torch.from_numpy(weights), batch_size, replace).numpy()
+        return rows[drawn], columns[drawn]
 
     def sample_plan(self, x0: Tensor, x1: Tensor, replace: bool = False) -> tuple[Tensor, Tensor]:
         """x0 and x1 in an order in which they are pairs: every pair once, in the order of x1, or as many drawn with replacement."""
@@ -61,3 +76,15 @@ class OTPlanSampler:
     def _order(self, x0: Tensor, x1: Tensor) -> Tensor:
         check_pair(x0, x1)
         return optimal_order(x0, x1)
+
+
+def _pairs_of(pi: object) -> tuple[Indices, Indices, Plan]:
+    """(i, j, weight) of all pairs in a plan."""
+    plan = np.asarray(pi.detach().cpu() if isinstance(pi, Tensor) else pi, dtype=np.float64)
+    if plan.ndim != 2:
+        raise ValueError(f"pi must be a plan [N, M], got shape {plan.shape}")
+    rows, columns = plan.nonzero()
+    weights = plan[rows, columns]
+    if not len(weights) or not (np.isfinite(weights).all() and (weights > 0.0).all()):
+        raise ValueError("pi must be finite, not negative, and positive somewhere")
+    return rows, columns, weights
