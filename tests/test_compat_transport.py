@@ -287,7 +287,7 @@ REFUSED = [
     (lambda: create_transport(sample_eps=0.5), ValueError, r"sample_eps must be a number in \[0, 0.5\), got 0.5"),
     (lambda: create_transport().training_losses(torch.add, A_LIST), TypeError, "x1 must be a torch.Tensor, got list"),
     (lambda: create_transport().training_losses(torch.add, noise(2, 2), A_LIST), TypeError, "model_kwargs must be a mapping .* got list"),
-    (lambda: create_transport().training_losses(lambda x, t: x[:1], noise(2, 2)), ValueError, "must have the shape of x1"),
+    (lambda: create_transport().training_losses(lambda x, t: x[:1], noise(2, 2)), ValueError, "model must return the shape of its input"),
     (lambda: Sampler(create_transport()).sample_ode(sampling_method="Euler"), ValueError, "method must be one of euler"),
     (lambda: Sampler(create_transport()).sample_ode(num_steps=1), ValueError, "num_steps must be a whole number of at least 2, got 1"),
     (lambda: Sampler(create_transport()).sample_sde(sampling_method="euler"), ValueError, "sampling_method must be one of Euler, Heun"),
@@ -364,6 +364,8 @@ def test_outputs_of_another_shape(output: Any) -> None:
             solve(x, output)
     with pytest.raises((TypeError, ValueError), match="model must return"):
         create_transport().get_drift()(x, torch.rand(4), output)
+    with pytest.raises((TypeError, ValueError), match="model must return"):
+        create_transport().training_losses(output, x)
 
 
 def test_a_model_that_writes_to_its_input_is_refused() -> None:

@@ -113,6 +113,7 @@ class Transport:
         _check_conditions(model_kwargs)
         drawn = sample_path(x1, t=self._training_times(x1), **self.path_and_objective)
         output = model(drawn.x_t, drawn.t, **(model_kwargs or {}))
+        check_output(output, drawn.x_t)
         return {"pred": output, "loss": drawn.loss(output, self._weight(drawn.t), reduction="none")}
 
     def _weight(self, t: Tensor) -> Tensor | None:
