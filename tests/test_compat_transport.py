@@ -421,3 +421,15 @@ def test_noise_does_not_depend_on_the_layout() -> None:
 def test_times_of_16_bit_data_are_not_drawn_in_16_bits() -> None:
     t, _, _ = create_transport().sample(torch.zeros(50_000, 1, dtype=torch.bfloat16))
     assert t.dtype == torch.bfloat16 and int((t == 0).sum()) == 0
+
+
+@pytest.mark.parametrize("form", ["SBDM", "sigma"])
+def test_numbers_may_come_as_tensors(form: str) -> None:
+    ends = []
+    for make in (float, torch.tensor):
+        transport = create_transport("Linear", "noise", "likelihood", make(1e-3), make(2e-3))
+        assert (transport.train_eps, transport.sample_eps) == (pytest.approx(1e-3), pytest.approx(2e-3))
+        walk = Sampler(transport).sample_sde(diffusion_form=form, diffusion_norm=make(3), last_step_size=make(0.05), num_steps=5)
+        torch.manual_seed(0)
+        ends.append(walk(noise(4, 3), Exact("Linear", "noise"))[-1])
+    torch.testing.assert_close(*ends)

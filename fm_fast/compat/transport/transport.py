@@ -57,8 +57,8 @@ def create_transport(
     path_type: str = "Linear",
     prediction: str = "velocity",
     loss_weight: str | None = None,
-    train_eps: float | None = None,
-    sample_eps: float | None = None,
+    train_eps: float | Tensor | None = None,
+    sample_eps: float | Tensor | None = None,
 ) -> "Transport":
     """The transport of these names.
 
@@ -88,7 +88,9 @@ def create_transport(
 class Transport:
     """A path and what the model predicts on it."""
 
-    def __init__(self, *, model_type: ModelType, path_type: PathType, loss_type: WeightType, train_eps: float, sample_eps: float) -> None:
+    def __init__(
+        self, *, model_type: ModelType, path_type: PathType, loss_type: WeightType, train_eps: float | Tensor, sample_eps: float | Tensor
+    ) -> None:
         if model_type is ModelType.VELOCITY and loss_type is not WeightType.NONE:
             raise ValueError(f"loss_weight must be None for prediction='velocity', which has none, got {loss_type.value!r}")
         self.model_type, self.loss_type = model_type, loss_type
@@ -231,9 +233,9 @@ class Sampler:
         *,
         sampling_method: str = "Euler",
         diffusion_form: str = OWN,
-        diffusion_norm: float = 1.0,
+        diffusion_norm: float | Tensor = 1.0,
         last_step: str | None = "Mean",
-        last_step_size: float = 0.04,
+        last_step_size: float | Tensor = 0.04,
         num_steps: int = 250,
     ) -> Callable[..., list[Tensor]]:
         """A function (noise, model, **model_kwargs) -> the ``num_steps`` states after each step, of dx = (v + w score) dt + sqrt(2 w) dW.
@@ -245,9 +247,12 @@ class Sampler:
             last_step: the last step, of ``last_step_size`` and without noise: "Mean" (with the SDE's drift), "Euler" (with the ODE's),
                 "Tweedie" (to the data that is expected) or None.
             num_steps: all steps, the last one included.
+
+        Numbers may come as tensors that hold one.
         """
         _checks.one_of("sampling_method", sampling_method, ("Euler", "Heun"))
         _checks.one_of("diffusion_form", diffusion_form, (OWN, *FORMS))
+        diffusion_norm = number(diffusion_norm)
         if _checks.finite_number("diffusion_norm", diffusion_norm) < 0.0 and diffusion_form != "decreasing":
             raise ValueError(f"diffusion_norm must not be negative for diffusion_form={diffusion_form!r}, got {diffusion_norm}")
         _checks.one_of("last_step", last_step, (None, "Mean", "Tweedie", "Euler"))
@@ -272,7 +277,8 @@ def _check_count(num_steps: object) -> None:
         raise ValueError(f"num_steps must be a whole number of at least 2, got {num_steps!r}")
 
 
-def _margin(name: str, value: float) -> float:
+def _margin(name: str, value: float | Tensor) -> float:
+    value = number(value)
     if not (_checks.is_number(value) and 0.0 <= value < 0.5):
         raise ValueError(f"{name} must be a number in [0, 0.5), got {value!r}")
     return float(value)
