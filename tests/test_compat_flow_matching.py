@@ -413,3 +413,23 @@ def test_points_between_16_bit_ends_are_rounded_once():
     expected = (weight * x_1.double() + (1 - weight) * x_0.double()).bfloat16()
     found = paths.CondOTProbPath().sample(x_0, x_1, t).x_t
     assert float((found != expected).double().mean()) < 0.01  # float32 between the two roundings decides a tie now and then
+
+
+def test_times_that_require_a_gradient():
+    """Learned ones, as far as no gradient is recorded."""
+    solver, x = ODESolver(lambda x, t: -t * x), torch.ones(3, 2)
+    times = torch.tensor([0.0, 0.5, 1.0], requires_grad=True)
+    found = solver.sample(x, None, "midpoint", time_grid=times)
+    assert torch.equal(found, solver.sample(x, None, "midpoint", time_grid=times.detach()))
+
+    def log_p0(x):
+        return -x.square().sum(1)
+
+    _, log_p = solver.compute_likelihood(x, log_p0, None, "midpoint", time_grid=times.flip(0), exact_divergence=True)
+    assert log_p.shape == (3,)
+    for solve in (
+        lambda: solver.sample(x, None, "midpoint", time_grid=times, enable_grad=True),
+        lambda: solver.compute_likelihood(x, log_p0, None, "midpoint", time_grid=times.flip(0), enable_grad=True),
+    ):
+        with pytest.raises(ValueError, match="time_grid must not require a gradient"):
+            solve()

@@ -43,7 +43,7 @@ def times_of(name: str, t: object) -> np.ndarray:
     """Two or more strictly monotone times, float64."""
     _checks.tensor(name, t)
     assert isinstance(t, Tensor)
-    if t.requires_grad:
+    if t.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require a gradient, which a solve does not give its times; use {name}.detach()")
     if t.dim() != 1 or len(t) < 2:
         raise ValueError(f"{name} must hold two or more times in one dimension, got shape {tuple(t.shape)}")

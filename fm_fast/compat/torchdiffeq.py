@@ -21,13 +21,14 @@ An evaluation costs one fused op and a copy beside the field. dopri5 and bosh3 t
 * Options that tune how adaptive steps are chosen, "first_step", "min_step", "safety", "ifactor", "dfactor" and "dtype", have no effect, nor
   has "interp"; a warning names them. An option that no method has is an error. "grid_constructor" is called with ``func``, ``y0`` and ``t``
   as they were given, also of a tuple.
-* Gradients are recorded where they are enabled, as there, but not of ``t``; sampling belongs under ``torch.no_grad()``. What has no part
-  in the states gets no gradient (None), where torchdiffeq's is zero for all of a tuple and, with ``odeint_adjoint``, for all parameters.
+* Gradients are recorded where they are enabled, as there, but not of ``t``, which must then not require one; sampling belongs under
+  ``torch.no_grad()``. What has no part in the states gets no gradient (None), where torchdiffeq's is zero for all of a tuple and, with
+  ``odeint_adjoint``, for all parameters.
 * ``odeint_adjoint`` solves nothing backwards: it keeps the states, evaluates ``func`` once more in the backward pass, and gives the exact
   gradient of the steps that were taken, for all that needs one, whatever ``adjoint_params`` holds.
 
-The options "max_step", "step_t", "jump_t", "norm" and "perturb", tolerances of each part of a tuple, ``event_fn``, callbacks and implicit,
-Adams and SciPy's methods are not covered, and say so. There is no ``odeint_event`` and no ``odeint_dense``.
+The options "max_step", "step_t", "jump_t", "norm" and "perturb", tolerances of each part of a tuple, complex states, ``event_fn``,
+callbacks and implicit, Adams and SciPy's methods are not covered, and say so. There is no ``odeint_event`` and no ``odeint_dense``.
 """
 
 import warnings

@@ -70,7 +70,7 @@ class ODESolver(Solver):
         """
         _checks.state("x_init", x_init)
         chosen = method_named(method)
-        step_size, rtol, atol = number(step_size), number(rtol), number(atol)
+        step_size, rtol, atol, time_grid = number(step_size), number(rtol), number(atol), _recorded(time_grid, enable_grad)
         stops = _stops(chosen, method, step_size, time_grid, return_intermediates)
         with torch.set_grad_enabled(enable_grad):
             states = solve_ode(
@@ -107,6 +107,7 @@ class ODESolver(Solver):
         Raises: as :meth:`sample`, and :func:`fm_fast.log_likelihood`.
         """
         _checks.state("x_1", x_1)
+        time_grid = _recorded(time_grid, enable_grad)
         chosen, times = method_named(method), times_of("time_grid", time_grid)
         step_size, rtol, atol = number(step_size), number(rtol), number(atol)
         if return_intermediates:
@@ -145,6 +146,11 @@ class _Timed(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return self.velocity_model(x=x, t=(t[0] if len(t) else t.new_zeros(())).to(x.dtype), **self.extras)
+
+
+def _recorded(time_grid: Tensor, enable_grad: bool) -> Tensor:
+    """The same, without its gradient where none is recorded."""
+    return time_grid.detach() if isinstance(time_grid, Tensor) and not enable_grad else time_grid
 
 
 def _stops(
