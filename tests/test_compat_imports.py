@@ -31,7 +31,7 @@ IMPORTS = [
     "from fm_fast.compat.flow_matching.utils.utils import expand_tensor_like, gradient, unsqueeze_to_match",
     "from fm_fast.compat.torchcfm.conditional_flow_matching import *; TargetConditionalFlowMatcher, pad_t_like_x, OTPlanSampler",
     "from fm_fast.compat.torchcfm import ConditionalFlowMatcher, OTPlanSampler",
-    "from fm_fast.compat.torchcfm.optimal_transport import OTPlanSampler",
+    "from fm_fast.compat.torchcfm.optimal_transport import OTPlanSampler, wasserstein",
     "from fm_fast.compat.torchcfm.utils import torch_wrapper",
     "from fm_fast.compat.torchdiffeq import odeint, odeint_adjoint",
     "from fm_fast.compat.transport import ModelType, PathType, Sampler, Transport, WeightType, create_transport",

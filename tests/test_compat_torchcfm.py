@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fm_fast.compat import torchcfm as ours
+from fm_fast.compat.torchcfm.optimal_transport import wasserstein
 from fm_fast.compat.torchdiffeq import odeint
 
 MATCHERS = [
@@ -111,6 +112,40 @@ def test_draws_from_any_plan_follow_its_weights():
 def test_what_is_no_plan_to_draw_from(plan, size, message):
     with pytest.raises(ValueError, match=message):
         ours.OTPlanSampler().sample_map(plan.numpy(), size, replace=False)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("shape", [(40, 3), (200, 2, 2, 2), (1, 5)], ids=str)
+def test_the_distance_of_torchcfm(shape, power):
+    other = pytest.importorskip("torchcfm.optimal_transport", exc_type=ImportError)
+    generator = torch.Generator().manual_seed(1)
+    x0, x1 = (torch.randn(shape, generator=generator) for _ in range(2))
+    found = wasserstein(x0, x1 + 1.0, "exact", power=power)
+    assert type(found) is float and found == pytest.approx(other.wasserstein(x0, x1 + 1.0, power=power), rel=1e-5)
+    assert wasserstein(x0 + 100.0, x1 + 101.0, power=power) == pytest.approx(found, rel=1e-4)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_the_distance_of_samples_moved_and_shuffled(power):
+    """By little enough that each is nearest to itself: the length of the move."""
+    x = torch.arange(30.0).reshape(15, 2).requires_grad_()
+    assert wasserstein(x[torch.randperm(15)] + torch.tensor([0.3, 0.4]), x, power=power) == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(3, 2), torch.ones(3, 2), "sinkhorn"), "method must be one of None, exact, got 'sinkhorn'"),
+        ((torch.ones(3, 2), torch.ones(3, 2), None, 0.05, 3), "power must be one of 1, 2, got 3"),
+        ((torch.ones(3, 2), torch.ones(4, 2)), "x0 must have the shape of x1"),
+        ((torch.ones(0, 2), torch.ones(0, 2)), "x0 and x1 must hold at least one sample"),
+        ((torch.full((3, 2), math.nan), torch.ones(3, 2), None, 0.05, 1), "x0 and x1 must be finite"),
+        ((torch.full((3, 2), math.inf), torch.ones(3, 2)), "x0 and x1 must be finite"),
+    ],
+)
+def test_what_has_no_distance(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        wasserstein(*arguments)
 
 
 @pytest.mark.parametrize("name", PAIRED)

@@ -14,9 +14,9 @@ A seed of torch's generator gives torchcfm's numbers, up to rounding, on the CPU
   ``OTPlanSampler`` makes in ``sample_map`` and where ``replace=True`` asks for them, by torch's generator instead of NumPy's.
 * Shapes, dtypes and devices of x0 and x1, and t, are checked. x_t and u_t have the dtype of x0, whatever that of t.
 
-Entropic, unbalanced and partial plans are not covered, nor are ``wasserstein``, the models, the data sets and the plots. A sampler of
-torchcfm's own may be put in the place of a matcher's ``ot_sampler``. :func:`fm_fast.flow_matching_loss` fuses noise, point, target and
-loss, which separate tensors cannot.
+Entropic, unbalanced and partial plans are not covered, nor are the models, the data sets and the plots; ``optimal_transport.wasserstein``
+is exact, of batches of one size. A sampler of torchcfm's own may be put in the place of a matcher's ``ot_sampler``.
+:func:`fm_fast.flow_matching_loss` fuses noise, point, target and loss, which separate tensors cannot.
 """
 
 from fm_fast.compat.torchcfm import conditional_flow_matching, optimal_transport, utils
