@@ -433,3 +433,12 @@ def test_numbers_may_come_as_tensors(form: str) -> None:
         torch.manual_seed(0)
         ends.append(walk(noise(4, 3), Exact("Linear", "noise"))[-1])
     torch.testing.assert_close(*ends)
+
+
+def test_the_form_that_scripts_offer_is_the_one_that_their_module_misspells() -> None:
+    t = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
+    found, expected = (ICPlan().diffusion(t, f"{word}-decreasing", 2.0) for word in ("increasing", "inccreasing"))
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, 2.0 * torch.tensor([0.0, 0.5, 1.0, 0.5, 0.0], dtype=torch.float64))
+    walk = Sampler(create_transport()).sample_sde(diffusion_form="increasing-decreasing", num_steps=3)
+    assert len(walk(noise(2, 3), Exact("Linear", "velocity"))) == 3

@@ -19,8 +19,9 @@ FORMS: dict[str, Callable[[Tensor, Schedule, float], Tensor]] = {
     "sigma": lambda t, p, norm: norm * p.s,
     "linear": lambda t, p, norm: norm * (1.0 - t),
     "decreasing": lambda t, p, norm: 0.25 * (norm * torch.cos(math.pi * t) + 1.0) ** 2,
-    "inccreasing-decreasing": lambda t, p, norm: norm * torch.sin(math.pi * t) ** 2,  # spelt as in SiT
+    "increasing-decreasing": lambda t, p, norm: norm * torch.sin(math.pi * t) ** 2,  # as SiT's scripts offer it
 }
+FORMS["inccreasing-decreasing"] = FORMS["increasing-decreasing"]  # as its module spells it
 OWN = "SBDM"
 
 

@@ -242,7 +242,7 @@ class Sampler:
 
         Args:
             sampling_method: "Euler" (Euler-Maruyama) or "Heun" (noise, then a step of Heun's method).
-            diffusion_form: of w: "constant", "SBDM", "sigma", "linear", "decreasing", "inccreasing-decreasing".
+            diffusion_form: of w: "constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing".
             diffusion_norm: what w is multiplied by.
             last_step: the last step, of ``last_step_size`` and without noise: "Mean" (with the SDE's drift), "Euler" (with the ODE's),
                 "Tweedie" (to the data that is expected) or None.
