@@ -114,6 +114,62 @@ def test_what_is_no_plan_to_draw_from(plan, size, message):
         ours.OTPlanSampler().sample_map(plan.numpy(), size, replace=False)
 
 
+class Costly(ours.OTPlanSampler):
+    """Of a cost of its own, as programs write it: the distance in one coordinate alone."""
+
+    def get_map(self, x0, x1):
+        weights = torch.full((len(x0),), 1 / len(x0)).numpy()
+        costs = (x0[:, None, 0] - x1[None, :, 0]).abs()
+        return self.ot_fn(weights, weights, (costs / costs.max() if self.normalize_cost else costs).numpy())
+
+
+@pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("settings", [{}, {"normalize_cost": True}], ids=str)
+def test_a_plan_of_a_subclass_is_what_pairs_are_drawn_from(name, settings):
+    x0 = torch.stack([torch.arange(8.0), torch.arange(8.0).flip(0) * 100.0], 1)
+    x1 = x0.flip(0) * torch.tensor([1.0, -1.0])
+    labels = torch.arange(8)
+    sampler = Costly("exact", **settings)
+    for replace in (None, True, False):
+        one, other = seeded(sampler.sample_plan, x0, x1, replace=replace)
+        assert torch.equal(one[:, 0], other[:, 0]) and (len(one.unique(dim=0)) == 8) == (replace is False)
+        same, _, y0, y1 = seeded(sampler.sample_plan_with_labels, x0, x1, labels, labels, replace=replace)
+        assert torch.equal(same, one) and torch.equal(y0, 7 - y1)
+    matcher = getattr(ours, name)(0.5)
+    matcher.ot_sampler = sampler
+    half = torch.full((8,), 0.5)
+    assert not matcher.sample_location_and_conditional_flow(x0, x1, half)[2][:, 0].any()
+    _, _, ut, y0, y1 = matcher.guided_sample_location_and_conditional_flow(x0, x1, labels, labels, half)
+    assert not ut[:, 0].any() and torch.equal(y0, 7 - y1)
+
+
+def test_draws_of_a_subclass_are_used_between_batches_of_different_sizes():
+    class First(ours.OTPlanSampler):
+        def get_map(self, x0, x1):
+            return torch.full((len(x0), len(x1)), 1.0).numpy()
+
+        def sample_map(self, pi, batch_size, replace=True):
+            return torch.arange(batch_size).numpy(), torch.full((batch_size,), pi.shape[1] - 1).numpy()
+
+    x0, x1 = torch.randn(4, 2), torch.randn(6, 2)
+    one, other, y0, y1 = First().sample_plan_with_labels(x0, x1, torch.arange(4), torch.arange(6))
+    assert torch.equal(one, x0) and torch.equal(other, x1[-1:].expand(4, 2)) and y0.tolist() == [0, 1, 2, 3] and y1.tolist() == [5] * 4
+
+
+def test_the_plan_of_any_costs():
+    torch.manual_seed(0)
+    costs, weights = torch.rand(12, 12).numpy(), torch.full((12,), 1 / 12).numpy()
+    other = pytest.importorskip("torchcfm.optimal_transport", exc_type=ImportError).OTPlanSampler("exact").ot_fn
+    torch.testing.assert_close(
+        ours.OTPlanSampler().ot_fn(weights, weights, costs), other(weights.astype(float), weights.astype(float), costs)
+    )
+    for a, b, m in ((weights, weights[:6], costs[:, :6]), (2 * weights, weights, costs), (weights, weights, costs[0])):
+        with pytest.raises(ValueError, match=r"a and b must be B equal weights of sum 1 and M costs \[B, B\], got \(12,\)"):
+            ours.OTPlanSampler().ot_fn(a, b, m)
+    with pytest.raises(ValueError, match="M must be finite"):
+        ours.OTPlanSampler().ot_fn(weights, weights, costs * math.inf)
+
+
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("shape", [(40, 3), (200, 2, 2, 2), (1, 5)], ids=str)
 def test_the_distance_of_torchcfm(shape, power):

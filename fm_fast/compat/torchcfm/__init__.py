@@ -11,7 +11,8 @@ A seed of torch's generator gives torchcfm's numbers, up to rounding, on the CPU
 * ``TargetConditionalFlowMatcher`` and ``SchrodingerBridgeConditionalFlowMatcher`` take u_t from the noise that they drew. torchcfm divides
   it out of x_t, and what is left of it in 16 bits, or near the ends, is often not finite.
 * Optimal pairs are an assignment (:mod:`fm_fast.couplings`): each sample once, instead of draws with replacement from the plan, which
-  ``OTPlanSampler`` makes in ``sample_map`` and where ``replace=True`` asks for them, by torch's generator instead of NumPy's.
+  ``OTPlanSampler`` makes in ``sample_map``, where ``replace=True`` asks for them, and from the plan of a subclass with a ``get_map`` of its
+  own, by torch's generator instead of NumPy's.
 * Shapes, dtypes and devices of x0 and x1, and t, are checked. x_t and u_t have the dtype of x0, whatever that of t.
 
 Entropic, unbalanced and partial plans are not covered, nor are the models, the data sets and the plots; ``optimal_transport.wasserstein``

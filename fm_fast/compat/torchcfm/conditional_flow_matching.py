@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fm_fast import _checks
+from fm_fast.compat._own import are_its_own
 from fm_fast.compat.torchcfm._arguments import check_pair, width
 from fm_fast.compat.torchcfm.optimal_transport import OTPlanSampler
 
@@ -87,7 +88,7 @@ class ConditionalFlowMatcher:
 
     def _is_wide(self) -> bool:
         """Whether x_t depends on the noise, as far as the width that it was made with tells."""
-        return self.sigma != 0.0 or not _are_its_own(self, ConditionalFlowMatcher, "compute_sigma_t", "sample_xt")
+        return self.sigma != 0.0 or not are_its_own(self, ConditionalFlowMatcher, "compute_sigma_t", "sample_xt")
 
     def _flow(self, x0: Tensor, x1: Tensor, t: Tensor, xt: Tensor, epsilon: Tensor | None) -> Tensor:
         """The velocity at the point that was drawn with this noise; of a subclass, what its own methods make of the point."""
@@ -111,7 +112,7 @@ class TargetConditionalFlowMatcher(ConditionalFlowMatcher):
         return (x1 - (1.0 - self.sigma) * xt) / pad_t_like_x(self.compute_sigma_t(t), x1)
 
     def _flow(self, x0: Tensor, x1: Tensor, t: Tensor, xt: Tensor, epsilon: Tensor | None) -> Tensor:
-        if epsilon is None or not _are_its_own(self, TargetConditionalFlowMatcher, *PARTS):
+        if epsilon is None or not are_its_own(self, TargetConditionalFlowMatcher, *PARTS):
             return super()._flow(x0, x1, t, xt, epsilon)
         return torch.sub(x1, epsilon, alpha=1.0 - self.sigma)
 
@@ -186,7 +187,7 @@ class SchrodingerBridgeConditionalFlowMatcher(_OfOptimalPairs):
         return _pull(t, xt - self.compute_mu_t(x0, x1, t)) + (x1 - x0)
 
     def _flow(self, x0: Tensor, x1: Tensor, t: Tensor, xt: Tensor, epsilon: Tensor | None) -> Tensor:
-        if epsilon is None or not _are_its_own(self, SchrodingerBridgeConditionalFlowMatcher, *PARTS):
+        if epsilon is None or not are_its_own(self, SchrodingerBridgeConditionalFlowMatcher, *PARTS):
             return super()._flow(x0, x1, t, xt, epsilon)
         return _pull(t, pad_t_like_x(self.compute_sigma_t(t), x0) * epsilon) + (x1 - x0)
 
@@ -196,11 +197,6 @@ def _pull(t: Tensor, offset: Tensor) -> Tensor:
     wide = torch.promote_types(offset.dtype, torch.float32)
     times = torch.as_tensor(pad_t_like_x(t, offset)).to(wide)
     return ((1.0 - 2.0 * times) / (2.0 * times * (1.0 - times) + TINY) * offset).to(offset.dtype)
-
-
-def _are_its_own(matcher: ConditionalFlowMatcher, owner: type, *names: str) -> bool:
-    """Whether these methods are those of the class ``owner``: neither a subclass nor the object itself has put others in their place."""
-    return all(getattr(getattr(matcher, name), "__func__", None) is getattr(owner, name) for name in names)
 
 
 def _times(t: Tensor | None, x0: Tensor) -> Tensor:

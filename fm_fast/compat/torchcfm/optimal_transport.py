@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fm_fast import _checks, _ops
+from fm_fast.compat._own import are_its_own
 from fm_fast.compat.torchcfm._arguments import check_labels, check_pair
 from fm_fast.couplings import optimal_order
 
@@ -19,12 +20,13 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 class OTPlanSampler:
     """Pairs of least squared distance of two batches of one shape (Tong et al. 2023, Pooladian et al. 2023).
 
-    There are no plans between batches of different sizes and no trajectories.
+    There are no plans between batches of different sizes and no trajectories. A subclass may put its own in place of ``get_map`` and
+    ``sample_map``, for other costs: pairs are then draws from its plan.
 
     Args:
         method: "exact".
         reg, reg_m, normalize_cost, num_threads, warn: not looked at. They are settings of entropic plans, a factor of all costs, and what
-            torchcfm's solver runs on and says: no exact assignment depends on them.
+            torchcfm's solver runs on and says: no exact assignment depends on them. Kept for subclasses.
     """
 
     def __init__(
@@ -37,13 +39,25 @@ class OTPlanSampler:
         warn: bool = True,
     ) -> None:
         _checks.one_of("method", method, ("exact",))
+        self.reg, self.reg_m, self.normalize_cost, self.warn = reg, reg_m, normalize_cost, warn
+
+    def ot_fn(self, a: Plan, b: Plan, M: Plan) -> Plan:
+        """The plan [B, B] of least cost for costs M [B, B] between equal weights a, b [B], which a ``get_map`` of one's own may call."""
+        costs = np.ascontiguousarray(M, dtype=np.float64)
+        size = len(costs)
+        if costs.shape != (size, size) or not all(np.shape(w) == (size,) and np.allclose(w, 1.0 / max(size, 1)) for w in (a, b)):
+            raise ValueError(
+                f"a and b must be B equal weights of sum 1 and M costs [B, B], got {np.shape(a)}, {np.shape(b)}, {costs.shape}"
+            )
+        if not np.isfinite(costs).all():
+            raise ValueError("M must be finite, got costs that are not")
+        order = _ops.assignment(torch.from_numpy(costs), torch.zeros(size, dtype=torch.float64, device="cpu"))
+        return _plan(np.arange(size), order.numpy())
 
     def get_map(self, x0: Tensor, x1: Tensor) -> Plan:
         """The plan [B, B]: 1 / B for x0_i and x1_j that are a pair, else 0."""
-        order = self._order(x0, x1).cpu()
-        plan = np.zeros((len(order), len(order)))
-        plan[order, np.arange(len(order))] = 1.0 / max(len(order), 1)
-        return plan
+        order = self._order(x0, x1).cpu().numpy()
+        return _plan(order, np.arange(len(order)))
 
     def sample_map(self, pi: Plan | Tensor, batch_size: int, replace: bool = True) -> tuple[Indices, Indices]:
         """(i, j), the pairs of ``batch_size`` draws from a plan [N, M] of any total, as from :meth:`get_map`.
@@ -57,21 +71,33 @@ class OTPlanSampler:
         drawn = torch.multinomial(torch.from_numpy(weights), batch_size, replace).numpy()
         return rows[drawn], columns[drawn]
 
-    def sample_plan(self, x0: Tensor, x1: Tensor, replace: bool = False) -> tuple[Tensor, Tensor]:
-        """x0 and x1 in an order in which they are pairs: every pair once, in the order of x1, or as many drawn with replacement."""
-        x0, x1, _, _ = self.sample_plan_with_labels(x0, x1, replace=replace)
-        return x0, x1
+    def sample_plan(self, x0: Tensor, x1: Tensor, replace: bool | None = None) -> tuple[Tensor, Tensor]:
+        """x0 and x1 in an order in which they are pairs: every pair once, in the order of x1, or as many drawn with replacement.
+
+        replace: None is False, but with a plan of a subclass's own True.
+        """
+        i, j = self._drawn(x0, x1, replace)
+        return x0[i], x1[j]
 
     def sample_plan_with_labels(
-        self, x0: Tensor, x1: Tensor, y0: Tensor | None = None, y1: Tensor | None = None, replace: bool = False
+        self, x0: Tensor, x1: Tensor, y0: Tensor | None = None, y1: Tensor | None = None, replace: bool | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """As :meth:`sample_plan`, and the labels y0 [B, ...] and y1 [B, ...] that go with them."""
+        i, j = self._drawn(x0, x1, replace)
+        check_labels(x0, y0=y0)
+        check_labels(x1, y1=y1)
+        return x0[i], x1[j], None if y0 is None else y0[i.to(y0.device)], None if y1 is None else y1[j.to(y1.device)]
+
+    def _drawn(self, x0: Tensor, x1: Tensor, replace: bool | None) -> tuple[Tensor, Tensor]:
+        """(i, j): x0[i] goes with x1[j]."""
+        if not are_its_own(self, OTPlanSampler, "get_map", "sample_map"):
+            rows, columns = self.sample_map(self.get_map(x0, x1), len(x0), replace=replace is None or replace)
+            return torch.as_tensor(rows, device=x0.device), torch.as_tensor(columns, device=x1.device)
         i, j = self._order(x0, x1), torch.arange(len(x1), device=x1.device)
-        check_labels(x1, y0=y0, y1=y1)
         if replace:
             j = torch.randint(max(len(x1), 1), (len(x1),), device=x1.device)
             i = i[j]
-        return x0[i], x1[j], None if y0 is None else y0[i.to(y0.device)], None if y1 is None else y1[j.to(y1.device)]
+        return i, j
 
     def _order(self, x0: Tensor, x1: Tensor) -> Tensor:
         check_pair(x0, x1)
@@ -104,6 +130,13 @@ def _nearest(x0: Tensor, x1: Tensor) -> Tensor:
     if not bool(costs.isfinite().all()):
         raise ValueError("x0 and x1 must be finite, got values that are not")
     return _ops.assignment(costs, torch.zeros(len(costs), dtype=torch.float64, device="cpu")).to(x1.device)
+
+
+def _plan(rows: Indices, columns: Indices) -> Plan:
+    """Of these pairs, all of one weight."""
+    plan = np.zeros((len(rows), len(rows)))
+    plan[rows, columns] = 1.0 / max(len(rows), 1)
+    return plan
 
 
 def _pairs_of(pi: object) -> tuple[Indices, Indices, Plan]:
