@@ -442,3 +442,27 @@ def test_the_form_that_scripts_offer_is_the_one_that_their_module_misspells() ->
     torch.testing.assert_close(found, 2.0 * torch.tensor([0.0, 0.5, 1.0, 0.5, 0.0], dtype=torch.float64))
     walk = Sampler(create_transport()).sample_sde(diffusion_form="increasing-decreasing", num_steps=3)
     assert len(walk(noise(2, 3), Exact("Linear", "velocity"))) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_times_and_noise_of_a_subclass(prediction: str, dtype: torch.dtype) -> None:
+    """Which draws as it likes, and are the ones that the loss is computed with."""
+    x0, x1, times = noise(4, 3, seed=1).to(dtype), noise(4, 3).to(dtype), torch.tensor([0.25, 0.5, 0.5, 0.75]).to(dtype)
+    asked = []
+
+    class Chosen(Transport):
+        def sample(self, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return times, x0, x1
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        asked.append((x, t))
+        return torch.zeros_like(x)
+
+    kinds = {"model_type": ModelType(prediction), "path_type": PathType.LINEAR, "loss_type": WeightType.NONE}
+    losses = Chosen(**kinds, train_eps=0.0, sample_eps=0.0).training_losses(model, x1)["loss"]
+    column = times[:, None].float()
+    torch.testing.assert_close(asked[0][0].float(), column * x1.float() + (1 - column) * x0.float(), rtol=1e-2, atol=1e-2)
+    assert torch.equal(asked[0][1], times.float())
+    wanted = x1.float() - x0.float() if prediction == "velocity" else x0.float()
+    torch.testing.assert_close(losses.float(), wanted.square().mean(1), rtol=1e-2, atol=1e-2)

@@ -12,6 +12,7 @@ from fm_fast import _checks
 from fm_fast._solver.field import check_output
 from fm_fast.compat._methods import MAX_STEPS, accuracy_of, method_named
 from fm_fast.compat._options import number
+from fm_fast.compat._own import are_its_own
 from fm_fast.compat.transport._sde import Sde
 from fm_fast.compat.transport.path import FORMS, OWN, GVPCPlan, ICPlan, VPCPlan
 from fm_fast.conversions import convert
@@ -86,7 +87,7 @@ def create_transport(
 
 
 class Transport:
-    """A path and what the model predicts on it."""
+    """A path and what the model predicts on it. A subclass may put its own in place of ``sample``, for times and noise of its own."""
 
     def __init__(
         self, *, model_type: ModelType, path_type: PathType, loss_type: WeightType, train_eps: float | Tensor, sample_eps: float | Tensor
@@ -113,7 +114,8 @@ class Transport:
         """
         _checks.data(x1)
         _check_conditions(model_kwargs)
-        drawn = sample_path(x1, t=self._training_times(x1), **self.path_and_objective)
+        t, x0, x1 = (self._training_times(x1), None, x1) if are_its_own(self, Transport, "sample") else self.sample(x1)
+        drawn = sample_path(x1, x0=x0, t=t.to(torch.promote_types(t.dtype, torch.float32)), **self.path_and_objective)
         output = model(drawn.x_t, drawn.t, **(model_kwargs or {}))
         check_output(output, drawn.x_t)
         return {"pred": output, "loss": drawn.loss(output, self._weight(drawn.t), reduction="none")}
