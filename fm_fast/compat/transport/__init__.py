@@ -16,6 +16,8 @@ differs in this:
   the velocity, or in an SDE the score, has no finite value, but 1e-5 away.
 * Likelihoods hold their probe for an adaptive solve, draw it afresh at every evaluation of fixed steps, and call the model once for both
   the velocity and its divergence. log p is float64 and without a gradient.
+* Losses and samplers know a plan by its ``path`` alone (``alpha``, ``sigma`` and their derivatives): a plan of one's own has another
+  ``path``. Other methods that a subclass of a plan has of its own, and a ``get_drift`` or ``get_score``, are not called by them.
 * Samples of an ODE that are not finite are an error. Outputs of another shape than x are one everywhere.
 * 16-bit states are float32 between evaluations.
 
