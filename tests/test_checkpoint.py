@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trainer_helpers import CPU, assert_same_state, moments, tiny
+from trainer_helpers import CPU, advance, assert_same_state, moments, resume, tiny
 
 from fm_fast.train import checkpoint
 from fm_fast.train.data import digits
-from fm_fast.train.loop import advance
 from fm_fast.train.step import new_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,7 +18,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, objective):
     config, data = tiny(objective=objective), digits()
     straight, first, second = trained(config, data, 8), trained(config, data, 4), new_state(config, CPU)
     checkpoint.save_checkpoint(tmp_path / "c.pt", first.state_dict(), config)
-    checkpoint.resume(tmp_path / "c.pt", second, config)
+    resume(tmp_path / "c.pt", second, config)
     assert_same_state(first, second)
     assert len(moments(second)) == 5 * len(list(second.model.parameters()))
     losses = advance(second, config, data, 4)
@@ -37,10 +36,10 @@ def trained(config, data, steps):
 def test_resume_refuses_other_settings_but_takes_more_steps(tmp_path):
     config = tiny()
     checkpoint.save_checkpoint(tmp_path / "c.pt", new_state(config, CPU).state_dict(), config)
-    checkpoint.resume(tmp_path / "c.pt", new_state(config, CPU), replace(config, steps=40, out="elsewhere", log_every=3))
+    resume(tmp_path / "c.pt", new_state(config, CPU), replace(config, steps=40, out="elsewhere", log_every=3))
     other = replace(config, seed=1, batch_size=8)
     with pytest.raises(ValueError, match="cannot resume with other settings: batch_size: 16 -> 8; seed: 0 -> 1"):
-        checkpoint.resume(tmp_path / "c.pt", new_state(other, CPU), other)
+        resume(tmp_path / "c.pt", new_state(other, CPU), other)
 
 
 def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
@@ -80,7 +79,7 @@ def test_a_state_that_is_none(tmp_path):
         file = tmp_path / f"{number}.pt"
         checkpoint.save_checkpoint(file, state, config)
         with pytest.raises(ValueError, match=rf"{number}.pt: expected the state of a run, got another \("):
-            checkpoint.resume(file, new_state(config, CPU), config)
+            resume(file, new_state(config, CPU), config)
 
 
 def test_a_file_cut_off_at_any_length_is_a_damaged_one(tmp_path):

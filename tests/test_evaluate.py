@@ -15,7 +15,7 @@ import fm_fast as fm
 from fm_fast.cli import main
 from fm_fast.train.classifier import train_classifier
 from fm_fast.train.data import Dataset, digits
-from fm_fast.train.evaluate import Samples, draw_by, draw_samples, evaluate_network, sample_quality
+from fm_fast.train.evaluate import Samples, draw_samples, evaluate_network, sample_quality
 from fm_fast.train.likelihood import _merged, dataset_bits
 
 SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "2", "--samples-per-class", "2"]
@@ -49,25 +49,29 @@ class Counting(torch.nn.Module):
         return self.scale * ((y.float() / 10 - 0.5).reshape(-1, 1, 1, 1) - x)
 
 
+def dopri5(tolerance):
+    return {"method": "dopri5", "rtol": tolerance, "atol": tolerance}
+
+
 def first(data, count):
     return Dataset(data.name, data.images[:count], data.labels[:count], data.classes, data.levels)
 
 
 def test_nfe_is_the_number_of_calls_and_labels_are_those_of_the_images():
     model, like = Counting(), first(digits("test"), 10)
-    samples = draw_samples(model, tiny(), like, seed=0, batch_size=4, tolerance=1e-5)
+    samples = draw_samples(model, tiny(), like, seed=0, batch_size=4, **dopri5(1e-5))
     assert [model.calls.count(4), model.calls.count(2)] == [sum(samples.nfe_of_batches[:2]), samples.nfe_of_batches[2]]
     assert samples.nfe == (4 * samples.nfe_of_batches[0] + 4 * samples.nfe_of_batches[1] + 2 * samples.nfe_of_batches[2]) / 10
     assert torch.equal(model.labels[0], like.labels[:4]) and torch.equal(samples.labels, like.labels)
     assert samples.images.shape == like.images.shape and samples.images.dtype == torch.uint8
-    draw_samples(model, tiny(), like, seed=0, batch_size=4, tolerance=1e-5, unconditional=True)
+    draw_samples(model, tiny(), like, seed=0, batch_size=4, unconditional=True, **dopri5(1e-5))
     assert set(model.labels[-1].tolist()) == {-1}
 
 
 def test_samples_are_the_exact_flow():
     """dx/dt = 2 (m - x) from noise: x(1) = m + (x0 - m) e^-2."""
     like = first(digits("test"), 6)
-    samples = draw_samples(Counting(), tiny(), like, seed=3, batch_size=4, tolerance=1e-7)
+    samples = draw_samples(Counting(), tiny(), like, seed=3, batch_size=4, **dopri5(1e-7))
     x0 = fm.noise((6, 1, 8, 8), seed=3, step=0, index=3)
     mean = (like.labels.float() / 10 - 0.5).reshape(-1, 1, 1, 1)
     expected = ((mean + (x0 - mean) * torch.exp(torch.tensor(-2.0)) + 1) * 8.5).floor().clamp(0, 16)
@@ -76,7 +80,7 @@ def test_samples_are_the_exact_flow():
 
 def test_a_smaller_tolerance_costs_more_evaluations():
     like = first(digits("test"), 4)
-    counts = [draw_samples(Counting(), tiny(), like, 0, 4, tolerance).nfe for tolerance in (1e-3, 1e-5, 1e-7)]
+    counts = [draw_samples(Counting(), tiny(), like, 0, 4, **dopri5(tolerance)).nfe for tolerance in (1e-3, 1e-5, 1e-7)]
     assert counts[0] < counts[1] < counts[2] and all((count - 2) % 6 == 0 for count in counts)
 
 
@@ -127,8 +131,8 @@ def test_another_solver_takes_the_place_of_dopri5_for_the_samples_alone(trained_
 
 def test_nfe_of_steps_of_each_samples_own():
     like, solver = first(digits("test"), 5), {"method": "bosh3", "rtol": 1e-4, "atol": 1e-4, "per_sample": "shrink"}
-    samples = draw_by(Counting(), tiny(), like, 0, 2, **solver)
-    alone = draw_by(Counting(), tiny(), like, 0, 1, method="bosh3", rtol=1e-4, atol=1e-4).nfe_of_batches
+    samples = draw_samples(Counting(), tiny(), like, 0, 2, **solver)
+    alone = draw_samples(Counting(), tiny(), like, 0, 1, method="bosh3", rtol=1e-4, atol=1e-4).nfe_of_batches
     assert samples.nfe_of_each is not None and tuple(samples.nfe_of_each.tolist()) == alone
     assert samples.nfe == pytest.approx(sum(alone) / 5)
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from tape import Tape
 from torch import nn
-from trainer_helpers import CPU, TINY_NET, assert_same_state, flat, tiny
+from trainer_helpers import CPU, TINY_NET, advance, assert_same_state, flat, tiny
 
 from fm_fast import _ops
 from fm_fast.nn.convolution import PYTORCH
 from fm_fast.train.data import DataOrder, digits
 from fm_fast.train.graph import CudaRecorder, GraphedStep, is_wanted
-from fm_fast.train.loop import advance, train
+from fm_fast.train.loop import train
 from fm_fast.train.step import new_state, training_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")

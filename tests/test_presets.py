@@ -62,7 +62,8 @@ def test_a_network_without_labels(tmp_path, capsys, one_thread):
     assert np.load(samples)["images"].shape == (3, 1, 8, 8) and np.load(samples)["labels"].tolist() == [-1] * 3
     assert main(["sample", str(run), "--classes", "1", "--out", str(samples)]) == 1
     assert "classes: expected " in capsys.readouterr().err
-    drawn = draw_samples(model, config, replace(digits("test"), images=digits().images[:2], labels=digits().labels[:2]), 0, 2, 0.1)
+    few = replace(digits("test"), images=digits().images[:2], labels=digits().labels[:2])
+    drawn = draw_samples(model, config, few, 0, 2, method="euler", steps=2)
     assert drawn.images.shape == (2, 1, 8, 8) and drawn.labels.tolist() == [-1, -1]
     assert main(["likelihood", str(run), "--limit", "2", "--steps", "2", "--json", str(tmp_path / "bits.json")]) == 0
     assert json.loads((tmp_path / "bits.json").read_text())["images"] == 2

@@ -5,11 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from trainer_helpers import CPU, cut, flat, tiny
+from trainer_helpers import CPU, advance, cut, flat, tiny
 
 from fm_fast.cli import main
 from fm_fast.train.data import digits
-from fm_fast.train.loop import advance
 from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.step import new_state
 from fm_fast.train.weights import FORMAT, VERSION, load_model, save_weights

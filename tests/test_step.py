@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainer_helpers import CPU, TINY_NET, assert_same_state, flat, tiny
+from trainer_helpers import CPU, TINY_NET, advance, assert_same_state, flat, tiny
 
 import fm_fast as fm
 from fm_fast import sample_path
 from fm_fast.nn import Preconditioned, UNet
 from fm_fast.train.config import from_dict, to_dict
 from fm_fast.train.data import DataOrder, digits
-from fm_fast.train.loop import advance
 from fm_fast.train.step import Batch, Share, by_quartile, network_of, new_state, sample_losses, training_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from trainer_helpers import CPU, TINY_NET, assert_same_state, decode_png, tiny
+from trainer_helpers import CPU, TINY_NET, advance, assert_same_state, decode_png, tiny
 
 import fm_fast as fm
 from fm_fast.cli import main
 from fm_fast.train.condition import reduced
 from fm_fast.train.config import fit_to_data
 from fm_fast.train.data import DataOrder, digits
-from fm_fast.train.loop import advance, train
+from fm_fast.train.loop import train
 from fm_fast.train.picture import write_png
 from fm_fast.train.restoration import signal_to_noise, similarity
 from fm_fast.train.sample import sample, sample_enlarged, to_integers

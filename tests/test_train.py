@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trainer_helpers import CPU, assert_same_state, decode_png, tiny
+from trainer_helpers import CPU, advance, assert_same_state, decode_png, tiny
 
 from fm_fast import objectives
 from fm_fast.nn import Preconditioned
@@ -19,7 +19,6 @@ from fm_fast.train.devices import autotuning, pick_device
 from fm_fast.train.distributed import Team
 from fm_fast.train.evaluate import agreement, evaluate, median_distance, train_classifier
 from fm_fast.train.log import Logger
-from fm_fast.train.loop import advance
 from fm_fast.train.presets import PRESETS
 from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.step import Batch, build_model, new_state, sample_losses

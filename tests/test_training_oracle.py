@@ -6,12 +6,11 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from trainer_helpers import CPU, TINY_NET, flat, tiny
+from trainer_helpers import CPU, TINY_NET, advance, flat, tiny
 
 import fm_fast as fm
 from fm_fast.nn import UNet
 from fm_fast.train.data import DataOrder, digits
-from fm_fast.train.loop import advance
 from fm_fast.train.step import new_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,6 +7,9 @@ import torch
 
 from fm_fast.nn import UNetConfig
 from fm_fast.train import TrainConfig
+from fm_fast.train.checkpoint import read_checkpoint, restore
+from fm_fast.train.data import DataOrder
+from fm_fast.train.step import training_step
 
 CPU = torch.device("cpu")
 TINY_NET = UNetConfig(8, 1, 10, channels=8, multipliers=(1, 2), blocks=1, attention_sizes=(4,), head_channels=8, groups=4)
@@ -14,6 +17,17 @@ TINY_NET = UNetConfig(8, 1, 10, channels=8, multipliers=(1, 2), blocks=1, attent
 
 def tiny(**changes):
     return TrainConfig(**{"steps": 20, "batch_size": 16, "warmup": 4, "model": TINY_NET} | changes)
+
+
+def advance(state, config, dataset, steps):
+    """Training steps without log or files; their losses."""
+    order = DataOrder(len(dataset), config.seed)
+    return [training_step(state, config, dataset, order).mean for _ in range(steps)]
+
+
+def resume(path, state, config):
+    """A checkpoint loaded into a fresh state."""
+    restore(path, read_checkpoint(path), state, config)
 
 
 def flat(module):

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ BATCH = 64
 DRAWS = (1, 5, 10)
 # Of dopri5; the looser one where only the difference between numbers of draws matters.
 TOLERANCE, DRAWS_TOLERANCE = 1e-5, 1e-3
+DOPRI5: dict[str, Any] = {"method": "dopri5", "rtol": TOLERANCE, "atol": TOLERANCE}
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,9 @@ def _row(objective: str, config: TrainConfig) -> Row:
     model, config = load_model(config.out)
     seed, training = config.seed, load_dataset(config.data, "train", config.preparation)
     held_out = first(load_dataset(config.data, "test", config.preparation), SAMPLES)
-    samples = draw_samples(model, config, held_out, seed, SAMPLES, TOLERANCE)
+    samples = draw_samples(model, config, held_out, seed, SAMPLES, **DOPRI5)
     quality = sample_quality(samples, train_classifier(training), training, held_out)
-    bits = dataset_bits(model, config, first(held_out, BITS_IMAGES), BITS_IMAGES, seed, method="dopri5", rtol=TOLERANCE, atol=TOLERANCE)
+    bits = dataset_bits(model, config, first(held_out, BITS_IMAGES), BITS_IMAGES, seed, **DOPRI5)
     assert quality.agreement is not None and quality.novelty is not None
     return Row(
         objective=objective, bits_per_dim=bits.mean, std_err=bits.mean_std_err, nfe=samples.nfe,

@@ -130,8 +130,3 @@ def _told_as_damage(path: Path) -> Iterator[None]:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: expected the state of a run, got another ({first_line(error)})") from error
-
-
-def resume(path: Path, state: TrainState, config: TrainConfig) -> None:
-    """Load a checkpoint into a fresh state. Raises as :func:`read_checkpoint` and :func:`restore` do."""
-    restore(path, read_checkpoint(path), state, config)

@@ -187,7 +187,7 @@ def evaluate_network(
     chosen = {"t0": t0, "t1": t1, **({} if "method" in likelihood else dopri5), **likelihood}
     bits = dataset_bits(model, config, held_out, batch_size, seed, unconditional, **chosen) if with_bits else None
     by = {"t0": t0, **(dopri5 if solver is None else solver)}
-    samples = draw_by(model, config, held_out, seed, batch_size, unconditional, **by)
+    samples = draw_samples(model, config, held_out, seed, batch_size, unconditional, **by)
     quality = sample_quality(samples, train_classifier(train), train, held_out, with_fid)
     restored = (
         restoration(samples.images, held_out.images, held_out.levels, config.super_resolution) if config.super_resolution > 1 else None
@@ -196,17 +196,12 @@ def evaluate_network(
 
 
 def draw_samples(
-    model: nn.Module, config: TrainConfig, like: Dataset, seed: int, batch_size: int, tolerance: float, unconditional: bool = False
-) -> Samples:
-    """As many samples as `like` has images, with its labels (or the null class) and reduced images, by dopri5 without guidance."""
-    solver = {"method": "dopri5", "rtol": tolerance, "atol": tolerance}
-    return draw_by(model, config, like, seed, batch_size, unconditional, **solver)
-
-
-def draw_by(
     model: nn.Module, config: TrainConfig, like: Dataset, seed: int, batch_size: int, unconditional: bool = False, **solver: Any
 ) -> Samples:
-    """The same by another solver: arguments of :func:`fm_fast.sample`."""
+    """As many samples as `like` has images, with its labels (or the null class) and reduced images, without guidance.
+
+    solver: arguments of :func:`fm_fast.sample`.
+    """
     knows_classes = config.model.classes > 0
     labels = torch.full_like(like.labels, NULL_CLASS) if unconditional or not knows_classes else like.labels
     parts, counts, each = [], [], []

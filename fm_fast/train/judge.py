@@ -8,7 +8,7 @@ from torch import nn
 from fm_fast.train.classifier import Classifier, train_classifier
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import Dataset, load_dataset
-from fm_fast.train.evaluate import draw_by, sample_quality
+from fm_fast.train.evaluate import draw_samples, sample_quality
 from fm_fast.train.likelihood import require_fitting
 
 JUDGED = 500  # held-out images at most, and as many samples
@@ -28,7 +28,7 @@ class Judge:
     def measure(self, average: nn.Module, config: TrainConfig) -> dict[str, Any]:
         """MEASURED by name, of samples without guidance from noise that is always the same."""
         solver = {"method": config.sample_method, "steps": config.sample_steps}
-        samples = draw_by(average, config, self.held_out, config.seed, BATCH, **solver)
+        samples = draw_samples(average, config, self.held_out, config.seed, BATCH, **solver)
         quality = sample_quality(samples, self.classifier, self.train, self.held_out)
         return {name: getattr(quality, name) for name in MEASURED}
 

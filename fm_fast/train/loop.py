@@ -125,12 +125,6 @@ def _judge(config: TrainConfig, dataset: Dataset, team: Team) -> Judge | None:
     return judge_of(config, dataset) if config.quality_every > 0 and team.first else None
 
 
-def advance(state: TrainState, config: TrainConfig, dataset: Dataset, steps: int) -> list[torch.Tensor]:
-    """`steps` training steps without log or files; returns their losses."""
-    order = DataOrder(len(dataset), config.seed)
-    return [training_step(state, config, dataset, order).mean for _ in range(steps)]
-
-
 def _say(run: Run, text: str) -> None:
     if run.team.first:
         tell(text)
