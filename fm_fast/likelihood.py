@@ -18,9 +18,9 @@ from torch.distributions import Distribution
 
 from fm_fast import _backends, _checks, _modes, random, reference
 from fm_fast._solver.estimator import Estimator
-from fm_fast._solver.field import Model, make_field
+from fm_fast._solver.field import Model, combined, make_field
 from fm_fast._solver.guidance import Guidance
-from fm_fast._solver.integrate import Integral, Task, integrate, integrate_coarsely
+from fm_fast._solver.integrate import Integral, integrate, integrate_coarsely, make_task
 from fm_fast._solver.prior import Prior, as_prior, log_prior, tried_prior, warn_if_not_of_the_prior, warn_of_another_start
 from fm_fast._solver.probes import make_probes
 from fm_fast._solver.recording import check_gradient, solving
@@ -152,8 +152,8 @@ def divergence(
         recorded = estimator.record(lambda given: field.checked_output_at(given, times, scale), x)
         estimator.add(recorded, 0, 0.0, 1.0)
         output = recorded.output if create_graph or _modes.transforms_active() else recorded.output.detach()
-        v = field.velocity(x.to(times.dtype), times, output)
-        return _divergence(estimator, v, velocity_factors(chosen_path, chosen_objective, times))
+        factors = velocity_factors(chosen_path, chosen_objective, times)
+        return _divergence(estimator, combined(x.to(times.dtype), output, factors), factors)
 
 
 def _as_times(t: Tensor | float, x: Tensor, limits: tuple[float, float]) -> Tensor:
@@ -240,14 +240,10 @@ def log_likelihood(
     )  # fmt: skip
     if error_estimate:
         _check_halving(settings)
-    chosen = make_probes(kind, probes, replicates, tuple(x1.shape), x1.device)
-    task = Task(
-        field=make_field(model, settings.path, settings.objective, x1.shape[0], cond, guidance, settings.span).recordable(),
-        settings=settings,
-        probes=chosen,
-        key=random.make_key(seed, step, sample_ids, x1.shape[0], x1.device, not chosen.exact),
-        mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
-        mark=on_nonfinite == "mark",
+    task = make_task(
+        model, x1, settings, cond=cond, guidance=guidance, kind=kind, probes=probes, replicates=replicates, seed=seed, step=step,
+        sample_ids=sample_ids, mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
+        on_nonfinite=on_nonfinite,
     )  # fmt: skip
     density = tried_prior(prior, x1)
     if density is None:
@@ -257,12 +253,12 @@ def log_likelihood(
         logp = log_prior(density, fine.x, settings.path) + fine.value
     check_finite(logp, "log-densities", settings, on_nonfinite)
     if not error_estimate:
-        return Likelihood(logp, standard_error(fine), None, fine.x, fine.nfe, fine.nvjp, fine.nfe_of_each)
+        return Likelihood(logp, fine.std_err, None, fine.x, fine.nfe, fine.nvjp, fine.nfe_of_each)
     coarse = integrate_coarsely(task, x1.detach())
     error = _discretisation_error(fine, coarse, density, settings)
     if _modes.worth_a_wait(error):
         _warn_if_large(error, x1)
-    return Likelihood(logp, standard_error(fine), error, fine.x, fine.nfe + coarse.nfe, fine.nvjp + coarse.nvjp)
+    return Likelihood(logp, fine.std_err, error, fine.x, fine.nfe + coarse.nfe, fine.nvjp + coarse.nvjp)
 
 
 def _check_halving(settings: Settings) -> None:
@@ -293,11 +289,6 @@ def _warn_if_large(error: Tensor, x1: Tensor) -> None:
     bits = float(error.mean()) / (size * math.log(2.0)) if error.numel() and size else 0.0
     if bits > LARGE_ERROR:
         warnings.warn(f"the finite number of steps costs about {bits:.2g} bits a dimension; take more steps", stacklevel=3)
-
-
-def standard_error(integral: Integral) -> Tensor | None:
-    """[B], from the variance that the probes cause; None where it is unknown."""
-    return None if integral.variance is None else integral.variance.detach().sqrt()
 
 
 def sample_with_log_prob(
@@ -345,14 +336,10 @@ def sample_with_log_prob(
         noise, path=path, objective=objective, method=method, steps=steps, grid=grid, t0=t0, t1=t1, save=None, rtol=rtol, atol=atol,
         max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad="none", backend=backend, reverse=False, guidance=guidance,
     )  # fmt: skip
-    chosen = make_probes(kind, probes, replicates, tuple(noise.shape), noise.device)
-    task = Task(
-        field=make_field(model, settings.path, settings.objective, noise.shape[0], cond, guidance, settings.span).recordable(),
-        settings=settings,
-        probes=chosen,
-        key=random.make_key(seed, step, sample_ids, noise.shape[0], noise.device, not chosen.exact),
-        mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
-        mark=on_nonfinite == "mark",
+    task = make_task(
+        model, noise, settings, cond=cond, guidance=guidance, kind=kind, probes=probes, replicates=replicates, seed=seed, step=step,
+        sample_ids=sample_ids, mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
+        on_nonfinite=on_nonfinite,
     )  # fmt: skip
     with torch.set_grad_enabled(create_graph):
         if prior is None:
@@ -364,4 +351,4 @@ def sample_with_log_prob(
         logp = before - integral.value
     check_finite(integral.x, "samples", settings, on_nonfinite)
     check_finite(logp, "log-densities", settings, on_nonfinite)
-    return SampleWithLogProb(integral.x, logp, standard_error(integral), integral.nfe, integral.nvjp, integral.nfe_of_each)
+    return SampleWithLogProb(integral.x, logp, integral.std_err, integral.nfe, integral.nvjp, integral.nfe_of_each)

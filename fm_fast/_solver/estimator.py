@@ -68,17 +68,12 @@ class Estimator:
         else:
             self._add_fused(recorded, index, bias, factor, last)
 
-    @property
-    def group_count(self) -> int:
-        """Independent groups of probes; an exact trace is one."""
-        return 1 if self.probes.exact else self.probes.groups
-
     def group_means(self) -> Tensor:
         """div o of the last call by each independent group of probes, float64 [groups, B]; one group if exact."""
-        return reference.group_means(self.dots, self.group_count)
+        return reference.group_means(self.dots, self.probes.groups)
 
     def _accumulate(self, dots: Tensor, bias: Number, factor: Number) -> None:
-        mean, variance = reference.group_statistics(dots, self.group_count)
+        mean, variance = reference.group_statistics(dots, self.probes.groups)
         self.sums = self.sums + torch.stack([bias + factor * mean, factor * factor * variance])
 
     def _add_fused(self, recorded: Recorded, index: int, bias: float, factor: float, last: bool) -> None:

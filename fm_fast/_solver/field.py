@@ -85,12 +85,6 @@ class Field:
         check_output(output, x)
         return _ops.native_layout(output)
 
-    def velocity(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
-        """p(t) x + r(t) o in x's dtype."""
-        p, r = velocity_factors(self.path, self.objective, t)
-        p, r = (reference.per_sample(values.to(x.dtype), x) for values in (p, r))
-        return p * x + r * output.to(x.dtype)
-
     def factors_at(self, t: Time, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """(p, r) of the velocity p x + r o, float64; None where the output is the velocity."""
         if is_built_in(self.objective) and self.objective.name == "velocity":

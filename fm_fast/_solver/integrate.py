@@ -1,25 +1,29 @@
 """A solve that carries the integral of the divergence along: what likelihoods are made of."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fm_fast import _modes, reference
+from fm_fast import _checks, _modes, _philox, random, reference
 from fm_fast._solver.adaptive import solve_adaptive
 from fm_fast._solver.estimator import Estimator
 from fm_fast._solver.evaluate import make_mixed
-from fm_fast._solver.field import Field, combined
+from fm_fast._solver.field import Field, Model, combined, make_field
+from fm_fast._solver.guidance import Guidance
 from fm_fast._solver.learned import LearnedFactors, plan_and_factors, velocities
 from fm_fast._solver.loop import Evaluate, Layout, make_state, run
 from fm_fast._solver.per_sample import Rules, solve_per_sample
 from fm_fast._solver.plan import Plan
-from fm_fast._solver.probes import Probes, single_probe
+from fm_fast._solver.probes import Probes, make_probes, single_probe
 from fm_fast._solver.progress import step_counter
 from fm_fast._solver.recording import check_gradient, solving
-from fm_fast._solver.settings import Settings
+from fm_fast._solver.settings import NONFINITE, Settings
 from fm_fast._solver.trial import Derivative, Moment, Parts, Tolerance
+from fm_fast.random import Whole
 from fm_fast.solvers import RungeKutta
 
 
@@ -39,8 +43,7 @@ class Task:
 
     def of(self, samples: Tensor) -> "Task":
         """The task of some samples [n] of the batch."""
-        batch = self.field.batch
-        ids = self.key[2:] if len(self.key) == 2 + batch else self.key[2] + torch.arange(batch, device=self.key.device)
+        ids = _philox.sample_ids(self.key, self.field.batch)
         return replace(self, field=self.field.of(samples), key=torch.cat([self.key[:2], ids[samples]]))
 
     def estimator(self) -> Estimator:
@@ -72,6 +75,24 @@ class Integral:
     nvjp: int
     control: Tensor
     nfe_of_each: Tensor | None = None
+
+    @property
+    def std_err(self) -> Tensor | None:
+        """[B], of the value; without a gradient."""
+        return None if self.variance is None else self.variance.detach().sqrt()
+
+
+def make_task(
+    model: Model, start: Tensor, settings: Settings, *, cond: Mapping[str, Any] | None, guidance: Guidance | None, kind: str, probes: int,
+    replicates: int, seed: Whole | None, step: Whole, sample_ids: Whole | None, mode: str, memory_budget: int | None, create_graph: bool,
+    progress: bool, on_nonfinite: str,
+) -> Task:  # fmt: skip
+    """The task of a call's arguments, checked. Raises TypeError or ValueError naming the one that does not fit."""
+    _checks.one_of("on_nonfinite", on_nonfinite, NONFINITE)
+    chosen, batch, device = make_probes(kind, probes, replicates, tuple(start.shape), start.device), start.shape[0], start.device
+    field = make_field(model, settings.path, settings.objective, batch, cond, guidance, settings.span).recordable()
+    key = random.make_key(seed, step, sample_ids, batch, device, not chosen.exact)
+    return Task(field, settings, chosen, key, mode, memory_budget, create_graph, progress, mark=on_nonfinite == "mark")
 
 
 def integrate(task: Task, start: Tensor, controlled: bool = False) -> Integral:
@@ -163,7 +184,7 @@ def _measured(task: Task, plan: Plan, start: Tensor, measures: list[Measure], fa
 def _adaptive(task: Task, start: Tensor) -> Integral:
     """x and the integral by each group of probes together; the probes are held, since fresh ones would enter the error control."""
     estimators, x0 = [task.estimator()], start.to(reference.accumulation_dtype(start))
-    groups = estimators[0].group_count
+    groups = task.probes.groups
     solve = _per_sample if task.settings.per_sample else _together
     (x, integrals), nfe, nfe_of_each = solve(task, (x0, x0.new_zeros(start.shape[0], groups)), estimators)
     value, variance = reference.group_statistics(integrals.T.to(torch.float64), groups)

@@ -44,7 +44,8 @@ class Probes:
 
     @property
     def groups(self) -> int:
-        return self.total // self.share
+        """Independent groups; an exact trace is one."""
+        return 1 if self.exact else self.total // self.share
 
     @property
     def known_variance(self) -> bool:

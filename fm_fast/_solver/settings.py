@@ -224,7 +224,6 @@ def check_finite(values: Tensor, what: str, settings: Settings, on_nonfinite: st
     Raises FloatingPointError if one is not and ``on_nonfinite`` is "raise", where values can be read: not inside torch.compile, torch.func
     transforms or the capture of a CUDA graph.
     """
-    _checks.one_of("on_nonfinite", on_nonfinite, NONFINITE)
     values, looks = values.detach(), on_nonfinite == "raise" and _modes.worth_a_wait(values)
     if looks and math.isfinite(values.sum()):  # as nearly always: finite numbers alone have a finite sum, unless it is too large
         return values.new_ones(values.shape[:1], dtype=torch.bool)
