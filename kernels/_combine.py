@@ -3,6 +3,7 @@
 # Device functions are written in Triton's own language.
 # pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,6 +30,13 @@ def combine_kernel(
         total += tl.load(partial_ptr + output * count + index, mask=index < count, other=0.0).to(tl.float64)
         start += TILE
     tl.store(output_ptr + output, tl.sum(total) * scale)
+
+
+def partials(outputs: Tensor, programs: int) -> Tensor:
+    """Where the programs of each float64 output leave their sums, float64: the outputs themselves where there is one."""
+    if programs == 1:
+        return outputs
+    return torch.empty(outputs.numel() * programs, dtype=torch.float64, device=outputs.device)
 
 
 def combine(outputs: Tensor, partial: Tensor, scale: float) -> None:

@@ -31,7 +31,19 @@ def grid_of(programs: int, samples: int) -> tuple[int, int, int]:
 
 
 class Geometry(Protocol):
-    """What a launch must know, whatever its tiles look like; ``strides`` as in :class:`Plan`."""
+    """What a launch must know, whatever its tiles look like."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def grid(self) -> tuple[int, int, int]: ...
+    @property
+    def warps(self) -> int: ...
+    def options(self) -> dict[str, Any]: ...
+
+
+class StridedGeometry(Geometry, Protocol):
+    """The geometry of tensors [B, C, P]; ``strides`` as in :class:`Plan`."""
 
     @property
     def batch(self) -> int: ...
@@ -41,13 +53,6 @@ class Geometry(Protocol):
     def positions(self) -> int: ...
     @property
     def strides(self) -> tuple[Strides, ...]: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def grid(self) -> tuple[int, int, int]: ...
-    @property
-    def warps(self) -> int: ...
-    def options(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -268,13 +273,13 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def arguments(plan: Geometry, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> tuple[Any, ...]:
+def arguments(plan: StridedGeometry, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> tuple[Any, ...]:
     """A kernel's positional arguments: tensors, the strides of those in the plan, batch, channels, positions, numbers."""
     flattened = (stride for triple in plan.strides for stride in triple)
     return (*tensors, *flattened, plan.batch, plan.channels, plan.positions, *numbers)
 
 
-def run(kernel: Any, plan: Geometry, tensors: Sequence[Tensor | None], numbers: Sequence[float], **options: Any) -> None:
+def run(kernel: Any, plan: StridedGeometry, tensors: Sequence[Tensor | None], numbers: Sequence[float], **options: Any) -> None:
     """Launch one program per chunk of each sample."""
     start(kernel, plan, arguments(plan, tensors, numbers), **options)
 

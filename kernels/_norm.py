@@ -277,11 +277,6 @@ def options_of(x: Tensor, key: Tensor, activation: bool, dropout: float) -> dict
     return {"ACTIVATION": bits, "DROPOUT": dropout > 0.0, "EXPLICIT_IDS": explicit, "COMPUTE": _launch.compute_dtype(x)}
 
 
-def start_norm(kernel: Any, plan: NormPlan, positional: tuple[Any, ...], options: dict[str, Any]) -> None:
-    with _launch.on_device(plan.device):
-        kernel[plan.grid](*positional, **plan.options(), num_warps=plan.warps, num_stages=1, enable_fp_fusion=True, **options)
-
-
 def sizes_of(x: Tensor, second: Tensor, groups: int) -> tuple[int, int, int, int, int]:
     """(batch, channels of both, channels of x, positions, groups) of a launch."""
     batch, first, positions = contract.logical_shape(x.shape)

@@ -93,7 +93,7 @@ def parity_kernel(
     WORDS: tl.constexpr,
 ):
     """Bit i of a block's words: the parity of codes & row at its position i, the same for all samples."""
-    probe, chunk = sample_and_chunk(probes)
+    probe, chunk = sample_and_chunk()
     if probe >= probes:
         return
     row = tl.load(rows_ptr + first + probe)

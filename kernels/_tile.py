@@ -11,8 +11,8 @@ from fm_fast.kernels._philox import DEQUANTISE_STREAM, FLIP_STREAM, NORMAL, UNIF
 
 
 @triton.jit
-def sample_and_chunk(batch):
-    """(sample, chunk) of this program on a grid (chunks, samples, samples / 65535); sample is ``batch`` or more for the surplus."""
+def sample_and_chunk():
+    """(sample, chunk) of this program on a grid (chunks, samples, samples / 65535); the surplus has samples behind the last."""
     return tl.program_id(1) + tl.program_id(2) * tl.num_programs(1), tl.program_id(0)
 
 
@@ -77,8 +77,8 @@ def write(pointer, value, inside, MASKED: tl.constexpr):
 @triton.jit
 def read_numbers(pointer, COUNT: tl.constexpr, COMPUTE: tl.constexpr):
     """A tuple of numbers that follow each other."""
-    found = (tl.load(pointer).to(COMPUTE),)
-    for j in tl.static_range(1, COUNT):
+    found = ()
+    for j in tl.static_range(COUNT):
         found += (tl.load(pointer + j).to(COMPUTE),)
     return found
 

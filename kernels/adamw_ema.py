@@ -44,7 +44,7 @@ from fm_fast.kernels._table import (
     tables,
     type_of,
 )
-from fm_fast.kernels._tile import read, write
+from fm_fast.kernels._tile import read, read_numbers, write
 
 ROWS, LANES, TILES = 256, 4, 4  # of a chunk: rows of a tile, elements of a row (128 bits of float32), tiles
 CHUNK = ROWS * LANES * TILES
@@ -146,15 +146,6 @@ def numbers_kernel(
 
 
 @triton.jit
-def _read_all(pointer, COUNT: tl.constexpr):
-    """A tuple of numbers."""
-    found = ()
-    for i in tl.static_range(COUNT):
-        found += (tl.load(pointer + i),)
-    return found
-
-
-@triton.jit
 def _updated(p, g, m, v, numbers):
     """(p, m, v) of a tile after AdamW; the numbers are those of numbers_kernel."""
     g *= numbers[0]
@@ -174,7 +165,7 @@ def _update(
     """One chunk of one tensor."""
     p_ptr = pointer_of(row_ptr, VALUE, COMPUTE, ALIGNED)
     g_ptr, copy_ptr = pointer_of(row_ptr, GRADIENT, G_TYPE, ALIGNED), pointer_of(row_ptr, COPY, COPY_TYPE, ALIGNED)
-    numbers, rates = _read_all(number_ptr, NUMBERS), _read_all(rates_ptr, AVERAGES)
+    numbers, rates = read_numbers(number_ptr, NUMBERS, COMPUTE), read_numbers(rates_ptr, AVERAGES, COMPUTE)
     m_ptr, v_ptr, averages_ptr = m_ptr + offset, v_ptr + offset, averages_ptr + offset
     for i in range(TILES):
         place = first + (i * ROWS + tl.arange(0, ROWS)[:, None]) * LANES + tl.arange(0, LANES)[None, :]

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fm_fast.kernels import _launch
-from fm_fast.kernels._combine import combine
+from fm_fast.kernels._combine import combine, partials
 from fm_fast.kernels._philox import NORMAL, numbers, read_key
 from fm_fast.kernels._probes import check_numbers, parities, place_signs, probe_purpose, sign_bits, sign_plan, sign_words
 from fm_fast.kernels._tile import offset, place, read, sample_and_chunk
@@ -58,7 +58,7 @@ def sign_dots_kernel(
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    entry, chunk = sample_and_chunk(probes * batch)
+    entry, chunk = sample_and_chunk()
     if entry >= probes * batch:
         return
     probe, sample = entry // batch, (entry % batch).to(tl.int64)
@@ -108,7 +108,7 @@ def normal_dots_kernel(
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    entry, chunk = sample_and_chunk(probes * batch)
+    entry, chunk = sample_and_chunk()
     if entry >= probes * batch:
         return
     probe, sample = entry // batch, (entry % batch).to(tl.int64)
@@ -188,22 +188,17 @@ def _check(sums: Tensor, dots: Tensor, g: Tensor, codes: Tensor, kind: int, firs
         raise ValueError(f"dots must have a row for each of {first + g.shape[0]} probes, got {dots.shape[0]}")
 
 
-def _partials(dots: Tensor, programs: int) -> Tensor:
-    """Where programs leave their sums: dots itself if there is one a sample."""
-    return dots if programs == 1 else torch.empty(dots.numel() * programs, dtype=torch.float64, device=dots.device)
-
-
 def _write_dots(dots: Tensor, g: Tensor, key: Tensor, codes: Tensor, rows: Tensor, kind: int, index: int, first: int, share: int) -> None:
     """Fill dots [k, B] of the probes of this call."""
     options = {"EXPLICIT_IDS": _launch.explicit_ids(key, g.shape[1]), "COMPUTE": _launch.compute_dtype(g)}
     counters = (g.stride(0), g.shape[0], index, first, share)
     if kind == NORMALS:
         plan = _launch.plan(g[0], probes=g.shape[0], g=g[0])
-        partial = _partials(dots, plan.programs)
+        partial = partials(dots, plan.programs)
         _launch.run(normal_dots_kernel, plan, (partial, g, key), counters, **options)
     else:
         signs = sign_plan("g", g)
-        partial = _partials(dots, signs.programs)
+        partial = partials(dots, signs.programs)
         tensors = (partial, g, key, parities(signs, codes, rows, first))
         _launch.run(sign_dots_kernel, signs, tensors, counters, STRUCTURED=codes.numel() > 0, **options)
     if partial is not dots:

@@ -26,7 +26,6 @@ from fm_fast.kernels._norm import (
     place_in,
     sigmoid,
     sizes_of,
-    start_norm,
     table,
     word_limit,
 )
@@ -130,7 +129,7 @@ def group_norm_silu_kernel(
     MASKED_POSITIONS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    sample, program = sample_and_chunk(batch)
+    sample, program = sample_and_chunk()
     if sample >= batch:
         return
     sample = sample.to(tl.int64)
@@ -213,4 +212,4 @@ def launch(
     numbers = (_launch.counter_purpose(DROPOUT_STREAM, index), eps, word_limit(dropout), 1.0 / (1.0 - dropout))
     drawn = key if dropout > 0.0 else None
     positional = (addressed[2], mean, rstd, addressed[0], addressed[1], *tables, drawn, *sizes, *numbers)
-    start_norm(group_norm_silu_kernel, plan, positional, options_of(x, key, activation, dropout))
+    _launch.start(group_norm_silu_kernel, plan, positional, **options_of(x, key, activation, dropout))

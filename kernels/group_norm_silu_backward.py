@@ -31,7 +31,6 @@ from fm_fast.kernels._norm import (
     place_in,
     sigmoid,
     sizes_of,
-    start_norm,
     table,
     word_limit,
 )
@@ -162,7 +161,7 @@ def group_norm_silu_backward_kernel(
     MASKED_POSITIONS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    sample, program = sample_and_chunk(batch)
+    sample, program = sample_and_chunk()
     if sample >= batch:
         return
     sample = sample.to(tl.int64)
@@ -315,7 +314,8 @@ def launch(
     inputs = (addressed[0], addressed[1], embedding_, weight_, bias_, scale_, shift_)
     positional = (*addressed[2:], sums, *inputs, mean, rstd, key if dropout > 0.0 else None, *sizes, *numbers)
     options = options_of(x, key, activation, dropout) | {"NOTED": dropout > 0.0 and plan.tiles <= NOTES}
-    start_norm(group_norm_silu_backward_kernel, plan, positional, options | _registers(x, plan, (second, embedding), dropout))
+    options |= _registers(x, plan, (second, embedding), dropout)
+    _launch.start(group_norm_silu_backward_kernel, plan, positional, **options)
     gradients = [table(tensor) for tensor in (grad_embedding, grad_weight, grad_bias, grad_scale, grad_shift)]
     samples, width = PARAMETER_TILE
     with _launch.on_device(x.device):

@@ -84,7 +84,7 @@ def path_loss_kernel(
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    sample, chunk = sample_and_chunk(batch)
+    sample, chunk = sample_and_chunk()
     if sample >= batch:
         return
     if FINISHED:  # noqa: SIM102 (not by "and": without FINISHED there is nothing to load)

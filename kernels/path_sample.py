@@ -97,7 +97,7 @@ def path_sample_kernel(
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    sample, chunk = sample_and_chunk(batch)
+    sample, chunk = sample_and_chunk()
     if sample >= batch:
         return
     sample = sample.to(tl.int64)

@@ -40,7 +40,7 @@ def probe_kernel(
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    entry, chunk = sample_and_chunk(probes * batch)
+    entry, chunk = sample_and_chunk()
     if entry >= probes * batch:
         return
     probe, sample = entry // batch, (entry % batch).to(tl.int64)

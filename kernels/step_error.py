@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fm_fast.kernels import _launch
-from fm_fast.kernels._combine import combine
+from fm_fast.kernels._combine import combine, partials
 from fm_fast.kernels._tile import offset, place, read, read_numbers, sample_and_chunk
 
 
@@ -48,7 +48,7 @@ def step_error_kernel(
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    sample, chunk = sample_and_chunk(batch)
+    sample, chunk = sample_and_chunk()
     if sample >= batch:
         return
     sample = sample.to(tl.int64)
@@ -90,7 +90,7 @@ def launch(means: Tensor, y: Tensor, end: Tensor, k: Sequence[Tensor], coefficie
         means.fill_(float("nan"))
         return
     plan = _launch.sample_plan(y, **tensors)
-    partial = means if plan.programs == 1 else torch.empty(means.numel() * plan.programs, dtype=torch.float64, device=y.device)
+    partial = partials(means, plan.programs)
     flattened = (stride for triple in plan.strides[:2] for stride in triple)
     numbers = (plan.batch, plan.channels, plan.positions, rtol, atol, means.numel() / y.numel())
     _launch.start(
