@@ -251,6 +251,13 @@ def resolve(op: str, device: torch.device, requested: str | None = None) -> str:
     return chosen
 
 
+def resolve_on_host(op: str) -> str:
+    """The backend for the host's part of an op whose data may be anywhere: FM_FAST_BACKEND counts where it names one of the host's."""
+    chosen = ENVIRONMENT_BACKEND
+    serves_host = chosen is not None and _SERVES.get(chosen, "cpu") == "cpu"
+    return resolve(op, torch.device("cpu"), chosen if serves_host else _AUTOMATIC[op, "cpu"])
+
+
 # The report
 
 
@@ -325,10 +332,3 @@ def info() -> Info:
         environment={"FM_FAST_BACKEND": ENVIRONMENT_BACKEND, "FM_FAST_CPU": ENVIRONMENT_CPU},
         backends=tuple(_op_backend(op, device) for op in OPS for device in _PREFERENCE if device == "cpu" or op not in HOST_OPS),
     )
-
-
-def resolve_on_host(op: str) -> str:
-    """The backend for the host's part of an op whose data may be anywhere: FM_FAST_BACKEND counts where it names one of the host's."""
-    chosen = ENVIRONMENT_BACKEND
-    serves_host = chosen is not None and _SERVES.get(chosen, "cpu") == "cpu"
-    return resolve(op, torch.device("cpu"), chosen if serves_host else _AUTOMATIC[op, "cpu"])

@@ -72,9 +72,9 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
 
 
-def condition(cond: object) -> None:
+def condition(cond: object, name: str = "cond") -> None:
     if cond is not None and not isinstance(cond, Mapping):
-        raise TypeError(f"cond must be a mapping of keyword arguments of the model, got {type(cond).__name__}")
+        raise TypeError(f"{name} must be a mapping of keyword arguments of the model, got {type(cond).__name__}")
 
 
 def same_device(name: str, x: Tensor, x1: Tensor, other: str = "x1") -> None:

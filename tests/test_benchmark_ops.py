@@ -13,7 +13,8 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent))
 from benchmarks import costs, registry, run
 from benchmarks.op import Inexact, Setting, keeping_graphs
 from benchmarks.ops import divergence_step, group_norm_silu, path_loss, sampler
-from fm_fast import _backends, _ops
+from fm_fast import _backends
+from fm_fast._schemas import SCHEMAS
 
 CPU = torch.device("cpu")
 # A benchmark of one name times both; that of couplings times their assignment.
@@ -35,7 +36,7 @@ def setting_of(name, mode, dtype=torch.float32):
 
 
 def test_every_op_has_a_benchmark():
-    assert set(_ops.SCHEMAS) - WITH_OTHERS <= set(registry.NAMES)
+    assert set(SCHEMAS) - WITH_OTHERS <= set(registry.NAMES)
     assert all(registry.find(name).name == name for name in registry.NAMES)
 
 

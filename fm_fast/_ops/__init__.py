@@ -14,12 +14,10 @@ from fm_fast._ops.noise import drawer, noise
 from fm_fast._ops.path_loss import path_loss, recovers_noise
 from fm_fast._ops.path_sample import path_sample
 from fm_fast._ops.probe import ProbeSet, probe
-from fm_fast._ops.schemas import SCHEMAS
 from fm_fast._ops.step_control import step_control
 from fm_fast._ops.step_error import step_error
 
 __all__ = [
-    "SCHEMAS",
     "AdamwState",
     "NormSettings",
     "ProbeSet",

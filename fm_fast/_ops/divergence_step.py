@@ -7,9 +7,8 @@ from fm_fast import reference
 from fm_fast._ops import schemas
 from fm_fast._ops.guard import needs_reference
 from fm_fast._ops.probe import ProbeSet, probe
-from fm_fast._philox import Kind
 
-KIND_CODES = {Kind.sign: 0, Kind.normal: 1}
+SIGNS, NORMALS = 0, 1  # as the kernels know them
 _divergence_step = schemas.op("divergence_step")
 
 
@@ -22,8 +21,7 @@ def divergence_step(
     The probes are drawn again, not read.
     """
     if not needs_reference(backend):
-        kind = Kind.normal if probes.normal else Kind.sign
-        tail = (KIND_CODES[kind], probes.index, first, probes.share, probes.groups, bias, factor)
+        tail = (NORMALS if probes.normal else SIGNS, probes.index, first, probes.share, probes.groups, bias, factor)
         _divergence_step[backend](sums, dots, products, probes.key, probes.codes, probes.rows, *tail)
         return
     count = products.shape[0]

@@ -113,7 +113,7 @@ class Transport:
         Raises: ValueError, TypeError, as :func:`fm_fast.flow_matching_loss`.
         """
         _checks.data(x1)
-        _check_conditions(model_kwargs)
+        _checks.condition(model_kwargs, "model_kwargs")
         t, x0, x1 = (self._training_times(x1), None, x1) if are_its_own(self, Transport, "sample") else self.sample(x1)
         drawn = sample_path(x1, x0=x0, t=t.to(torch.promote_types(t.dtype, torch.float32)), **self.path_and_objective)
         output = model(drawn.x_t, drawn.t, **(model_kwargs or {}))
@@ -284,8 +284,3 @@ def _margin(name: str, value: float | Tensor) -> float:
     if not (_checks.is_number(value) and 0.0 <= value < 0.5):
         raise ValueError(f"{name} must be a number in [0, 0.5), got {value!r}")
     return float(value)
-
-
-def _check_conditions(model_kwargs: object) -> None:
-    if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
-        raise TypeError(f"model_kwargs must be a mapping of keyword arguments of the model, got {type(model_kwargs).__name__}")
