@@ -3,15 +3,11 @@
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fm_fast.reproduce.checkerboard import DENSITY_TIMES, EXTENT, NAMES
-from fm_fast.reproduce.figures import PATHS, PICTURE_TIMES
-
-if TYPE_CHECKING:
-    from fm_fast.reproduce.checkerboard import ObjectiveResult
-    from fm_fast.reproduce.figures import PathResult
-    from fm_fast.reproduce.table1 import Row
+from fm_fast.reproduce.checkerboard import DENSITY_TIMES, EXTENT, NAMES, ObjectiveResult
+from fm_fast.reproduce.figures import PATHS, PICTURE_TIMES, PathResult
+from fm_fast.reproduce.table1 import Row
 
 # Colours that stay apart in grey and for colour-blind eyes (Okabe & Ito 2008).
 COLOURS = {"fm-ot": "#0072B2", "fm-vp": "#D55E00", "ddpm": "#009E73", "score": "#CC79A7", "scoreflow": "#7F7F7F"}
@@ -41,7 +37,7 @@ def _save(figure: Any, file: Path) -> Path:
 # Figure 6 and the left of Figure 7
 
 
-def draw_noise_removal(results: Sequence["PathResult"], file: Path) -> Path:
+def draw_noise_removal(results: Sequence[PathResult], file: Path) -> Path:
     """Figure 6: the same noise on its way to images, for both paths, and how much of the way is left."""
     shown = [result for result in results if result.draw == results[0].draw]
     samples, frames = len(shown[0].pictures), len(shown[0].pictures[0])
@@ -69,7 +65,7 @@ def _show_picture(axis: Any, picture: Sequence[float]) -> None:
     axis.set_yticks([])
 
 
-def _draw_residuals(axis: Any, results: Sequence["PathResult"]) -> None:
+def _draw_residuals(axis: Any, results: Sequence[PathResult]) -> None:
     for result in results:
         label = PATH_NAMES[result.path] if result.draw == results[0].draw else None
         axis.plot((*result.times, 1.0), (*result.residual, 0.0), color=PATH_COLOURS[result.path], lw=1.3, label=label)
@@ -80,7 +76,7 @@ def _draw_residuals(axis: Any, results: Sequence["PathResult"]) -> None:
     axis.grid(alpha=0.3)
 
 
-def draw_midpoint_error(results: Sequence["PathResult"], file: Path) -> Path:
+def draw_midpoint_error(results: Sequence[PathResult], file: Path) -> Path:
     """Figure 7, left: error of the midpoint rule against the number of function evaluations."""
     figure = _figure(5.4, 4.0)
     axis = figure.subplots()
@@ -100,7 +96,7 @@ def draw_midpoint_error(results: Sequence["PathResult"], file: Path) -> Path:
 # The checkerboard
 
 
-def draw_trajectories(results: Sequence["ObjectiveResult"], file: Path) -> Path:
+def draw_trajectories(results: Sequence[ObjectiveResult], file: Path) -> Path:
     """Figures 4 (left) and 9: the density of samples at several times, one objective a row."""
     times = (*DENSITY_TIMES, 1.0)
     figure = _figure(1.1 * len(times) + 0.5, 1.1 * len(results) + 0.4)
@@ -119,7 +115,7 @@ def draw_trajectories(results: Sequence["ObjectiveResult"], file: Path) -> Path:
     return _save(figure, file)
 
 
-def draw_costs(results: Sequence["ObjectiveResult"], file: Path) -> Path:
+def draw_costs(results: Sequence[ObjectiveResult], file: Path) -> Path:
     """Figure 4 (right) as curves, the midpoint rule's error against NFE, and as in Figure 10, of CIFAR-10, dopri5's NFE in training."""
     figure = _figure(9.0, 3.8)
     errors, training = figure.subplots(1, 2)
@@ -140,7 +136,7 @@ def draw_costs(results: Sequence["ObjectiveResult"], file: Path) -> Path:
 # Table 1
 
 
-def draw_table1(rows: Sequence["Row"], file: Path) -> Path:
+def draw_table1(rows: Sequence[Row], file: Path) -> Path:
     """Table 1 and Table 4 as bars and curves: NFE, bits/dim against dequantisation draws, two-sample accuracy."""
     figure = _figure(10.0, 3.6)
     nfe, bits, quality = figure.subplots(1, 3)

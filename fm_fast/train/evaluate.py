@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fm_fast import _checks, sampling
 from fm_fast.train.classifier import Classifier, agreement, features, train_classifier
-from fm_fast.train.condition import NULL_CLASS, condition_of, reduced_if_wanted
+from fm_fast.train.condition import NULL_CLASS, condition_of, reduced, reduced_if_wanted
 from fm_fast.train.config import Recipe, TrainConfig
 from fm_fast.train.data import UNDIVIDED, Dataset
 from fm_fast.train.likelihood import DatasetBits, dataset_bits, require_fitting
@@ -83,8 +83,7 @@ class Enlargement:
 def evaluate_enlargement(model: nn.Module, config: TrainConfig, originals: Dataset, seed: int, steps: int) -> Enlargement:
     """One sample of every image."""
     x0 = starting_noise(tuple(originals.images.shape), config.recipe, seed, REPORT_NOISE, device=originals.images.device)
-    low = reduced_if_wanted(config, originals.images, originals.levels)
-    assert low is not None
+    low = reduced(originals.images, originals.levels, config.super_resolution)
     drawn = sample(model, x0, originals.labels if config.model.classes else None, config.recipe, steps, low_resolution=low)
     enlarged = (to_integers(images, originals.levels) for images in (drawn, bicubic(low, originals.images.shape[2:])))
     found = (float(signal_to_noise(images, originals.images, originals.levels).mean()) for images in enlarged)

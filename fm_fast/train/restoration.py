@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import functional as F
 
 from fm_fast.train.condition import reduced
 from fm_fast.train.sample import to_integers
@@ -43,7 +43,7 @@ def restoration(samples: Tensor, originals: Tensor, levels: int, factor: int) ->
 
 def bicubic(low: Tensor, size: tuple[int, ...]) -> Tensor:
     """Images [B, C, h, w] enlarged to height and width `size`, as the reference U-Net sees them."""
-    return functional.interpolate(low, size=tuple(size), mode="bicubic")
+    return F.interpolate(low, size=tuple(size), mode="bicubic")
 
 
 def likeness(images: Tensor, originals: Tensor, levels: int) -> Likeness:
@@ -89,4 +89,4 @@ def _gaussian(side: int, like: Tensor) -> Tensor:
 def _averaged(images: Tensor, weights: Tensor) -> Tensor:
     """Weighted means of [N, C, H, W] over all windows within: [N, C, H - side + 1, W - side + 1]."""
     rows = images.flatten(0, 1).unsqueeze(1)
-    return functional.conv2d(functional.conv2d(rows, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1)).unflatten(0, images.shape[:2])
+    return F.conv2d(F.conv2d(rows, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1)).unflatten(0, images.shape[:2])

@@ -11,7 +11,7 @@ from fm_fast.paths import prior_scale
 from fm_fast.random import noise
 from fm_fast.sampling import Guidance
 from fm_fast.solvers import is_adaptive
-from fm_fast.train.condition import NULL_CLASS, reduced_if_wanted
+from fm_fast.train.condition import NULL_CLASS, reduced, reduced_if_wanted
 from fm_fast.train.config import Recipe, TrainConfig
 from fm_fast.train.data import Dataset
 
@@ -102,8 +102,7 @@ def enlargements(config: TrainConfig, originals: Dataset, drawn: Tensor, each: i
     shown: whether the originals are; else there is one image less a row.
     """
     factor, images = config.super_resolution, originals.images.cpu()
-    low = reduced_if_wanted(config, images, originals.levels)
-    assert low is not None
+    low = reduced(images, originals.levels, factor)
     coarse = to_integers(low, originals.levels).repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     last = [images[:, None]] if shown else []
     return torch.cat([coarse[:, None], drawn.unflatten(0, (len(images), each)), *last], dim=1).flatten(0, 1)
