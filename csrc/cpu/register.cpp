@@ -42,10 +42,7 @@ bool register_all() {
   return true;
 }
 
-const bool registered = register_all();
+[[maybe_unused]] const bool registered = register_all();
 
 }  // namespace
 }  // namespace fm
-
-// 1 if all operators were registered.
-extern "C" __attribute__((visibility("default"))) int fm_fast_cpu_registered(void) { return fm::registered ? 1 : 0; }

@@ -1,4 +1,4 @@
-// The ops as torch calls them: arguments on a stack, in the order of the schemas in fm_fast/_ops/schemas.py.
+// The ops as torch calls them: arguments on a stack, in the order of the schemas in fm_fast/_schemas.py.
 #pragma once
 
 #include "../torch_abi.h"

@@ -8,7 +8,6 @@
 #define FM_NAMESPACE "fm_fast"
 #define FM_DISPATCH_KEY "CUDA"
 #endif
-#define FM_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace fm {
 
@@ -67,14 +66,11 @@ bool register_all() {
   return true;
 }
 
-const bool registered = register_all();
+[[maybe_unused]] const bool registered = register_all();
 
 }  // namespace
 }  // namespace cuda
 }  // namespace fm
 
-// 1 if all operators were registered.
-FM_EXPORT int fm_fast_cuda_registered(void) { return fm::cuda::registered ? 1 : 0; }
-
 // The version of CUDA that this library was built with: 13000 is 13.0. (The runtime is not asked for the driver's: that would start it.)
-FM_EXPORT int fm_fast_cuda_runtime_version(void) { return fm::cuda::runtime_version(); }
+extern "C" __attribute__((visibility("default"))) int fm_fast_cuda_runtime_version(void) { return fm::cuda::runtime_version(); }
