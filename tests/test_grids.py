@@ -7,15 +7,20 @@ import pytest
 import torch
 
 import fm_fast as fm
-from fm_fast.grids import CosineGrid, KarrasGrid, ShiftGrid, UniformGrid, with_times
+from fm_fast.grids import NAMED, CosineGrid, KarrasGrid, ShiftGrid, UniformGrid, with_times
 from fm_fast.paths import NAMED as PATHS
 
 GRIDS = [UniformGrid(), CosineGrid(), ShiftGrid(), ShiftGrid(0.5), KarrasGrid(), KarrasGrid(0.01, 10.0, 3.0)]
 EDGE = 1e-5
+ZERO = torch.zeros(2, 3, dtype=torch.float64)
 
 
 def nodes_of(grid, steps, **arguments):
     return np.array(fm.sample(lambda x, t: x, torch.zeros(1, 1), grid=grid, steps=steps, method="euler", save="steps", **arguments).saved_t)
+
+
+def nfe(**options):
+    return fm.sample(lambda x, t: x, ZERO, method="euler", **options).nfe
 
 
 def test_uniform_times_are_quotients():
@@ -34,6 +39,11 @@ def test_the_shift_of_stable_diffusion_3(shift):
     level = np.linspace(1, 0, 9)
     expected = 1 - shift * level / (1 + (shift - 1) * level)
     np.testing.assert_allclose(nodes_of(ShiftGrid(shift), 8), expected, rtol=1e-13, atol=1e-15)
+
+
+def test_the_named_shift_is_that_of_stable_diffusion_3():
+    """Its shift is 3: the noise level 1/2 becomes 3/4."""
+    np.testing.assert_allclose(NAMED["shift"].nodes(2, fm.OT()), [0.0, 0.25, 1.0], rtol=1e-15)
 
 
 def test_karras_noise_levels():
@@ -285,3 +295,24 @@ def test_times_are_as_exact_in_a_compiled_function(grid):
     """torch.compile would divide whole numbers in float32."""
     compiled = torch.compile(lambda: torch.from_numpy(grid.nodes(7, fm.OT())), backend="eager")
     torch.testing.assert_close(compiled(), torch.from_numpy(grid.nodes(7, fm.OT())), rtol=0.0, atol=1e-15)
+
+
+@pytest.mark.parametrize("off", [-1e-10, 1e-10])
+def test_a_float64_time_that_is_nearly_a_node_is_that_node(off):
+    """No dtype's rounding explains 1e-10 there; a step of that length would still be none."""
+    assert nfe(steps=2, save=np.array([0.5 + off])) == 2
+    assert nfe(steps=2, save=np.array([0.5 + 1e3 * off])) == 3
+
+
+def test_a_time_a_little_outside_of_the_solve_is_refused():
+    for outside in (0.5001, 0.50003, 0.1999):
+        with pytest.raises(ValueError, match="save must lie inside the solve"):
+            nfe(steps=2, t0=0.2, t1=0.5, save=[outside])
+
+
+def test_short_steps_may_follow_long_ones_and_not_the_other_way_round():
+    """A multistep method multiplies rounding errors by how much longer a step is than the one before."""
+    options = {"method": "ab2", "noise": ZERO}
+    fm.sample(lambda x, t: x, grid=[0.0, 0.5, 1.0 - 1e-6, 1.0], **options)
+    with pytest.raises(ValueError, match="must not lengthen a step more than 100000 times"):
+        fm.sample(lambda x, t: x, grid=[0.0, 1e-6, 0.5, 1.0], **options)

@@ -272,3 +272,19 @@ def test_a_key_without_a_seed_holds_the_number_that_torch_draws(ids):
     torch.manual_seed(0)
     key = make_key(None, 7, ids, 2, torch.device("cpu"))
     assert key.tolist() == [drawn, 7, *(ids.tolist() if isinstance(ids, torch.Tensor) else [ids or 0])] and key.dtype == torch.int64
+
+
+STREAM_KINDS = {"bridge": "normal", "x0": "normal", "init": "normal", "probe": "sign", "data_order": "word", "probe_rows": "word"}
+
+
+@pytest.mark.parametrize("stream", [stream.name for stream in _philox.Stream])
+def test_numbers_are_by_default_of_the_kind_that_their_stream_is_used_for(stream):
+    kind = STREAM_KINDS.get(stream, "uniform")
+    found = fm.noise((2, 3), seed=1, step=2, stream=stream)
+    assert torch.equal(found, fm.noise((2, 3), seed=1, step=2, stream=stream, kind=kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_words_are_whole_numbers_whatever_the_dtype(dtype):
+    found = fm.noise((2, 3), seed=1, step=2, kind="word", dtype=dtype)
+    assert found.dtype == torch.int64 and torch.equal(found, fm.noise((2, 3), seed=1, step=2, kind="word"))
