@@ -82,6 +82,13 @@ def interleaved(steps: Mapping[str, Any], rounds: int, clock: Callable[[Any], fl
     return times
 
 
+def seconds(step: Step, now: Clock) -> float:
+    """Of a single call."""
+    start = now()
+    step()
+    return now() - start
+
+
 def host_clock(repeats: int, now: Clock = time.perf_counter) -> Callable[[Step], float]:
     """Milliseconds a call, averaged over a few calls in a row; ``now=time.process_time`` counts the process's CPU time instead."""
 

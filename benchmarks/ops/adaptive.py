@@ -157,7 +157,8 @@ def observe(steps: Mapping[str, Solver], rounds: int, now: timing.Clock) -> dict
 
 def _overhead(solver: Solver, evaluations: int, now: timing.Clock) -> float:
     """Seconds. Each part is the shortest of a few: what an interruption adds to one part would be the whole of a small difference."""
-    whole, calls = (min(_seconds(part, now) for _ in range(REPEATS)) for part in (solver, lambda: _bare_calls(solver.noise, evaluations)))
+    parts = solver, lambda: _bare_calls(solver.noise, evaluations)
+    whole, calls = (min(timing.seconds(part, now) for _ in range(REPEATS)) for part in parts)
     return (whole - calls) / evaluations
 
 
@@ -165,12 +166,6 @@ def _bare_calls(x: Tensor, count: int) -> None:
     t = torch.full((len(x),), 0.5, device=x.device)
     for _ in range(count):
         _field(x, t)
-
-
-def _seconds(part: Callable[[], object], now: timing.Clock) -> float:
-    begin = now()
-    part()
-    return now() - begin
 
 
 def costs_of_an_evaluation(solver: Solver, device: torch.device) -> Costs:

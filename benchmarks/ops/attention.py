@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.op import Op, Provider, Setting
+from benchmarks.op import Op, Provider, Setting, bytes_of_shape
 from benchmarks.points import check_close, our_backends
 from fm_fast import _ops
 
@@ -94,9 +94,4 @@ def check(given: Inputs, setting: Setting, step: Step) -> None:
     check_close("result", step().detach(), wanted, TOLERANCE[setting.dtype])
 
 
-def tensor_bytes(setting: Setting) -> int:
-    """Of the result."""
-    return math.prod(setting.shape) * setting.dtype.itemsize
-
-
-OP = Op("attention", SIZES, MODES, inputs, providers, check, devices=("cpu",), tensor_bytes=tensor_bytes, rounds=20)
+OP = Op("attention", SIZES, MODES, inputs, providers, check, devices=("cpu",), tensor_bytes=bytes_of_shape, rounds=20)

@@ -269,7 +269,7 @@ def _overhead(solver: Solver, now: timing.Clock) -> float:
     model, noise, steps = solver.given.model, solver.given.noise, solver.steps
 
     def shortest(part: Callable[[], object]) -> float:
-        return min(_seconds(part, now) for _ in range(REPEATS))
+        return min(timing.seconds(part, now) for _ in range(REPEATS))
 
     once = shortest(lambda: solver.solve(model, noise, steps))
     calls = shortest(lambda: _bare_calls(model, noise, steps * solver.evaluations))
@@ -290,12 +290,6 @@ def costs_of_a_step(solver: Solver, device: torch.device) -> Costs:
 def _bare_calls(model: Model, x: Tensor, count: int) -> None:
     for _ in range(count):
         model(x, x)
-
-
-def _seconds(part: Callable[[], object], now: timing.Clock) -> float:
-    begin = now()
-    part()
-    return now() - begin
 
 
 OP = Op(
