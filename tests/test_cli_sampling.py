@@ -14,7 +14,7 @@ import fm_fast as fm
 from fm_fast.cli import main, sample
 from fm_fast.train.checkpoint import read_checkpoint
 from fm_fast.train.data import digits
-from fm_fast.train.npz import read_npz
+from fm_fast.train.readers.npz import read_npz
 from fm_fast.train.weights import load_model
 
 SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "2", "--samples-per-class", "3"]

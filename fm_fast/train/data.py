@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fm_fast.random import noise
-from fm_fast.train.cifar import find_cifar_folder, read_cifar10
-from fm_fast.train.downsampled_imagenet import CLASSES, TRAIN_BATCHES, Batches, batches_in, read_batches
-from fm_fast.train.idx import read_idx
-from fm_fast.train.image_folder import beside_parts, list_images, named, no_labels, preparation_of, read_images, split_folder
-from fm_fast.train.npz import array_names, read_npz
 from fm_fast.train.prepare import CHANNELS, WITHOUT_LABELS, Preparation, pooled_and_padded, rows_of_split
+from fm_fast.train.readers.cifar import find_cifar_folder, read_cifar10
+from fm_fast.train.readers.downsampled_imagenet import CLASSES, TRAIN_BATCHES, Batches, batches_in, read_batches
+from fm_fast.train.readers.idx import read_idx
+from fm_fast.train.readers.image_folder import beside_parts, list_images, named, no_labels, preparation_of, read_images, split_folder
+from fm_fast.train.readers.npz import array_names, read_npz
 
 DIGITS = Path(__file__).parent.parent / "datasets" / "digits.npz"
 DIGITS_TRAIN = 1500
