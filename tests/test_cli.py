@@ -83,6 +83,7 @@ def test_wrong_command_lines(arguments, message, capsys):
         (["train", "digits", "--objective", "fm"], "objective: expected one of fm-ot, fm-vp"),
         (["train", "--data", "no/such/folder"], "no/such/folder: no such file or folder"),
         (["train", "digits", "--model.groups", "7"], "groups: expected a divisor"),
+        (["train", "digits", "--model.groups", "0"], "fm-fast: error: model.groups: expected at least 1"),
         (["train", "digits", "--device", "abacus"], "device: expected auto, cpu"),
         (["train", "digits", "--sample-method", "dopri5"], "sample_method: expected one of euler, midpoint"),
     ],

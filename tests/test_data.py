@@ -8,6 +8,7 @@ import pytest
 import torch
 from image_files import idx_bytes, random_images, write_idx, write_images
 
+from fm_fast.cli import main
 from fm_fast.train.data import DataOrder, digits, epoch_order, load_dataset, make_dataset
 from fm_fast.train.prepare import Preparation
 
@@ -285,3 +286,11 @@ def test_fashion_is_found_where_debian_puts_it(idx_folder, monkeypatch, tmp_path
     monkeypatch.setattr("fm_fast.train.data.FASHION_FOLDERS", (tmp_path / "nowhere",))
     with pytest.raises(FileNotFoundError, match=r"fashion: expected Fashion-MNIST in .*nowhere; `apt-get install dataset-fashion-mnist`"):
         load_dataset("fashion")
+
+
+def test_no_name_is_no_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="data: expected 'digits', 'fashion' or a path to data, got ''"):
+        load_dataset("")
+    assert main(["train", "--data", ""]) == 1
+    assert capsys.readouterr().err == "fm-fast: error: data: expected --data PATH, got ''\n"

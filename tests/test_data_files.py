@@ -248,3 +248,20 @@ def test_damaged_image_folder(tmp_path):
     (tmp_path / "a" / "2.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"2.png: expected a readable image"):
         load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["checksum", "end", "xz"])
+def test_a_damaged_archive_is_refused_though_its_members_can_be_read(damage, tmp_path):
+    folder, archive = tmp_path / "cifar-10-batches-bin", tmp_path / "cifar.tar.gz"
+    folder.mkdir()
+    write_cifar(folder, "binary")
+    with tarfile.open(archive, "w:xz" if damage == "xz" else "w:gz") as opened:
+        opened.add(folder, arcname=folder.name)
+    content = bytearray(archive.read_bytes())
+    if damage == "end":
+        del content[-6:]
+    else:
+        content[-8 if damage == "checksum" else len(content) // 2] ^= 0xFF  # the first byte of gzip's CRC-32
+    archive.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cifar\.tar\.gz: expected a complete tar archive of CIFAR-10"):
+        load_dataset(archive)

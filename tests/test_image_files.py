@@ -1,8 +1,12 @@
 """How one image file is read: orientation, transparency, palettes, CMYK, and what is refused."""
 
+import struct
+import zlib
+
 import pytest
 from image_files import random_images
 
+from fm_fast.train.data import load_dataset
 from fm_fast.train.prepare import Preparation
 from fm_fast.train.readers.image_file import read_image
 from fm_fast.train.readers.image_folder import read_images
@@ -88,3 +92,24 @@ def test_files_in_the_cache_that_were_read_otherwise_are_not_used(tmp_path, monk
         monkeypatch.setattr("fm_fast.train.readers.image_folder.READING", reading)
         read_images([tmp_path / "x.png"], Preparation(memory_limit=0.0, cache=str(tmp_path / "cache")))
         assert len(list((tmp_path / "cache").iterdir())) == files
+
+
+def png(depth):
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    rows = (b"\x00" + bytes(2 * 3 * depth // 8)) * 2
+    header = struct.pack(">IIBBBBB", 2, 2, depth, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_colours_of_sixteen_bits_are_refused(depth, tmp_path):
+    """Pillow would keep the upper half of each without a word."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "image.png").write_bytes(png(depth))
+    if depth == 8:
+        assert load_dataset(tmp_path).images.shape == (1, 3, 2, 2)
+    else:
+        with pytest.raises(ValueError, match=r"image\.png: expected 8 bits a channel, got more, in mode RGB"):
+            load_dataset(tmp_path)

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from fm_fast.cli import main
 from fm_fast.nn import UNetConfig
 from fm_fast.train import load_model, train
 from fm_fast.train.initial import initial_weights
+from fm_fast.train.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {"sample_every": 0, "sample_steps": 1, "samples_per_class": 1, "evaluate": False, "batch_size": 4}
@@ -105,3 +107,35 @@ def test_a_resumed_run_does_not_ask_for_the_source_again(source, tmp_path):
     (tmp_path / "cut" / "checkpoint-00000004.pt").unlink()
     shutil.rmtree(copied)
     assert_same_state(train(tiny(**settings, out=str(tmp_path / "cut")), resuming=True).state, whole)
+
+
+SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "1", "--samples-per-class", "1"]
+BRIEF = ["train", "digits", "--steps", "2", "--batch-size", "4", "--no-evaluate", *SMALL]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "other"), [(["--objective", "ddpm", "--preconditioned", "off"], "preconditioned", "on"),
+                                    (["--sigma-min", "0.3"], "sigma_min", "0.1")],
+)  # fmt: skip
+def test_a_run_takes_the_task_of_the_one_that_it_begins_with(settings, name, other, tmp_path, capsys):
+    """By which the same weights mean something else."""
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    assert main([*BRIEF, *settings, "--out", first]) == 0
+    assert main([*BRIEF, "--init-from", first, "--out", second]) == 0
+    stored = [RunFolder(Path(folder)).settings() for folder in (first, second)]
+    assert stored[0].recipe == stored[1].recipe and getattr(stored[1], name) != getattr(tiny(), name)
+    capsys.readouterr()
+    option = f"--{name.replace('_', '-')}"
+    assert main([*BRIEF, "--init-from", first, option, other, "--out", str(tmp_path / "third")]) == 1
+    expected = f"{name}: expected {getattr(stored[0], name)}, as of init_from {first}, got {other}"
+    assert expected in capsys.readouterr().err
+
+
+def test_another_objective_than_that_of_the_run_to_begin_with_is_named(tmp_path, capsys):
+    first = str(tmp_path / "first")
+    assert main([*BRIEF, "--sigma-min", "0.3", "--out", first]) == 0
+    capsys.readouterr()
+    assert main([*BRIEF, "--init-from", first, "--objective", "ddpm", "--out", str(tmp_path / "second")]) == 1
+    assert capsys.readouterr().err == f"fm-fast: error: objective: expected fm-ot, as of init_from {first}, got ddpm\n"
+    assert main([*BRIEF, "--init-from", first, "--preconditioned", "off", "--sigma-min", "0.1", "--out", str(tmp_path / "second")]) == 1
+    assert "sigma_min: expected 0.3, as of init_from" in capsys.readouterr().err

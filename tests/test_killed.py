@@ -22,6 +22,7 @@ from trainer_helpers import tiny
 
 from fm_fast.cli import main
 from fm_fast.train import loop, train
+from fm_fast.train.interrupt import deferred_interrupt
 from fm_fast.train.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -204,3 +205,12 @@ def test_under_nohup_a_run_goes_on(tmp_path, monkeypatch):
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_signals_that_others_handle_stay_theirs(monkeypatch):
+    handled = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else handled(number))
+    before = handled(signal.SIGTERM)
+    with deferred_interrupt():
+        assert handled(signal.SIGTERM) is before and handled(signal.SIGINT) is not signal.default_int_handler
+    assert handled(signal.SIGINT) is signal.default_int_handler

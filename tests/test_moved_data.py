@@ -103,3 +103,30 @@ def test_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert same_source("digits", "digits") and same_source("a/../b", str(tmp_path / "b"))
     assert not same_source("digits", str(tmp_path / "digits")) and not same_source("a", "b")
+
+
+def moved(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
+    old, new = tmp_path / "old.npz", tmp_path / "new.npz"
+    np.savez(old, images=images, labels=np.arange(24) % 3, test_images=images[:8], test_labels=np.arange(8) % 3)
+    run(tmp_path, str(old))
+    shutil.move(old, new)
+    return str(old), str(new)
+
+
+def test_a_finished_run_is_evaluated_with_its_data_at_their_new_place(tmp_path, capsys):
+    old, new = moved(tmp_path)
+    arguments = ["evaluate", str(tmp_path / "run"), "--no-bits", "--method", "euler", "--steps", "1"]
+    assert main(arguments) == 1 and "old.npz: no such file" in capsys.readouterr().err
+    assert main([*arguments, "--data", new]) == 0
+    assert f"warning: the run's data, {old}, are not there: training images are those of " in capsys.readouterr().err
+
+
+def test_a_finished_run_remembers_the_new_place_of_its_data(tmp_path, capsys):
+    _, new = moved(tmp_path)
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--data", new]) == 0
+    told = capsys.readouterr().out
+    assert "no step was left to take; there are " in told and "trained in" not in told
+    assert read_checkpoint(RunFolder(tmp_path / "run").checkpoint(2))["config"]["data"] == new
+    assert main(["evaluate", str(tmp_path / "run"), "--no-bits", "--method", "euler", "--steps", "1"]) == 0

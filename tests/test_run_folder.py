@@ -1,8 +1,6 @@
 """The folder of a run: numbered checkpoints, the newest valid one, old ones deleted, and no run in another's way."""
 
-import errno
 import json
-import os
 import shutil
 import sys
 import warnings
@@ -16,9 +14,9 @@ from copies import run_python
 from thread_counts import threads
 from trainer_helpers import assert_same_state, cut, flat, tiny
 
-from fm_fast.train import loop, train
+from fm_fast.train import loop, run_folder, train
 from fm_fast.train.checkpoint import read_checkpoint
-from fm_fast.train.files import only_writer, replaced_whole
+from fm_fast.train.files import only_writer
 from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.weights import load_model
 
@@ -261,50 +259,6 @@ def test_a_log_is_not_needed_to_go_on(line, tmp_path):
     assert [record["step"] for record in map(json.loads, log.read_text().splitlines()) if "loss" in record] == [1, 2, 3, 4]
 
 
-def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
-    file = tmp_path / "name"
-    with pytest.raises(OSError, match=r"No space left on device: '.*name'"), replaced_whole(file):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_is_no_file_is_not_replaced(tmp_path):
-    """A pipe here, which stands for devices: a test that fails must not replace those of the machine."""
-    pipe, link = tmp_path / "pipe", tmp_path / "link"
-    os.mkfifo(pipe)
-    link.symlink_to(pipe)
-    reader = os.open(pipe, os.O_RDWR)
-    with replaced_whole(link) as place:
-        place.write_text("through")
-    assert os.read(reader, 100) == b"through" and pipe.is_fifo() and link.is_symlink()
-    os.close(reader)
-
-
-def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
-    file = tmp_path / "name"
-    for text in ("first", "second"):
-        with replaced_whole(file) as temporary:
-            temporary.write_text(text)
-    with pytest.raises(KeyError), replaced_whole(file) as temporary:
-        temporary.write_text("third")
-        raise KeyError
-    assert file.read_text() == "second" and list(tmp_path.iterdir()) == [file]
-    assert file.stat().st_mode & 0o777 == 0o666 & ~umask(tmp_path)
-
-
-def test_a_writer_may_put_a_file_of_its_own_in_place_of_the_temporary_one(tmp_path):
-    """As safetensors does, readable by its owner alone."""
-    with replaced_whole(tmp_path / "name") as temporary:
-        temporary.unlink()
-        os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
-    assert (tmp_path / "name").stat().st_mode & 0o777 == 0o666 & ~umask(tmp_path)
-
-
-def umask(tmp_path):
-    (tmp_path / "plain").touch()
-    return 0o666 & ~((tmp_path / "plain").stat().st_mode & 0o777)
-
-
 def test_load_model_says_which_checkpoint_it_took(tmp_path):
     run(tmp_path)
     cut(tmp_path / "checkpoint-00000008.pt")
@@ -323,3 +277,40 @@ def test_a_record_says_how_many_steps_it_averages(tmp_path):
     run(tmp_path, True, steps=8, log_every=4, checkpoint_every=5, keep_checkpoints=0)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(record["step"], record["averaged_steps"]) for record in records] == [(4, 4), (8, 3)]
+
+
+def test_the_newest_checkpoint_of_a_run_that_goes_on(tmp_path, monkeypatch):
+    """It may have been deleted, and followed by another, since the folder was read."""
+    run(tmp_path, steps=4, keep_checkpoints=0)
+    first, read = [True], run_folder.read_checkpoint
+
+    def meanwhile(file, *arguments):
+        if first:
+            first.clear()
+            shutil.move(file, RunFolder(tmp_path).checkpoint(5))
+        return read(file, *arguments)
+
+    monkeypatch.setattr(run_folder, "read_checkpoint", meanwhile)
+    found = RunFolder(tmp_path).newest_valid()
+    assert found.file == RunFolder(tmp_path).checkpoint(5) and found.damaged == {}
+
+
+def test_folders_and_links_without_a_file_are_no_checkpoints(tmp_path):
+    run(tmp_path, steps=4)
+    folder = RunFolder(tmp_path)
+    folder.checkpoint(1).mkdir()
+    folder.checkpoint(99).symlink_to(tmp_path / "nowhere")
+    found = folder.newest_valid()
+    assert found.file == folder.checkpoint(4) and list(found.damaged) == [folder.checkpoint(99)]
+    run(tmp_path, resuming=True, steps=5, keep_checkpoints=1)
+    assert folder.checkpoints() == [folder.checkpoint(5)] and folder.checkpoint(1).is_dir()
+    folder.clear()
+    assert folder.checkpoint(1).is_dir()
+
+
+def test_a_new_run_deletes_the_pictures_of_the_old_one(tmp_path):
+    run(tmp_path, steps=4)
+    (tmp_path / "checkpoint-00000002.pt.damaged").touch()
+    assert RunFolder(tmp_path).samples.exists()
+    RunFolder(tmp_path).clear()
+    assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
