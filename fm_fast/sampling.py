@@ -21,11 +21,12 @@ from fm_fast._solver.field import Field, Model, combined, make_field
 from fm_fast._solver.guidance import Guidance
 from fm_fast._solver.learned import plan_and_factors, velocities
 from fm_fast._solver.loop import AfterStep, Layout, make_state, run
-from fm_fast._solver.per_sample import Rules, solve_per_sample
+from fm_fast._solver.per_sample import solve_per_sample
 from fm_fast._solver.prior import warn_if_not_of_the_prior
 from fm_fast._solver.progress import step_counter
+from fm_fast._solver.rules import rules_of
 from fm_fast._solver.settings import NONFINITE, PerSample, Save, Settings, check_finite, make_settings
-from fm_fast._solver.trial import Derivative, Moment, Parts, Tolerance
+from fm_fast._solver.trial import Derivative, Moment, Parts
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective
 from fm_fast.paths import Path
@@ -239,6 +240,11 @@ def _check_gradient(grad: str) -> None:
         )
 
 
+def _is_recorded(settings: Settings) -> bool:
+    """Whether gradients follow the solve, whose arithmetic is plain PyTorch then."""
+    return settings.grad != "none" and torch.is_grad_enabled()
+
+
 # Fixed steps
 
 
@@ -261,12 +267,8 @@ def _fixed(
     states: dict[int, Tensor] = {}
     with step_counter(len(plan.nodes) - 1, progress) as count:
         after = _after_step(states, settings, callback, count if progress else None)
-        x = run(
-            plan,
-            make_state(start, plan, layout, settings.backend, plain=settings.grad != "none" and torch.is_grad_enabled()),
-            evaluate,
-            after,
-        )
+        state = make_state(start, plan, layout, settings.backend, plain=_is_recorded(settings))
+        x = run(plan, state, evaluate, after)
     x = x.clone() if layout.doubled else x  # not half of a larger buffer
     if 0 in settings.saved:
         states[0] = start.to(x.dtype)
@@ -305,21 +307,15 @@ def _after_step(
 
 
 def _adaptive(field: Field, start: Tensor, settings: Settings, callback: Callback | None) -> tuple[Tensor, Tensor | None, int]:
-    assert settings.adaptive is not None
-    velocity = _velocity(field, settings)
+    velocity, rules = _velocity(field, settings), rules_of(settings, _is_recorded(settings))
     after = None if callback is None else (lambda step, t, parts: callback(step, t, parts[0].clone()))
-    x0, plain = start.to(reference.accumulation_dtype(start)), settings.grad != "none" and torch.is_grad_enabled()
-    states, nfe = solve_adaptive(
-        lambda now, parts: (velocity(parts[0], now),), (x0,), settings.nodes.tolist(), settings.adaptive,
-        Tolerance(settings.rtol, settings.atol), settings.max_steps, settings.backend, plain, after, settings.jumps,
-    )  # fmt: skip
+    x0, times = start.to(reference.accumulation_dtype(start)), settings.nodes.tolist()
+    states, nfe = solve_adaptive(lambda now, parts: (velocity(parts[0], now),), (x0,), times, rules, after, settings.jumps)
     return states[-1][0], _saved(states, settings), nfe
 
 
 def _per_sample(field: Field, start: Tensor, settings: Settings, mark: bool) -> tuple[Tensor, Tensor | None, int, Tensor]:
-    assert settings.adaptive is not None
-    plain, tolerance = settings.grad != "none" and torch.is_grad_enabled(), Tolerance(settings.rtol, settings.atol)
-    rules = Rules(settings.adaptive, tolerance, settings.max_steps, mark, settings.backend, plain)
+    rules = rules_of(settings, _is_recorded(settings), mark)
 
     def derivative(of: Field) -> Derivative:
         velocity = _velocity(of, settings)

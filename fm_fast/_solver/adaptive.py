@@ -14,11 +14,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fm_fast import _ops
 from fm_fast._solver.loop import counts_writes, unwritten
-from fm_fast._solver.trial import Derivative, Fused, Moment, Parts, Plain, Tolerance, Trial, moment
+from fm_fast._solver.rules import Rules
+from fm_fast._solver.trial import Derivative, Moment, Parts, Trial, moment
 from fm_fast.reference import LONGEST, SAFETY, SHORTEST
-from fm_fast.solvers import EmbeddedRungeKutta
 
 # (number of the finished step, t, state)
 AfterStep = Callable[[int, float, Parts], None]
@@ -32,11 +31,7 @@ def solve_adaptive(
     derivative: Derivative,
     start: Parts,
     times: Sequence[float],
-    method: EmbeddedRungeKutta,
-    tolerance: Tolerance,
-    max_steps: int,
-    backend: str,
-    plain: bool,
+    rules: Rules,
     after_step: AfterStep | None = None,
     jumps: Sequence[float] = (),
     name: str = "model",
@@ -48,31 +43,28 @@ def solve_adaptive(
     jumps: times between the first and the last at which the derivative jumps, in the order of the solve. Steps end there: they would feel
     their way over a jump, or pass it unnoticed.
 
-    plain: by plain PyTorch, which gradients follow. name: what errors call the network.
+    name: what errors call the network.
 
-    Raises RuntimeError if the field is not finite, a step becomes too short to be one, or ``max_steps`` steps that were tried, whether
-    they counted or not, do not reach the end.
+    Raises RuntimeError if the field is not finite, a step becomes too short to be one, or ``rules.max_steps`` steps that were tried,
+    whether they counted or not, do not reach the end.
     """
     if start[0].numel() == 0:
         return [start for _ in times], 0
     counted = Counted(derivative, start, name)
-    # The model is not to be given what is the caller's.
-    begin = start if plain else tuple(_ops.native_layout(part).clone() for part in start)
-    arithmetic = Plain(begin, method) if plain else Fused(begin, method, backend)
+    begin = rules.beginning(start)
     try:
-        trial = Trial(counted, begin, times[0], method, arithmetic)
-        states = _Control(trial, counted, method, tolerance, max_steps, after_step).through(times, jumps)
+        trial = Trial(counted, begin, times[0], rules.method, rules.arithmetic(begin))
+        states = _Control(trial, counted, rules, after_step).through(times, jumps)
     except StepFailed as reason:
-        raise RuntimeError(_explanation(method.name, str(reason), tolerance)) from None
+        raise RuntimeError(_explanation(str(reason), rules)) from None
     return states, counted.evaluations
 
 
-def _explanation(method: str, reason: str, tolerance: Tolerance) -> str:
+def _explanation(reason: str, rules: Rules) -> str:
+    method, (rtol, atol) = rules.method.name, rules.tolerance
     if "max_steps" in reason:
-        return f"{method} {reason}; raise max_steps, or rtol={tolerance.rtol} and atol={tolerance.atol}"
-    return (
-        f"{method} failed ({reason}): the model's velocity is not finite, or too rough for rtol={tolerance.rtol} and atol={tolerance.atol}"
-    )
+        return f"{method} {reason}; raise max_steps, or rtol={rtol} and atol={atol}"
+    return f"{method} failed ({reason}): the model's velocity is not finite, or too rough for rtol={rtol} and atol={atol}"
 
 
 class Counted:
@@ -94,17 +86,10 @@ class Counted:
 class _Control:
     """The length of the steps, whose sign is the direction of the solve."""
 
-    def __init__(
-        self,
-        trial: Trial,
-        derivative: Counted,
-        method: EmbeddedRungeKutta,
-        tolerance: Tolerance,
-        max_steps: int,
-        after_step: AfterStep | None,
-    ) -> None:
-        self._trial, self._derivative, self._tolerance, self._after_step = trial, derivative, tolerance, after_step
-        self._exponent, self._interpolates, self._max_steps = -1.0 / method.order, method.interpolates, max_steps
+    def __init__(self, trial: Trial, derivative: Counted, rules: Rules, after_step: AfterStep | None) -> None:
+        method, self._tolerance, self._max_steps = rules.method, rules.tolerance, rules.max_steps
+        self._trial, self._derivative, self._after_step = trial, derivative, after_step
+        self._exponent, self._interpolates = -1.0 / method.order, method.interpolates
         self._nodes, self._h, self._tried, self._finished = method.table.c, 0.0, 0, 0
         self._not_finite, self._low, self._high = 0, 0.0, 0.0
 

@@ -16,13 +16,14 @@ from fm_fast._solver.field import Field, Model, combined, make_field
 from fm_fast._solver.guidance import Guidance
 from fm_fast._solver.learned import LearnedFactors, plan_and_factors, velocities
 from fm_fast._solver.loop import Evaluate, Layout, make_state, run
-from fm_fast._solver.per_sample import Rules, solve_per_sample
+from fm_fast._solver.per_sample import solve_per_sample
 from fm_fast._solver.plan import Plan
 from fm_fast._solver.probes import Probes, make_probes, single_probe
 from fm_fast._solver.progress import step_counter
 from fm_fast._solver.recording import check_gradient, solving
+from fm_fast._solver.rules import rules_of
 from fm_fast._solver.settings import NONFINITE, Settings
-from fm_fast._solver.trial import Derivative, Moment, Parts, Tolerance
+from fm_fast._solver.trial import Derivative, Moment, Parts
 from fm_fast.random import Whole
 from fm_fast.solvers import RungeKutta
 
@@ -193,20 +194,13 @@ def _adaptive(task: Task, start: Tensor) -> Integral:
 
 
 def _together(task: Task, start: Parts, estimators: list[Estimator]) -> tuple[Parts, int, Tensor | None]:
-    settings = task.settings
-    assert settings.adaptive is not None
-    states, nfe = solve_adaptive(
-        _derivative(task, estimators[0]), start, settings.nodes.tolist(), settings.adaptive, Tolerance(settings.rtol, settings.atol),
-        settings.max_steps, settings.backend, task.create_graph, jumps=settings.jumps,
-    )  # fmt: skip
+    settings, rules = task.settings, rules_of(task.settings, task.create_graph)
+    states, nfe = solve_adaptive(_derivative(task, estimators[0]), start, settings.nodes.tolist(), rules, jumps=settings.jumps)
     return states[-1], nfe, None
 
 
 def _per_sample(task: Task, start: Parts, estimators: list[Estimator]) -> tuple[Parts, int, Tensor | None]:
-    settings = task.settings
-    assert settings.adaptive is not None
-    tolerance = Tolerance(settings.rtol, settings.atol)
-    rules = Rules(settings.adaptive, tolerance, settings.max_steps, task.mark, settings.backend, task.create_graph)
+    settings, rules = task.settings, rules_of(task.settings, task.create_graph, task.mark)
 
     def narrowed(samples: Tensor) -> Derivative:
         part = task.of(samples)

@@ -13,6 +13,7 @@ from fm_fast._solver.evaluate import check_each, time_tensor
 from fm_fast._solver.field import check_output
 from fm_fast._solver.loop import Layout, make_state, run
 from fm_fast._solver.plan import ode_plan
+from fm_fast._solver.rules import Rules
 from fm_fast._solver.settings import check_setting
 from fm_fast._solver.trial import Moment, Parts, Tolerance
 from fm_fast.solvers import EmbeddedRungeKutta, Table
@@ -120,7 +121,6 @@ def _adaptive(field: PartsField, y0: Parts, stops: Stops, method: EmbeddedRungeK
     start = tuple(part.to(reference.accumulation_dtype(part)) for part in y0)
     times = [float(stops.nodes[position]) for position in stops.wanted]
     backend = _backends.resolve("linear_step", like.device, None)
-    states, _ = solve_adaptive(
-        derivative, start, times, method, accuracy.tolerance, accuracy.max_steps, backend, plain=torch.is_grad_enabled(), name=name
-    )
+    rules = Rules(method, accuracy.tolerance, accuracy.max_steps, backend, plain=torch.is_grad_enabled())
+    states, _ = solve_adaptive(derivative, start, times, rules, name=name)
     return states

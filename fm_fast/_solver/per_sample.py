@@ -13,35 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fm_fast import _ops, reference
+from fm_fast import reference
 from fm_fast._constants import constant
 from fm_fast._solver.adaptive import Counted
+from fm_fast._solver.rules import Rules
 from fm_fast._solver.steps import Steps
-from fm_fast._solver.trial import Arithmetic, Derivative, Fused, Moment, Parts, Plain, Tolerance, moment, norm_of_each
+from fm_fast._solver.trial import Arithmetic, Derivative, Moment, Parts, moment, norm_of_each
 from fm_fast.solvers import EmbeddedRungeKutta
 
 # The derivative of some samples [n] of the batch
 Narrowed = Callable[[Tensor], Derivative]
 BESIDE_A_JUMP = 2.0**-40  # long enough a step for float64
 MOST_RUNNING = 0.75  # of a batch that is narrowed to the samples that are not at their ends
-
-
-class Rules(NamedTuple):
-    """What a solve keeps to. mark: samples that cannot go on become NaN, and are no error. plain: the arithmetic of states is plain
-    PyTorch, which gradients follow.
-    """
-
-    method: EmbeddedRungeKutta
-    tolerance: Tolerance
-    max_steps: int
-    mark: bool
-    backend: str
-    plain: bool
-
-    def arithmetic(self, y: Parts) -> Arithmetic:
-        chosen = Plain(y, self.method) if self.plain else Fused(y, self.method, self.backend)
-        chosen.begin(1.0)
-        return chosen
 
 
 class Solved(NamedTuple):
@@ -71,19 +54,25 @@ def solve_per_sample(
     """
     if start[0].numel() == 0:
         return Solved([start for _ in times], 0, torch.zeros(len(start[0]), dtype=torch.int64, device=start[0].device))
-    # The model is not to be given what is the caller's.
-    begin = start if rules.plain else tuple(_ops.native_layout(part).clone() for part in start)
+    begin = rules.beginning(start)
     counted = Counted(derivative, start)
     passed = _Passed(begin, times, jumps, rules.method)
     end, nfe_of_each = _Control(counted, begin, passed, rules, narrowed).to_the_end()
     return Solved([start, *passed.states(), end], counted.evaluations, nfe_of_each)
 
 
+def _of_length_one(rules: Rules, y: Parts) -> Arithmetic:
+    """For slopes that are kept times the lengths of their steps."""
+    arithmetic = rules.arithmetic(y)
+    arithmetic.begin(1.0)
+    return arithmetic
+
+
 class _Trials:
     """The accepted states of all samples, their slopes times the length of a step, and steps tried from there."""
 
     def __init__(self, derivative: Derivative, y: Parts, t: Tensor, rules: Rules) -> None:
-        self._derivative, self._arithmetic, self._rules = derivative, rules.arithmetic(y), rules
+        self._derivative, self._arithmetic, self._rules = derivative, _of_length_one(rules, y), rules
         self._goes_on, self._known = rules.method.first_same_as_last, True
         self.y = self._end = y
         self._slopes = [self._arithmetic.keep(0, derivative(moment(t, y[0]), y))]
@@ -154,7 +143,7 @@ class _Trials:
     def narrow(self, samples: Tensor) -> None:
         """Go on with some samples alone."""
         self.y, slope = (tuple(part[samples] for part in parts) for parts in (self.y, self._slopes[0]))
-        self._arithmetic = self._rules.arithmetic(self.y)
+        self._arithmetic = _of_length_one(self._rules, self.y)
         self._slopes = [self._arithmetic.keep(0, slope)]
 
     def _shaped(self, values: Tensor) -> Parts:

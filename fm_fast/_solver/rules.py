@@ -1,0 +1,34 @@
+"""What an adaptive solve keeps to, whether its steps are those of the batch or of each sample's own."""
+
+from typing import NamedTuple
+
+from fm_fast import _ops
+from fm_fast._solver.settings import Settings
+from fm_fast._solver.trial import Arithmetic, Fused, Parts, Plain, Tolerance
+from fm_fast.solvers import EmbeddedRungeKutta
+
+
+class Rules(NamedTuple):
+    """plain: the arithmetic of states is plain PyTorch, which gradients follow. mark: samples that cannot go on become NaN, and are no
+    error, where steps are of each sample's own.
+    """
+
+    method: EmbeddedRungeKutta
+    tolerance: Tolerance
+    max_steps: int
+    backend: str
+    plain: bool
+    mark: bool = False
+
+    def beginning(self, start: Parts) -> Parts:
+        """The start as the model may be given it: not the caller's own memory, unless gradients are to reach that."""
+        return start if self.plain else tuple(_ops.native_layout(part).clone() for part in start)
+
+    def arithmetic(self, y: Parts) -> Arithmetic:
+        return Plain(y, self.method) if self.plain else Fused(y, self.method, self.backend)
+
+
+def rules_of(settings: Settings, plain: bool, mark: bool = False) -> Rules:
+    """Of a solve by an adaptive method."""
+    assert settings.adaptive is not None
+    return Rules(settings.adaptive, Tolerance(settings.rtol, settings.atol), settings.max_steps, settings.backend, plain, mark)
