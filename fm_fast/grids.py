@@ -45,9 +45,7 @@ class CosineGrid:
 class ShiftGrid:
     """The timestep shift of Stable Diffusion 3 (Esser et al., 2024, equation 23).
 
-    The noise level s = 1 - t becomes shift s / (1 + (shift - 1) s).
-
-    shift > 1 spends more steps near the noise; 1 is the uniform grid.
+    The noise level s = 1 - t becomes shift s / (1 + (shift - 1) s). shift > 1 spends more steps near the noise; 1 is the uniform grid.
     """
 
     shift: float = 3.0

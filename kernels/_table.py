@@ -94,8 +94,10 @@ def memories(tensors: Sequence[Tensor]) -> Memories:
 
 
 def tables(batch: Batch, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(table, chunks of ``size`` elements) on the device. Made anew only where addresses are new, which must not be while a graph is
-    captured: RuntimeError."""
+    """(table, chunks of ``size`` elements) on the device.
+
+    Made anew only where addresses are new. Raises RuntimeError if they are while a graph is captured.
+    """
     return _kept(_made_tables(batch, size, device), device)
 
 

@@ -11,11 +11,11 @@ _linear_step = schemas.op("linear_step")
 
 
 def linear_step(backend: str) -> Callable[..., None]:
-    """Op ``linear_step`` itself, for loops without gradients: (out, copy, x, outputs, table, row, guidance,
-    kept=None) -> None.
+    """Op ``linear_step`` itself, for loops without gradients.
 
-    Writes table[row, 0] x + sum_j table[row, 1 + j] m(outputs[j]) into out, which may be x, and once or twice into copy where it is not
-    empty; see :func:`fm_fast.reference.linear_step`. ``kept`` gets the last output, of x's shape, as it came.
+    It is called as (out, copy, x, outputs, table, row, guidance, kept=None) -> None, and writes
+    table[row, 0] x + sum_j table[row, 1 + j] m(outputs[j]) into out, which may be x, and once or twice into copy where it is not empty;
+    see :func:`fm_fast.reference.linear_step`. ``kept`` gets the last output, of x's shape, as it came.
     """
     return _plain_linear_step if backend == "reference" else _linear_step[backend]
 

@@ -9,8 +9,10 @@ from fm_fast.solvers import EmbeddedRungeKutta
 
 
 class Rules(NamedTuple):
-    """plain: the arithmetic of states is plain PyTorch, which gradients follow. mark: samples that cannot go on become NaN, and are no
-    error, where steps are of each sample's own.
+    """The method, its accuracy and its arithmetic.
+
+    plain: states are computed by plain PyTorch, which gradients follow. mark: samples that cannot go on become NaN, and are no error;
+    of each sample's own steps alone.
     """
 
     method: EmbeddedRungeKutta

@@ -55,8 +55,9 @@ class Row(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What a step adds to y, in order: for the inputs of all stages but the first, and for the end unless it is the last of these. And
-    the step's error.
+    """What a step adds to y, and its error.
+
+    updates: in order for the inputs of all stages but the first, and for the end unless it is the last of these.
     """
 
     updates: tuple[Row, ...]

@@ -178,8 +178,9 @@ class Logger:
 
 
 def tell(text: str) -> None:
-    """Print a line. Where nobody reads any more, as when Ctrl-C has ended the other side of a pipe, the run goes on in silence, and so it
-    does where the output cannot be written, as on a full disk.
+    """Print a line, or go on in silence.
+
+    Nobody may read any more, as when Ctrl-C has ended the other side of a pipe, and the output may have no room, as on a full disk.
     """
     try:
         print(text, flush=True)

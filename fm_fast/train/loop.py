@@ -62,17 +62,23 @@ class Run:
 
 
 def train(config: TrainConfig, resuming: bool = False, overwriting: bool = False, asked: Collection[str] = ()) -> Result:
-    """Train as configured; writes checkpoints, weights.safetensors, samples.png, loss.png and log.jsonl into `config.out`, and where
-    `config.quality_every` asks for it quality.jsonl and quality.png.
+    """Train as configured.
 
-    resuming: continue from the newest valid checkpoint in `config.out`, bit by bit as if the run had not been interrupted (same
-    machine, same number of threads and processes; with other numbers, or on a GPU, whose convolutions may add in another order at every
-    run, up to the order of summation). overwriting: delete another run's
-    files there after the first step, so that a run that fails before deletes nothing. asked: names of settings that are refused, not only
-    remarked on, where they have no effect (train/remarks.py). Ctrl-C, SIGTERM and SIGHUP let the step finish and write a checkpoint, then
-    raise KeyboardInterrupt, SystemExit(143) and SystemExit(129). Under torchrun every process calls this, and the first writes.
-    Raises FileNotFoundError or ValueError for missing or damaged data and checkpoints, FileExistsError where a new run would
-    overwrite another's, FloatingPointError if the loss is not finite.
+    Writes checkpoints, weights.safetensors, samples.png, loss.png and log.jsonl into `config.out`, and where `config.quality_every` asks
+    for them quality.jsonl and quality.png. Under torchrun every process calls this, and the first writes.
+
+    Args:
+        resuming: continue from the newest valid checkpoint in `config.out`, bit by bit as if the run had not been interrupted on the same
+            machine with the same number of threads and processes; else up to the order of summation, as also on a GPU, whose
+            convolutions may add in another order at every run.
+        overwriting: delete another run's files there after the first step, so that a run that fails before deletes nothing.
+        asked: names of settings that are refused, not only remarked on, where they have no effect (train/remarks.py).
+
+    Raises:
+        FileNotFoundError, ValueError: missing or damaged data and checkpoints, or both of resuming and overwriting.
+        FileExistsError: a new run would overwrite another's.
+        FloatingPointError: the loss is not finite.
+        KeyboardInterrupt, SystemExit: Ctrl-C; SIGTERM (143) and SIGHUP (129). The step finishes and a checkpoint is written before.
     """
     if resuming and overwriting:
         raise ValueError("resume, overwrite: expected one of them, got both")

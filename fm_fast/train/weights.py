@@ -32,8 +32,10 @@ def can_write_weights() -> bool:
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], config: TrainConfig, step: int) -> None:
-    """Write the weights with their names, and in the file's metadata the configuration, the step and a checksum of all that is read back,
-    which the format has not by itself; `path` is never half a file. Raises OSError if it cannot be written.
+    """Write the weights with their names; `path` is never half a file.
+
+    The file's metadata hold the configuration, the step and a checksum of all that is read back, which the format has not by itself.
+    Raises OSError if it cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
