@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fm_fast.cli.options import positive
+from fm_fast.reproduce import checkerboard, drawing, figures, table1
 
 SOURCES = ("digits", "fashion")
 
@@ -18,27 +19,9 @@ def add_reproduce(commands: Any) -> None:
         " computed again. Figures need matplotlib: pip install 'fm_fast[plot]'.",
     )  # fmt: skip
     comparisons = parser.add_subparsers(required=True, metavar="comparison")
-    table1 = _add(comparisons, "table1", "Tables 1 and 4: five objectives on small images", 300, "training steps of each objective")
-    table1.add_argument("--data", choices=SOURCES, default="digits", help="digits (shipped) or fashion (Fashion-MNIST, 14x14) [digits]")
-    table1.add_argument("--source", type=Path, metavar="DIR", help="folder of Fashion-MNIST's IDX files [that of Debian's package]")
-    table1.add_argument(
-        "--alike", action="store_true", help="uniform times and no preconditioning for any objective, as in the paper [what suits each]"
-    )
-    table1.set_defaults(run=_table1)
-    checkerboard = _add(
-        comparisons, "checkerboard", "Figures 4, 9 and 10: five objectives in two dimensions", 4000, "training steps of each, at least 8"
-    )
-    checkerboard.set_defaults(run=_checkerboard)
-    figures = _add(
-        comparisons, "figures", "Figures 6 and 7 (left) on exact flows, no training", 500, "steps of the reference solution, at least 100"
-    )
-    figures.add_argument("--draws", type=positive, default=3, metavar="INT", help="data sets [3]")
-    figures.set_defaults(run=_figures)
-    for comparison in (table1, checkerboard, figures):
-        cores = os.cpu_count() or 1
-        comparison.add_argument(
-            "--jobs", type=positive, default=cores, metavar="INT", help=f"processes; the numbers are the same [{cores}]"
-        )
+    _add_table1(comparisons)
+    _add_checkerboard(comparisons)
+    _add_figures(comparisons)
 
 
 def _add(comparisons: Any, name: str, text: str, steps: int, steps_text: str) -> argparse.ArgumentParser:
@@ -46,12 +29,22 @@ def _add(comparisons: Any, name: str, text: str, steps: int, steps_text: str) ->
     parser.add_argument("--out", type=Path, default=Path("out/reproduce"), metavar="FOLDER", help="where everything goes [out/reproduce]")
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="the numbers are a function of it and the settings [0]")
     parser.add_argument("--steps", type=positive, default=steps, metavar="INT", help=f"{steps_text} [{steps}]")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--jobs", type=positive, default=cores, metavar="INT", help=f"processes; the numbers are the same [{cores}]")
     return parser
 
 
-def _table1(options: argparse.Namespace) -> None:
-    from fm_fast.reproduce import drawing, table1
+def _add_table1(comparisons: Any) -> None:
+    parser = _add(comparisons, "table1", "Tables 1 and 4: five objectives on small images", 300, "training steps of each objective")
+    parser.add_argument("--data", choices=SOURCES, default="digits", help="digits (shipped) or fashion (Fashion-MNIST, 14x14) [digits]")
+    parser.add_argument("--source", type=Path, metavar="DIR", help="folder of Fashion-MNIST's IDX files [that of Debian's package]")
+    parser.add_argument(
+        "--alike", action="store_true", help="uniform times and no preconditioning for any objective, as in the paper [what suits each]"
+    )
+    parser.set_defaults(run=_table1)
 
+
+def _table1(options: argparse.Namespace) -> None:
     drawing.require_matplotlib()
     rows = table1.reproduce_table1(options.out, options.data, options.seed, options.steps, options.source, options.jobs, options.alike)
     name = table1.table_name(options.data, options.alike)
@@ -59,9 +52,14 @@ def _table1(options: argparse.Namespace) -> None:
     _tell(table1.as_text(rows), options.out / f"{name}.json", options.out / f"{name}.md", picture)
 
 
-def _checkerboard(options: argparse.Namespace) -> None:
-    from fm_fast.reproduce import checkerboard, drawing
+def _add_checkerboard(comparisons: Any) -> None:
+    parser = _add(
+        comparisons, "checkerboard", "Figures 4, 9 and 10: five objectives in two dimensions", 4000, "training steps of each, at least 8"
+    )
+    parser.set_defaults(run=_checkerboard)
 
+
+def _checkerboard(options: argparse.Namespace) -> None:
     drawing.require_matplotlib()
     results = checkerboard.reproduce_checkerboard(options.out, options.seed, options.steps, options.jobs)
     pictures = (
@@ -71,9 +69,15 @@ def _checkerboard(options: argparse.Namespace) -> None:
     _tell(checkerboard.as_text(results), options.out / "checkerboard.json", *pictures)
 
 
-def _figures(options: argparse.Namespace) -> None:
-    from fm_fast.reproduce import drawing, figures
+def _add_figures(comparisons: Any) -> None:
+    parser = _add(
+        comparisons, "figures", "Figures 6 and 7 (left) on exact flows, no training", 500, "steps of the reference solution, at least 100"
+    )
+    parser.add_argument("--draws", type=positive, default=3, metavar="INT", help="data sets [3]")
+    parser.set_defaults(run=_figures)
 
+
+def _figures(options: argparse.Namespace) -> None:
     drawing.require_matplotlib()
     results = figures.reproduce_figures(options.out, options.seed, options.steps, options.draws, options.jobs)
     pictures = (
