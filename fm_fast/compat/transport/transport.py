@@ -254,9 +254,9 @@ class Sampler:
         """
         _checks.one_of("sampling_method", sampling_method, ("Euler", "Heun"))
         _checks.one_of("diffusion_form", diffusion_form, (OWN, *FORMS))
-        diffusion_norm = number(diffusion_norm)
-        if _checks.finite_number("diffusion_norm", diffusion_norm) < 0.0 and diffusion_form != "decreasing":
-            raise ValueError(f"diffusion_norm must not be negative for diffusion_form={diffusion_form!r}, got {diffusion_norm}")
+        norm = _checks.finite_number("diffusion_norm", number(diffusion_norm))
+        if norm < 0.0 and diffusion_form != "decreasing":
+            raise ValueError(f"diffusion_norm must not be negative for diffusion_form={diffusion_form!r}, got {norm}")
         _checks.one_of("last_step", last_step, (None, "Mean", "Tweedie", "Euler"))
         size = 0.0 if last_step is None else _margin("last_step_size", last_step_size)
         _check_count(num_steps)
@@ -264,7 +264,7 @@ class Sampler:
         if diffusion_form == OWN and low == 0.0 and not isinstance(self.transport.path_sampler, VPCPlan):
             raise ValueError("sample_eps must be above 0 for diffusion_form='SBDM', which is infinite at t = 0, got 0")
         objective = as_objective(self.transport.model_type.value)
-        sde = Sde(self.transport.path_sampler, objective, diffusion_form, diffusion_norm, low, high, num_steps)
+        sde = Sde(self.transport.path_sampler, objective, diffusion_form, norm, low, high, num_steps)
 
         def solve(x: Tensor, model: Model, **model_kwargs: Any) -> list[Tensor]:
             _checks.state("x", x)
