@@ -69,7 +69,10 @@ class PathSample:
         where x_t was changed in place. What is not counted must not come before the loss: changes through ``x_t.data`` or NumPy, of tensors
         made in inference mode, and within a compiled function.
         """
-        _checks.like("o", o, self._x1)
+        return self._loss("o", o, weight, reduction)
+
+    def _loss(self, name: str, o: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+        _checks.like(name, o, self._x1)
         _checks.one_of("reduction", reduction, reference.REDUCTIONS)
         point = self._unchanged()
         if weight is not None:
@@ -283,7 +286,7 @@ def flow_matching_loss(
         raise TypeError(f"model must return a torch.Tensor of the shape of x1, got {type(prediction).__name__}")
     if prediction.shape != x1.shape:
         raise ValueError(f"model must return the shape of x1, {tuple(x1.shape)}, got {tuple(prediction.shape)}")
-    return sample.loss(prediction, weight, reduction)
+    return sample._loss("the output of model", prediction, weight, reduction)
 
 
 class FlowMatchingLoss(torch.nn.Module):

@@ -67,6 +67,10 @@ def test_wrong_models_are_named():
         fm.flow_matching_loss(lambda x, t: (x,), X1, **SEEDED)
     with pytest.raises(ValueError, match=r"model must return the shape of x1, \(4, 6\), got \(4, 5\)"):
         fm.flow_matching_loss(lambda x, t: x[:, 1:], X1, **SEEDED)
+    with pytest.raises(TypeError, match=r"the output of model must be float64, .*, got torch.int64"):
+        fm.flow_matching_loss(lambda x, t: x.long(), X1, **SEEDED)
+    with pytest.raises(ValueError, match=r"the output of model must be on the device of x1, cpu, got meta"):
+        fm.flow_matching_loss(lambda x, t: x.to("meta"), X1, **SEEDED)
     with pytest.raises(TypeError, match=r"model must be callable as model\(x_t, t, \*\*cond\), got NoneType"):
         fm.flow_matching_loss(None, X1, **SEEDED)
 
