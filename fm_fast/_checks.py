@@ -40,9 +40,16 @@ def explain_call(error: Exception, x: Tensor, t: Tensor, cond: Mapping[str, Any]
     add_note = getattr(error, "add_note", None)  # of Python 3.11 and later
     if add_note is None or isinstance(error, torch.OutOfMemoryError):
         return
-    inputs = ", ".join(f"{name} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}" for name, value in (("x", x), ("t", t)))
+    inputs = ", ".join(f"{name} {_kind(value, x.device)}" for name, value in {"x": x, "t": t, **cond}.items())
     names = "".join(f", {name}" for name in cond)
     add_note(f"fm_fast called model(x, t{names}) with {inputs}; a network that takes (t, x) needs lambda x, t: network(t, x)")
+
+
+def _kind(value: object, device: torch.device) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    elsewhere = f" on {value.device}" if value.device != device else ""
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}{elsewhere}"
 
 
 def one_of(name: str, value: object, choices: Sequence[object]) -> None:

@@ -307,7 +307,25 @@ def test_the_error_of_a_network_that_takes_the_time_first_tells_how_it_was_calle
     with pytest.raises(IndexError) as raised:
         CALLS[call]({"shift": torch.zeros(4, 1)})
     (note,) = raised.value.__notes__
-    assert note.startswith("fm_fast called model(x, t, shift) with x float32 [4, 2], t float32 [4]; ")
+    assert note.startswith("fm_fast called model(x, t, shift) with x float32 [4, 2], t float32 [4], shift float32 [4, 1]; ")
+
+
+@pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="exceptions have notes from Python 3.11 on")
+@pytest.mark.parametrize(
+    ("shift", "told"),
+    [
+        (torch.zeros(4, 5, dtype=torch.float64), "shift float64 [4, 5]; "),
+        (torch.zeros(4, 5, device="meta"), "shift float32 [4, 5] on meta; "),
+        ([1.0, 2.0], "shift list; "),
+    ],
+)
+def test_the_error_of_a_network_tells_the_conditions_it_was_given(shift, told):
+    def network(x, t, shift):
+        raise RuntimeError("mat1 and mat2 must have the same dtype")
+
+    with pytest.raises(RuntimeError) as raised:
+        fm.sample(network, torch.zeros(4, 2), steps=2, cond={"shift": shift})
+    assert f"t float32 [4], {told}" in raised.value.__notes__[0]
 
 
 @pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="exceptions have notes from Python 3.11 on")
