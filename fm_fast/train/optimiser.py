@@ -223,8 +223,9 @@ class AdamWEMA(torch.optim.Optimizer):
     def average(self, model: nn.Module, i: int = 0) -> nn.Module:
         """A copy of ``model`` with the averaged weights of ``averages[i]``, in the dtype of the masters and without gradients.
 
-        Its weights are those averages themselves: later steps move them. Their values: ``average(model, i).state_dict()``. Frozen
-        parameters that are not the optimiser's are copied as they are. Raises ValueError for another model than the optimiser's.
+        Its weights are those averages themselves: later steps move them, also in its ``state_dict()``; ``copy.deepcopy`` of it stays. It
+        is in the mode of ``model``: ``.eval()`` comes before samples. Frozen parameters that are not the optimiser's are copied as they
+        are. Raises ValueError for another model than the optimiser's.
         """
         if not -len(self.averages) <= i < len(self.averages):
             raise ValueError(f"i: expected the index of one of {len(self.averages)} averages, got {i}")
