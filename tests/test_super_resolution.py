@@ -62,6 +62,14 @@ def test_wrong_inputs(config, low, message):
         UNet(config)(*inputs(2)[:2], low_resolution=low)
 
 
+@pytest.mark.parametrize(
+    ("low", "got"), [(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), "torch.uint8"), (torch.zeros(2, 1, 4, 4).numpy(), "ndarray")]
+)
+def test_grey_levels_are_no_image_in_the_scale_of_the_data(low, got):
+    with pytest.raises(TypeError, match=f"low_resolution: expected a floating tensor, in the scale of the data, got {got}"):
+        UNet(CONFIG)(*inputs(2)[:2], low_resolution=low)
+
+
 # The toy of Table 2: blobs of 16x16 pixels from their means over 4x4 pixels. One network learns the flow, another the mean.
 
 TOY = UNetConfig(

@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -314,8 +315,25 @@ def test_wrong_inputs(x_shape, t_shape, y, error, message):
         UNet(TINY)(torch.zeros(x_shape), torch.zeros(t_shape), y=y)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": [0, 1]}, r"y: expected int64 labels \[2\], got list"),
+        ({"y": 1}, r"y: expected int64 labels \[2\], got int"),
+        ({"y": np.array([0, 1])}, r"y: expected int64 labels \[2\], got ndarray"),
+        ({"x": np.zeros((2, 1, 8, 8))}, "x: expected a floating tensor, got ndarray"),
+        ({"x": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}, "x: expected a floating tensor, got torch.uint8"),
+        ({"t": torch.zeros(2, dtype=torch.int64)}, r"t: expected a floating tensor of shape \[2\], got torch.int64"),
+    ],
+)
+def test_inputs_that_are_no_tensors_or_of_whole_numbers(change, message):
+    given = {"x": torch.zeros(2, 1, 8, 8), "t": torch.zeros(2), "y": None, **change}
+    with pytest.raises(TypeError, match=message):
+        UNet(TINY)(**given)
+
+
 def test_a_time_that_is_a_number():
-    with pytest.raises(TypeError, match=r"t: expected a tensor of shape \[2\], got float"):
+    with pytest.raises(TypeError, match=r"t: expected a floating tensor of shape \[2\], got float"):
         UNet(TINY)(torch.zeros(2, 1, 8, 8), 0.5)
 
 

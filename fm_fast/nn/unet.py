@@ -190,13 +190,13 @@ def _block(config: UNetConfig, level: int, inputs: int, settings: BlockSettings)
 
 
 def _check_inputs(config: UNetConfig, x: Tensor, t: Tensor, y: Tensor | None, low_resolution: Tensor | None) -> None:
+    _check_floating("x", x, "a floating tensor")
     if x.ndim != 4 or x.shape[1] != config.image_channels:
         raise ValueError(f"x: expected shape [B, {config.image_channels}, H, W], got {list(x.shape)}")
     factor = config.downsampling
     if x.shape[2] % factor or x.shape[3] % factor:
         raise ValueError(f"x: expected a height and width divisible by {factor} (2^(levels-1)), got {x.shape[2]}x{x.shape[3]}")
-    if not isinstance(t, Tensor):
-        raise TypeError(f"t: expected a tensor of shape [{x.shape[0]}], got {type(t).__name__}")
+    _check_floating("t", t, f"a floating tensor of shape [{x.shape[0]}]")
     if t.shape != x.shape[:1]:
         raise ValueError(f"t: expected shape [{x.shape[0]}], got {list(t.shape)}")
     if y is not None:
@@ -204,9 +204,17 @@ def _check_inputs(config: UNetConfig, x: Tensor, t: Tensor, y: Tensor | None, lo
     _check_low_resolution(config, x, low_resolution)
 
 
+def _check_floating(name: str, value: object, expected: str) -> None:
+    """Whole numbers are grey levels or steps, in another scale than the network's inputs."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: expected {expected}, got {value.dtype if isinstance(value, Tensor) else type(value).__name__}")
+
+
 def _check_labels(config: UNetConfig, x: Tensor, y: Tensor) -> None:
     if config.classes == 0:
         raise ValueError("y: expected None because the network has no classes, got a tensor")
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y: expected int64 labels [{x.shape[0]}], got {type(y).__name__}")
     if y.dtype != torch.int64:
         raise TypeError(f"y: expected int64 labels, got {y.dtype}")
     if y.shape != x.shape[:1]:
@@ -229,5 +237,6 @@ def _check_low_resolution(config: UNetConfig, x: Tensor, low_resolution: Tensor 
         return
     if channels == 0:
         raise ValueError("low_resolution: expected None because the network has no low_resolution_channels, got a tensor")
+    _check_floating("low_resolution", low_resolution, "a floating tensor, in the scale of the data")
     if low_resolution.ndim != 4 or low_resolution.shape[:2] != (x.shape[0], channels):
         raise ValueError(f"low_resolution: expected shape [{x.shape[0]}, {channels}, h, w], got {list(low_resolution.shape)}")
