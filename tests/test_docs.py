@@ -181,6 +181,8 @@ def check_recipes(results: list[tuple[str, Any]]) -> None:
     assert found["decoded"].shape == (2, 3, 64, 64) and found["chunk"].shape == (64, 8, 2)
     assert bool(found["loss"].isfinite())
     torch.testing.assert_close(found["same_chunk"], found["chunk"])
+    assert float((torch.cdist(found["by_the_average"], centres).argmin(1) == found["wanted"]).float().mean()) > 0.9
+    assert torch.equal(found["by_the_resumed"], found["by_the_average"])
 
 
 def check_sit(results: list[tuple[str, Any]]) -> None:
