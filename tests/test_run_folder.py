@@ -124,7 +124,8 @@ def test_nothing_but_damaged_checkpoints(tmp_path):
 def test_a_new_run_overwrites_another_only_when_told_to(tmp_path):
     run(tmp_path, steps=4)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(FileExistsError, match=r"holds checkpoint-00000004.pt of another run; --resume .* --overwrite"):
+    message = r"holds checkpoint-00000004.pt of another run; --resume .*resuming=True.* --overwrite .*overwriting=True"
+    with pytest.raises(FileExistsError, match=message):
         run(tmp_path, seed=1)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
     other = run(tmp_path, overwriting=True, seed=1, steps=2)

@@ -131,7 +131,7 @@ class RunFolder:
             if found and not (resuming or overwriting):
                 raise FileExistsError(
                     f"{self.path}: holds {found[0].name} of another run;"
-                    " --resume continues it, --overwrite deletes it, or choose another --out"
+                    " --resume (train(..., resuming=True)) continues it, --overwrite (overwriting=True) deletes it, or choose another --out"
                 )
             yield
 
