@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack, get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
@@ -24,6 +24,15 @@ def transforms_active() -> bool:
 def function_transforms_active() -> bool:
     """Whether a ``torch.func`` transform is running."""
     return torch._C._are_functorch_transforms_active()
+
+
+def is_mapped(x: object) -> bool:
+    """Whether a vmap that is running gives x another value in each of its calls."""
+    while isinstance(x, Tensor) and is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
+            return True
+        x = get_unwrapped(x)
+    return False
 
 
 def gradient_transform_active() -> bool:

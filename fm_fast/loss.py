@@ -170,6 +170,7 @@ def sample_path(
     _require_step(seed, step, draws)
     if draws and seed is not None and sample_ids is None:
         _warn_if_ranks_draw_alike()
+        _warn_if_maps_draw_alike(x1, seed, step)
     spec = path_spec(path, objective, t_sampler, flip, levels, dequantise)
     key = random.make_key(seed, step, sample_ids, x1.shape[0], x1.device, draws)
     chosen = _backends.resolve("path_sample", x1.device, backend)
@@ -379,6 +380,18 @@ def _warn_if_ranks_draw_alike() -> None:
         "sample_ids=<position of the first sample in the global batch>, such as rank * len(x1), or 0 where that is meant",
         stacklevel=_level_of_caller(),
     )
+
+
+def _warn_if_maps_draw_alike(x1: Tensor, seed: Whole, step: Whole | None) -> None:
+    """UserWarning under vmap over the data, whose calls would all have the samples 0 to B - 1 of the same seed and step."""
+    if not _modes.function_transforms_active() or _modes.is_compiling():
+        return
+    if _modes.is_mapped(x1) and not (_modes.is_mapped(seed) or _modes.is_mapped(step)):
+        warnings.warn(
+            "seed was given without sample_ids for data under vmap, where all of them draw the same noise then: give "
+            "sample_ids=<position of the sample in the batch>, such as torch.arange(len(x1)), mapped as well, or 0 where that is meant",
+            stacklevel=_level_of_caller(),
+        )
 
 
 def _level_of_caller() -> int:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import threading
+import warnings
 
 import pytest
 import torch
@@ -124,6 +125,26 @@ def test_jvp_through_the_whole_loss(backend):
     tangent = jvp(loss, (x1,), (direction,))[1]
     torch.testing.assert_close(tangent, (vjp(loss, x1)[1](torch.ones((), dtype=torch.float64))[0] * direction).sum())
     assert abs(float(tangent.detach())) > 1e-3
+
+
+@pytest.mark.parametrize("transform", [lambda loss: loss, grad], ids=["loss", "gradient"])
+def test_a_map_over_data_without_sample_ids_tells_that_all_have_the_noise_of_the_first(transform):
+    x1 = torch.zeros(4, 3)
+
+    def loss(x, **given):
+        return fm.flow_matching_loss(lambda x, t: x, x[None], **{"seed": 1, "step": 2, **given})
+
+    def told(function, *mapped):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            vmap(transform(function))(*mapped)
+        return ["under vmap, where all of them draw the same noise then: give sample_ids" in str(one.message) for one in caught]
+
+    steps = torch.arange(4)
+    assert told(loss, x1) == [True]
+    assert told(lambda x, i: loss(x, sample_ids=i), x1, steps) == [] == told(lambda x: loss(x, sample_ids=0), x1)
+    assert told(lambda x, n: loss(x, step=n), x1, steps) == [] == told(lambda x, n: loss(x, seed=n), x1, steps)
+    assert told(lambda scale: loss(x1[0] * 2.0) * scale.sum(), x1) == []
 
 
 def test_per_sample_gradients_by_vmap_equal_the_loop(backend):
