@@ -132,35 +132,53 @@ struct NormGradArgs {
   double* sums;  // [B, 3, C]: sums over the positions of dz, dz xhat and dx
 };
 
-// A convolution of size 1 or 3 that keeps height and width; x [B, H, W, C], grad_y [B, H, W, O], O a multiple of kConvOutputs.
+// A convolution of size 1 or 3 that keeps height and width; x [B, H, W, C], grad_y [B, H, W, O], O a multiple of kConvOutputs. All tensors
+// are of `dtype`: float32, or of size 3 also bfloat16 or float16.
 struct ConvArgs {
-  const float *x, *grad_y;
+  Dtype dtype;
+  const void *x, *grad_y;
   int64_t batch, height, width, inputs, outputs, size;
-  float* grad_weight;  // [O, C, size, size], by strides
+  void* grad_weight;  // [O, C, size, size], by strides
   int64_t output_stride, input_stride, tap_stride[2];
-  float* grad_bias;  // [O], or nullptr
+  void* grad_bias;  // [O], or nullptr
   int64_t bias_stride;
-  float* partial;  // of `parts` parts of the batch and every block of outputs: [products, C, kConvOutputs], then the bias [kConvOutputs]
-  int64_t parts, samples_per_part, unit_blocks;
+  float* partial;  // of `parts` parts of the batch: [products, C, O], then the bias [O]
+  int64_t parts, samples_per_part;
+  int64_t unit_inputs, unit_outputs;
   int64_t unit_tiles;  // of size 3, at a time
 };
 
-constexpr int64_t kConvOutputs = 16;  // of a block
+constexpr int64_t kConvOutputs = 16;       // of a block
+constexpr int64_t kGradientChannels = 16;  // input channels of a unit of conv_weight_grad_sums
+
+// Of Winograd's algorithm (winograd.h): a tile is 4x4 results, whose 6x6 inputs are transformed into as many products.
+constexpr int kTileSide = 4;
+constexpr int64_t kTileProducts = 36;
 
 // Sums of an input and an output channel: of size 3 those of Winograd's algorithm.
-static inline int64_t conv_products(const ConvArgs& args) { return args.size == 1 ? 1 : 16; }
+static inline int64_t conv_products(const ConvArgs& args) { return args.size == 1 ? 1 : kTileProducts; }
 
-static inline int64_t conv_block_sums(const ConvArgs& args) { return (conv_products(args) * args.inputs + 1) * kConvOutputs; }
+// Of the inputs at least one, which the bias is summed with.
+static inline int64_t conv_input_ranges(const ConvArgs& args) { return args.inputs > 0 ? (args.inputs - 1) / args.unit_inputs + 1 : 1; }
 
-// A convolution of size 3 that keeps height and width: x [B, H, W, C] to y [B, H, W, O], C and O multiples of kConvOutputs.
+// Pairs of input and output channels, each of which is a unit of every part.
+static inline int64_t conv_ranges(const ConvArgs& args) {
+  return conv_input_ranges(args) * ((args.outputs + args.unit_outputs - 1) / args.unit_outputs);
+}
+
+static inline int64_t conv_sums(const ConvArgs& args) { return (conv_products(args) * args.inputs + 1) * args.outputs; }
+
+// A convolution of size 3 that keeps height and width: x [B, H, W, C] to y [B, H, W, O], C and O multiples of kConvOutputs. x, y, weight
+// and bias are of `dtype`: float32, bfloat16 or float16.
 struct Conv3x3Args {
-  const float *x, *weight,
+  Dtype dtype;
+  const void *x, *weight,
       *bias;  // weight [O, C, 3, 3] by strides, which are negative where the taps are turned round; bias may be nullptr
-  float* y;
+  void* y;
   int64_t batch, height, width, inputs, outputs;
   int64_t output_stride, input_stride, tap_stride[2], bias_stride;
-  float* transformed;  // weights [16, O / kConvOutputs, C, kConvOutputs]
-  int64_t unit_tiles;  // of 2x2 positions of y
+  float* transformed;  // weights [kTileProducts, C, O]
+  int64_t unit_tiles;
 };
 
 constexpr int64_t kAttentionQueries = 192;  // a unit of attention's forward pass

@@ -12,11 +12,12 @@ constexpr int64_t kInlineTransformed = 16;  // the transformed weights lie on th
 // `transposed`: y is of the channels that the weight calls its inputs, and the taps are turned round, as in the gradient of x.
 void read_weight(const Tensor& weight, bool transposed, Conv3x3Args* args) {
   check_device(weight);
-  if (weight.dim() != 4 || dtype_of(weight) != Dtype::float32) weight.fail("expected float32 [O, C, 3, 3]");
+  if (weight.dim() != 4 || dtype_of(weight) != args->dtype) weight.fail("expected [O, C, 3, 3] of the dtype of x");
   const int64_t *n = weight.sizes(), *stride = weight.strides();
   if (n[transposed] != args->outputs || n[!transposed] != args->inputs) weight.fail("expected the channels of y and x");
   if (n[2] != 3 || n[3] != 3) weight.fail("expected a size of 3");
-  args->weight = static_cast<const float*>(weight.data()) + (transposed ? 2 * (stride[2] + stride[3]) : 0);
+  int64_t first = transposed ? 2 * (stride[2] + stride[3]) : 0;
+  args->weight = static_cast<const char*>(weight.data()) + first * element_size(args->dtype);
   args->output_stride = stride[transposed];
   args->input_stride = stride[!transposed];
   for (int i = 0; i < 2; ++i) args->tap_stride[i] = transposed ? -stride[2 + i] : stride[2 + i];
@@ -24,8 +25,9 @@ void read_weight(const Tensor& weight, bool transposed, Conv3x3Args* args) {
 
 Conv3x3Args conv3x3_args(const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& bias, bool transposed) {
   Conv3x3Args args = {};
-  args.x = channels_last(x);
-  args.y = channels_last(y);
+  args.dtype = convolved_dtype(x);
+  args.x = channels_last(x, args.dtype);
+  args.y = channels_last(y, args.dtype);
   const int64_t *n = x.sizes(), *outputs = y.sizes();
   if (outputs[0] != n[0] || outputs[2] != n[2] || outputs[3] != n[3]) y.fail("expected batch, height and width of x");
   if (n[1] % kConvOutputs) x.fail("expected a multiple of 16 channels");
@@ -36,7 +38,7 @@ Conv3x3Args conv3x3_args(const Tensor& y, const Tensor& x, const Tensor& weight,
   args.width = n[3];
   args.outputs = outputs[1];
   read_weight(weight, transposed, &args);
-  args.bias = bias_of(bias, args.outputs);
+  args.bias = bias_of(bias, args.outputs, args.dtype);
   args.bias_stride = args.bias ? bias.strides()[0] : 0;
   args.unit_tiles = tiles_at_a_time(args.inputs + args.outputs);
   return args;
@@ -50,8 +52,8 @@ void conv3x3(StableIValue* stack, uint64_t, uint64_t) {
   refuse_grad({&x, &weight, &bias});
   Conv3x3Args args = conv3x3_args(y, x, weight, bias, in.flag());
   if (y.numel() == 0) return;
-  int64_t blocks = args.outputs / kConvOutputs, tiles = args.batch * divide_up(args.height, 2) * divide_up(args.width, 2);
-  Scratch<float, kInlineTransformed> transformed(16 * args.inputs * args.outputs + 16);
+  int64_t blocks = args.outputs / kConvOutputs, tiles = tiles_of(args.batch, args.height, args.width);
+  Scratch<float, kInlineTransformed> transformed(kTileProducts * args.inputs * args.outputs + 16);
   args.transformed = on_a_line(transformed.data());
   run_units(kernels().conv3x3_weights, args, blocks * (args.inputs / kConvOutputs), 4);
   run_units(kernels().conv3x3, args, divide_up(tiles, args.unit_tiles), 1);

@@ -15,6 +15,11 @@ static inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Of Winograd's algorithm.
+static inline int64_t tiles_of(int64_t batch, int64_t height, int64_t width) {
+  return batch * divide_up(height, kTileSide) * divide_up(width, kTileSide);
+}
+
 // Positions a row takes in a tile's buffer: whole Philox blocks.
 static inline int64_t padded(int64_t positions) { return divide_up(positions, 4) * 4; }
 

@@ -5,13 +5,12 @@ from torch import Tensor
 
 from fm_fast import _backends, reference
 from fm_fast._ops import schemas
-from fm_fast._ops.convolutions import is_convolved_here
+from fm_fast._ops.convolutions import fills_tiles, is_convolved_here
 from fm_fast._ops.guard import absent, needs_reference, run
 
 _conv3x3 = schemas.op("conv3x3")
 
 CHANNELS = 16  # the kernel's: those of x and of y must be multiples of it
-LEAST_TILES = 16  # of 2x2 positions, with fewer of which PyTorch's is as fast
 
 
 def conv3x3_backend(x: Tensor, weight: Tensor) -> str:
@@ -20,11 +19,9 @@ def conv3x3_backend(x: Tensor, weight: Tensor) -> str:
     The reference where PyTorch's kernel is as fast, or ours does not know the shape, layout, dtype or kind of tensor.
     """
     outputs, inputs, *size = weight.shape
-    if outputs % CHANNELS or inputs % CHANNELS or size != [3, 3] or not is_convolved_here(x, weight):
+    if outputs % CHANNELS or inputs % CHANNELS or size != [3, 3] or not is_convolved_here(x, weight) or not fills_tiles(x, weight):
         return "reference"
-    batch, _, height, width = x.shape
-    few = batch * -(-height // 2) * -(-width // 2) < LEAST_TILES
-    return "reference" if few else _backends.resolve("conv3x3", x.device)
+    return _backends.resolve("conv3x3", x.device)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str, transposed: bool = False) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fm_fast import _backends, reference
 from fm_fast._ops import schemas
-from fm_fast._ops.convolutions import is_convolved_here
+from fm_fast._ops.convolutions import fills_tiles, is_convolved_here
 from fm_fast._ops.guard import absent, needs_reference
 
 _conv_weight_grad = schemas.op("conv_weight_grad")
@@ -20,8 +20,8 @@ def conv_weight_grad_backend(x: Tensor, weight: Tensor) -> str:
     The reference where PyTorch's kernel is as fast, or ours does not know the shape, layout, dtype or kind of tensor.
     """
     outputs, inputs, size = weight.shape[:3]
-    known = (size == 1 and inputs >= INPUTS) or (size == 3 and inputs % INPUTS == 0)
-    if not known or outputs % OUTPUTS or not is_convolved_here(x, weight):
+    known = inputs >= INPUTS and x.dtype == torch.float32 if size == 1 else size == 3 and inputs % INPUTS == 0
+    if not known or outputs % OUTPUTS or not is_convolved_here(x, weight) or (size == 3 and not fills_tiles(x, weight)):
         return "reference"
     return _backends.resolve("conv_weight_grad", x.device)
 

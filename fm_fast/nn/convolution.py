@@ -41,7 +41,7 @@ class Convolution(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         x, dtype = input, _computed(input)
-        if x.device.type != "cpu" or dtype not in EMULATED_ON_CPU:
+        if x.device.type != "cpu" or dtype not in EMULATED_ON_CPU or "reference" not in self._kernels(x, self.weight):
             return self._convolved(x, self.weight, self.bias)
         with torch.autocast("cpu", enabled=False):
             bias = None if self.bias is None else self.bias.float()
@@ -50,7 +50,7 @@ class Convolution(nn.Conv2d):
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding_mode != "zeros" or self.dilation != (1, 1) or self.groups != 1 or isinstance(self.padding, str):
             return self._conv_forward(x, weight, bias)
-        kernels = _kernels(x, weight) if self.fused and self.keeps_size else PYTORCH
+        kernels = self._kernels(x, weight)
         if _is_only_differentiated_in(x, weight, bias):
             return _FrozenConvolution.apply(x, weight, bias, self.stride, self.padding, kernels)
         if not _is_differentiated(x, weight, bias):
@@ -58,6 +58,9 @@ class Convolution(nn.Conv2d):
         if kernels.weight_grad == "reference" or not weight.requires_grad or x.is_inference():
             return F.conv2d(x, weight, bias, self.stride, self.padding)
         return _TrainedConvolution.apply(x, weight.view_as(weight), None if bias is None else bias.view_as(bias), kernels)
+
+    def _kernels(self, x: Tensor, weight: Tensor) -> "Kernels":
+        return _kernels(x, weight) if self.fused and self.keeps_size else PYTORCH
 
 
 class Kernels(NamedTuple):
@@ -114,31 +117,34 @@ class _TrainedConvolution(torch.autograd.Function):
         (grad_y,), (x, weight) = grads, ctx.saved_tensors
         wants_x = ctx.needs_input_grad[0]
         wants_parameters = [node is not None and torch._C._will_engine_execute_node(node) for node, _ in ctx.next_functions[1:]]
+        padding = (weight.shape[2] // 2,) * 2
         if torch.is_grad_enabled() or _ops.is_batched(grad_y):
             # Without a bias there is no third input of which autograd could tell.
             wanted = (wants_x, *wants_parameters, False)[:3]
-            return *_gradients(grad_y, x, weight, ctx.bias_sizes, wanted), None
+            return *_gradients(grad_y, x, weight, ctx.bias_sizes, (1, 1), padding, wanted), None
         grad_x, grad_weight, grad_bias = None, None, None
         if wants_x:
-            grad_x = _gradient_of_input(grad_y, x, weight, (1, 1), (weight.shape[2] // 2,) * 2, ctx.kernels)
+            grad_x = _gradient_of_input(grad_y, x, weight, (1, 1), padding, ctx.kernels)
         if any(wants_parameters):
             grad_weight, grad_bias = _ops.conv_weight_grad(grad_y, x, weight, ctx.bias_sizes is not None, ctx.kernels.weight_grad)
         return grad_x, grad_weight, grad_bias, None
 
 
-def _gradients(
-    grad_y: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, wanted: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """PyTorch's, which can be differentiated again, of a convolution that keeps height and width."""
-    padding = (weight.shape[2] // 2,) * 2
-    return torch.ops.aten.convolution_backward(grad_y, x, weight, bias_sizes, (1, 1), padding, (1, 1), False, (0, 0), 1, wanted)
-
-
-def _gradient_of_input(grad_y: Tensor, x: Tensor, weight: Tensor, stride: Any, padding: Any, kernels: Kernels) -> Tensor:
+def _gradient_of_input(grad_y: Tensor, x: Tensor, weight: Tensor, stride: Any, padding: Any, kernels: Kernels) -> Tensor | None:
     if kernels.conv3x3 != "reference":
         return _ops.conv3x3(grad_y, weight, None, kernels.conv3x3, transposed=True)
-    wanted = (True, False, False)
-    return torch.ops.aten.convolution_backward(grad_y, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, wanted)[0]
+    return _gradients(grad_y, x, weight, None, stride, padding, (True, False, False))[0]
+
+
+def _gradients(
+    grad_y: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, stride: Any, padding: Any, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """PyTorch's, which can be differentiated again; in float32 where it would emulate."""
+    dtype = x.dtype
+    if x.device.type == "cpu" and dtype in EMULATED_ON_CPU:
+        grad_y, x, weight = grad_y.float(), x.float(), weight.float()
+    found = torch.ops.aten.convolution_backward(grad_y, x, weight, bias_sizes, stride, padding, (1, 1), False, (0, 0), 1, wanted)
+    return tuple([None if gradient is None else gradient.to(dtype) for gradient in found])
 
 
 class _FrozenConvolution(torch.autograd.Function):

@@ -9,16 +9,8 @@ struct Case {
   bool transposed;
 };
 
-std::vector<float> numbers(int64_t count, double phase) {
-  std::vector<float> found(static_cast<size_t>(count));
-  for (size_t i = 0; i < found.size(); ++i) found[i] = static_cast<float>(std::sin(1.7 * static_cast<double>(i) + phase));
-  return found;
-}
-
-double at(const std::vector<float>& values, int64_t i) { return static_cast<double>(values[static_cast<size_t>(i)]); }
-
-double plain(const Case& c, const std::vector<float>& x, const std::vector<float>& weight, int64_t b, int64_t h, int64_t w,
-             int64_t output) {
+template <class S>
+double plain(const Case& c, const std::vector<S>& x, const std::vector<S>& weight, int64_t b, int64_t h, int64_t w, int64_t output) {
   double sum = 0;
   for (int64_t i = 0; i < 3; ++i)
     for (int64_t j = 0; j < 3; ++j) {
@@ -32,12 +24,14 @@ double plain(const Case& c, const std::vector<float>& x, const std::vector<float
   return sum;
 }
 
-void check(const Isa& isa, const Case& c) {
-  std::vector<float> x = numbers(c.batch * c.height * c.width * c.inputs, 0.3), weight = numbers(c.outputs * c.inputs * 9, 0.8);
-  std::vector<float> bias = numbers(c.outputs, 0.1);
-  std::vector<float> y(static_cast<size_t>(c.batch * c.height * c.width * c.outputs), NAN);
-  std::vector<float> transformed(static_cast<size_t>(16 * c.inputs * c.outputs), NAN);
+// last: half a unit in the last place of the results, of which they are rounded once.
+template <class S>
+void check(const Isa& isa, const Case& c, fm::Dtype dtype, double last) {
+  std::vector<S> x = numbers<S>(c.batch * c.height * c.width * c.inputs, 0.3), weight = numbers<S>(c.outputs * c.inputs * 9, 0.8);
+  std::vector<S> bias = numbers<S>(c.outputs, 0.1), y = unset<S>(c.batch * c.height * c.width * c.outputs);
+  std::vector<float> transformed = unset<float>(fm::kTileProducts * c.inputs * c.outputs);
   fm::Conv3x3Args args = {};
+  args.dtype = dtype;
   args.x = x.data();
   args.weight = weight.data() + (c.transposed ? 8 : 0);
   args.bias = bias.data();
@@ -48,7 +42,7 @@ void check(const Isa& isa, const Case& c) {
   args.tap_stride[0] = c.transposed ? -3 : 3, args.tap_stride[1] = c.transposed ? -1 : 1;
   args.transformed = transformed.data();
   args.unit_tiles = c.unit_tiles;
-  int64_t tiles = c.batch * fm::divide_up(c.height, 2) * fm::divide_up(c.width, 2);
+  int64_t tiles = fm::tiles_of(c.batch, c.height, c.width);
   isa.conv3x3_weights(args, 0, c.outputs / fm::kConvOutputs * (c.inputs / fm::kConvOutputs));
   for (int64_t unit = 0; unit < fm::divide_up(tiles, c.unit_tiles); ++unit) isa.conv3x3(args, unit, unit + 1);
   std::string name = std::string(isa.name) + " 3x3 convolution of " + std::to_string(c.inputs) + " to " + std::to_string(c.outputs);
@@ -58,7 +52,8 @@ void check(const Isa& isa, const Case& c) {
       for (int64_t w = 0; w < c.width; ++w)
         for (int64_t o = 0; o < c.outputs; ++o) {
           double found = at(y, ((b * c.height + h) * c.width + w) * c.outputs + o);
-          expect(std::fabs(found - at(bias, o) - plain(c, x, weight, b, h, w, o)) <= tolerance, name);
+          double wanted = at(bias, o) + plain(c, x, weight, b, h, w, o);
+          expect(std::fabs(found - wanted) <= tolerance + last * std::fabs(wanted), name);
         }
 }
 
@@ -71,7 +66,11 @@ int main() {
                                    {3, 5, 7, 48, 32, 12, false}, {3, 5, 7, 32, 48, 12, true},   {2, 1, 60, 16, 16, 12, false},
                                    {2, 60, 2, 16, 16, 24, true}, {5, 4, 4, 32, 160, 12, false}, {4, 8, 8, 16, 32, 60, false}};
   for (const Isa& isa : instruction_sets()) {
-    for (const Case& c : cases) check(isa, c);
+    for (const Case& c : cases) {
+      check<float>(isa, c, fm::Dtype::float32, 0.0);
+      check<fm::Bfloat16>(isa, c, fm::Dtype::bfloat16, 0x1p-8);
+      check<fm::Float16>(isa, c, fm::Dtype::float16, 0x1p-11);
+    }
     printf("%s\n", isa.name);
   }
   return failures ? 1 : 0;

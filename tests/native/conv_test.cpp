@@ -6,39 +6,37 @@ namespace test {
 namespace {
 
 struct Case {
-  int64_t batch, height, width, inputs, outputs, size, parts, unit_blocks;
+  int64_t batch, height, width, inputs, outputs, size, parts, unit_inputs, unit_outputs;
 };
 
-std::vector<float> numbers(int64_t count, double phase) {
-  std::vector<float> found(static_cast<size_t>(count));
-  for (size_t i = 0; i < found.size(); ++i) found[i] = static_cast<float>(std::sin(1.7 * static_cast<double>(i) + phase));
-  return found;
-}
-
 // Of one weight, or where `input` is negative of one bias.
-double plain(const Case& c, const std::vector<float>& x, const std::vector<float>& dy, int64_t output, int64_t input, int64_t i,
-             int64_t j) {
+template <class S>
+double plain(const Case& c, const std::vector<S>& x, const std::vector<S>& dy, int64_t output, int64_t input, int64_t i, int64_t j) {
   double sum = 0;
   int64_t half = c.size / 2;
   for (int64_t b = 0; b < c.batch; ++b)
     for (int64_t h = 0; h < c.height; ++h)
       for (int64_t w = 0; w < c.width; ++w) {
         int64_t row = h + i - half, column = w + j - half;
-        double gradient = static_cast<double>(dy[static_cast<size_t>(((b * c.height + h) * c.width + w) * c.outputs + output)]);
+        double gradient = at(dy, ((b * c.height + h) * c.width + w) * c.outputs + output);
         if (input < 0) {
           sum += gradient;
         } else if (row >= 0 && row < c.height && column >= 0 && column < c.width) {
-          sum += gradient * static_cast<double>(x[static_cast<size_t>(((b * c.height + row) * c.width + column) * c.inputs + input)]);
+          sum += gradient * at(x, ((b * c.height + row) * c.width + column) * c.inputs + input);
         }
       }
   return sum;
 }
 
-void check(const Isa& isa, const Case& c) {
-  std::vector<float> x = numbers(c.batch * c.height * c.width * c.inputs, 0.3), dy = numbers(c.batch * c.height * c.width * c.outputs, 0.8);
-  int64_t taps = c.size * c.size, blocks = c.outputs / fm::kConvOutputs;
-  std::vector<float> weight(static_cast<size_t>(c.outputs * c.inputs * taps), NAN), bias(static_cast<size_t>(c.outputs), NAN);
+// last: half a unit in the last place of the results, of which they are rounded once.
+template <class S>
+void check(const Isa& isa, const Case& c, fm::Dtype dtype, double last) {
+  std::vector<S> x = numbers<S>(c.batch * c.height * c.width * c.inputs, 0.3);
+  std::vector<S> dy = numbers<S>(c.batch * c.height * c.width * c.outputs, 0.8);
+  int64_t taps = c.size * c.size;
+  std::vector<S> weight = unset<S>(c.outputs * c.inputs * taps), bias = unset<S>(c.outputs);
   fm::ConvArgs args = {};
+  args.dtype = dtype;
   args.x = x.data();
   args.grad_y = dy.data();
   args.batch = c.batch, args.height = c.height, args.width = c.width, args.inputs = c.inputs, args.outputs = c.outputs, args.size = c.size;
@@ -48,23 +46,22 @@ void check(const Isa& isa, const Case& c) {
   args.bias_stride = 1;
   args.samples_per_part = fm::divide_up(c.batch, c.parts);
   args.parts = c.batch ? fm::divide_up(c.batch, args.samples_per_part) : 0;
-  args.unit_blocks = c.unit_blocks;
+  args.unit_inputs = c.unit_inputs, args.unit_outputs = c.unit_outputs;
   args.unit_tiles = 12;
-  std::vector<float> partial(static_cast<size_t>(args.parts * blocks * fm::conv_block_sums(args)), NAN);
+  std::vector<float> partial = unset<float>(args.parts * fm::conv_sums(args));
   args.partial = partial.data();
-  int64_t units = args.parts * fm::divide_up(blocks, c.unit_blocks);
-  for (int64_t unit = 0; unit < units; ++unit) isa.conv(args, unit, unit + 1);
-  isa.conv_sums(args, 0, blocks * (c.inputs + 1));
-  double tolerance = 2e-6 * std::sqrt(static_cast<double>(c.batch * c.height * c.width));
+  for (int64_t unit = 0; unit < args.parts * fm::conv_ranges(args); ++unit) isa.conv(args, unit, unit + 1);
+  isa.conv_sums(args, 0, fm::divide_up(c.inputs, fm::kGradientChannels));
+  double tolerance = 5e-6 * std::sqrt(static_cast<double>(c.batch * c.height * c.width));
+  auto is_close = [&](double found, double wanted) { return std::fabs(found - wanted) <= tolerance + last * std::fabs(wanted); };
   std::string name =
       std::string(isa.name) + " convolution of " + std::to_string(c.inputs) + " to " + std::to_string(c.outputs) + " channels";
   for (int64_t output = 0; output < c.outputs; ++output) {
-    expect(std::fabs(static_cast<double>(bias[static_cast<size_t>(output)]) - plain(c, x, dy, output, -1, 0, 0)) <= tolerance,
-           name + ", bias");
+    expect(is_close(at(bias, output), plain(c, x, dy, output, -1, 0, 0)), name + ", bias");
     for (int64_t input = 0; input < c.inputs; ++input)
       for (int64_t tap = 0; tap < taps; ++tap) {
-        double found = static_cast<double>(weight[static_cast<size_t>((output * c.inputs + input) * taps + tap)]);
-        expect(std::fabs(found - plain(c, x, dy, output, input, tap / c.size, tap % c.size)) <= tolerance, name + ", weight");
+        double found = at(weight, (output * c.inputs + input) * taps + tap);
+        expect(is_close(found, plain(c, x, dy, output, input, tap / c.size, tap % c.size)), name + ", weight");
       }
   }
 }
@@ -74,12 +71,17 @@ void check(const Isa& isa, const Case& c) {
 
 int main() {
   using namespace test;
-  const std::vector<Case> cases = {{0, 3, 3, 16, 16, 3, 2, 1}, {1, 1, 1, 1, 16, 1, 1, 1},   {1, 1, 1, 16, 16, 3, 1, 2},
-                                   {3, 5, 7, 32, 32, 3, 2, 1}, {2, 70, 2, 16, 16, 3, 8, 2}, {2, 3, 130, 16, 48, 3, 1, 2},
-                                   {5, 4, 4, 40, 16, 1, 3, 1}, {2, 9, 8, 48, 48, 3, 2, 12}, {4, 8, 8, 16, 32, 3, 4, 2},
-                                   {3, 5, 7, 17, 48, 1, 2, 12}};
+  const std::vector<Case> cases = {{0, 3, 3, 16, 16, 3, 2, 16, 16},   {1, 1, 1, 1, 16, 1, 1, 16, 16},   {1, 1, 1, 16, 16, 3, 1, 32, 32},
+                                   {3, 5, 7, 32, 32, 3, 2, 16, 16},   {2, 70, 2, 16, 16, 3, 8, 32, 32}, {2, 3, 130, 16, 48, 3, 1, 32, 32},
+                                   {5, 4, 4, 40, 16, 1, 3, 16, 16},   {2, 9, 8, 48, 48, 3, 2, 32, 192}, {4, 8, 8, 16, 32, 3, 4, 32, 32},
+                                   {3, 5, 7, 17, 48, 1, 2, 128, 192}, {2, 5, 3, 80, 96, 3, 1, 32, 64}};
   for (const Isa& isa : instruction_sets()) {
-    for (const Case& c : cases) check(isa, c);
+    for (const Case& c : cases) {
+      check<float>(isa, c, fm::Dtype::float32, 0.0);
+      if (c.size == 1) continue;
+      check<fm::Bfloat16>(isa, c, fm::Dtype::bfloat16, 0x1p-8);
+      check<fm::Float16>(isa, c, fm::Dtype::float16, 0x1p-11);
+    }
     printf("%s\n", isa.name);
   }
   return failures ? 1 : 0;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/tiling.h"
+#include "formats.h"
 #include "loss.h"
 
 namespace test {
@@ -19,6 +20,27 @@ using fm::Dtype;
 using fm::Key;
 using fm::Shape;
 using fm::View;
+
+// Numbers of a stored type, each another.
+template <class S>
+std::vector<S> numbers(int64_t count, double phase) {
+  std::vector<S> found(static_cast<size_t>(count));
+  for (size_t i = 0; i < found.size(); ++i) fm::store_as(static_cast<float>(std::sin(1.7 * static_cast<double>(i) + phase)), &found[i]);
+  return found;
+}
+
+template <class S>
+double at(const std::vector<S>& values, int64_t i) {
+  return fm::load_as<double>(values[static_cast<size_t>(i)]);
+}
+
+// Memory that must be written to.
+template <class S>
+std::vector<S> unset(int64_t count) {
+  std::vector<S> found(static_cast<size_t>(count));
+  for (S& value : found) fm::store_as(NAN, &value);
+  return found;
+}
 
 struct Isa {
   const char* name;
