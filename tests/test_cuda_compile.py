@@ -63,15 +63,19 @@ class Budget:
         return f"{self.file} {self.kernel}"
 
 
-# kernel: the template arguments (output, x1, whether x0 is drawn) as they are mangled.
+# kernel: the template arguments (output, x1, whether x0 is drawn, whether nothing is mirrored or weighted) as they are mangled.
 BF16 = r"NS_8Bfloat16ES\d+_"
 BUDGETS = [
-    Budget("path_loss", f"{BF16}Lb1", 64, 4, 1),
-    Budget("path_loss", "ffLb1", 70, 6, 2),
-    Budget("path_loss", f"{BF16}Lb0", 32, 5, 1),
-    Budget("path_sample", f"{BF16}Lb1", 44, 1, 1),
-    Budget("path_sample", "ffLb1", 46, 2, 2),
-    Budget("path_sample", f"{BF16}Lb0", 12, 2, 1),
+    Budget("path_loss", f"{BF16}Lb1ELb1", 56, 2, 1),
+    Budget("path_loss", f"{BF16}Lb1ELb0", 62, 4, 1),
+    Budget("path_loss", "ffLb1ELb1", 58, 4, 2),
+    Budget("path_loss", "ffLb1ELb0", 66, 6, 2),
+    Budget("path_loss", f"{BF16}Lb0ELb1", 25, 3, 1),
+    Budget("path_sample", f"{BF16}Lb1ELb1", 41, 1, 1),
+    Budget("path_sample", f"{BF16}Lb1ELb0", 44, 1, 1),
+    Budget("path_sample", "ffLb1ELb1", 40, 2, 2),
+    Budget("path_sample", "ffLb1ELb0", 45, 2, 2),
+    Budget("path_sample", f"{BF16}Lb0ELb0", 12, 2, 1),
 ]
 
 

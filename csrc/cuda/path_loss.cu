@@ -73,8 +73,9 @@ __device__ __forceinline__ void weigh(const View& weight, int64_t offset, float 
   for (int i = 0; i < kWidth; ++i) values[i] *= weights[i];
 }
 
-// Chunks pack by pack. Loads come first, so that the drawing of noise hides them.
-template <class O, class X1, bool kDraw>
+// Chunks pack by pack. Loads come first, so that the drawing of noise hides them. kPlain: no sample is mirrored and no element has a weight
+// of its own, which else cost every element eight instructions.
+template <class O, class X1, bool kDraw, bool kPlain>
 __global__ void __launch_bounds__(kThreads, sizeof(X1) == 1 ? kPixelBlocks : kBlocks) packed_kernel(const LossLaunch launch) {
   using P = Packs<O>;
   const LossCall& call = launch.call;
@@ -87,6 +88,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(X1) == 1 ? kPixelBlocks : kBl
   walk<LossRecord<float>>(geometry, prepare, [&](const LossRecord<float>& shared, const Run& run) {
     const LossRecord<float> record = shared;
     const LossTerm<float>& term = record.term;
+    const bool mirror = !kPlain && record.mirror;
     const uint32_t elements = static_cast<uint32_t>(run.elements);
     const int64_t base = static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(run.sample)) * elements);
     double squares = 0;
@@ -98,20 +100,25 @@ __global__ void __launch_bounds__(kThreads, sizeof(X1) == 1 ? kPixelBlocks : kBl
         uint32_t offset = P::offset(geometry, chunk, run.lane, i);
         if (offset >= elements) continue;
         o_packs[i] = load_pack<O, P::kWidth>(call.o.data, base + offset);
-        x1_packs[i] = load_data_pack<P::kWidth, X1>(call.x1, base, offset, record.mirror, launch.blocks.width);
+        x1_packs[i] = load_data_pack<P::kWidth, X1>(call.x1, base, offset, mirror, launch.blocks.width);
         if (!kDraw) x0_packs[i] = load_pack<O, P::kWidth>(call.x0.data, base + offset);
       }
-      float sum = 0;
+      float sum = 0, noise[P::kCount][P::kWidth];
+      // Without a branch between packs, also for elements that are not there: so they share the keys of the rounds.
+      FM_UNROLL
+      for (int i = 0; kDraw && i < P::kCount; ++i)
+        source_pack<true>(x0_packs[i], stream, record.id, P::offset(geometry, chunk, run.lane, i) / kBlock, noise[i]);
       FM_UNROLL
       for (int i = 0; i < P::kCount; ++i) {
         uint32_t offset = P::offset(geometry, chunk, run.lane, i), block = offset / kBlock;
         if (offset >= elements) continue;
-        float o[P::kWidth], x1[P::kWidth], x0[P::kWidth], difference[P::kWidth], scaled[P::kWidth];
+        float o[P::kWidth], x1[P::kWidth], difference[P::kWidth], scaled[P::kWidth];
+        float (&x0)[P::kWidth] = noise[i];
         widen_pack(o_packs[i], o);
-        map_data_pack<P::kWidth>(x1_packs[i], record.mirror, call.transform, dequantise, record.id, block, x1);
-        source_pack<kDraw>(x0_packs[i], stream, record.id, block, x0);
+        if (!kDraw) widen_pack(x0_packs[i], x0);
+        map_data_pack<P::kWidth>(x1_packs[i], mirror, call.transform, dequantise, record.id, block, x1);
         for (int j = 0; j < P::kWidth; ++j) difference[j] = scaled[j] = residual(term, o[j], x1[j], x0[j]);
-        if (call.weight.data) weigh(call.weight, base + offset, scaled);
+        if (!kPlain && call.weight.data) weigh(call.weight, base + offset, scaled);
         for (int j = 0; j < P::kWidth; ++j) {
           sum = multiply_add(difference[j], scaled[j], sum);
           scaled[j] *= term.grad_scale;
@@ -185,7 +192,8 @@ template <class O, class X1, bool kDraw>
 Kernel packed(const LossCall& call) {
   bool weight = !call.weight.data || call.weight.dtype == Dtype::float32;
   bool rows = are_packed(call.shape, call.transform, Packs<O>::kWidth, {&call.o, &call.x1, &call.x0, &call.grad, &call.weight});
-  return weight && rows ? packed_kernel<O, X1, kDraw> : nullptr;
+  bool plain = call.transform.flip <= 0 && !call.weight.data;
+  return !weight || !rows ? nullptr : plain ? packed_kernel<O, X1, kDraw, true> : packed_kernel<O, X1, kDraw, false>;
 }
 
 // The dtypes of training: x1 like o, float32 or uint8; x0 drawn, or like both.

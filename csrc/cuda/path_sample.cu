@@ -70,7 +70,8 @@ __device__ __forceinline__ SampleRecord<T> prepare_sample(const SampleCall& call
   return SampleRecord<T>{static_cast<T>(c.a), static_cast<T>(c.s), id, is_mirrored(call.transform, key, id)};
 }
 
-template <class XT, class X1, bool kDraw>
+// kPlain: no sample is mirrored.
+template <class XT, class X1, bool kDraw, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const SampleLaunch launch) {
   using P = Packs<XT>;
   // Several packs are drawn without a branch between them, also for elements that are not there: so they share the keys of the rounds.
@@ -82,6 +83,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const SampleL
   auto prepare = [&](int64_t sample, bool owns) { return prepare_sample<float, false>(call, key, sample, owns); };
   walk<SampleRecord<float>>(geometry, prepare, [&](const SampleRecord<float>& shared, const Run& run) {
     const SampleRecord<float> record = shared;
+    const bool mirror = !kPlain && record.mirror;
     const uint32_t elements = static_cast<uint32_t>(run.elements);
     const int64_t base = static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(run.sample)) * elements);
     for (uint32_t chunk = run.first_chunk; chunk < run.stop_chunk; ++chunk) {
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const SampleL
         uint32_t offset = P::offset(geometry, chunk, run.lane, i);
         if (kTogether) x1_packs[i] = {};
         if (offset >= elements) continue;
-        x1_packs[i] = load_data_pack<P::kWidth, X1>(call.x1, base, offset, record.mirror, launch.blocks.width);
+        x1_packs[i] = load_data_pack<P::kWidth, X1>(call.x1, base, offset, mirror, launch.blocks.width);
         if (!kDraw) x0_packs[i] = load_pack<XT, P::kWidth>(call.x0.data, base + offset);
       }
       FM_UNROLL
@@ -100,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const SampleL
         uint32_t offset = P::offset(geometry, chunk, run.lane, i), block = offset / kBlock;
         if (!kTogether && offset >= elements) continue;
         float x1[P::kWidth], x0[P::kWidth], x_t[P::kWidth];
-        map_data_pack<P::kWidth>(x1_packs[i], record.mirror, call.transform, dequantise, record.id, block, x1);
+        map_data_pack<P::kWidth>(x1_packs[i], mirror, call.transform, dequantise, record.id, block, x1);
         source_pack<kDraw>(x0_packs[i], stream, record.id, block, x0);
         for (int j = 0; j < P::kWidth; ++j) x_t[j] = interpolate(record.a, x1[j], record.s, x0[j]);
         if (offset < elements) store_pack(static_cast<XT*>(call.x_t.data), base + offset, x_t);
@@ -135,7 +137,8 @@ bool run_packed(const SampleCall& call, void* stream) {
   const Shape& shape = call.shape;
   if (!are_packed(shape, call.transform, Packs<XT>::kWidth, {&call.x_t, &call.x1, &call.x0})) return false;
   SampleLaunch args = {call, geometry(shape.batch, shape.channels * shape.positions), blocks_of_sample(shape, call.x_t)};
-  launch(packed_kernel<XT, X1, kDraw>, blocks_of(args.geometry, kBlocks), stream, args);
+  launch(call.transform.flip > 0 ? packed_kernel<XT, X1, kDraw, false> : packed_kernel<XT, X1, kDraw, true>,
+         blocks_of(args.geometry, kBlocks), stream, args);
   return true;
 }
 
