@@ -27,6 +27,7 @@ from fm_fast.kernels._tile import read
 
 TILE = 1024  # elements of a tile that walks
 HELD_TILE = 8192  # elements of a sample's groups that a program may hold
+LONE_HELD_TILE = 16384  # one that has a multiprocessor to itself, whose registers would else lie idle
 SPLIT = 4  # tiles side by side of channels_last tensors, one for each position of a counter block, whose words then need not change threads
 CHANNELS_LAST_CHANNELS = 32
 SECTOR = 32  # bytes
@@ -192,7 +193,7 @@ class NormPlan:
 
     @property
     def warps(self) -> int:
-        return max(1, min(8, self.channels * self.positions // (32 * self.thread_elements)))
+        return max(1, min(16 if self.split > 1 else 8, self.channels * self.positions // (32 * self.thread_elements)))
 
     @property
     def tiles(self) -> int:
@@ -224,7 +225,8 @@ def norm_plan(x: Tensor, strides: list[_launch.Strides], channels: int, groups: 
     tile_channels = _launch.power_of_two(joined * width)
     row = max(4, _launch.power_of_two(points))
     doubled = x.element_size() // 8 + 1  # float64 takes two registers
-    held = tile_channels * row * doubled <= HELD_TILE
+    lone = channels_last and batch * -(-groups // joined) <= FEW_PROGRAMS
+    held = tile_channels * row * doubled <= (LONE_HELD_TILE if lone else HELD_TILE)
     split = SPLIT if channels_last else 1
     tile_positions = row // split if held else max(4, TILE // tile_channels)
     return NormPlan(

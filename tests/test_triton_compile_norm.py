@@ -19,6 +19,7 @@ FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 SMALL, LARGE = (32, 128, 16, 16), (32, 128, 64, 64)  # one tile holds the positions of a program's groups, or not
 SMALL_FEW, LARGE_FEW = ((4, *shape[1:]) for shape in (SMALL, LARGE))  # so few samples that a program has fewer channels
 MIDDLE = (32, 128, 32, 32)
+MIDDLE_FEW = (4, *MIDDLE[1:])
 GROUPS = 32
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
@@ -50,6 +51,7 @@ CASES = [
     Case(BFLOAT16, "NCHW", LARGE, (90, 56, 16), (74, 56, 16)),  # the compiler repeats the moments' loop four times
     Case(BFLOAT16, "NHWC", LARGE, (40, 80, 512), (62, 168, 512), second=True),
     Case(BFLOAT16, "NHWC", SMALL_FEW, (28, 72, 256), (40, 128, 256)),
+    Case(BFLOAT16, "NHWC", MIDDLE_FEW, (29, 72, 1024), (40, 128, 1024)),  # held by twice the threads, since they have the registers
     Case(BFLOAT16, "NHWC", LARGE_FEW, (35.5, 64, 256), (58, 168, 256)),
     Case(FLOAT32, "NHWC", LARGE_FEW, (36, 72, 128), (63, 128, 128)),
     Case(BFLOAT16, "NHWC", LARGE, (32, 56, 512), (51, 128, 512), plain=True),
