@@ -50,7 +50,8 @@ ROWS, LANES, TILES = 256, 4, 4  # of a chunk: rows of a tile, elements of a row 
 CHUNK = ROWS * LANES * TILES
 WARPS = 4
 SETTINGS, DECAYS, NUMBERS, OWN = tl.constexpr(6), tl.constexpr(4), tl.constexpr(8), tl.constexpr(2)
-MOST_PARAMETERS = 128  # whose numbers the one program of numbers_kernel makes at once
+MOST_PARAMETERS = 1024  # whose numbers the one program of numbers_kernel makes at once: more take rounds, which wait for memory each
+MOST_NUMBER_WARPS = 16
 NORM_EPSILON = tl.constexpr(reference.NORM_EPSILON)
 
 
@@ -140,6 +141,7 @@ def numbers_kernel(
     decay = _power((a + done) / (b + done), tl.load(row + 3, inside, 0.0))
     tl.store(rates_ptr + average, 1.0 - tl.minimum(limit, decay), inside)
 
+    tl.debug_barrier()  # all warps have read the counts
     tl.store(finite_ptr, finite.to(tl.int32))
     tl.store(counts_ptr, updates + finite.to(tl.int64))
     tl.store(counts_ptr + 1, skipped + 1 - finite.to(tl.int64))
@@ -305,9 +307,10 @@ def launch(
     numbers, rates = m.new_empty(len(p), NUMBERS.value), m.new_empty(max(count, 1))
     finite = torch.empty(1, dtype=torch.int32, device=m.device)
     belonging = members(tuple([(group, int(x.numel() > 0)) for group, x in zip(places[1::2], g, strict=True)]), m.device)
-    powers = {"PARAMETERS": min(_launch.power_of_two(len(p)), MOST_PARAMETERS), "AVERAGES": _launch.power_of_two(count)}
+    round_ = min(_launch.power_of_two(len(p)), MOST_PARAMETERS)
+    powers = {"PARAMETERS": round_, "AVERAGES": _launch.power_of_two(count), "num_warps": max(1, min(MOST_NUMBER_WARPS, round_ // 32))}
     with _launch.on_device(m.device):
-        numbers_kernel[(1,)](numbers, rates, finite, counts, total, settings, decays, belonging, len(p), count, **powers, num_warps=1)
+        numbers_kernel[(1,)](numbers, rates, finite, counts, total, settings, decays, belonging, len(p), count, **powers)
         for batch in batches:
             kind, (table, chunks) = batch.kind, tables(batch, CHUNK, m.device)
             is_aligned = batch.aligned and m.numel() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (m, v, averages))

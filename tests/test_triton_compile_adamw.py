@@ -78,3 +78,20 @@ def test_on_sm_90(case, monkeypatch, tmp_path):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_on_other_architectures(case, capability, monkeypatch, tmp_path):
     assert_cost(case, capability, monkeypatch, tmp_path, 1.1, 16)
+
+
+@pytest.mark.parametrize(("parameters", "rounds", "warps"), [(3, 1, 1), (200, 1, 8), (600, 1, 16), (1500, 2, 16)])
+def test_the_numbers_of_a_network_take_one_round(parameters, rounds, warps, monkeypatch):
+    """Each waits for memory, while the whole GPU has nothing else to do."""
+    from fm_fast.kernels import adamw_ema
+
+    recorders = {name: Recorder(getattr(adamw_ema, name)) for name in KERNELS}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(adamw_ema, name, recorder)
+    p, flat = [torch.zeros(16) for _ in range(parameters)], torch.zeros(3, 16 * parameters)
+    layout = torch.tensor([[16 * i, 0] for i in range(parameters)])
+    counts, decays = torch.zeros(2 + parameters, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.float64)
+    total = torch.zeros(1, dtype=torch.float64)
+    adamw_ema.launch(p, [], flat[0], flat[1], flat[2:], counts, p, layout, total, table(SETTINGS), decays)
+    options = recorders["numbers_kernel"].launches[0][1]
+    assert (-(-parameters // options["PARAMETERS"]), options["num_warps"]) == (rounds, warps)
