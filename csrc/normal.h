@@ -44,8 +44,8 @@ FM_HD void swap_by_bit(uint32_t word, float* a, float* b) {
   float first = *a, second = *b;
 #if defined(__CUDA_ARCH__)
   // The test of a bit is one instruction, of which the compiler would make three.
-  asm("{\n\t.reg .pred set;\n\t.reg .b32 bit, kept;\n\tand.b32 bit, %4, 0x40000000;\n\tsetp.ne.b32 set, bit, 0;\n\t"
-      "selp.b32 kept, %3, %2, set;\n\tselp.b32 %1, %2, %3, set;\n\tmov.b32 %0, kept;\n\t}"
+  asm("{\n\t.reg .pred is_set;\n\t.reg .b32 bit, kept;\n\tand.b32 bit, %4, 0x40000000;\n\tsetp.ne.b32 is_set, bit, 0;\n\t"
+      "selp.b32 kept, %3, %2, is_set;\n\tselp.b32 %1, %2, %3, is_set;\n\tmov.b32 %0, kept;\n\t}"
       : "=f"(*a), "=f"(*b)
       : "f"(first), "f"(second), "r"(word));
 #else
