@@ -95,8 +95,10 @@ def test_a_finished_gradient_is_left_alone(shape):
     parity.check_early_exit(PLACE, getattr(torch.ops, emulated_cuda.NAMESPACE).path_loss_backward.default, shape)
 
 
-def test_repeats():
-    parity.check_repeats(PLACE, (9, 3, 16, 16), 2)
+@pytest.mark.parametrize("shape", [(9, 3, 16, 16), (9, 3, 64, 64)], ids=str)
+def test_repeats(shape):
+    """The second has several chunks a sample, of which a block sums some one after the other."""
+    parity.check_repeats(PLACE, shape, 2)
 
 
 def test_empty():

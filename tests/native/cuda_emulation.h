@@ -1,5 +1,6 @@
 // CUDA for the CPU, so that tests run the real kernel sources without a GPU: the threads of a block are fibers, barriers and shuffles hand
-// over to the next one, blocks follow each other. Finds wrong results and, under sanitizers, wrong addresses; finds no races.
+// over to the next one, blocks follow each other, the last first. Threads and warps take turns in an order that changes, which shows
+// barriers that are missing. Finds wrong results and, under sanitizers, wrong addresses; finds no races between blocks.
 #pragma once
 
 #include <stdint.h>
@@ -48,11 +49,11 @@ class Machine {
   Index thread_index() const { return Index{current_}; }
 
   void launch(unsigned blocks, unsigned threads, const std::function<void()>& body) {
-    if (threads > kMostThreads || blocks == 0) fail("a launch of no blocks or of too many threads");
+    if (threads > kMostThreads || threads & (threads - 1) || blocks == 0) fail("a launch of no blocks or of another number of threads");
     body_ = &body;
     threads_ = threads;
     grid.x = blocks;
-    for (unsigned block = 0; block < blocks; ++block) run_block(block);
+    for (unsigned block = blocks; block > 0; --block) run_block(block - 1);
   }
 
   void wait(State state) {
@@ -94,13 +95,19 @@ class Machine {
     makecontext(&fiber.context, enter, 0);
   }
 
-  // False once all threads are done.
+  // False once all threads are done. Some warps rest until the others can go no further: none may rely on where another is.
   bool run_ready() {
+    order_ = order_ * 1664525u + 1013904223u;
+    const unsigned first = order_ >> 16, step = order_ >> 8 | 1;
     bool any = false;
-    for (current_ = 0; current_ < threads_; ++current_)
-      if (fibers_[current_].state == State::ready) swapcontext(&scheduler_, &fibers_[current_].context);
-    for (unsigned i = 0; i < threads_; ++i) any = any || fibers_[i].state != State::done;
-    return any;
+    for (unsigned i = 0; i < threads_; ++i) {
+      current_ = (first + i * step) % threads_;  // each once, since their number is a power of two
+      if (fibers_[current_].state != State::ready || resting_ >> current_ / kWarp & 1) continue;
+      any = true;
+      swapcontext(&scheduler_, &fibers_[current_].context);
+    }
+    if (!any) resting_ = 0;
+    return !all(0, threads_, State::done);
   }
 
   bool all(unsigned begin, unsigned end, State state) const {
@@ -115,19 +122,23 @@ class Machine {
 
   void release() {
     bool released = false;
-    if (all(0, threads_, State::at_barrier)) return set_ready(0, threads_);
+    if (all(0, threads_, State::at_barrier)) {
+      resting_ = order_ >> 24;
+      return set_ready(0, threads_);
+    }
     for (unsigned warp = 0; warp < threads_; warp += kWarp)
       if (all(warp, warp + kWarp, State::at_shuffle)) {
         set_ready(warp, warp + kWarp);
         released = true;
       }
+    for (unsigned i = 0; i < threads_; ++i) released = released || fibers_[i].state == State::ready;
     if (!released) fail("threads wait for each other in different places");
   }
 
   Fiber fibers_[kMostThreads];
   ucontext_t scheduler_;
   const std::function<void()>* body_ = nullptr;
-  unsigned current_ = 0, threads_ = 0;
+  unsigned current_ = 0, threads_ = 0, order_ = 0, resting_ = 0;
 };
 
 inline Machine& machine() {
