@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fm_fast.kernels import _launch
 from fm_fast.kernels._norm import (
+    CHANNELS_LAST_CHANNELS,
     DROPOUT_STREAM,
     NormPlan,
     affine,
@@ -268,8 +269,12 @@ def parameter_gradients_kernel(
 
 
 def _registers(x: Tensor, plan: NormPlan, extra: tuple[Tensor, ...], dropout: float) -> dict[str, int]:
-    """The limit of registers of a launch, where it sends none to memory: without dropout, ``extra`` tensors and groups of odd widths."""
+    """The limit of registers of a launch, where it sends none to memory: without dropout, ``extra`` tensors and groups of odd widths.
+
+    Nor where few programs have fewer channels: a multiprocessor then holds no second one.
+    """
     plain = dropout == 0.0 and all(tensor.numel() == 0 for tensor in extra) and not plan.masked_channels
+    plain = plain and plan.channels >= CHANNELS_LAST_CHANNELS
     fits = plain and x.element_size() == 2 and plan.split > 1 and not plan.held
     return {"maxnreg": REGISTERS} if fits and torch.version.hip is None else {}  # of NVIDIA's compiler alone; AMD's refuses the word
 

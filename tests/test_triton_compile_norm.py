@@ -55,6 +55,7 @@ CASES = [
     Case(BFLOAT16, "NHWC", LARGE_FEW, (35.5, 64, 256), (58, 168, 256)),
     Case(FLOAT32, "NHWC", LARGE_FEW, (36, 72, 128), (63, 128, 128)),
     Case(BFLOAT16, "NHWC", LARGE, (32, 56, 512), (51, 128, 512), plain=True),
+    Case(BFLOAT16, "NHWC", LARGE_FEW, (34, 64, 256), (53, 168, 256), plain=True),
 ]
 DROPOUTS = [
     Case(BFLOAT16, "NHWC", SMALL, (45, 104, 1024), (54, 136, 1024), dropout=0.1),
