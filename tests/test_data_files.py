@@ -3,12 +3,14 @@
 import io
 import pickle
 import tarfile
+import zipfile
 import zlib
 
 import pytest
 from image_files import python_batch, random_images, write_cifar
 
 from fm_fast.train.data import load_dataset
+from fm_fast.train.npz import read_npz
 from fm_fast.train.prepare import Preparation
 
 np = pytest.importorskip("numpy")
@@ -156,6 +158,33 @@ def test_npz_whose_directory_is_damaged(damage, tmp_path):
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"set.npz: expected a readable .npz archive"):
         load_dataset(file)
+
+
+@pytest.mark.parametrize("damage", ["bracket", "far too large", "keys", "no array", "password", "lzma"])
+def test_npz_whose_array_is_damaged(damage, tmp_path):
+    """What Python and its archives say of it, which are not all errors of archives."""
+    file, array = tmp_path / "set.npz", io.BytesIO()
+    np.save(array, random_images(2, 2, 2))
+    content = array.getvalue()
+    changes = {
+        "bracket": (b"}", b" "),
+        "far too large": (b"(2, 2, 2), }" + b" " * 12, b"(2, 100000000000000), } "),
+        "keys": (b"'shape'", b"b'shap'"),
+        "no array": (b"NUMPY", b"numpy"),
+    }
+    content = content.replace(*changes.get(damage, (b"", b"")))
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_LZMA if damage == "lzma" else zipfile.ZIP_STORED) as archive:
+        archive.writestr("images.npy", content)
+    raw = bytearray(file.read_bytes())
+    if damage == "password":
+        raw[6] |= 1
+        raw[raw.index(b"PK\x01\x02") + 8] |= 1
+    if damage == "lzma":
+        begin = raw.index(b"images.npy") + len("images.npy")
+        raw[begin + 9 : begin + 30] = bytes(21)
+    file.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"set.npz.*: expected"):
+        read_npz(file, ("images",))
 
 
 def test_npz_in_fortran_order(tmp_path):

@@ -1,5 +1,8 @@
 """Read the integer arrays of an .npz archive, with errors that name the file and what was expected."""
 
+import lzma
+import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -8,7 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, OSError)  # what the readers of archives raise for it
+# What the readers of archives raise for it: of their own and, for an array's header that is none, of Python's.
+DAMAGE = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError, RuntimeError, OSError, MemoryError, OverflowError,
+    SyntaxError, TypeError, tokenize.TokenError,
+)  # fmt: skip
 
 
 def read_npz(path: Path, names: tuple[str, ...]) -> list[Tensor]:
@@ -33,7 +40,7 @@ def array_names(path: Path) -> set[str]:
         return set()
 
 
-def _load(path: Path, names: tuple[str, ...]) -> tuple[list[str], dict[str, np.ndarray]]:
+def _load(path: Path, names: tuple[str, ...]) -> tuple[list[str], dict[str, np.ndarray | bytes]]:
     """The names of all arrays, and those asked for that are there: another may be large."""
     try:
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as archive:
@@ -44,7 +51,9 @@ def _load(path: Path, names: tuple[str, ...]) -> tuple[list[str], dict[str, np.n
         raise ValueError(f"{path}: expected a readable .npz archive, got: {error}") from error
 
 
-def _integers(array: np.ndarray, name: str) -> Tensor:
+def _integers(array: np.ndarray | bytes, name: str) -> Tensor:
+    if isinstance(array, bytes):
+        raise ValueError(f"{name}: expected an array, got another file of {len(array)} bytes")
     if array.dtype.kind not in "iu" or array.dtype == np.uint64:
         raise ValueError(f"{name}: expected an array of integers that torch can hold, got dtype {array.dtype}")
     return torch.from_numpy(np.ascontiguousarray(array if array.dtype == np.uint8 else array.astype(np.int64)))
