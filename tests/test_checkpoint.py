@@ -1,5 +1,6 @@
 """Checkpoints: exact resumption, interrupted saves, damaged files and those of others."""
 
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from trainer_helpers import CPU, advance, assert_same_state, moments, resume, ti
 
 from fm_fast.train import checkpoint
 from fm_fast.train.data import digits
+from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.step import new_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,6 +114,28 @@ def test_bytes_that_changed_within_a_tensor_are_found(checksums, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"c.pt: expected a complete .*its part \w+/data/\d+ has changed since it was written"):
         checkpoint.read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"\x80\x02}}K\x01s.", id="a dictionary as a key"),
+        pytest.param(b"\x80\x02K\x01Q.", id="a number as a tensor's place"),
+        pytest.param(b"\x80\x02(X\x07\0\0\0storageX\1\0\0\0xX\1\0\0\0000X\3\0\0\0cpuK\4tQ.", id="a text as a kind of memory"),
+    ],
+)
+def test_a_pickle_that_is_damaged(content, tmp_path):
+    """As a changed byte makes it, which nothing finds where a file is mapped; torch then fails in ways of any kind."""
+    config, path = tiny(), tmp_path / "checkpoint-00000001.pt"
+    checkpoint.save_checkpoint(path, {}, config)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, part in parts.items():
+            archive.writestr(name, content if name.endswith("data.pkl") else part)
+    for mapped in (False, True):
+        with pytest.raises(ValueError, match=r"checkpoint-00000001.pt: expected a complete checkpoint of fm_fast"):
+            RunFolder(tmp_path).newest_valid(mapped)
 
 
 class NotPlainData:

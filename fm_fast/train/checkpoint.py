@@ -20,10 +20,11 @@ FORMAT = "fm_fast.checkpoint"
 VERSION = 2
 PARTS = {"format", "version", "config", "state"}
 LATER_PARTS = {"data"}  # which the first checkpoints of this version have not
-# What readers of a damaged archive raise, torch's among them: it seeks to negative positions in some files that were cut off.
+# What readers of a damaged archive raise, torch's among them: it seeks to negative positions in some files that were cut off, and takes
+# what a changed byte of its pickle stands for as what it should be.
 DAMAGE = (
     zipfile.BadZipFile, OSError, RuntimeError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error,
-    pickle.UnpicklingError,
+    pickle.UnpicklingError, TypeError, AttributeError, AssertionError,
 )  # fmt: skip
 
 
