@@ -104,6 +104,9 @@ def test_weights_that_changed_are_found(tmp_path, state_and_config):
     with safetensors.safe_open(file, framework="pt") as opened:
         metadata = {name: value for name, value in opened.metadata().items() if name != "sha256"}
         weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    safetensors.torch.save_file(weights, file, {"format": FORMAT, "version": VERSION, "sha256": "of settings whose name has changed"})
+    with pytest.raises(ValueError, match=r"w.safetensors: expected the weights as they were written, but their checksum differs"):
+        load_model(file)
     safetensors.torch.save_file(weights, file, metadata)
     assert load_model(file)[1] == config, "files from before there was a checksum can be read"
 

@@ -121,7 +121,7 @@ def _read_weights(path: Path) -> Stored:
     found = (metadata.get("format"), metadata.get("version"))
     if found != (FORMAT, VERSION):
         raise ValueError(f"{path}: expected weights of fm_fast (format {FORMAT!r}, version {VERSION!r}), got {found}")
-    if "sha256" in metadata and metadata["sha256"] != _digest(metadata["config"], weights):
+    if "sha256" in metadata and metadata["sha256"] != _digest(metadata.get("config", ""), weights):
         raise ValueError(f"{path}: expected the weights as they were written, but their checksum differs: the file is damaged")
     try:
         return {"config": json.loads(metadata["config"]), "state": {"average": weights}}
