@@ -86,6 +86,23 @@ def test_wide_channels_are_refused_by_name(tmp_path):
         read_image(tmp_path / "wide.png", 0)
 
 
+@pytest.mark.parametrize("damage", ["pixels", "cut off", "no pixels"])
+def test_damaged_png_files_are_refused_by_name(damage, tmp_path):
+    """A changed byte is decoded as another colour, and only the checksum of the pixels tells."""
+    file = tmp_path / "x.png"
+    image.fromarray(PIXELS).save(file, compress_level=0)
+    content = file.read_bytes()
+    pixels = content.index(b"IDAT")
+    damaged = {
+        "pixels": content[: pixels + 20] + bytes([content[pixels + 20] ^ 1]) + content[pixels + 21 :],
+        "cut off": content[:-13],
+        "no pixels": content[: pixels - 4] + content[-12:],
+    }
+    file.write_bytes(damaged[damage])
+    with pytest.raises(ValueError, match=r"x.png: expected a readable image, got: "):
+        read_image(file, 0)
+
+
 def test_files_in_the_cache_that_were_read_otherwise_are_not_used(tmp_path, monkeypatch):
     image.fromarray(PIXELS).save(tmp_path / "x.png")
     for reading, files in (("in one way", 1), ("in one way", 1), ("in another way", 2)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 WIDE_MODES = ("I", "F")  # of more than 8 bits, which Pillow cuts off at 255
-DAMAGE = (OSError, SyntaxError, ValueError)
+DAMAGE = (OSError, SyntaxError, ValueError, LookupError)
 ORIENTATION = 0x0112
 DEPTH = 24  # where a PNG file says how many bits a channel has
 
@@ -25,6 +25,8 @@ def read_image(file: Path, resize: int) -> Tensor:
         raise ImportError("a folder of images needs Pillow: pip install pillow, or 'fm_fast[train]'") from error
     try:
         with Image.open(file) as image:
+            if image.format == "PNG":
+                _compare_checksums(file)
             wide = image.mode.startswith(WIDE_MODES) or _is_wide_png(file, image)
             rgb = image if wide else _on_white(_upright(image))
     except (*DAMAGE, Image.DecompressionBombError) as error:
@@ -34,6 +36,14 @@ def read_image(file: Path, resize: int) -> Tensor:
     rgb = _middle_square(rgb, resize) if resize else rgb
     pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return pixels.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1)
+
+
+def _compare_checksums(file: Path) -> None:
+    """Of a whole PNG file: Pillow looks at those before the pixels alone when it reads it, and decodes what has changed."""
+    from PIL import Image
+
+    with Image.open(file) as image:
+        image.verify()
 
 
 def _is_wide_png(file: Path, image: Any) -> bool:
