@@ -269,6 +269,11 @@ def test_what_all_samples_share_is_not_doubled(batch):
     assert torch.equal(found, torch.full((batch, 2), 4.0))
 
 
+def test_what_can_be_read_once_names_what_is_shared():
+    guidance = fm.Guidance(2.0, {"y": -1.0}, iter((0.25, 0.5)), (name for name in ("features",)))
+    assert guidance == fm.Guidance(2.0, {"y": -1.0}, (0.25, 0.5), ("features",))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -278,6 +283,7 @@ def test_what_all_samples_share_is_not_doubled(batch):
         ({"null": {"y": -1}, "shared": ("z",)}, ValueError, r"guidance.shared must name conditions of cond \(obs, y\), got z"),
         ({"null": {"y": -1}, "shared": ("y",)}, ValueError, "shared must not name what has a null value, got y"),
         ({"null": {"y": -1}, "shared": "obs"}, TypeError, "shared must be names of conditions, got 'obs'"),
+        ({"null": {"y": -1}, "shared": None}, TypeError, "shared must be names of conditions, got None"),
     ],
 )
 def test_errors_of_nested_and_shared_conditions(arguments, error, message):

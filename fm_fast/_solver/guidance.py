@@ -1,5 +1,6 @@
 """Classifier-free guidance: a doubled batch, the second half of which has null values in place of its conditions."""
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +45,8 @@ class Guidance:
             raise TypeError(f"null must be a mapping of condition values, got {type(self.null).__name__}")
         if not self.null:
             raise ValueError("null must name at least one condition with its null value, or both halves of the batch are the same")
-        if not _is_interval(self.interval):
-            raise ValueError(f"interval must be (begin, end) with 0 <= begin <= end <= 1, got {self.interval}")
-        begin, end = self.interval
-        object.__setattr__(self, "interval", (float(begin), float(end)))
-        if isinstance(self.shared, str) or not all(isinstance(name, str) for name in self.shared):
-            raise TypeError(f"shared must be names of conditions, got {self.shared!r}")
+        object.__setattr__(self, "interval", _checked_interval(self.interval))
+        object.__setattr__(self, "shared", _checked_names(self.shared))
         if set(self.shared) & set(self.null):
             raise ValueError(f"shared must not name what has a null value, got {', '.join(sorted(set(self.shared) & set(self.null)))}")
 
@@ -97,12 +94,20 @@ def _equal(one: Any, other: Any) -> bool:
     return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
 
 
-def _is_interval(value: Any) -> bool:
-    try:
+def _checked_interval(value: Any) -> tuple[float, float]:
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
         begin, end = value
-        return bool(0.0 <= begin <= end <= 1.0)
-    except (TypeError, ValueError):
-        return False
+        if 0.0 <= begin <= end <= 1.0:
+            return float(begin), float(end)
+    raise ValueError(f"interval must be (begin, end) with 0 <= begin <= end <= 1, got {value}")
+
+
+def _checked_names(value: Any) -> tuple[str, ...]:
+    """What can be read once only, as a generator, is read here."""
+    names: tuple[Any, ...] = tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, Tensor)) else (value,)
+    if isinstance(value, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"shared must be names of conditions, got {value!r}")
+    return names
 
 
 def doubled_conditions(guidance: Guidance, given: Mapping[str, Any], batch: int) -> dict[str, Any]:
