@@ -39,6 +39,9 @@ def test_the_exponents_of_karras_et_al():
         (power_function, -1.0, "gamma: expected more than -1"),
         (power_function_of_width, 0.3, "width: expected more than 0 and at most 0.2887"),
         (power_function_of_width, 0.0, "width: expected more than 0"),
+        (fixed_decay, "0.9", "decay: expected a number in .* got '0.9'"),
+        (power_function, None, "gamma: expected more than -1, got None"),
+        (power_function_of_width, [0.1], "width: expected more than 0"),
     ],
 )
 def test_wrong_averages(make, value, message):

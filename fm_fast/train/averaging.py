@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fm_fast import _checks
+
 WIDEST = math.sqrt(1.0 / 12.0)  # the standard deviation, as a share of the run, of the even average of all weights
 
 
@@ -46,7 +48,7 @@ def power_function(gamma: float) -> Averaging:
     Karras et al. 2024, "Analyzing and improving the training dynamics of diffusion models" (EDM2), section 3.1. It scales with the
     length of the run, and the first update replaces the initial weights.
     """
-    if not gamma > -1.0:
+    if not (_checks.is_number(gamma) and gamma > -1.0):
         raise ValueError(f"gamma: expected more than -1, got {gamma!r}")
     return Averaging(1.0, 0.0, 1.0, gamma + 1.0)
 
@@ -61,7 +63,7 @@ def gamma_of_width(width: float) -> float:
 
     Raises ValueError for a width that no gamma >= 0 has, above WIDEST.
     """
-    if not 0.0 < width <= WIDEST:
+    if not (_checks.is_number(width) and 0.0 < width <= WIDEST):
         raise ValueError(f"width: expected more than 0 and at most {WIDEST:.4f} (a share of the run), got {width!r}")
     precision = width**-2
     roots = np.roots([1.0, 7.0, 16.0 - precision, 12.0 - precision])
@@ -69,6 +71,6 @@ def gamma_of_width(width: float) -> float:
 
 
 def _in_unit_interval(name: str, value: float) -> float:
-    if not 0.0 <= value <= 1.0:
+    if not (_checks.is_number(value) and 0.0 <= value <= 1.0):
         raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
     return value
