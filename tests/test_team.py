@@ -18,7 +18,7 @@ from copies import two_processes
 from thread_counts import threads
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from trainer_helpers import CPU, tiny
+from trainer_helpers import CPU, advance, tiny
 
 from fm_fast.train import loop, train
 from fm_fast.train.checkpoint import read_checkpoint
@@ -215,10 +215,10 @@ def test_shards_follow_weights_that_others_write_and_cannot_be_copied(one_thread
     try:
         settings = tiny(precision="bfloat16")
         state = sharded_state(settings, CPU)
-        loop.advance(state, settings, digits(), 2)
+        advance(state, settings, digits(), 2)
         with torch.no_grad():
             state.model.head.bias.fill_(5.0)
-        loop.advance(state, settings, digits(), 1)
+        advance(state, settings, digits(), 1)
         assert state.model.head.bias.full_tensor().item() == pytest.approx(5.0, abs=0.04)
         with pytest.raises(TypeError, match=r"optimiser: expected one without shards .*whole_state_dict\(\)"):
             copy.deepcopy(state.optimiser)
@@ -235,7 +235,7 @@ def test_the_state_of_shards_is_whole_and_comes_back(one_thread):
         settings = tiny(ema_widths=(0.1,), clip=0.5)
         state, plain, other = sharded_state(settings, CPU), new_state(settings, CPU), sharded_state(settings, CPU)
         for each in (state, plain):
-            loop.advance(each, settings, digits(), 2)
+            advance(each, settings, digits(), 2)
         stored, expected = state.optimiser.whole_state_dict(), plain.optimiser.state_dict()
         for one, two in zip(stored["state"].values(), expected["state"].values(), strict=True):
             assert set(one) == set(two)
