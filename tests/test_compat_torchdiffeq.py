@@ -333,7 +333,9 @@ def test_rounded_times_cost_no_evaluations(method, options):
     assert calls == others
 
 
-@pytest.mark.parametrize("options", [None, {"step_size": 0.1}, {"grid_constructor": lambda func, y0, t: 1.0 * t}], ids=["none", "step_size", "grid_constructor"])
+@pytest.mark.parametrize(
+    "options", [None, {"step_size": 0.1}, {"grid_constructor": lambda func, y0, t: 1.0 * t}], ids=["none", "step_size", "grid_constructor"]
+)
 def test_times_that_require_a_gradient(options):
     """Learned ones, as far as no gradient is recorded."""
     times = TIMES.clone().requires_grad_()
