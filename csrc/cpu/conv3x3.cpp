@@ -21,6 +21,18 @@ FM_INLINE Images<S> images_of(const Conv3x3Args& args) {
   return Images<S>{static_cast<const S*>(args.x), args.height, args.width, args.inputs};
 }
 
+// Outputs whose transformed weights lie together, [C, width]: what a tile of sums reads follows each other in memory.
+constexpr int64_t kPanel = kMostVectors * kWidth<float>;
+
+struct Panel {
+  int64_t first, width;
+};
+
+FM_INLINE Panel panel_of(const Conv3x3Args& args, int64_t output) {
+  int64_t first = output / kPanel * kPanel;
+  return Panel{first, lesser(kPanel, args.outputs - first)};
+}
+
 // --- weights -------------------------------------------------------------------------------------------------------------------------
 
 // Input channels whose weights are transformed together: a line of memory holds so many.
@@ -79,12 +91,16 @@ FM_INLINE void transform_weight(const float* taps, float* to, int64_t stride) {
 // Each of the 36 products: of all tiles with all outputs. Meanwhile the tiles from `next` on are fetched.
 template <class S>
 FM_INLINE void multiply_all(const Conv3x3Args& args, int64_t next, int64_t count, const TileBuffers& buffers) {
-  int64_t tiles = tiles_of(args.batch, args.height, args.width);
+  int64_t end = lesser(next + args.unit_tiles, tiles_of(args.batch, args.height, args.width));
   for (int64_t product = 0; product < kTileProducts; ++product) {
-    prefetch_tiles(images_of<S>(args), Range{0, args.inputs}, next, lesser(next + args.unit_tiles, tiles), product);
-    multiply<false>(Left<float>{buffers.inputs + product * buffers.input_stride, args.inputs, 1},
-                    Right<float>{args.transformed + product * args.inputs * args.outputs, args.outputs}, args.inputs, count, args.outputs,
-                    Result{buffers.products + product * buffers.product_stride, args.outputs});
+    prefetch_tiles(images_of<S>(args), Range{0, args.inputs}, next, end, product);
+    const float* weights = args.transformed + product * args.inputs * args.outputs;
+    Left<float> tiles = {buffers.inputs + product * buffers.input_stride, args.inputs, 1};
+    for (int64_t output = 0; output < args.outputs; output += kPanel) {
+      Panel panel = panel_of(args, output);
+      multiply<false>(tiles, Right<float>{weights + panel.first * args.inputs, panel.width}, args.inputs, count, panel.width,
+                      Result{buffers.products + product * buffers.product_stride + panel.first, args.outputs});
+    }
   }
 }
 
@@ -136,9 +152,10 @@ void transform_weights(const Conv3x3Args& args, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
     int64_t block = unit / groups, channel = unit % groups * kChannelGroup;
     gather_taps<S>(args, block, channel, taps);
-    float* to = args.transformed + channel * args.outputs + block * kConvOutputs;
+    Panel panel = panel_of(args, block * kConvOutputs);
+    float* to = args.transformed + panel.first * args.inputs + channel * panel.width + block * kConvOutputs - panel.first;
     for (int64_t c = 0; c < kChannelGroup; ++c)
-      for (int64_t o = 0; o < kConvOutputs; o += kWidth<float>) transform_weight(taps + c * kTaps + o, to + c * args.outputs + o, stride);
+      for (int64_t o = 0; o < kConvOutputs; o += kWidth<float>) transform_weight(taps + c * kTaps + o, to + c * panel.width + o, stride);
   }
 }
 

@@ -177,7 +177,7 @@ struct Conv3x3Args {
   void* y;
   int64_t batch, height, width, inputs, outputs;
   int64_t output_stride, input_stride, tap_stride[2], bias_stride;
-  float* transformed;  // weights [kTileProducts, C, O]
+  float* transformed;  // weights: kTileProducts times C O numbers
   int64_t unit_tiles;
 };
 

@@ -34,7 +34,7 @@ inline void* bias_of(const abi::Tensor& bias, int64_t channels, Dtype dtype) {
 }
 
 // Tiles whose transformed channels, all in all so many, are made at a time: they stay in the second-level cache, unless that would be too
-// few for the work on what is read or summed for each of them. Kernels take 12 or 6.
+// few for the work on what is read or summed for each of them.
 inline int64_t tiles_at_a_time(int64_t channels) {
   constexpr int64_t kBytes = 432 << 10, kLeast = 24;
   int64_t fitting = kBytes / (kTileProducts * greater(channels, 1) * static_cast<int64_t>(sizeof(float)));

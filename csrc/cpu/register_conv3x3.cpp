@@ -8,6 +8,7 @@ using abi::Arguments;
 using abi::Tensor;
 
 constexpr int64_t kInlineTransformed = 16;  // the transformed weights lie on the heap
+constexpr int64_t kUnitMultiple = 4;
 
 // `transposed`: y is of the channels that the weight calls its inputs, and the taps are turned round, as in the gradient of x.
 void read_weight(const Tensor& weight, bool transposed, Conv3x3Args* args) {
@@ -21,6 +22,12 @@ void read_weight(const Tensor& weight, bool transposed, Conv3x3Args* args) {
   args->output_stride = stride[transposed];
   args->input_stride = stride[!transposed];
   for (int i = 0; i < 2; ++i) args->tap_stride[i] = transposed ? -stride[2 + i] : stride[2 + i];
+}
+
+// At most so many tiles a unit, and as many in each, of a number of units that two or four threads can share.
+int64_t share_of(int64_t tiles, int64_t most) {
+  int64_t units = divide_up(divide_up(tiles, most), kUnitMultiple) * kUnitMultiple;
+  return greater(divide_up(tiles, greater(units, 1)), 1);
 }
 
 Conv3x3Args conv3x3_args(const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& bias, bool transposed) {
@@ -40,7 +47,7 @@ Conv3x3Args conv3x3_args(const Tensor& y, const Tensor& x, const Tensor& weight,
   read_weight(weight, transposed, &args);
   args.bias = bias_of(bias, args.outputs, args.dtype);
   args.bias_stride = args.bias ? bias.strides()[0] : 0;
-  args.unit_tiles = tiles_at_a_time(args.inputs + args.outputs);
+  args.unit_tiles = share_of(tiles_of(args.batch, args.height, args.width), tiles_at_a_time(args.inputs + args.outputs));
   return args;
 }
 
