@@ -22,7 +22,7 @@ FM_INLINE Images<S> images_of(const Conv3x3Args& args) {
 }
 
 // Outputs whose transformed weights lie together, [C, width]: what a tile of sums reads follows each other in memory.
-constexpr int64_t kPanel = kMostVectors * kWidth<float>;
+constexpr int64_t kPanel = kMostVectors * kWidth<float> > kConvOutputs ? kMostVectors * kWidth<float> : kConvOutputs;
 
 struct Panel {
   int64_t first, width;
