@@ -115,13 +115,13 @@ def captured(steps: list[Step]) -> Step:
         for step in steps * 3:
             step()
     torch.cuda.current_stream().wait_stream(stream)
-    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    graph, current, pool = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             results = [step() for step in steps]
         del results
     except BaseException:
-        leave_failed_capture(current)
+        leave_failed_capture(current, pool)
         raise
     return graph.replay
 

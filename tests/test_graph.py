@@ -34,11 +34,11 @@ def as_on_a_gpu(monkeypatch):
 
 
 def test_a_capture_that_fails_is_left_by_another(monkeypatch):
-    """The current stream is what it was, and the capture that follows tells torch's generator that none is running."""
+    """The current stream is what it was, the allocator is told, and a capture that follows tells torch's generator that none is running."""
     done = []
 
     class Graph:
-        def __init__(self, graph, stream):
+        def __init__(self, graph, stream, pool=None):
             self.stream = stream
 
         def __enter__(self):
@@ -50,7 +50,7 @@ def test_a_capture_that_fails_is_left_by_another(monkeypatch):
                 raise RuntimeError("operation not permitted when stream is capturing")
 
     class Stream:
-        device = torch.device("cpu")
+        device = torch.device("cuda", 1)
 
         def __init__(self, device=None):
             pass
@@ -61,9 +61,13 @@ def test_a_capture_that_fails_is_left_by_another(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: done.append(stream))
     current = Stream()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    for name, call in {"end": "_cuda_endAllocateToPool", "release": "_cuda_releasePool"}.items():
+        monkeypatch.setattr(torch._C, call, lambda device, pool, name=name: done.append((name, device, pool)), raising=False)
     with pytest.raises(RuntimeError, match="not permitted"):
         CudaRecorder(CPU).record(lambda: None)
-    assert done == ["begun", "ended", current, "begun", "ended", current]
+    assert done == ["begun", "ended", current, ("end", 1, (0, 7)), ("release", 1, (0, 7)), "begun", "ended", current]
 
 
 def graphed(config, data, state, steps, recorder, **options):

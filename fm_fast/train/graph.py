@@ -42,23 +42,27 @@ class CudaRecorder:
         current.wait_stream(self._stream)
 
     def record(self, work: Work) -> Work:
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
+        graph, current, pool = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device), torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
                 work()
         except RuntimeError:
-            leave_failed_capture(current)
+            leave_failed_capture(current, pool)
             raise
         return graph.replay
 
 
-def leave_failed_capture(current: torch.cuda.Stream) -> None:
-    """Make ``current`` the current stream, and random numbers possible, again.
+def leave_failed_capture(current: torch.cuda.Stream, pool: tuple[int, int]) -> None:
+    """Make ``current`` the current stream, and memory and random numbers what they were, after a capture into this pool of memory.
 
-    A capture that fails leaves its own stream as the current one. And torch's generator goes on counting for it (CUDAGraph::capture_end
-    throws before it tells the generator), so that every later draw is an error, until the next capture ends well.
+    A capture that fails leaves its own stream as the current one. CUDAGraph::capture_end throws before it tells the allocator, which would
+    free nothing that several streams use for as long as it takes a capture to be under way, and torch's generator, which would go on
+    counting for it, so that every later draw is an error, until the next capture ends well.
     """
     torch.cuda.set_stream(current)
+    with contextlib.suppress(RuntimeError):  # the allocator may have been told, and the pool is then the graph's to release
+        torch._C._cuda_endAllocateToPool(current.device.index, pool)
+        torch._C._cuda_releasePool(current.device.index, pool)
     with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(current.device)):
         torch.zeros(1, device=current.device)
     torch.cuda.set_stream(current)
