@@ -2,7 +2,8 @@
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if IS_WORKER:
     # Workers share the cores: several teams of threads on them wait for each other, ten times as long as they compute.
     os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -11,6 +12,9 @@ import torch
 from thread_counts import threads
 
 from fm_fast import _backends
+
+if IS_WORKER:
+    torch.set_num_threads(1)  # a plugin of pytest's that imports torch has done so before the variable was set
 
 CPU_BACKENDS = [name for name in ("reference", "cpp") if _backends.why_not("path_sample", "cpu", name) is None]
 
@@ -30,7 +34,7 @@ def working_gpu(request):
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        if "PYTEST_XDIST_WORKER" in os.environ:
+        if IS_WORKER:
             print(error, flush=True)
             os._exit(1)
         raise
