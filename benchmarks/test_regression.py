@@ -15,8 +15,8 @@ import fm_fast as fm
 from fm_fast import _backends, _ops
 from fm_fast.nn.norm import GroupNormSiLU
 from fm_fast.random import make_key
-from fm_fast.train.averaging import fixed_decay
-from fm_fast.train.optimiser import AdamWEMA
+from fm_fast.train.optimiser.adamw_ema import AdamWEMA
+from fm_fast.train.optimiser.averaging import fixed_decay
 
 THREADS = 2
 PROBES = 4

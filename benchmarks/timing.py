@@ -39,7 +39,7 @@ def ratios(times: Mapping[str, list[float]], name: str, base: str) -> Summary:
 
 
 def keep_freed_memory() -> None:
-    """For every provider alike, as `fm-fast train` does (fm_fast/train/allocator.py, which another commit's package may lack)."""
+    """For every provider alike, as `fm-fast train` does (fm_fast/train/execution/allocator.py, which another commit's package may lack)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(TRIM_THRESHOLD, -1)
@@ -107,7 +107,7 @@ def captured(steps: list[Step]) -> Step:
     The steps' results are kept until the end of the capture, so that each has memory of its own: otherwise all would be written to the
     same, which then lies in the cache.
     """
-    from fm_fast.train.graph import leave_failed_capture  # which older packages, with which this compares, have not
+    from fm_fast.train.execution.graph import leave_failed_capture  # which older packages, with which this compares, have not
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -15,7 +15,7 @@ from benchmarks import log_prob, peers
 from benchmarks.log_prob import LogProb
 from fm_fast.random import noise
 from fm_fast.train.data import load_dataset
-from fm_fast.train.weights import load_model
+from fm_fast.train.storage.weights import load_model
 
 IMAGES, DRAWS = 4, 12
 

@@ -2,8 +2,7 @@
 
 import os
 
-IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if IS_WORKER:
+if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: several teams of threads on them wait for each other, ten times as long as they compute.
     os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -13,6 +12,7 @@ from thread_counts import threads
 
 from fm_fast import _backends
 
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if IS_WORKER:
     torch.set_num_threads(1)  # a plugin of pytest's that imports torch has done so before the variable was set
 

@@ -15,7 +15,7 @@ from trainer_helpers import tiny
 
 from fm_fast.train import loop, train
 from fm_fast.train.data import DataOrder, digits
-from fm_fast.train.run_folder import RunFolder
+from fm_fast.train.storage.run_folder import RunFolder
 
 SETTINGS = {
     "steps": 20, "batch_size": 8, "label_drop": 0.3, "flip": 0.5, "dequantise": True,

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fm_fast.train.averaging import power_function, warmed_up_decay
+from fm_fast.train.optimiser.averaging import power_function, warmed_up_decay
 
 HALF_TYPES = [torch.bfloat16, torch.float16]
 AVERAGES = (warmed_up_decay(0.95), power_function(3.0))

@@ -17,7 +17,7 @@ def tensors_of(values):
 
 
 class Tape(TorchDispatchMode):
-    """A recorder of train/graph.py."""
+    """A recorder of train/execution/graph.py."""
 
     def __init__(self):
         super().__init__()

@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from fm_fast.train import allocator
+from fm_fast.train.execution import allocator
 
 STEPS, BLOCK = 5, 40 << 20
 
 # Steps that free two blocks at their end, and the page faults of those after the first, in which the heap finds its shape.
 SCRIPT = f"""
 import resource, torch
-from fm_fast.train.allocator import keep_freed_memory
+from fm_fast.train.execution.allocator import keep_freed_memory
 
 def faults(steps):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fm_fast.train.averaging import fixed_decay, gamma_of_width, power_function, power_function_of_width, warmed_up_decay
+from fm_fast.train.optimiser.averaging import fixed_decay, gamma_of_width, power_function, power_function_of_width, warmed_up_decay
 
 
 def test_decays():

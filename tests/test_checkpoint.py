@@ -7,10 +7,10 @@ import pytest
 import torch
 from trainer_helpers import CPU, advance, assert_same_state, moments, resume, tiny
 
-from fm_fast.train import checkpoint
 from fm_fast.train.data import digits
-from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.step import new_state
+from fm_fast.train.storage import checkpoint
+from fm_fast.train.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

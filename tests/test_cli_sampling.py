@@ -12,10 +12,10 @@ from trainer_helpers import decode_png
 
 import fm_fast as fm
 from fm_fast.cli import main, sample
-from fm_fast.train.checkpoint import read_checkpoint
 from fm_fast.train.data import digits
-from fm_fast.train.readers.npz import read_npz
-from fm_fast.train.weights import load_model
+from fm_fast.train.data.readers.npz import read_npz
+from fm_fast.train.storage.checkpoint import read_checkpoint
+from fm_fast.train.storage.weights import load_model
 
 SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "2", "--samples-per-class", "3"]
 # A few large steps: the network's output must matter to what is compared.

@@ -59,7 +59,7 @@ def test_letters_that_the_output_has_not_cost_no_result(encoding, of_digits, tmp
 import io, sys
 sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding={encoding!r})
 from fm_fast.cli import main
-from fm_fast.train.log import tell
+from fm_fast.train.reporting.log import tell
 tell("out-\u00e9")
 sys.exit(main({[*arguments, "--json", str(tmp_path / "result.json")]!r}))
 """

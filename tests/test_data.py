@@ -280,10 +280,10 @@ def test_both_parts_of_mapped_images_stay_in_the_cache(tmp_path, capsys):
 
 def test_fashion_is_found_where_debian_puts_it(idx_folder, monkeypatch, tmp_path):
     folder, images, _ = idx_folder
-    monkeypatch.setattr("fm_fast.train.data.FASHION_FOLDERS", (tmp_path / "nowhere", folder))
+    monkeypatch.setattr("fm_fast.train.data.sources.FASHION_FOLDERS", (tmp_path / "nowhere", folder))
     data = load_dataset("fashion")
     assert data.name == "fashion" and np.array_equal(data.images[:, 0].numpy(), images)
-    monkeypatch.setattr("fm_fast.train.data.FASHION_FOLDERS", (tmp_path / "nowhere",))
+    monkeypatch.setattr("fm_fast.train.data.sources.FASHION_FOLDERS", (tmp_path / "nowhere",))
     with pytest.raises(FileNotFoundError, match=r"fashion: expected Fashion-MNIST in .*nowhere; `apt-get install dataset-fashion-mnist`"):
         load_dataset("fashion")
 

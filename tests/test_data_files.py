@@ -10,8 +10,8 @@ import pytest
 from image_files import python_batch, random_images, write_cifar
 
 from fm_fast.train.data import load_dataset
+from fm_fast.train.data.readers.npz import read_npz
 from fm_fast.train.prepare import Preparation
-from fm_fast.train.readers.npz import read_npz
 
 np = pytest.importorskip("numpy")
 

@@ -7,9 +7,9 @@ import pytest
 from image_files import random_images, write_idx
 
 from fm_fast.train.data import load_dataset
+from fm_fast.train.data.readers import downsampled_imagenet
+from fm_fast.train.data.readers.mapped import _mapped
 from fm_fast.train.prepare import Preparation
-from fm_fast.train.readers import downsampled_imagenet
-from fm_fast.train.readers.mapped import _mapped
 
 np = pytest.importorskip("numpy")
 SIDE, COUNTS, LABELS = 8, (3, 2), [1, 1000, 7, 7, 500]

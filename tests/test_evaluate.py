@@ -13,10 +13,10 @@ from trainer_helpers import tiny
 
 import fm_fast as fm
 from fm_fast.cli import main
-from fm_fast.train.classifier import train_classifier
 from fm_fast.train.data import Dataset, digits
-from fm_fast.train.evaluate import Samples, draw_samples, evaluate_network, sample_quality
-from fm_fast.train.likelihood import _merged, dataset_bits
+from fm_fast.train.evaluation.classifier import train_classifier
+from fm_fast.train.evaluation.evaluate import Samples, draw_samples, evaluate_network, sample_quality
+from fm_fast.train.evaluation.likelihood import _merged, dataset_bits
 
 SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "2", "--samples-per-class", "2"]
 TRAIN = ["train", "--steps", "2", "--batch-size", "16", "--no-evaluate", *SMALL]
@@ -32,7 +32,7 @@ def classifier():
 @pytest.fixture
 def trained_classifier(classifier, monkeypatch):
     """Training it once is enough for all tests of what is done with it."""
-    monkeypatch.setattr("fm_fast.train.evaluate.train_classifier", lambda data: classifier)
+    monkeypatch.setattr("fm_fast.train.evaluation.evaluate.train_classifier", lambda data: classifier)
 
 
 class Counting(torch.nn.Module):
@@ -152,7 +152,7 @@ class OnTheHost(torch.Tensor):
 
 def test_mapped_images_go_to_the_device_of_the_rest(monkeypatch):
     """What runs on the device gets them by `to`, part by part; the result is that of images that are there."""
-    monkeypatch.setattr("fm_fast.train.classifier.MOST_STEPS", 2)
+    monkeypatch.setattr("fm_fast.train.evaluation.classifier.MOST_STEPS", 2)
     train, held_out = first(digits(), 40), first(digits("test"), 12)
     mapped = [replace(data, images=data.images.as_subclass(OnTheHost), mapped=True) for data in (train, held_out)]
     for there, here in (mapped, (train, held_out)), ((mapped[0], held_out), (train, held_out)):
@@ -219,7 +219,7 @@ def test_the_samples_solver_is_the_commands(run, tmp_path, capsys, trained_class
 def test_samples_alone(run, tmp_path, capsys, monkeypatch, trained_classifier):
     usual = record_of(run, tmp_path)
     capsys.readouterr()
-    monkeypatch.setattr("fm_fast.train.evaluate.dataset_bits", None)
+    monkeypatch.setattr("fm_fast.train.evaluation.evaluate.dataset_bits", None)
     alone = record_of(run, tmp_path, "--no-bits")
     assert {name for name in usual if usual[name] != alone[name]} <= {"bits_per_dim", "std_err", "likelihood_nfe", "seconds"}
     assert alone["bits_per_dim"] is alone["std_err"] is alone["likelihood_nfe"] is None

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from trainer_helpers import tiny
 
-from fm_fast.train import files, loop, run_folder, train
-from fm_fast.train.run_folder import RunFolder
+from fm_fast.train import loop, train
+from fm_fast.train.storage import files, run_folder
+from fm_fast.train.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {"sample_every": 0, "sample_steps": 1, "samples_per_class": 1, "evaluate": False, "batch_size": 4, "steps": 4}

@@ -16,7 +16,7 @@ from trainer_helpers import advance, tiny
 import fm_fast as fm
 from fm_fast import _backends, _ops, random
 from fm_fast.train.data import DataOrder, digits
-from fm_fast.train.graph import WARM_UP_STEPS, CudaRecorder, GraphedStep
+from fm_fast.train.execution.graph import WARM_UP_STEPS, CudaRecorder, GraphedStep
 from fm_fast.train.step import new_state
 
 # In one process of several: each looks for free memory first, and another must not take it meanwhile.

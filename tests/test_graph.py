@@ -14,7 +14,7 @@ from trainer_helpers import CPU, TINY_NET, advance, assert_same_state, flat, tin
 from fm_fast import _ops
 from fm_fast.nn.convolution import PYTORCH
 from fm_fast.train.data import DataOrder, digits
-from fm_fast.train.graph import CudaRecorder, GraphedStep, is_wanted
+from fm_fast.train.execution.graph import CudaRecorder, GraphedStep, is_wanted
 from fm_fast.train.loop import train
 from fm_fast.train.step import new_state, training_step
 
@@ -30,7 +30,7 @@ def as_on_a_gpu(monkeypatch):
     """Checks look at no values there, and convolutions are PyTorch's. And one warm-up is enough here."""
     monkeypatch.setattr("fm_fast.nn.convolution._kernels", lambda x, weight: PYTORCH)
     monkeypatch.setattr("fm_fast._modes.values_readable", lambda *x: False)
-    monkeypatch.setattr("fm_fast.train.graph.WARM_UP_STEPS", WARM_UPS)
+    monkeypatch.setattr("fm_fast.train.execution.graph.WARM_UP_STEPS", WARM_UPS)
 
 
 def test_a_capture_that_fails_is_left_by_another(monkeypatch):

@@ -7,9 +7,9 @@ import pytest
 from image_files import random_images
 
 from fm_fast.train.data import load_dataset
+from fm_fast.train.data.readers.image_file import read_image
+from fm_fast.train.data.readers.image_folder import read_images
 from fm_fast.train.prepare import Preparation
-from fm_fast.train.readers.image_file import read_image
-from fm_fast.train.readers.image_folder import read_images
 
 np = pytest.importorskip("numpy")
 image = pytest.importorskip("PIL.Image")
@@ -106,7 +106,7 @@ def test_damaged_png_files_are_refused_by_name(damage, tmp_path):
 def test_files_in_the_cache_that_were_read_otherwise_are_not_used(tmp_path, monkeypatch):
     image.fromarray(PIXELS).save(tmp_path / "x.png")
     for reading, files in (("in one way", 1), ("in one way", 1), ("in another way", 2)):
-        monkeypatch.setattr("fm_fast.train.readers.image_folder.READING", reading)
+        monkeypatch.setattr("fm_fast.train.data.readers.image_folder.READING", reading)
         read_images([tmp_path / "x.png"], Preparation(memory_limit=0.0, cache=str(tmp_path / "cache")))
         assert len(list((tmp_path / "cache").iterdir())) == files
 

@@ -12,8 +12,8 @@ from trainer_helpers import assert_same_state, flat, tiny
 from fm_fast.cli import main
 from fm_fast.nn import UNetConfig
 from fm_fast.train import load_model, train
-from fm_fast.train.initial import initial_weights
-from fm_fast.train.run_folder import RunFolder
+from fm_fast.train.storage.initial import initial_weights
+from fm_fast.train.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {"sample_every": 0, "sample_steps": 1, "samples_per_class": 1, "evaluate": False, "batch_size": 4}

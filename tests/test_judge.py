@@ -8,12 +8,12 @@ import torch
 from trainer_helpers import assert_same_state, tiny
 
 import fm_fast as fm
-from fm_fast.train import judge as judge_module
 from fm_fast.train import train
-from fm_fast.train.classifier import agreement
-from fm_fast.train.curve import draw_curves, draw_quality
 from fm_fast.train.data import digits
-from fm_fast.train.judge import MEASURED, judge_of
+from fm_fast.train.evaluation import judge as judge_module
+from fm_fast.train.evaluation.classifier import agreement
+from fm_fast.train.evaluation.judge import MEASURED, judge_of
+from fm_fast.train.reporting.curve import draw_curves, draw_quality
 
 SETTINGS = {"steps": 4, "sample_steps": 2, "samples_per_class": 1, "evaluate": False, "sample_every": 0}
 
@@ -22,7 +22,7 @@ SETTINGS = {"steps": 4, "sample_steps": 2, "samples_per_class": 1, "evaluate": F
 def few_and_fast(monkeypatch):
     monkeypatch.setattr(judge_module, "JUDGED", 30)
     monkeypatch.setattr(judge_module, "BATCH", 8)
-    monkeypatch.setattr("fm_fast.train.classifier.MOST_STEPS", 3)
+    monkeypatch.setattr("fm_fast.train.evaluation.classifier.MOST_STEPS", 3)
 
 
 def records(folder):

@@ -22,8 +22,8 @@ from trainer_helpers import tiny
 
 from fm_fast.cli import main
 from fm_fast.train import loop, train
-from fm_fast.train.interrupt import deferred_interrupt
-from fm_fast.train.run_folder import RunFolder
+from fm_fast.train.execution.interrupt import deferred_interrupt
+from fm_fast.train.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEADLINE = 120  # seconds, so that a process that hangs fails the test

@@ -10,10 +10,10 @@ from trainer_helpers import assert_same_state, tiny
 
 from fm_fast.cli import main
 from fm_fast.train import train
-from fm_fast.train.checkpoint import read_checkpoint
 from fm_fast.train.data import make_dataset
-from fm_fast.train.identity import LOOKED_AT, identity_of, same_source
-from fm_fast.train.run_folder import RunFolder
+from fm_fast.train.data.identity import LOOKED_AT, identity_of, same_source
+from fm_fast.train.storage.checkpoint import read_checkpoint
+from fm_fast.train.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {"sample_every": 0, "sample_steps": 1, "samples_per_class": 1, "evaluate": False, "batch_size": 4, "steps": 2}

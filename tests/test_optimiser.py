@@ -10,8 +10,8 @@ from optimiser_cases import AVERAGES, HALF_TYPES, backward, gradients, network
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from fm_fast.train.averaging import fixed_decay
-from fm_fast.train.optimiser import AdamWEMA
+from fm_fast.train.optimiser.adamw_ema import AdamWEMA
+from fm_fast.train.optimiser.averaging import fixed_decay
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

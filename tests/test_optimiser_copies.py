@@ -7,7 +7,7 @@ import pytest
 import torch
 from optimiser_cases import AVERAGES, HALF_TYPES, gradients, half_steps, network
 
-from fm_fast.train.optimiser import AdamWEMA
+from fm_fast.train.optimiser.adamw_ema import AdamWEMA
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

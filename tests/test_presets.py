@@ -12,9 +12,9 @@ from fm_fast.nn.presets import PRESETS as NETWORKS
 from fm_fast.paths import OT
 from fm_fast.train.config import Recipe
 from fm_fast.train.data import digits
-from fm_fast.train.evaluate import draw_samples
+from fm_fast.train.evaluation.evaluate import draw_samples
 from fm_fast.train.presets import PRESETS, SUMMARIES
-from fm_fast.train.weights import load_model
+from fm_fast.train.storage.weights import load_model
 
 # Lipman et al. 2023, appendix E: batch, iterations, learning rate, warm-up steps, schedule.
 TABLE_3 = {

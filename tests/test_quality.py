@@ -8,9 +8,9 @@ import types
 import pytest
 import torch
 
-from fm_fast.train.classifier import agreement, features, train_classifier
 from fm_fast.train.data import digits
-from fm_fast.train.quality import feature_distance, frechet_distance, inception, median_distance, nearest_neighbour_accuracy
+from fm_fast.train.evaluation.classifier import agreement, features, train_classifier
+from fm_fast.train.evaluation.quality import feature_distance, frechet_distance, inception, median_distance, nearest_neighbour_accuracy
 
 WIDE = torch.float64
 
@@ -86,7 +86,7 @@ def test_distances_in_parts_are_those_of_the_whole(monkeypatch):
     distances = (both[:, None] - both).norm(dim=2).fill_diagonal_(torch.inf)
     accuracy = float(((distances.argmin(1) < 23) == (torch.arange(46) < 23)).double().mean())
     for chunk in (5, 23, 100):
-        monkeypatch.setattr("fm_fast.train.quality.CHUNK", chunk)
+        monkeypatch.setattr("fm_fast.train.evaluation.quality.CHUNK", chunk)
         assert nearest_neighbour_accuracy(one, other) == accuracy
         assert median_distance(one, other) == pytest.approx(float(distances[:23, 23:].amin(1).median()), rel=1e-5)
 

@@ -18,11 +18,11 @@ from fm_fast.reproduce import checkerboard, drawing, figures, table1
 from fm_fast.reproduce.mixture import FastMixture, blob_images, image_mixture
 from fm_fast.reproduce.results import Parts, rounded
 from fm_fast.testing import GaussianMixture
-from fm_fast.train.classifier import train_classifier
 from fm_fast.train.config import fit_to_data
 from fm_fast.train.data import digits, load_dataset
-from fm_fast.train.run_folder import RunFolder
+from fm_fast.train.evaluation.classifier import train_classifier
 from fm_fast.train.step import build_model
+from fm_fast.train.storage.run_folder import RunFolder
 
 WIDE = torch.float64
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fm_fast.train.condition import reduced
-from fm_fast.train.restoration import bicubic, likeness, restoration, similarity, window_that_fits
-from fm_fast.train.sample import to_integers
+from fm_fast.train.evaluation.restoration import bicubic, likeness, restoration, similarity, window_that_fits
+from fm_fast.train.evaluation.sample import to_integers
 
 
 def pictures(count, channels, height, width, levels=256, seed=0):
@@ -60,7 +60,7 @@ def test_similarity_of_constant_images_is_the_luminance_term():
 def test_means_are_over_all_images_in_any_chunk(monkeypatch):
     one, other = pictures(5, 1, 12, 12), pictures(5, 1, 12, 12, seed=1)
     whole = likeness(one, other, 256)
-    monkeypatch.setattr("fm_fast.train.restoration.CHUNK", 2)
+    monkeypatch.setattr("fm_fast.train.evaluation.restoration.CHUNK", 2)
     assert likeness(one, other, 256) == whole
     assert whole.ssim == pytest.approx(float(similarity(one, other, 256).mean()))
 

@@ -9,9 +9,9 @@ from trainer_helpers import CPU, advance, cut, flat, tiny
 
 from fm_fast.cli import main
 from fm_fast.train.data import digits
-from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.step import new_state
-from fm_fast.train.weights import FORMAT, VERSION, load_model, save_weights
+from fm_fast.train.storage.run_folder import RunFolder
+from fm_fast.train.storage.weights import FORMAT, VERSION, load_model, save_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,7 +5,7 @@ import math
 import pytest
 from trainer_helpers import tiny
 
-from fm_fast.train.schedule import FLOOR, SCHEDULES
+from fm_fast.train.optimiser.schedule import FLOOR, SCHEDULES
 
 
 def rates(kind, finished, **changes):

@@ -6,9 +6,9 @@ import torch
 from trainer_helpers import decode_png
 
 from fm_fast.cli import main
-from fm_fast.train import single_images
-from fm_fast.train.picture import to_8_bit
-from fm_fast.train.single_images import ImageFiles, require_empty
+from fm_fast.train.reporting import single_images
+from fm_fast.train.reporting.picture import to_8_bit
+from fm_fast.train.reporting.single_images import ImageFiles, require_empty
 
 SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "1", "--no-evaluate"]
 

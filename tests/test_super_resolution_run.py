@@ -15,12 +15,12 @@ from fm_fast.cli import main
 from fm_fast.train.condition import reduced
 from fm_fast.train.config import fit_to_data
 from fm_fast.train.data import DataOrder, digits
+from fm_fast.train.evaluation.restoration import signal_to_noise, similarity
+from fm_fast.train.evaluation.sample import sample, sample_enlarged, to_integers
 from fm_fast.train.loop import train
-from fm_fast.train.picture import write_png
-from fm_fast.train.restoration import signal_to_noise, similarity
-from fm_fast.train.sample import sample, sample_enlarged, to_integers
+from fm_fast.train.reporting.picture import write_png
 from fm_fast.train.step import Batch, new_state, sample_losses
-from fm_fast.train.weights import load_model
+from fm_fast.train.storage.weights import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--model.channels", "8", "--model.groups", "4", "--model.head-channels", "8", "--sample-steps", "2", "--samples-per-class", "2"]

@@ -21,12 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer_helpers import CPU, advance, tiny
 
 from fm_fast.train import loop, train
-from fm_fast.train.checkpoint import read_checkpoint
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import digits
-from fm_fast.train.distributed import Team
-from fm_fast.train.run_folder import RunFolder
+from fm_fast.train.execution.distributed import Team
 from fm_fast.train.step import new_state
+from fm_fast.train.storage.checkpoint import read_checkpoint
+from fm_fast.train.storage.run_folder import RunFolder
 
 STEPS, MIDDLE = 8, 4
 SETTINGS = {
@@ -209,7 +209,7 @@ def test_one_process_is_a_team(monkeypatch):
 
 @pytest.mark.slow
 def test_shards_follow_weights_that_others_write_and_cannot_be_copied(one_thread):
-    from fm_fast.train.sharded import sharded_state
+    from fm_fast.train.execution.sharded import sharded_state
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -228,7 +228,7 @@ def test_shards_follow_weights_that_others_write_and_cannot_be_copied(one_thread
 
 def test_the_state_of_shards_is_whole_and_comes_back(one_thread):
     """In one process, fast: what every checkpoint of an fsdp run is."""
-    from fm_fast.train.sharded import sharded_state
+    from fm_fast.train.execution.sharded import sharded_state
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

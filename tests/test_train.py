@@ -15,13 +15,13 @@ from fm_fast.train import train
 from fm_fast.train.condition import drop_labels
 from fm_fast.train.config import RECIPES, fit_to_data, from_dict, to_dict
 from fm_fast.train.data import digits
-from fm_fast.train.devices import autotuning, pick_device
-from fm_fast.train.distributed import Team
-from fm_fast.train.evaluate import agreement, evaluate, median_distance, train_classifier
-from fm_fast.train.log import Logger
+from fm_fast.train.evaluation.evaluate import agreement, evaluate, median_distance, train_classifier
+from fm_fast.train.execution.devices import autotuning, pick_device
+from fm_fast.train.execution.distributed import Team
 from fm_fast.train.presets import PRESETS
-from fm_fast.train.run_folder import RunFolder
+from fm_fast.train.reporting.log import Logger
 from fm_fast.train.step import Batch, build_model, new_state, sample_losses
+from fm_fast.train.storage.run_folder import RunFolder
 from fm_fast.train.times import importance_times
 
 # One step

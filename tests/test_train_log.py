@@ -13,16 +13,16 @@ import torch
 from trainer_helpers import CPU, tiny
 
 from fm_fast.nn import UNetConfig
-from fm_fast.train import devices
-from fm_fast.train.curve import draw_curves, read_curves
 from fm_fast.train.data import DataOrder, digits
-from fm_fast.train.devices import flops_per_image, peak_memory, peak_tflops
-from fm_fast.train.distributed import Team
-from fm_fast.train.log import Logger, Speed
+from fm_fast.train.execution import devices
+from fm_fast.train.execution.devices import flops_per_image, peak_memory, peak_tflops
+from fm_fast.train.execution.distributed import Team
 from fm_fast.train.loop import train
 from fm_fast.train.presets import PRESETS
-from fm_fast.train.run_folder import RunFolder
+from fm_fast.train.reporting.curve import draw_curves, read_curves
+from fm_fast.train.reporting.log import Logger, Speed
 from fm_fast.train.step import Share, new_state, next_batch, sample_losses
+from fm_fast.train.storage.run_folder import RunFolder
 
 MILLION = 10**6
 LARGE_NETWORKS = [("cifar10-paper", 168.4), ("imagenet32-paper", 219.2), ("imagenet64-paper", 657.9), ("imagenet128-paper", 2394.0)]
@@ -93,7 +93,7 @@ def test_the_log_of_a_run_has_norms_before_clipping(tmp_path):
 
 
 def test_speed(monkeypatch):
-    monkeypatch.setattr("fm_fast.train.log.peak_tflops", lambda device, precision: 100.0)
+    monkeypatch.setattr("fm_fast.train.reporting.log.peak_tflops", lambda device, precision: 100.0)
     speed = Speed.of(64, 2.0, 5 * 10**11, tiny(), Team(CPU, Share(0, 2)))
     assert (speed.images, speed.tflops, speed.share_of_peak) == (32.0, 16.0, 0.08)
     assert str(speed) == "32 images/s, 16 TFLOP/s (8% of peak)"

@@ -7,8 +7,8 @@ from trainer_helpers import CPU, decode_png, tiny
 import fm_fast as fm
 from fm_fast.solvers import METHODS
 from fm_fast.train.config import RECIPES, Recipe
-from fm_fast.train.picture import image_grid, to_8_bit, write_png
-from fm_fast.train.sample import sample, sample_classes, starting_noise, to_integers
+from fm_fast.train.evaluation.sample import sample, sample_classes, starting_noise, to_integers
+from fm_fast.train.reporting.picture import image_grid, to_8_bit, write_png
 from fm_fast.train.step import build_model
 
 DATA_SD = 0.5

@@ -6,8 +6,8 @@ from adamw_cases import SETTINGS, TorchSteps, gradients, parameters
 from norm_cases import LAYER, Case, assert_close, expected, inputs, key, uncancelled, with_gradients
 
 from fm_fast import _backends, _ops
-from fm_fast.train.averaging import power_function, warmed_up_decay
-from fm_fast.train.optimiser import AdamWEMA
+from fm_fast.train.optimiser.adamw_ema import AdamWEMA
+from fm_fast.train.optimiser.averaging import power_function, warmed_up_decay
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 OPS = ("group_norm_silu", "adamw_ema")

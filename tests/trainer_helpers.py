@@ -7,9 +7,9 @@ import torch
 
 from fm_fast.nn import UNetConfig
 from fm_fast.train import TrainConfig
-from fm_fast.train.checkpoint import read_checkpoint, restore
 from fm_fast.train.data import DataOrder
 from fm_fast.train.step import training_step
+from fm_fast.train.storage.checkpoint import read_checkpoint, restore
 
 CPU = torch.device("cpu")
 TINY_NET = UNetConfig(8, 1, 10, channels=8, multipliers=(1, 2), blocks=1, attention_sizes=(4,), head_channels=8, groups=4)

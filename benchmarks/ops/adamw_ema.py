@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from benchmarks.op import Op, Provider, Setting
 from benchmarks.points import check_close, copying
 from fm_fast.nn import UNet, UNetConfig
-from fm_fast.train.averaging import fixed_decay
-from fm_fast.train.optimiser import AdamWEMA
+from fm_fast.train.optimiser.adamw_ema import AdamWEMA
+from fm_fast.train.optimiser.averaging import fixed_decay
 
 SIZES = {"digits": (32, 2, 1), "narrow": (32, 3, 1), "wide": (64, 3, 2)}
 MULTIPLIERS = (1, 2, 2)

@@ -25,8 +25,8 @@ from benchmarks.points import check_close
 from benchmarks.workloads import SIZES, Workload, formula_loss, workload
 from fm_fast.nn.convolution import Convolution
 from fm_fast.nn.norm import GroupNormSiLU
-from fm_fast.train.averaging import fixed_decay
-from fm_fast.train.optimiser import AdamWEMA
+from fm_fast.train.optimiser.adamw_ema import AdamWEMA
+from fm_fast.train.optimiser.averaging import fixed_decay
 
 MODES = ("training", "sampling", "likelihood")
 RATE, DECAY, NORM, WEIGHT_DECAY = 1e-3, 0.999, 1.0, 0.01

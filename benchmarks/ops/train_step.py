@@ -20,8 +20,8 @@ from benchmarks.op import Op, Provider, Setting
 from benchmarks.points import check_close
 from benchmarks.workloads import formula_loss, woken
 from fm_fast.nn import UNet, UNetConfig, load_torchcfm
-from fm_fast.train.averaging import fixed_decay
-from fm_fast.train.optimiser import AdamWEMA
+from fm_fast.train.optimiser.adamw_ema import AdamWEMA
+from fm_fast.train.optimiser.averaging import fixed_decay
 
 SIZES = {"32x32": (64, 3, 32, 32), "16x16": (64, 3, 16, 16), "tiny": (4, 3, 16, 16)}
 CHANNELS, MULTIPLIERS, BLOCKS, HEAD_CHANNELS = 32, (1, 2, 2), 1, 32

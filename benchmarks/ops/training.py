@@ -21,8 +21,8 @@ from fm_fast.nn import UNetConfig
 from fm_fast.nn.presets import PRESETS as NETWORKS
 from fm_fast.train.config import TrainConfig, fit_to_data
 from fm_fast.train.data import DataOrder, Dataset, make_dataset
-from fm_fast.train.devices import autotuning, flops_per_image, peak_tflops
-from fm_fast.train.graph import GraphedStep
+from fm_fast.train.execution.devices import autotuning, flops_per_image, peak_tflops
+from fm_fast.train.execution.graph import GraphedStep
 from fm_fast.train.presets import PRESETS
 from fm_fast.train.step import new_state, training_step
 

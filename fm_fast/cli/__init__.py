@@ -15,7 +15,7 @@ from fm_fast.cli.parser import Parser
 from fm_fast.cli.reproduce import add_reproduce
 from fm_fast.cli.sample import add_sample
 from fm_fast.cli.train import add_train
-from fm_fast.train.interrupt import say_nothing_more
+from fm_fast.train.execution.interrupt import say_nothing_more
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

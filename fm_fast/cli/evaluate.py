@@ -26,13 +26,13 @@ from fm_fast.cli.options import (
 from fm_fast.solvers import ADAPTIVE, METHODS, is_adaptive
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import Dataset, levels_of, load_dataset, with_levels
-from fm_fast.train.devices import pick_device
-from fm_fast.train.evaluate import Evaluation, evaluate_network
-from fm_fast.train.files import replaced_whole
-from fm_fast.train.identity import same_source
-from fm_fast.train.quality import require_torch_fidelity
-from fm_fast.train.restoration import WINDOW, Restoration
-from fm_fast.train.weights import load_model
+from fm_fast.train.data.identity import same_source
+from fm_fast.train.evaluation.evaluate import Evaluation, evaluate_network
+from fm_fast.train.evaluation.quality import require_torch_fidelity
+from fm_fast.train.evaluation.restoration import WINDOW, Restoration
+from fm_fast.train.execution.devices import pick_device
+from fm_fast.train.storage.files import replaced_whole
+from fm_fast.train.storage.weights import load_model
 
 NOT_FID = "a distance of a small classifier's features, trained on this data set; it is not FID"
 

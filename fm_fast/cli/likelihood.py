@@ -20,10 +20,10 @@ from fm_fast.cli.options import (
 from fm_fast.solvers import ADAPTIVE, METHODS
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import Dataset
-from fm_fast.train.devices import pick_device
-from fm_fast.train.files import replaced_whole
-from fm_fast.train.likelihood import DatasetBits, dataset_bits
-from fm_fast.train.weights import load_model
+from fm_fast.train.evaluation.likelihood import DatasetBits, dataset_bits
+from fm_fast.train.execution.devices import pick_device
+from fm_fast.train.storage.files import replaced_whole
+from fm_fast.train.storage.weights import load_model
 
 STEPS = 100
 

@@ -9,8 +9,8 @@ from typing import Any, get_args, get_type_hints
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.loop import train
 from fm_fast.train.presets import PRESETS, SUMMARIES
-from fm_fast.train.run_folder import RunFolder
-from fm_fast.train.weights import load_model
+from fm_fast.train.storage.run_folder import RunFolder
+from fm_fast.train.storage.weights import load_model
 
 # Settings that a run takes from the one that it begins with
 TASK = ("objective", "super_resolution", "preconditioned", "sigma_min")

@@ -17,15 +17,15 @@ from fm_fast.bits import bits_per_dim
 from fm_fast.reproduce.checkerboard import NAMES
 from fm_fast.reproduce.results import Parts, summary, write_json
 from fm_fast.reproduce.threads import one_thread
-from fm_fast.train.classifier import train_classifier
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import Dataset, load_dataset
-from fm_fast.train.evaluate import draw_samples, sample_quality
-from fm_fast.train.likelihood import dataset_bits
+from fm_fast.train.evaluation.classifier import train_classifier
+from fm_fast.train.evaluation.evaluate import draw_samples, sample_quality
+from fm_fast.train.evaluation.likelihood import dataset_bits
 from fm_fast.train.loop import train
 from fm_fast.train.presets import PRESETS
-from fm_fast.train.run_folder import RunFolder
-from fm_fast.train.weights import load_model
+from fm_fast.train.storage.run_folder import RunFolder
+from fm_fast.train.storage.weights import load_model
 
 # Held-out images for sample quality (as many samples), for bits/dim, and for bits/dim against the number of draws.
 SAMPLES, BITS_IMAGES, DRAW_IMAGES = 200, 48, 8
@@ -38,7 +38,7 @@ DOPRI5: dict[str, Any] = {"method": "dopri5", "rtol": TOLERANCE, "atol": TOLERAN
 
 @dataclass(frozen=True)
 class Row:
-    """One objective. The fields of sample quality are those of :class:`fm_fast.train.evaluate.SampleQuality`.
+    """One objective. The fields of sample quality are those of :class:`fm_fast.train.evaluation.evaluate.SampleQuality`.
 
     bits_per_dim, std_err: of the first BITS_IMAGES held-out images, one dequantisation draw. nfe: of dopri5 at atol = rtol = 1e-5, one
     batch of SAMPLES. draws, bits_by_draws: bits/dim of the first DRAW_IMAGES against the number of dequantisation draws.

@@ -10,9 +10,9 @@ from fm_fast.nn import UNetConfig
 from fm_fast.nn.precondition import can_precondition
 from fm_fast.paths import OT, VE, VP, Cosine, Path
 from fm_fast.solvers import METHODS
-from fm_fast.train.averaging import WIDEST
+from fm_fast.train.optimiser.averaging import WIDEST
+from fm_fast.train.optimiser.schedule import SCHEDULES, LearningRate
 from fm_fast.train.prepare import CHANNELS, Preparation
-from fm_fast.train.schedule import SCHEDULES, LearningRate
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 def resume_conflicts(stored: TrainConfig, asked: TrainConfig) -> list[str]:
     """The settings in which a resumed run may not differ from the stored one, but does, as "name: stored -> asked".
 
-    The data are another matter (train/identity.py): they may have moved.
+    The data are another matter (train/data/identity.py): they may have moved.
     """
     fixed = [entry.name for entry in fields(TrainConfig) if entry.name != "data" and not entry.metadata.get("resumable", False)]
     pairs = [pair for name in fixed for pair in _pairs(name, getattr(stored, name), getattr(asked, name))]

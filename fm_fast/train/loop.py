@@ -10,28 +10,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from fm_fast.train.allocator import keep_freed_memory
-from fm_fast.train.checkpoint import read_checkpoint, restore
 from fm_fast.train.config import TrainConfig, fit_to_data, from_dict
-from fm_fast.train.curve import can_draw, draw_curves, draw_quality
 from fm_fast.train.data import DataOrder, Dataset, load_dataset
-from fm_fast.train.devices import autotuning, flops_per_image
-from fm_fast.train.distributed import StopVote, Team, joined, state_of, team_network
-from fm_fast.train.evaluate import Enlargement, Quality, evaluate, evaluate_enlargement
-from fm_fast.train.files import as_folder, is_full
-from fm_fast.train.graph import GraphedStep, is_wanted
-from fm_fast.train.identity import identity_of
-from fm_fast.train.initial import initial_weights
-from fm_fast.train.interrupt import deferred_interrupt, stop
-from fm_fast.train.judge import Judge, judge_of
-from fm_fast.train.likelihood import require_fitting
-from fm_fast.train.log import Logger, require_sinks, tell
-from fm_fast.train.picture import write_images
+from fm_fast.train.data.identity import identity_of
+from fm_fast.train.evaluation.evaluate import Enlargement, Quality, evaluate, evaluate_enlargement
+from fm_fast.train.evaluation.judge import Judge, judge_of
+from fm_fast.train.evaluation.likelihood import require_fitting
+from fm_fast.train.evaluation.sample import enlargements, sample, sample_enlarged, starting_noise, to_integers
+from fm_fast.train.execution.allocator import keep_freed_memory
+from fm_fast.train.execution.devices import autotuning, flops_per_image
+from fm_fast.train.execution.distributed import StopVote, Team, joined, state_of, team_network
+from fm_fast.train.execution.graph import GraphedStep, is_wanted
+from fm_fast.train.execution.interrupt import deferred_interrupt, stop
 from fm_fast.train.remarks import refuse_without_effect, remarks
-from fm_fast.train.run_folder import RunFolder
-from fm_fast.train.sample import enlargements, sample, sample_enlarged, starting_noise, to_integers
+from fm_fast.train.reporting.curve import can_draw, draw_curves, draw_quality
+from fm_fast.train.reporting.log import Logger, require_sinks, tell
+from fm_fast.train.reporting.picture import write_images
 from fm_fast.train.step import Model, StepLoss, TrainState, training_step
-from fm_fast.train.weights import can_write_weights, save_weights
+from fm_fast.train.storage.checkpoint import read_checkpoint, restore
+from fm_fast.train.storage.files import as_folder, is_full
+from fm_fast.train.storage.initial import initial_weights
+from fm_fast.train.storage.run_folder import RunFolder
+from fm_fast.train.storage.weights import can_write_weights, save_weights
 
 PICTURE_CLASSES = 10
 SHOWN = 100  # images that a super-resolution run is judged by; the first ten are in its pictures

@@ -1,7 +1,7 @@
 """One training step as a function of (state, configuration, data): everything random is counted from (seed, step, sample).
 
-What the host does (which images come next, the learning rate) and what the device does (`learn`) are apart, so that train/graph.py can
-record the latter once and replay it.
+What the host does (which images come next, the learning rate) and what the device does (`learn`) are apart, so that
+train/execution/graph.py can record the latter once and replay it.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from fm_fast.couplings import optimal_ids
 from fm_fast.loss import PathSample, sample_path
 from fm_fast.nn import Preconditioned, UNet
 from fm_fast.random import Whole
-from fm_fast.train.averaging import Averaging, power_function_of_width, warmed_up_decay
 from fm_fast.train.condition import training_condition
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import DataOrder, Dataset
-from fm_fast.train.optimiser import AdamWEMA
+from fm_fast.train.optimiser.adamw_ema import AdamWEMA
+from fm_fast.train.optimiser.averaging import Averaging, power_function_of_width, warmed_up_decay
 from fm_fast.train.times import importance_times
 
 QUARTILES = 4

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fm_fast import _backends, _checks, _ops
 from fm_fast._ops.adamw_ema import APPLIED, OWN, SKIPPED
-from fm_fast.train.averaging import Averaging
-from fm_fast.train.optimiser_state import from_adamw, in_order, is_adamw, known_settings, load
+from fm_fast.train.optimiser.averaging import Averaging
+from fm_fast.train.optimiser.state import from_adamw, in_order, is_adamw, known_settings, load
 
 ALIGNMENT = 16  # elements: every parameter's state begins at a cache line
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -49,7 +49,7 @@ class AdamWEMA(torch.optim.Optimizer):
         parameters: tensors or parameter groups, all on one device; float32, float64 or, with float32 masters, bfloat16 and float16.
         lr, betas, eps, weight_decay, max_norm: of every group that has none of its own. Groups may be changed between steps
             (``optimiser.param_groups[0]["lr"] = ...``, or any torch scheduler). max_norm: largest norm of all gradients together.
-        averages: how each average forgets, see :mod:`fm_fast.train.averaging`; it starts with the initial weights.
+        averages: how each average forgets, see :mod:`fm_fast.train.optimiser.averaging`; it starts with the initial weights.
         backend: of op ``adamw_ema``.
 
     Raises ValueError for parameters that cannot be updated together, TypeError for averages that are none, RuntimeError where a step

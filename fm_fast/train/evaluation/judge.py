@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from fm_fast.train.classifier import Classifier, train_classifier
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import Dataset, load_dataset
-from fm_fast.train.evaluate import draw_samples, sample_quality
-from fm_fast.train.likelihood import require_fitting
+from fm_fast.train.evaluation.classifier import Classifier, train_classifier
+from fm_fast.train.evaluation.evaluate import draw_samples, sample_quality
+from fm_fast.train.evaluation.likelihood import require_fitting
 
 JUDGED = 500  # held-out images at most, and as many samples
 BATCH = 100

@@ -7,14 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fm_fast.train.files import read_records, replaced_whole
+from fm_fast.train.storage.files import read_records, replaced_whole
 
 WIDTH, HEIGHT = 800, 500
 LEFT, TOP, RIGHT, BOTTOM = 70, 20, 20, 50  # margins of a panel
 GREY, BLACK = (200, 200, 200), (0, 0, 0)
 BLUE, GREEN, ORANGE, RED = (31, 119, 180), (44, 160, 44), (255, 127, 14), (214, 39, 40)
 LOSSES = {"loss": BLACK, "t in 0..1/4": BLUE, "1/4..1/2": GREEN, "1/2..3/4": ORANGE, "3/4..1": RED}
-# Of the records of train/judge.py; beside each the level of real images.
+# Of the records of train/evaluation/judge.py; beside each the level of real images.
 SHARES = {"agreement": BLUE, "nearest_neighbour": ORANGE}
 DISTANCES = {"frechet": RED, "novelty": GREEN}
 NAMES = {"agreement": "class agreement", "nearest_neighbour": "1-NN accuracy", "frechet": "feature distance", "novelty": "novelty"}

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fm_fast import _checks, sampling
-from fm_fast.train.classifier import Classifier, agreement, features, train_classifier
 from fm_fast.train.condition import NULL_CLASS, condition_of, reduced, reduced_if_wanted
 from fm_fast.train.config import Recipe, TrainConfig
 from fm_fast.train.data import UNDIVIDED, Dataset
-from fm_fast.train.likelihood import DatasetBits, dataset_bits, require_fitting
-from fm_fast.train.quality import feature_distance, inception, median_distance, nearest_neighbour_accuracy
-from fm_fast.train.restoration import Restoration, bicubic, restoration, signal_to_noise
-from fm_fast.train.sample import sample, starting_noise, to_integers
+from fm_fast.train.evaluation.classifier import Classifier, agreement, features, train_classifier
+from fm_fast.train.evaluation.likelihood import DatasetBits, dataset_bits, require_fitting
+from fm_fast.train.evaluation.quality import feature_distance, inception, median_distance, nearest_neighbour_accuracy
+from fm_fast.train.evaluation.restoration import Restoration, bicubic, restoration, signal_to_noise
+from fm_fast.train.evaluation.sample import sample, starting_noise, to_integers
 
 PER_CLASS = 20
 # Noise of the report at the end of training and of the evaluation: index 0 is training's own, 1 that of the run's pictures.

@@ -1,73 +1,30 @@
-"""Data sets as one uint8 tensor of images and one int64 tensor of labels, and the order in which training reads them."""
+"""Data sets by name or by the files they lie in: which reader, which files of them, which part."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from fm_fast.random import noise
+from fm_fast.train.data.dataset import LEVELS, SHARE, TEST_PART, UNDIVIDED, Dataset, make_dataset
+from fm_fast.train.data.readers.cifar import find_cifar_folder, read_cifar10
+from fm_fast.train.data.readers.downsampled_imagenet import CLASSES, TRAIN_BATCHES, Batches, batches_in, read_batches
+from fm_fast.train.data.readers.idx import read_idx
+from fm_fast.train.data.readers.image_folder import beside_parts, list_images, named, no_labels, preparation_of, read_images, split_folder
+from fm_fast.train.data.readers.npz import array_names, read_npz
 from fm_fast.train.prepare import CHANNELS, WITHOUT_LABELS, Preparation, pooled_and_padded, rows_of_split
-from fm_fast.train.readers.cifar import find_cifar_folder, read_cifar10
-from fm_fast.train.readers.downsampled_imagenet import CLASSES, TRAIN_BATCHES, Batches, batches_in, read_batches
-from fm_fast.train.readers.idx import read_idx
-from fm_fast.train.readers.image_folder import beside_parts, list_images, named, no_labels, preparation_of, read_images, split_folder
-from fm_fast.train.readers.npz import array_names, read_npz
 
-DIGITS = Path(__file__).parent.parent / "datasets" / "digits.npz"
+DIGITS = Path(__file__).parents[2] / "datasets" / "digits.npz"
 DIGITS_TRAIN = 1500
 DIGITS_LEVELS = 17
-LEVELS = 256
 ARRAYS = {"images", "labels", "test_images", "test_labels"}
 UNNAMED = ("arr_0", "arr_1")  # images and labels where numpy named the arrays, as in guided-diffusion's archives
-MOST_CLASSES = 1_000_000  # each has a row of weights; more are labels of another kind
 TEST_FILES = ("t10k", "test")  # beginnings of their names
 IDX_IMAGES = re.compile(r"-images[-.]idx3-ubyte(\.gz)?$")
-# How held-out images come about: a test part of the source, a share of it that is put aside, or not at all.
-TEST_PART, SHARE, UNDIVIDED = "test part", "share", "undivided"
 # Where Debian's and Ubuntu's package dataset-fashion-mnist puts it, and a place of one's own.
 FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("data/fashion-mnist"))
 PREPARED = Preparation()
 SHIPPED = frozenset({"digits", "fashion"})  # sources by name instead of a path
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """images: uint8 [N, C, H, W] with values 0..levels-1; labels: int64 [N] in 0..classes-1.
-
-    mapped: the images lie in a file, hence on the CPU, and go to the labels' device batch by batch. division: TEST_PART where the source
-    has one, SHARE where `test_share` is held out; UNDIVIDED data are the same images for training and for tests. left_out: what else lies
-    there, in lines for people.
-    """
-
-    name: str
-    images: Tensor
-    labels: Tensor
-    classes: int
-    levels: int = LEVELS
-    mapped: bool = False
-    division: str = TEST_PART
-    left_out: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are."""
-        return self.labels.device
-
-    def to(self, device: torch.device) -> "Dataset":
-        """The same data on a device: sets that fit into memory stay there for the whole run."""
-        return replace(self, images=self.images if self.mapped else self.images.to(device), labels=self.labels.to(device))
-
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(images, labels) of the rows int64 [B], given on the CPU."""
-        there = rows.to(self.device, non_blocking=True)
-        images = self.images[rows if self.mapped else there]
-        return images.to(self.device, non_blocking=True), self.labels[there]
 
 
 def load_dataset(source: str | Path, split: str = "train", preparation: Preparation = PREPARED) -> Dataset:
@@ -130,49 +87,11 @@ def levels_of(source: str) -> int:
     return DIGITS_LEVELS if source == "digits" else LEVELS
 
 
-def with_levels(dataset: Dataset, levels: int) -> Dataset:
-    """The same with that number of grey levels, since files do not tell theirs.
-
-    ValueError for values beyond these, and for the shipped digits, whose number is known.
-    """
-    if dataset.levels == levels:
-        return dataset
-    if dataset.levels != LEVELS:
-        raise ValueError(
-            f"data: expected images of {levels} grey levels, as the run was trained on, got {dataset.name} with {dataset.levels}"
-        )
-    highest = int(dataset.images.max())
-    if highest >= levels:
-        raise ValueError(f"data: expected values below {levels}, the grey levels that the run was trained on, got {highest}")
-    return replace(dataset, levels=levels)
-
-
 def digits(split: str = "train") -> Dataset:
     """The shipped 8x8 digits, 17 levels: 1500 to train on, 297 held out ("test"); see datasets/digits.txt."""
     images, labels = read_npz(DIGITS, ("images", "labels"))
     rows = slice(0, DIGITS_TRAIN) if split == "train" else slice(DIGITS_TRAIN, None)
     return make_dataset("digits", images[rows], labels[rows], levels=DIGITS_LEVELS, classes=10)
-
-
-def make_dataset(name: str, images: Tensor, labels: Tensor, levels: int = LEVELS, classes: int | None = None, **marks: Any) -> Dataset:
-    """Checked data set (`marks`: mapped, division, left_out): images uint8 [N, H, W] or [N, C, H, W], labels of any integer dtype [N]."""
-    if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.numel() == 0:
-        raise ValueError(f"{name}: expected images uint8 [N, H, W] or [N, C, H, W], not empty, got {images.dtype} {list(images.shape)}")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"{name}: expected one label an image, {len(images)}, got {list(labels.shape)}")
-    images = images.unsqueeze(1) if images.ndim == 3 else images
-    classes = int(labels.max()) + 1 if classes is None else classes
-    if classes > MOST_CLASSES:
-        raise ValueError(f"{name}: expected labels 0, 1, 2, ..., at most {MOST_CLASSES} classes, got a label {classes - 1}")
-    _check_ranges(name, images, labels, levels, classes)
-    return Dataset(name, images.contiguous(), labels.to(torch.int64), classes, levels, **marks)
-
-
-def _check_ranges(name: str, images: Tensor, labels: Tensor, levels: int, classes: int) -> None:
-    if levels < LEVELS and int(images.max()) >= levels:
-        raise ValueError(f"{name}: expected pixel values below {levels}, got {int(images.max())}")
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise ValueError(f"{name}: expected labels in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
 
 
 def _from_file(path: Path, split: str, preparation: Preparation) -> Dataset:
@@ -295,37 +214,3 @@ def _idx_file_of_split(folder: Path, files: list[Path], split: str) -> Path:
         if file.name.startswith(prefixes):
             return file
     raise FileNotFoundError(f"{folder}: expected {prefixes[0]}-images-idx3-ubyte[.gz], found {[file.name for file in files]}")
-
-
-def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
-    """A permutation of 0..size-1 as a pure function of (seed, epoch): int64 [size], on the CPU.
-
-    The ranks of the words of stream data_order, whose step is the epoch and whose sample ids are the indices.
-    """
-    words = noise((size,), seed=seed, step=epoch, stream="data_order", kind="word", device="cpu")
-    return words.argsort(stable=True)
-
-
-class DataOrder:
-    """Which image is at each position of an endless, shuffled sequence; keeps the latest epoch's permutation.
-
-    `order.indices(first, count)`: int64 [count], the same whether positions are read in one batch or in several.
-    """
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
-        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
-
-    def indices(self, first: int, count: int) -> Tensor:
-        parts, position, last = [], first, first + count
-        while position < last:
-            start = position % self.size
-            length = min(last - position, self.size - start)
-            parts.append(self._order_of(position // self.size)[start : start + length])
-            position += length
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-
-    def _order_of(self, epoch: int) -> Tensor:
-        if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, epoch_order(self.size, self.seed, epoch)
-        return self._permutation

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fm_fast.train.readers.pickled import unpickled
+from fm_fast.train.data.readers.pickled import unpickled
 
 IMAGE_BYTES = 3 * 32 * 32
 TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))

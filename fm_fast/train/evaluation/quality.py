@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fm_fast.train.picture import to_8_bit
+from fm_fast.train.reporting.picture import to_8_bit
 
 CHUNK = 1000  # images whose distances to all others are in memory at once
 SCORE_PARTS = 10  # of the images, over whose inception scores the mean is taken

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from fm_fast.reference import NORM_EPSILON
 from fm_fast.train.config import TrainConfig
-from fm_fast.train.optimiser import HALF_TYPES, AdamWEMA
+from fm_fast.train.optimiser.adamw_ema import HALF_TYPES, AdamWEMA
 from fm_fast.train.step import DTYPES, TrainState, averages_of, build_model
 
 COUNTS = ("counts", "updates")  # the state that is no tensor of the parameter's shape, and the same in every process

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fm_fast.train.config import TrainConfig
-from fm_fast.train.devices import pick_device
+from fm_fast.train.execution.devices import pick_device
 from fm_fast.train.step import WHOLE, Model, Share, TrainState, network_of, new_state
 
 Value = TypeVar("Value")
@@ -140,7 +140,7 @@ class StopVote:
 def state_of(config: TrainConfig, team: Team, weights: dict[str, Tensor] | None = None) -> TrainState:
     """The state before the first step, in shards where the configuration asks for them."""
     if team.share.world > 1 and config.parallel == "fsdp":
-        from fm_fast.train.sharded import sharded_state  # which takes torch longer to import than everything else
+        from fm_fast.train.execution.sharded import sharded_state  # which takes torch longer to import than everything else
 
         return sharded_state(config, team.device, weights)
     return new_state(config, team.device, weights)

@@ -8,7 +8,7 @@ from torch import Tensor
 from fm_fast.nn.config import UNetConfig
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.step import build_model
-from fm_fast.train.weights import load_model
+from fm_fast.train.storage.weights import load_model
 
 Weights = dict[str, Tensor]
 FREE = ("image_size", "classes", "dropout")  # in which the networks may differ, as long as the same weights follow

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fm_fast.train.condition import reduced
-from fm_fast.train.sample import to_integers
+from fm_fast.train.evaluation.sample import to_integers
 
 # Wang, Bovik, Sheikh & Simoncelli (2004), "Image quality assessment: from error visibility to structural similarity"
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03

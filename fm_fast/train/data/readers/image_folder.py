@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fm_fast.train.data.readers.image_file import read_image
+from fm_fast.train.data.readers.mapped import filled
 from fm_fast.train.prepare import WITHOUT_LABELS, Preparation
-from fm_fast.train.readers.image_file import read_image
-from fm_fast.train.readers.mapped import filled
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 TEST_FOLDERS = ("test", "val", "validation")

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fm_fast.train.data.readers.cache import cache_file, make_once
 from fm_fast.train.prepare import GIB, Preparation
-from fm_fast.train.readers.cache import cache_file, make_once
 
 # Without it Linux wants room in memory for all of a private mapping. Python names it from 3.13 on.
 MAP_NORESERVE = 0x4000

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fm_fast.train.checkpoint import first_line, read_checkpoint
 from fm_fast.train.config import TrainConfig, from_dict, to_dict
-from fm_fast.train.files import replaced_whole
-from fm_fast.train.run_folder import RunFolder
 from fm_fast.train.step import build_model
+from fm_fast.train.storage.checkpoint import first_line, read_checkpoint
+from fm_fast.train.storage.files import replaced_whole
+from fm_fast.train.storage.run_folder import RunFolder
 
 FORMAT = "fm_fast.weights"
 VERSION = "1"
