@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fm_fast.train.data.readers.cache import cache_file, make_once
+from fm_fast.train.files import held_in_turn, is_held
 from fm_fast.train.prepare import Preparation
-from fm_fast.train.storage.files import held_in_turn, is_held
 
 fcntl = pytest.importorskip("fcntl", reason="no locks here")
 

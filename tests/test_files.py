@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fm_fast.train.storage import files
-from fm_fast.train.storage.files import replaced_whole
+from fm_fast.train import files
+from fm_fast.train.files import replaced_whole
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
@@ -110,7 +110,7 @@ def test_what_is_printed_later_follows_what_was_appended(closed, tmp_path):
     code = f"""
 import os, sys
 from pathlib import Path
-from fm_fast.train.storage.files import replaced_whole
+from fm_fast.train.files import replaced_whole
 from fm_fast.train.execution.interrupt import deferred_interrupt
 if not {closed}:
     print("before")

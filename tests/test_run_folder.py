@@ -15,9 +15,9 @@ from thread_counts import threads
 from trainer_helpers import assert_same_state, cut, flat, tiny
 
 from fm_fast.train import loop, train
+from fm_fast.train.files import only_writer
 from fm_fast.train.storage import run_folder
 from fm_fast.train.storage.checkpoint import read_checkpoint
-from fm_fast.train.storage.files import only_writer
 from fm_fast.train.storage.run_folder import RunFolder
 from fm_fast.train.storage.weights import load_model
 
@@ -216,7 +216,7 @@ def test_images_in_other_than_one_or_three_channels_are_drawn_in_part(channels, 
 
 def test_two_processes_never_write_into_one_folder(tmp_path):
     """The second is refused while the first lives; the system lets go of the folder with the process."""
-    code = "import sys, pathlib; from fm_fast.train.storage.files import only_writer\nwith only_writer(pathlib.Path(sys.argv[1])): input()"
+    code = "import sys, pathlib; from fm_fast.train.files import only_writer\nwith only_writer(pathlib.Path(sys.argv[1])): input()"
     with only_writer(tmp_path), pytest.raises(FileExistsError, match="another run is writing into this folder"):
         run(tmp_path)
     assert list(tmp_path.iterdir()) == []

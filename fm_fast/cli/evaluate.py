@@ -31,7 +31,7 @@ from fm_fast.train.evaluation.evaluate import Evaluation, evaluate_network
 from fm_fast.train.evaluation.quality import require_torch_fidelity
 from fm_fast.train.evaluation.restoration import WINDOW, Restoration
 from fm_fast.train.execution.devices import pick_device
-from fm_fast.train.storage.files import replaced_whole
+from fm_fast.train.files import replaced_whole
 from fm_fast.train.storage.weights import load_model
 
 NOT_FID = "a distance of a small classifier's features, trained on this data set; it is not FID"

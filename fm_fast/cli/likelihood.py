@@ -22,7 +22,7 @@ from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import Dataset
 from fm_fast.train.evaluation.likelihood import DatasetBits, dataset_bits
 from fm_fast.train.execution.devices import pick_device
-from fm_fast.train.storage.files import replaced_whole
+from fm_fast.train.files import replaced_whole
 from fm_fast.train.storage.weights import load_model
 
 STEPS = 100

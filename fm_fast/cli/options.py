@@ -13,7 +13,7 @@ from fm_fast.solvers import is_adaptive
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import UNDIVIDED, Dataset, levels_of, load_dataset, with_levels
 from fm_fast.train.data.identity import same_source
-from fm_fast.train.storage.files import is_stream, resolved
+from fm_fast.train.files import is_stream, resolved
 from fm_fast.train.storage.weights import AVERAGE
 
 SPLITS = ("train", "test")

@@ -30,9 +30,9 @@ from fm_fast.train.data.low_resolution import as_originals, is_reduced, reduced_
 from fm_fast.train.evaluation.likelihood import require_fitting
 from fm_fast.train.evaluation.sample import BatchDone, enlargements, ignore, sample_classes, sample_enlarged
 from fm_fast.train.execution.devices import pick_device
+from fm_fast.train.files import replaced_whole
 from fm_fast.train.reporting.picture import write_images
 from fm_fast.train.reporting.single_images import ImageFiles, require_empty
-from fm_fast.train.storage.files import replaced_whole
 from fm_fast.train.storage.weights import load_model
 
 # Classes of one picture are put in rows of at most this many samples.

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from fm_fast._version import __version__
-from fm_fast.train.storage.files import replaced_whole
+from fm_fast.train.files import replaced_whole
 
 Result = TypeVar("Result")
 

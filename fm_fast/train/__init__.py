@@ -1,7 +1,8 @@
 """The reference trainer: from a data set to checkpoints, sample pictures and a quality report.
 
 To be read in this order: config.py (what a run is), data/ (what it learns from), step.py (what one step does), optimiser/, loop.py (the
-run as a whole). Beside them stand execution/ (devices, processes, CUDA graphs), storage/ (files, checkpoints), evaluation/ and reporting/.
+run as a whole). Beside them stand execution/ (devices, processes, CUDA graphs), storage/ (folders, checkpoints, weights), evaluation/ and
+reporting/.
 """
 
 from fm_fast.train.config import TrainConfig

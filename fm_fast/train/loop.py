@@ -22,13 +22,13 @@ from fm_fast.train.execution.devices import autotuning, flops_per_image
 from fm_fast.train.execution.distributed import StopVote, Team, joined, state_of, team_network
 from fm_fast.train.execution.graph import GraphedStep, is_wanted
 from fm_fast.train.execution.interrupt import deferred_interrupt, stop
+from fm_fast.train.files import as_folder, is_full
 from fm_fast.train.remarks import refuse_without_effect, remarks
 from fm_fast.train.reporting.curve import can_draw, draw_curves, draw_quality
 from fm_fast.train.reporting.log import Logger, require_sinks, tell
 from fm_fast.train.reporting.picture import write_images
 from fm_fast.train.step import Model, StepLoss, TrainState, training_step
 from fm_fast.train.storage.checkpoint import read_checkpoint, restore
-from fm_fast.train.storage.files import as_folder, is_full
 from fm_fast.train.storage.initial import initial_weights
 from fm_fast.train.storage.run_folder import RunFolder
 from fm_fast.train.storage.weights import can_write_weights, save_weights

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fm_fast.train.storage.files import read_records, replaced_whole
+from fm_fast.train.files import read_records, replaced_whole
 
 WIDTH, HEIGHT = 800, 500
 LEFT, TOP, RIGHT, BOTTOM = 70, 20, 20, 50  # margins of a panel

@@ -17,8 +17,8 @@ from fm_fast.train.config import TrainConfig
 from fm_fast.train.execution.devices import peak_memory, peak_tflops
 from fm_fast.train.execution.distributed import Team
 from fm_fast.train.execution.interrupt import say_nothing_more
+from fm_fast.train.files import is_full, read_records, replaced_whole
 from fm_fast.train.prepare import GIB
-from fm_fast.train.storage.files import is_full, read_records, replaced_whole
 from fm_fast.train.storage.run_folder import RunFolder
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fm_fast.train.files import TEMPORARY, as_folder, raise_with_name
 from fm_fast.train.reporting.picture import COLOUR_TYPES, to_8_bit, write_png
-from fm_fast.train.storage.files import TEMPORARY, as_folder, raise_with_name
 
 
 def require_empty(name: str, text: str) -> Path:

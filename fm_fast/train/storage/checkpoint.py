@@ -13,8 +13,8 @@ import torch
 
 from fm_fast.train.config import TrainConfig, from_dict, resume_conflicts, to_dict
 from fm_fast.train.data.identity import data_conflicts
+from fm_fast.train.files import replaced_whole
 from fm_fast.train.step import TrainState
-from fm_fast.train.storage.files import replaced_whole
 
 FORMAT = "fm_fast.checkpoint"
 VERSION = 2

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fm_fast.train.config import TrainConfig, from_dict
+from fm_fast.train.files import TEMPORARY, is_full, only_writer
 from fm_fast.train.storage.checkpoint import read_checkpoint, save_checkpoint
-from fm_fast.train.storage.files import TEMPORARY, is_full, only_writer
 
 NUMBERED = re.compile(r"checkpoint-(\d{8,})\.pt")
 

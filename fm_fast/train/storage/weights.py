@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fm_fast.train.config import TrainConfig, from_dict, to_dict
+from fm_fast.train.files import replaced_whole
 from fm_fast.train.step import build_model
 from fm_fast.train.storage.checkpoint import first_line, read_checkpoint
-from fm_fast.train.storage.files import replaced_whole
 from fm_fast.train.storage.run_folder import RunFolder
 
 FORMAT = "fm_fast.weights"

@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from fm_fast.train.files import TEMPORARY, as_folder, held_in_turn, is_held, takes_place
 from fm_fast.train.prepare import Preparation
-from fm_fast.train.storage.files import TEMPORARY, as_folder, held_in_turn, is_held, takes_place
 
 
 def cache_file(preparation: Preparation, files: Iterable[Path], reading: str, suffix: str) -> Path:

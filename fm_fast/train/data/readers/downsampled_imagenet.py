@@ -14,8 +14,8 @@ from fm_fast.train.data.readers.cache import cache_file
 from fm_fast.train.data.readers.mapped import filled, is_mapped
 from fm_fast.train.data.readers.npz import read_npz
 from fm_fast.train.data.readers.pickled import unpickled
+from fm_fast.train.files import replaced_whole
 from fm_fast.train.prepare import Preparation
-from fm_fast.train.storage.files import replaced_whole
 
 BATCH = re.compile(r"(train_data_batch_(?P<number>\d+)|val_data)(?P<form>\.npz)?")
 TRAIN_BATCHES = 10
