@@ -20,6 +20,8 @@ from fm_fast.paths import Path
 from fm_fast.random import Whole
 from fm_fast.time_samplers import TimeSampler
 
+WEIGHTED_MEAN = "weighted_mean"
+REDUCTIONS = (*reference.REDUCTIONS, WEIGHTED_MEAN)
 INSIDE = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
 
 
@@ -73,10 +75,12 @@ class PathSample:
 
     def _loss(self, name: str, o: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
         _checks.like(name, o, self._x1)
-        _checks.one_of("reduction", reduction, reference.REDUCTIONS)
+        _checks.one_of("reduction", reduction, REDUCTIONS)
         point = self._unchanged()
         if weight is not None:
             _checks.weight(weight, self._x1)
+        if reduction == WEIGHTED_MEAN:
+            weight, reduction = _with_mean_one(weight, self.coef.dtype), "mean"
         if _ops.needs_reference(self._backend, self._x1, self._x0, self.coef, weight) or _ops.exports_gradient(o):
             return reference.path_loss(o, *self._plain(), self.coef, weight, reduction)
         return _ops.path_loss(
@@ -133,6 +137,14 @@ class PathSample:
         return reference.plain_inputs(
             self._x1, self._x0, self._key, spec.flip, spec.levels, spec.dequantise, self.coef.dtype, _ops.drawer(self._noise_backend())
         )
+
+
+def _with_mean_one(weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight with which a mean over all elements is the weighted mean: both broadcast, so the weight's own mean is that over all."""
+    if weight is None:
+        raise ValueError(f"weight must be given with reduction={WEIGHTED_MEAN!r}, got None")
+    wide = weight.to(dtype)
+    return wide / wide.mean()
 
 
 def _changed(before: int | None, now: int | None) -> bool:
@@ -246,7 +258,8 @@ def flow_matching_loss(
         t_sampler: "uniform", "stratified", "logit-normal" or a time sampler object.
         weight: [B], or of as many dimensions as x1 and broadcastable to it: multiplies the squared errors; a mask. The mean still divides
             by the element count.
-        reduction: "mean" over all elements, "sum", or "none" (the mean of each sample, [B]).
+        reduction: "mean" over all elements, "sum", "none" (the mean of each sample, [B]), or "weighted_mean", which divides by the sum of
+            the weights (of each element) instead of the number of elements: the mean over those that a mask leaves; NaN if it leaves none.
         dtype: of x_t; by default x1's, or torch's default dtype for uint8.
         flip: probability of mirroring a sample along its last dimension.
         levels: number of values of uint8 data.
@@ -344,7 +357,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     path_spec(**chosen)
     _checks.one_of("backend", settings.get("backend"), (None, *_backends.BACKENDS))
     _checks.one_of("dtype", settings.get("dtype"), (None, *_checks.FLOATING))
-    _checks.one_of("reduction", settings.get("reduction", "mean"), reference.REDUCTIONS)
+    _checks.one_of("reduction", settings.get("reduction", "mean"), REDUCTIONS)
 
 
 SETTINGS = set(flow_matching_loss.__kwdefaults__ or ())

@@ -63,6 +63,26 @@ def test_shapes_reductions_and_weights(shape, reduction, weighted, backend):
     assert loss.shape == (shape[:1] if reduction == "none" else ())
 
 
+@pytest.mark.parametrize("kind", ["sample", "mask", "bool", "float64"])
+def test_a_weighted_mean_is_the_mean_over_what_a_mask_leaves(kind, backend):
+    x1, o = tensor((4, 3, 6, 5)), tensor((4, 3, 6, 5), seed=2)
+    mask = tensor((4, 1, 6, 1), seed=3) > 0
+    weight = {"sample": tensor((4,), seed=3).abs(), "mask": mask.float(), "bool": mask, "float64": mask.double()}[kind]
+    s = fm.sample_path(x1, seed=SEED, step=STEP, backend=backend)
+    whole = weight.double().reshape(4, *weight.shape[1:] or (1, 1, 1)).expand(o.shape)
+    value, exact = expected(s, o, x1, whole, "sum")
+    loss, gradient = loss_and_gradient(s, o, weight, "weighted_mean")
+    assert float(loss) == pytest.approx(float(value.sum() / whole.sum()), rel=1e-5)
+    assert_gradient(gradient, exact / float(whole.sum()), torch.float32)
+
+
+def test_a_weighted_mean_of_nothing_is_nan_and_one_without_weights_refused(backend):
+    s = fm.sample_path(tensor((4, 6)), seed=SEED, step=STEP, backend=backend)
+    assert s.loss(tensor((4, 6), seed=2), torch.zeros(4), "weighted_mean").isnan()
+    with pytest.raises(ValueError, match=r"weight must be given with reduction='weighted_mean', got None"):
+        s.loss(tensor((4, 6), seed=2), reduction="weighted_mean")
+
+
 def test_a_weight_that_broadcasts_is_a_mask(backend):
     x1, o = tensor((4, 3, 6, 5)), tensor((4, 3, 6, 5), seed=2)
     mask = (tensor((4, 1, 6, 1), seed=3) > 0).float()
