@@ -12,11 +12,16 @@ SEVERAL = {int: "a tuple of whole numbers", float: "a tuple of numbers"}
 def check_types(settings: Any, unlimited: Collection[str] = ()) -> None:
     """Raises TypeError, naming the field, for a value of another type, and ValueError for a number that is not finite.
 
-    A whole number may stand for a float; True and False are no numbers. unlimited: names of fields that may be infinite.
+    A whole number may stand for a float; True and False are no numbers. A list, as JSON and YAML have it, becomes the tuple that is meant.
+    unlimited: names of fields that may be infinite.
     """
     for name, hint in _hints(type(settings)).items():
-        check = _check_tuple if get_origin(hint) is tuple else _check_one
-        check(name, getattr(settings, name), hint, name in unlimited)
+        if get_origin(hint) is not tuple:
+            _check_one(name, getattr(settings, name), hint, name in unlimited)
+            continue
+        if type(getattr(settings, name)) is list:
+            object.__setattr__(settings, name, tuple(getattr(settings, name)))
+        _check_tuple(name, getattr(settings, name), hint)
 
 
 def require(name: str, holds: bool, expected: str, got: object) -> None:
@@ -37,7 +42,7 @@ def _check_one(name: str, value: object, kind: type, unlimited: bool) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
-def _check_tuple(name: str, value: object, hint: Any, unlimited: bool) -> None:
+def _check_tuple(name: str, value: object, hint: Any) -> None:
     kind = get_args(hint)[0]
     if type(value) is not tuple or not all(_is_of(kind, part) for part in value):
         raise TypeError(f"{name}: expected {SEVERAL[kind]}, got {value!r}")

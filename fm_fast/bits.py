@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fm_fast import _checks, _modes, random
+from fm_fast._results import Result
 from fm_fast._solver.field import Model
 from fm_fast.likelihood import Likelihood, log_likelihood
 from fm_fast.random import Whole
@@ -15,8 +16,8 @@ from fm_fast.random import Whole
 LARGEST_LEVELS = 65536
 
 
-@dataclass(frozen=True, eq=False)
-class BitsPerDim:
+@dataclass(frozen=True, eq=False, repr=False)
+class BitsPerDim(Result):
     """Bits per dimension of a batch.
 
     Attributes:

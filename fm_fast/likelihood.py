@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from fm_fast import _backends, _checks, _modes, random, reference
+from fm_fast._results import Result
 from fm_fast._solver.estimator import Estimator
 from fm_fast._solver.field import Model, combined, make_field
 from fm_fast._solver.guidance import Guidance
 from fm_fast._solver.integrate import Integral, integrate, integrate_coarsely, make_task
 from fm_fast._solver.prior import Prior, as_prior, log_prior, tried_prior, warn_if_not_of_the_prior, warn_of_another_start
 from fm_fast._solver.probes import make_probes
-from fm_fast._solver.recording import check_gradient, solving
+from fm_fast._solver.recording import check_gradient, solving, warn_unless_recorded
 from fm_fast._solver.settings import PerSample, Settings, check_finite, make_settings
 from fm_fast.grids import KEPT_INSIDE, Grid
 from fm_fast.objectives import Objective, as_objective, velocity_factors, velocity_range
@@ -36,8 +37,8 @@ __all__ = ["Divergence", "Likelihood", "SampleWithLogProb", "divergence", "log_l
 LARGE_ERROR = 0.01  # bits a dimension: what published figures are rounded to
 
 
-@dataclass(frozen=True, eq=False)
-class Divergence:
+@dataclass(frozen=True, eq=False, repr=False)
+class Divergence(Result):
     """The divergence of a velocity at one time.
 
     Attributes:
@@ -51,8 +52,8 @@ class Divergence:
     std_err: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
-class Likelihood:
+@dataclass(frozen=True, eq=False, repr=False)
+class Likelihood(Result):
     """Log-densities of data.
 
     Attributes:
@@ -74,8 +75,8 @@ class Likelihood:
     nfe_of_each: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class SampleWithLogProb:
+@dataclass(frozen=True, eq=False, repr=False)
+class SampleWithLogProb(Result):
     """Samples x [B, ...] with their log-densities; the other fields are those of :class:`Likelihood`."""
 
     x: Tensor
@@ -147,6 +148,7 @@ def divergence(
     resolved = _backends.resolve("divergence_step", x.device, backend)
     estimator = Estimator(chosen, key, x.shape[0], mode, memory_budget, create_graph, resolved)
     check_gradient(create_graph)
+    warn_unless_recorded(create_graph, "x", x, "create_graph=True")
     with solving(model, create_graph):
         times, scale = _as_times(t, x, velocity_range(chosen_path, chosen_objective)), field.scale_at(t)
         recorded = estimator.record(lambda given: field.checked_output_at(given, times, scale), x)
@@ -245,6 +247,7 @@ def log_likelihood(
         sample_ids=sample_ids, mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
         on_nonfinite=on_nonfinite,
     )  # fmt: skip
+    warn_unless_recorded(create_graph, "x1", x1, "create_graph=True")
     density = tried_prior(prior, x1)
     if density is None:
         warn_of_another_start(settings.path, float(settings.nodes[-1]))
@@ -341,6 +344,7 @@ def sample_with_log_prob(
         sample_ids=sample_ids, mode=mode, memory_budget=memory_budget, create_graph=create_graph, progress=progress,
         on_nonfinite=on_nonfinite,
     )  # fmt: skip
+    warn_unless_recorded(create_graph, "noise", noise, "create_graph=True")
     with torch.set_grad_enabled(create_graph):
         if prior is None:
             warn_of_another_start(settings.path, float(settings.nodes[0]))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fm_fast import _backends, _checks, _modes, _ops, random, reference
+from fm_fast._results import Result
 from fm_fast._spec import PathSpec, path_spec
 from fm_fast.objectives import Objective, loss_coefficients
 from fm_fast.paths import Path
@@ -42,8 +43,8 @@ def _count_writes(x1: Tensor, x0: Tensor | None, point: Tensor | None) -> _Write
         return _Writes(sum(counted), None if point is None or point.is_inference() else point._version)
 
 
-@dataclass(frozen=True, eq=False)
-class PathSample:
+@dataclass(frozen=True, eq=False, repr=False)
+class PathSample(Result):
     """A point on the path for every sample, and the loss of a prediction made there.
 
     Attributes:

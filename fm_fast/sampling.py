@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fm_fast import _checks, _modes, reference
+from fm_fast._results import Result
 from fm_fast._solver.adaptive import solve_adaptive
 from fm_fast._solver.churn import churn_key, with_noise
 from fm_fast._solver.evaluate import make_evaluate, make_mixed
@@ -24,6 +25,7 @@ from fm_fast._solver.loop import AfterStep, Layout, make_state, run
 from fm_fast._solver.per_sample import solve_per_sample
 from fm_fast._solver.prior import warn_if_not_of_the_prior
 from fm_fast._solver.progress import step_counter
+from fm_fast._solver.recording import warn_unless_recorded
 from fm_fast._solver.rules import rules_of
 from fm_fast._solver.settings import NONFINITE, PerSample, Save, Settings, check_finite, make_settings
 from fm_fast._solver.trial import Derivative, Moment, Parts
@@ -38,8 +40,8 @@ __all__ = ["Guidance", "Sample", "encode", "sample"]
 Callback = Callable[[int, float, Tensor], None]
 
 
-@dataclass(frozen=True, eq=False)
-class Sample:
+@dataclass(frozen=True, eq=False, repr=False)
+class Sample(Result):
     """The result of a solve.
 
     Attributes:
@@ -150,6 +152,7 @@ def sample(
         max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad=grad, backend=backend, reverse=False, churn=churn,
         guidance=guidance,
     )  # fmt: skip
+    warn_unless_recorded(grad != "none", "noise", noise, 'grad="direct"')
     field = make_field(model, settings.path, settings.objective, noise.shape[0], cond, guidance, settings.span)
     warn_if_not_of_the_prior(noise, settings.path, float(settings.nodes[0]))
     key = churn_key(settings.churn, seed, step, sample_ids, noise)
@@ -196,6 +199,7 @@ def encode(
         x1, path=path, objective=objective, method=method, steps=steps, grid=grid, t0=t0, t1=t1, save=save, rtol=rtol, atol=atol,
         max_steps=max_steps, per_sample=per_sample, dtype=dtype, grad=grad, backend=backend, reverse=True, guidance=guidance,
     )  # fmt: skip
+    warn_unless_recorded(grad != "none", "x1", x1, 'grad="direct"')
     field = make_field(model, settings.path, settings.objective, x1.shape[0], cond, guidance, settings.span)
     return _solve(field, x1, settings, save, callback, progress, on_nonfinite)
 

@@ -1,5 +1,7 @@
 """torch.func transforms of divergences and likelihoods against autograd and loops; what they cannot do is refused in our words."""
 
+import warnings
+
 import pytest
 import torch
 from sampling_helpers import network, noise64
@@ -188,6 +190,30 @@ def test_adaptive_methods_are_refused(solve, transform):
 def test_samples_whose_gradient_is_not_recorded_are_refused(solve):
     with pytest.raises(ValueError, match=r'grad must be "direct" under torch\.func\.grad, .*, or the derivative would be zero, got "none"'):
         grad(lambda x: solve(network, x, steps=2).x.sum())(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("solve", "name", "setting"),
+    [
+        (lambda x, **options: fm.sample(network, x, steps=2, **options), "noise", {"grad": "direct"}),
+        (lambda x, **options: fm.encode(network, x, steps=2, **options), "x1", {"grad": "checkpoint"}),
+        (lambda x, **options: fm.log_likelihood(network, x, steps=2, seed=0, **options), "x1", {"create_graph": True}),
+        (lambda x, **options: fm.sample_with_log_prob(network, x, steps=2, seed=0, **options), "noise", {"create_graph": True}),
+        (lambda x, **options: fm.divergence(network, x, 0.5, seed=0, **options), "x", {"create_graph": True}),
+    ],
+    ids=["sample", "encode", "log_likelihood", "sample_with_log_prob", "divergence"],
+)
+def test_a_gradient_that_is_not_recorded_is_told(solve, name, setting):
+    x = torch.ones(2, 3, requires_grad=True)
+    with pytest.warns(UserWarning, match=rf"^{name} requires a gradient, which is not recorded: give .*, else {name}\.detach\(\)$") as told:
+        solve(x)
+    assert [warning.filename for warning in told] == [__file__], "it points at the caller"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solve(x, **setting)
+        solve(x.detach())
+        with torch.no_grad():
+            solve(x)
 
 
 @TRANSFORMS

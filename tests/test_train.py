@@ -151,7 +151,7 @@ def test_wrong_settings(change, message):
         ({"flip": False}, "flip: expected a number, got False"),
         ({"compile": 1}, "compile: expected True or False, got 1"),
         ({"out": None}, "out: expected text, got None"),
-        ({"ema_widths": [0.1]}, r"ema_widths: expected a tuple of numbers, got \[0.1\]"),
+        ({"ema_widths": {0.1}}, r"ema_widths: expected a tuple of numbers, got {0.1}"),
         ({"model": {}}, "model: expected a UNetConfig, got {}"),
     ],
 )

@@ -279,6 +279,11 @@ def test_wrong_configurations(change, message):
         UNetConfig(**values)
 
 
+def test_lists_as_json_has_them_are_tuples():
+    config = UNetConfig(image_size=8, image_channels=1, classes=10, multipliers=[1, 2], attention_sizes=[4])
+    assert config == UNetConfig(image_size=8, image_channels=1, classes=10, multipliers=(1, 2), attention_sizes=(4,))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -1,6 +1,7 @@
 """One call of the network, with what its vector-Jacobian products need: a graph of autograd, or the pullback of ``torch.func``."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -124,6 +125,15 @@ def check_gradient(create_graph: bool) -> None:
     if not create_graph and _modes.gradient_transform_active():
         raise ValueError(
             "create_graph must be True under torch.func.grad, vjp, jacrev and hessian, or the derivative would be zero, got False"
+        )
+
+
+def warn_unless_recorded(recorded: bool, name: str, start: Tensor, setting: str) -> None:
+    """UserWarning where a gradient of the start could be wanted and is not recorded: a sum of losses would lack it in silence."""
+    silent = _modes.is_compiling() or _modes.transforms_active()
+    if not recorded and start.requires_grad and torch.is_grad_enabled() and not silent:
+        warnings.warn(
+            f"{name} requires a gradient, which is not recorded: give {setting} if it is wanted, else {name}.detach()", stacklevel=3
         )
 
 
