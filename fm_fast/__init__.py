@@ -17,7 +17,8 @@ from fm_fast._version import __version__
 from fm_fast.bits import BitsPerDim, bits_per_dim
 from fm_fast.conversions import convert
 from fm_fast.likelihood import Divergence, Likelihood, SampleWithLogProb, divergence, log_likelihood, sample_with_log_prob
-from fm_fast.loss import FlowMatchingLoss, PathSample, flow_matching_loss, sample_path
+from fm_fast.loss import PathSample, flow_matching_loss, sample_path
+from fm_fast.loss_module import FlowMatchingLoss
 from fm_fast.paths import OT, VE, VP, Cosine
 from fm_fast.random import noise
 from fm_fast.sampling import Guidance, Sample, encode, sample

@@ -102,7 +102,7 @@ BAD_LOSS_ARGUMENTS = [
     ({"o": None}, TypeError, r"o must be a torch.Tensor, got NoneType"),
     ({"o": torch.zeros(4, 3, 8, 1)}, ValueError, r"o must have the shape of x1, \(4, 3, 8, 8\), got \(4, 3, 8, 1\)"),
     ({"o": torch.zeros(4, 3, 8, 8, dtype=torch.int64)}, TypeError, r"o must be float64, .*, got torch.int64"),
-    ({"reduction": "average"}, ValueError, r"reduction must be one of mean, sum, none, got 'average'"),
+    ({"reduction": "average"}, ValueError, r"reduction must be one of mean, sum, none, weighted_mean, got 'average'"),
     ({"o": X1.to_sparse()}, TypeError, r"o must be a dense tensor, got torch.sparse_coo"),
     ({"weight": torch.ones(4).to_sparse()}, TypeError, r"weight must be a dense tensor, got torch.sparse_coo"),
     ({"weight": torch.ones(4) * 1j}, TypeError, r"weight must be real, got torch.complex64"),
