@@ -1,5 +1,6 @@
 """The shipped digits, IDX files against ones written here, the order of training, preparation and splits, and what is refused."""
 
+import dataclasses
 import errno
 import os
 from dataclasses import replace
@@ -243,6 +244,28 @@ def test_images_of_any_size_are_cropped_and_resized(tmp_path):
     for found, square in zip(data.images, (wide[:, 3:7], tall[2:6]), strict=True):
         means = square.astype(np.float64).reshape(2, 2, 2, 2, 3).mean(axis=(1, 3))
         assert np.abs(found.permute(1, 2, 0).numpy() - means).max() <= 1.0
+
+
+def test_images_in_one_channel_of_grey(tmp_path):
+    """Grey images keep their numbers, whatever their file's mode; of others it is the luma of ITU-R 601."""
+    grey, colours = random_images(4, 4), random_images(4, 4, 3)
+    write_images(tmp_path / "grey", [grey, np.stack([grey] * 3, axis=-1)])
+    assert torch.equal(load_dataset(tmp_path / "grey", "train", Preparation(grey=True)).images, torch.from_numpy(grey).expand(2, 1, 4, 4))
+    write_images(tmp_path / "colours", [colours, colours])
+    luma = colours.astype(np.float64) @ (0.299, 0.587, 0.114)
+    found = load_dataset(tmp_path / "colours", "train", Preparation(grey=True)).images
+    assert found.shape == (2, 1, 4, 4) and np.abs(found[0, 0].numpy() - luma).max() <= 0.51
+    small = load_dataset(tmp_path / "colours", "train", Preparation(grey=True, resize=2)).images
+    assert np.abs(small[0, 0].numpy() - luma.reshape(2, 2, 2, 2).mean(axis=(1, 3))).max() <= 1.5
+
+
+def test_grey_and_coloured_images_lie_in_files_of_their_own(tmp_path):
+    write_images(tmp_path / "images", random_images(4, 4, 4, 3))
+    mapped = Preparation(memory_limit=0.0, cache=str(tmp_path / "cache"))
+    channels = [
+        load_dataset(tmp_path / "images", "train", dataclasses.replace(mapped, grey=grey)).images.shape[1] for grey in (False, True, False)
+    ]
+    assert channels == [3, 1, 3] and len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_too_many_pixels_are_mapped(tmp_path, capsys):

@@ -176,6 +176,13 @@ def test_other_than_folders_of_images_are_not_resized(tmp_path, idx_folder):
     assert load_dataset("digits", "train", Preparation(resize=8)).images.shape[-1] == 8, "nothing to do"
 
 
+def test_other_than_folders_of_images_are_not_converted(tmp_path):
+    np.savez(tmp_path / "set.npz", images=random_images(4, 6, 6, 3), labels=np.zeros(4, np.int64))
+    with pytest.raises(ValueError, match=r"grey: expected off for set\.npz of 3 channels, because only image files are converted"):
+        load_dataset(tmp_path / "set.npz", "train", Preparation(grey=True))
+    assert load_dataset("digits", "train", Preparation(grey=True)).images.shape[1] == 1, "nothing to do"
+
+
 def test_data_of_one_size_can_be_exempt_from_preparation(tmp_path):
     images, labels = np.arange(96, dtype=np.uint8).reshape(6, 1, 4, 4), np.arange(6)
     np.savez(tmp_path / "set.npz", images=images, labels=labels)

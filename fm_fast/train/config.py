@@ -67,6 +67,7 @@ class TrainConfig:
         "'digits' (shipped), 'fashion', or a file or folder: IDX, CIFAR-10, small ImageNet, .npz, or images in a subfolder a class",
     )
     resize: int = _option(0, "cut out the middle square of a folder's images and bring it to this height and width, 0 to leave them")
+    grey: bool = _option(False, "read a folder's images in one channel of grey instead of red, green and blue")
     pool: int = _option(1, "replace blocks of this many pixels a side by their mean")
     pad: int = _option(0, "frame of this many pixels of value 0")
     super_resolution: int = _option(1, "learn to enlarge images so many times: the network sees means over blocks; 1: not")
@@ -156,7 +157,7 @@ class TrainConfig:
     def preparation(self) -> Preparation:
         """What happens to the images before training."""
         unlabelled = not self.conditional
-        return Preparation(self.resize, self.pool, self.pad, self.test_share, self.memory_limit, self.cache, unlabelled)
+        return Preparation(self.resize, self.pool, self.pad, self.test_share, self.memory_limit, self.cache, unlabelled, grey=self.grey)
 
 
 NOT_NEGATIVE = (

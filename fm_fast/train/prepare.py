@@ -15,13 +15,13 @@ WITHOUT_LABELS = "--no-conditional trains a network without, sample --classes no
 
 @dataclass(frozen=True)
 class Preparation:
-    """In this order: resize (images of a folder only), pool, pad; then the share for tests is put aside.
+    """In this order: resize and grey (images of a folder only), pool, pad; then the share for tests is put aside.
 
     resize: cut out the middle square and bring it to this height and width, 0 to leave the images as they are. pool: replace blocks of
     this many pixels a side by their mean. pad: add a frame of this many pixels of value 0. test_share: share of the images, always the
     same ones, that is held out of data that come without a test set. memory_limit: GiB of pixels above which the images of a folder or of
     ImageNet's batches lie in a file that is mapped into memory, in `cache`. unlabelled: data may come without labels. as_is: of data of
-    this height and width nothing is changed or held out; 0 for no such size.
+    this height and width nothing is resized, averaged, framed or held out; 0 for no such size. grey: one channel instead of three.
     """
 
     resize: int = 0
@@ -32,6 +32,7 @@ class Preparation:
     cache: str = "~/.cache/fm_fast"
     unlabelled: bool = False
     as_is: int = 0
+    grey: bool = False
 
     @property
     def limit_in_bytes(self) -> float:

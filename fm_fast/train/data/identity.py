@@ -11,7 +11,7 @@ from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import SHIPPED, Dataset
 
 LOOKED_AT = 16  # images whose pixels are compared: a data set may be larger than memory
-PREPARED_BY = ("resize", "pool", "pad", "test_share")
+PREPARED_BY = ("resize", "grey", "pool", "pad", "test_share")
 
 
 def identity_of(dataset: Dataset) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def load_dataset(source: str | Path, split: str = "train", preparation: Preparat
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
     dataset = _read(source, split, preparation)
     preparation = preparation.of_size(*dataset.images.shape[-2:])
-    _check_size(dataset, preparation.resize)
+    _check_kind(dataset, preparation)
     if dataset.division == UNDIVIDED and preparation.test_share > 0.0:
         rows = rows_of_split(len(dataset), preparation.test_share, split)
         dataset = replace(dataset, images=dataset.images[rows], labels=dataset.labels[rows], division=SHARE)
@@ -51,9 +51,11 @@ def load_dataset(source: str | Path, split: str = "train", preparation: Preparat
     return replace(dataset, images=pooled_and_padded(dataset.name, dataset.images, preparation))
 
 
-def _check_size(dataset: Dataset, resize: int) -> None:
-    """Only a folder's images are resized, when they are read."""
-    height, width = dataset.images.shape[-2:]
+def _check_kind(dataset: Dataset, preparation: Preparation) -> None:
+    """Only a folder's images are resized and converted, when they are read."""
+    (channels, height, width), resize = dataset.images.shape[1:], preparation.resize
+    if preparation.grey and channels != 1:
+        raise ValueError(f"grey: expected off for {dataset.name} of {channels} channels, because only image files are converted")
     if resize and (height, width) != (resize, resize):
         raise ValueError(
             f"resize: expected 0 for {dataset.name} of {height}x{width} pixels, because only image files are resized"

@@ -1,4 +1,4 @@
-"""Read one image file as RGB of 8 bits a channel: upright, on white, perhaps its middle square at another size."""
+"""Read one image file as RGB or grey of 8 bits a channel: upright, on white, perhaps its middle square at another size."""
 
 import struct
 from pathlib import Path
@@ -13,8 +13,8 @@ ORIENTATION = 0x0112
 DEPTH = 24  # where a PNG file says how many bits a channel has
 
 
-def read_image(file: Path, resize: int) -> Tensor:
-    """uint8 [3, H, W]; resize: height and width to bring the middle square to, 0 for the image as it is.
+def read_image(file: Path, resize: int, grey: bool = False) -> Tensor:
+    """uint8 [3, H, W], or [1, H, W] for grey; resize: height and width to bring the middle square to, 0 for the image as it is.
 
     The orientation that a camera noted is applied, what is transparent shows white, and of several pictures in a file the first is taken.
     Raises ValueError, naming the file, for one that cannot be read or has more than 8 bits a channel.
@@ -33,9 +33,10 @@ def read_image(file: Path, resize: int) -> Tensor:
         raise ValueError(f"{file}: expected a readable image, got: {error}") from error
     if wide:
         raise ValueError(f"{file}: expected 8 bits a channel, got more, in mode {rgb.mode}")
-    rgb = _middle_square(rgb, resize) if resize else rgb
-    pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1)
+    image = _middle_square(rgb, resize) if resize else rgb
+    image = image.convert("L") if grey else image  # luma as in ITU-R 601, which leaves a grey image's numbers as they were
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(image.height, image.width, -1).permute(2, 0, 1)
 
 
 def _compare_checksums(file: Path) -> None:

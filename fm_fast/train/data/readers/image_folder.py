@@ -131,18 +131,18 @@ def preparation_of(files: list[Path], preparation: Preparation) -> Preparation:
 
 
 def read_images(files: list[Path], preparation: Preparation) -> tuple[Tensor, bool]:
-    """(RGB images uint8 [N, 3, H, W], whether they lie in a mapped file).
+    """(images uint8 [N, 3, H, W], or [N, 1, H, W] for grey, whether they lie in a mapped file).
 
     All must have the size of the first, if they are not resized. Raises ValueError for an image that cannot be read or has another size.
     """
-    shape = (len(files), *read_image(files[0], preparation.resize).shape)
-    reading = f"{READING}, {preparation.resize}"
-    return filled(shape, files, reading, preparation, lambda images: _fill(images, files, preparation.resize))
+    shape = (len(files), *read_image(files[0], preparation.resize, preparation.grey).shape)
+    reading = f"{READING}, {preparation.resize}{', grey' if preparation.grey else ''}"
+    return filled(shape, files, reading, preparation, lambda images: _fill(images, files, preparation))
 
 
-def _fill(images: Tensor, files: list[Path], resize: int) -> None:
+def _fill(images: Tensor, files: list[Path], preparation: Preparation) -> None:
     for number, file in enumerate(_with_progress(files)):
-        image = read_image(file, resize)
+        image = read_image(file, preparation.resize, preparation.grey)
         if image.shape != images.shape[1:]:
             height, width = images.shape[2:]
             raise ValueError(
