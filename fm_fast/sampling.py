@@ -28,6 +28,7 @@ from fm_fast._solver.progress import step_counter
 from fm_fast._solver.recording import warn_unless_recorded
 from fm_fast._solver.rules import rules_of
 from fm_fast._solver.settings import NONFINITE, PerSample, Save, Settings, check_finite, make_settings
+from fm_fast._solver.trajectory import Trajectory
 from fm_fast._solver.trial import Derivative, Moment, Parts
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective
@@ -268,16 +269,15 @@ def _fixed(
     if key is not None:
         _require_numbers(factors)
         evaluate = with_noise(evaluate, plan, key, start.shape, reference.accumulation_dtype(start), settings.backend)
-    states: dict[int, Tensor] = {}
+    watched = _is_recorded(settings) or not _modes.plainly_eager() or _modes.transforms_active()
+    trajectory = Trajectory(settings.saved, at_once=not watched)
     with step_counter(len(plan.nodes) - 1, progress) as count:
-        after = _after_step(states, settings, callback, count if progress else None)
+        after = _after_step(trajectory, settings, callback, count if progress else None)
         state = make_state(start, plan, layout, settings.backend, plain=_is_recorded(settings))
         x = run(plan, state, evaluate, after)
     x = x.clone() if layout.doubled else x  # not half of a larger buffer
-    if 0 in settings.saved:
-        states[0] = start.to(x.dtype)
-    saved = torch.stack([states[position] for position in settings.saved]) if settings.saved else None
-    return x, saved, plan.evaluations
+    trajectory.note(0, start.to(x.dtype))
+    return x, trajectory.tensor(), plan.evaluations
 
 
 def _require_numbers(factors: object) -> None:
@@ -289,16 +289,15 @@ def _require_numbers(factors: object) -> None:
 
 
 def _after_step(
-    states: dict[int, Tensor], settings: Settings, callback: Callback | None, count: Callable[[], None] | None
+    trajectory: Trajectory, settings: Settings, callback: Callback | None, count: Callable[[], None] | None
 ) -> AfterStep | None:
     """What happens after a step; None where nothing does, which keeps the loop free of it. States are copied: the buffer is reused."""
     if not settings.saved and callback is None and count is None:
         return None
-    wanted, nodes = set(settings.saved), settings.nodes.tolist()
+    nodes = settings.nodes.tolist()
 
     def after(step: int, x: Tensor) -> None:
-        if step in wanted:
-            states[step] = x.clone()
+        trajectory.note(step, x)
         if callback is not None:
             callback(step, nodes[step], x.clone())
         if count is not None:

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from peak_memory import peak_bytes
 
 import fm_fast as fm
 from fm_fast.nn import UNet, UNetConfig
@@ -26,18 +26,6 @@ class Labelled(torch.nn.Module):
 
     def forward(self, x, t):
         return self.network(x, t, y=torch.zeros(len(x), dtype=torch.int64))
-
-
-def peak_bytes(step):
-    """Most bytes alive at once that the step allocated."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        most = max(most, alive)
-    return most
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from peak_memory import peak_bytes
 from sampling_helpers import FIXED, Counted, network, noise64, solve
 
 import fm_fast as fm
@@ -50,6 +51,14 @@ def test_save_at_the_ends_of_a_path_that_stops_early(backend):
     found = fm.sample(network, X0, path="vp", steps=4, save=[0.0, 1.0], backend=backend)
     assert found.saved_t == (0.0, 1 - 1e-5)
     assert torch.equal(found.saved[1], found.x) and torch.equal(found.saved[0], X0)
+
+
+def test_a_trajectory_is_written_where_it_stays(backend):
+    """Beside it the solve needs a few states' memory, and not the trajectory's again."""
+    noise = torch.zeros(64, 1024)
+    solve = lambda save: fm.sample(lambda x, t: x, noise, method="euler", steps=40, save=save, backend=backend)  # noqa: E731
+    plain, saving = peak_bytes(lambda: solve(None)), peak_bytes(lambda: solve("steps"))
+    assert saving - plain <= 1.1 * 41 * noise.nbytes
 
 
 def test_nothing_is_saved_unasked(backend):
