@@ -73,6 +73,16 @@ def test_frozen_convolutions_are_those_of_pytorch(dtype, stride, layout):
     assert torch.equal(output, plain) and torch.equal(got, expected) and got.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("parameters_train", [False, True])
+def test_one_image_without_a_batch(parameters_train):
+    """[C, H, W], as nn.Conv2d takes it."""
+    layer, x = frozen().requires_grad_(parameters_train), fm.noise((1, 4, 7, 6), seed=4, step=0)[0].double().requires_grad_()
+    plain = F.conv2d(x, layer.weight, layer.bias, 2, padding=1)
+    output, grad = layer(x), torch.randn_like(plain)
+    (got,), (expected,) = (torch.autograd.grad(y, x, grad) for y in (output, plain))
+    assert torch.equal(output, plain) and torch.equal(got, expected)
+
+
 def test_frozen_convolutions_differentiate_twice():
     layer = frozen()
     assert torch.autograd.gradgradcheck(lambda x: layer(x).sin(), (image(),))

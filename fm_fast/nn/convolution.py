@@ -94,8 +94,13 @@ def _is_differentiated(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _is_only_differentiated_in(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether autograd will want the gradient of x and of no parameter, and no transform looks for PyTorch's own convolution."""
+    """Whether autograd will want the gradient of x and of no parameter, and no transform looks for PyTorch's own convolution.
+
+    Not of one image without a batch: PyTorch's gradients of convolutions, unlike the convolutions, want one.
+    """
     if not (torch.is_grad_enabled() and x.requires_grad) or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return False
+    if x.dim() != 4:
         return False
     return not torch.is_autocast_enabled(x.device.type) and _modes.plainly_eager() and not _modes.transforms_active()
 
