@@ -271,6 +271,15 @@ def test_where_the_kernel_does_not_run(chosen, monkeypatch):
 
 
 @needs_default
+def test_a_wrong_number_of_channels_is_pytorchs_to_refuse(chosen):
+    layer, x = conv3x3(16, 32), draw(4, 48, 5, 4, index=3)
+    for trains in (True, False):
+        with pytest.raises(RuntimeError, match=r"expected input\[4, 48, 5, 4\] to have 16 channels, but got 48 channels instead"):
+            layer.requires_grad_(trains)(x)
+    assert chosen == []
+
+
+@needs_default
 def test_16_bit_layers_need_no_16_bit_arithmetic(chosen, monkeypatch):
     """The kernels compute in float32 themselves; what they do not know is PyTorch's float32, derivatives of derivatives too."""
     monkeypatch.setattr(convolution, "EMULATED_ON_CPU", frozenset({torch.bfloat16}))

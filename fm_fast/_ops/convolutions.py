@@ -27,10 +27,10 @@ LEAST_SHARE = {torch.float32: 0.5, torch.bfloat16: 0.75, torch.float16: 0.75}
 
 
 def is_convolved_here(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels are faster on this CPU and know the layout, dtype and kind of both tensors."""
+    """Whether the kernels are faster on this CPU and know the layout, dtype and kind of both tensors, whose channels fit."""
     if _ISA not in FASTER_ON or x.device.type != "cpu" or x.dtype not in FASTER_IN or x.dtype != weight.dtype:
         return False
-    known = type(x) is Tensor and type(weight) in PLAIN and x.dim() == 4
+    known = type(x) is Tensor and type(weight) in PLAIN and x.dim() == 4 and x.shape[1] == weight.shape[1]
     return known and x.is_contiguous(memory_format=torch.channels_last)
 
 
