@@ -151,6 +151,16 @@ def test_results_depend_neither_on_the_threads_nor_on_the_batch():
 
 
 @needs_cpp
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 2.0**118), (torch.bfloat16, 2.0**118), (torch.float16, 65504.0)], ids=str)
+def test_large_numbers_stay_finite(dtype, largest):
+    """Up to the bound of docs/maths/conv3x3.md, and in float16 all."""
+    x, weight, bias = problem(3, 16, 32, 9, 8)
+    weight = weight / weight.abs().sum((1, 2, 3), keepdim=True)
+    arguments = tuple(part.to(dtype) for part in (x.sign() * largest, weight, bias))
+    assert_exact(_ops.conv3x3(*arguments, "cpp"), arguments)
+
+
+@needs_cpp
 def test_nan_reaches_the_tiles_around_it_and_no_others():
     x, weight, bias = problem(2, 16, 16, 12, 12)
     x[0, 3, 5, 5] = float("nan")
