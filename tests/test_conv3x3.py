@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from page_faults import new_pages
 from thread_counts import on_thread_counts
 
 import fm_fast as fm
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 # batch, inputs, outputs, height, width
 SHAPES = [
     (2, 16, 16, 4, 4), (1, 16, 32, 1, 1), (3, 48, 32, 5, 7), (1, 16, 16, 1, 100), (1, 32, 16, 99, 2), (70, 16, 16, 3, 3),
-    (2, 272, 48, 4, 6), (0, 16, 16, 3, 3), (3, 64, 160, 9, 8), (7, 32, 32, 17, 13),
+    (2, 272, 48, 4, 6), (0, 16, 16, 3, 3), (3, 64, 160, 9, 8), (7, 32, 32, 17, 13), (1, 512, 464, 4, 5),
 ]  # fmt: skip
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -148,6 +149,13 @@ def test_results_depend_neither_on_the_threads_nor_on_the_batch():
     first, *others = on_thread_counts(lambda: _ops.conv3x3(x, weight, bias, "cpp"))
     assert all(torch.equal(first, other) for other in others)
     assert torch.equal(_ops.conv3x3(x[7:9], weight, bias, "cpp"), first[7:9])
+
+
+@needs_cpp
+def test_calls_keep_their_working_memory():
+    """Though the transformed weights of so many channels are more than glibc's allocator would keep."""
+    arguments = problem(*SHAPES[-1])
+    assert new_pages(lambda: _ops.conv3x3(*arguments, "cpp")) < 36 * 512 * 464 * 4 / 4096
 
 
 @needs_cpp

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from page_faults import new_pages
 from thread_counts import on_thread_counts, threads
 
 import fm_fast as fm
@@ -24,6 +25,7 @@ SHAPES = [
     (2, 16, 16, 4, 4, 3), (1, 16, 16, 1, 1, 1), (1, 16, 32, 1, 1, 3), (3, 48, 32, 5, 7, 3), (2, 64, 48, 2, 3, 3), (9, 32, 80, 8, 8, 3),
     (70, 16, 16, 3, 3, 3), (1, 16, 16, 3, 100, 3), (5, 130, 16, 4, 4, 1), (3, 16, 272, 3, 3, 3), (0, 16, 16, 3, 3, 3), (2, 3, 16, 6, 5, 1),
     (3, 17, 144, 5, 7, 1), (9, 24, 64, 8, 8, 1), (40, 16, 32, 9, 8, 3), (2, 160, 80, 6, 4, 3), (2, 150, 80, 6, 4, 1),
+    (2, 512, 464, 4, 5, 3),
 ]  # fmt: skip
 
 
@@ -103,6 +105,13 @@ def test_the_sums_do_not_depend_on_the_threads():
     arguments = problem(20, 32, 48, 6, 6, 3)
     first, *others = on_thread_counts(lambda: _ops.conv_weight_grad(*arguments, True, "cpp"))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@needs_cpp
+def test_calls_keep_their_working_memory():
+    """Though the sums of so many channels are more than glibc's allocator would keep."""
+    arguments = problem(*SHAPES[-1])
+    assert new_pages(lambda: _ops.conv_weight_grad(*arguments, True, "cpp")) < 36 * 512 * 464 * 4 / 4096
 
 
 @needs_cpp

@@ -134,13 +134,13 @@ template <class S>
 FM_INLINE void store_results(const Conv3x3Args& args, int64_t first, int64_t count, const float* bias, const TileBuffers& buffers) {
   for (int64_t t = 0; t < count; ++t) {
     Corner corner = corner_of(images_of<S>(args), first + t);
-    S* to = static_cast<S*>(args.y) + ((corner.sample * args.height + corner.row) * args.width + corner.column) * args.outputs;
+    S* to = static_cast<S*>(args.y) + ((corner.sample * args.height + corner.row) * args.width + corner.column) * args.row;
     int64_t rows = lesser(kTileSide, args.height - corner.row), columns = lesser(kTileSide, args.width - corner.column);
     for (int64_t o = 0; o < args.outputs; o += kWidth<float>) {
       Floats y[kTileSide][kTileSide], offset = load_whole(bias + o);
       transform_result(buffers.products + t * args.outputs + o, buffers.product_stride, y);
       for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j) store_whole(to + (i * args.width + j) * args.outputs + o, y[i][j] + offset);
+        for (int64_t j = 0; j < columns; ++j) store_whole(to + (i * args.width + j) * args.row + o, y[i][j] + offset);
     }
   }
 }

@@ -51,7 +51,7 @@ FM_INLINE void add_positions(const ConvArgs& args, const Unit& unit) {
   for (int64_t p = unit.begin; p < unit.end; p += kPositions) {
     int64_t count = lesser(kPositions, unit.end - p);
     Points x = {static_cast<const float*>(args.x) + p * args.inputs + unit.inputs.first, args.inputs};
-    Points dy = {static_cast<const float*>(args.grad_y) + p * args.outputs + unit.outputs.first, args.outputs};
+    Points dy = {static_cast<const float*>(args.grad_y) + p * args.row + unit.outputs.first, args.row};
     add_products(args, unit, x, dy, count, unit.sums);
     if (unit.bias) add_bias(dy, count, unit.outputs.count, unit.bias);
   }
@@ -114,7 +114,7 @@ struct GradientBuffers {
 template <class S>
 FM_INLINE void add_tiles(const ConvArgs& args, const Unit& unit, const GradientBuffers<S>& buffers) {
   Images<S> x = {static_cast<const S*>(args.x), args.height, args.width, args.inputs};
-  Images<S> dy = {static_cast<const S*>(args.grad_y), args.height, args.width, args.outputs};
+  Images<S> dy = {static_cast<const S*>(args.grad_y), args.height, args.width, args.row};
   for (int64_t first = unit.begin, count; first < unit.end; first += count) {
     count = lesser(args.unit_tiles, unit.end - first);
     transform_inputs(x, unit.inputs, first, count, buffers.zeros, buffers.inputs, buffers.input_stride);

@@ -138,6 +138,7 @@ struct ConvArgs {
   Dtype dtype;
   const void *x, *grad_y;
   int64_t batch, height, width, inputs, outputs, size;
+  int64_t row;        // from one position of grad_y to the next: of all outputs, where these are some of them
   void* grad_weight;  // [O, C, size, size], by strides
   int64_t output_stride, input_stride, tap_stride[2];
   void* grad_bias;  // [O], or nullptr
@@ -177,6 +178,7 @@ struct Conv3x3Args {
   void* y;
   int64_t batch, height, width, inputs, outputs;
   int64_t output_stride, input_stride, tap_stride[2], bias_stride;
+  int64_t row;         // from one position of y to the next: of all outputs, where these are some of them
   float* transformed;  // weights: kTileProducts times C O numbers
   int64_t unit_tiles;
 };

@@ -41,4 +41,13 @@ inline int64_t tiles_at_a_time(int64_t channels) {
   return greater(fitting / 12 * 12, kLeast);
 }
 
+// Outputs whose numbers, so many for each, are in memory at a time: as many each time. Of pieces beyond 32 MiB glibc's allocator keeps
+// none, and every call would wait for new pages.
+inline int64_t outputs_at_a_time(int64_t outputs, int64_t numbers) {
+  constexpr int64_t kBytes = 24 << 20, kMultiple = 64;  // of a tile of sums, and of a unit of gradients
+  int64_t multiples = divide_up(outputs, kMultiple);
+  int64_t most = greater(kBytes / (kMultiple * greater(numbers, 1) * static_cast<int64_t>(sizeof(float))), 1);
+  return divide_up(multiples, greater(divide_up(multiples, most), 1)) * kMultiple;
+}
+
 }  // namespace fm

@@ -43,12 +43,27 @@ Conv3x3Args conv3x3_args(const Tensor& y, const Tensor& x, const Tensor& weight,
   args.inputs = n[1];
   args.height = n[2];
   args.width = n[3];
-  args.outputs = outputs[1];
+  args.outputs = args.row = outputs[1];
   read_weight(weight, transposed, &args);
   args.bias = bias_of(bias, args.outputs, args.dtype);
   args.bias_stride = args.bias ? bias.strides()[0] : 0;
-  args.unit_tiles = share_of(tiles_of(args.batch, args.height, args.width), tiles_at_a_time(args.inputs + args.outputs));
   return args;
+}
+
+// The convolution to `count` outputs from `first`.
+Conv3x3Args some_outputs(Conv3x3Args args, int64_t first, int64_t count) {
+  int64_t bytes = element_size(args.dtype);
+  args.weight = static_cast<const char*>(args.weight) + first * args.output_stride * bytes;
+  args.y = static_cast<char*>(args.y) + first * bytes;
+  if (args.bias) args.bias = static_cast<const char*>(args.bias) + first * args.bias_stride * bytes;
+  args.outputs = count;
+  args.unit_tiles = share_of(tiles_of(args.batch, args.height, args.width), tiles_at_a_time(args.inputs + count));
+  return args;
+}
+
+void convolve(const Conv3x3Args& args) {
+  run_units(kernels().conv3x3_weights, args, args.outputs / kConvOutputs * (args.inputs / kConvOutputs), 4);
+  run_units(kernels().conv3x3, args, divide_up(tiles_of(args.batch, args.height, args.width), args.unit_tiles), 1);
 }
 
 }  // namespace
@@ -59,11 +74,10 @@ void conv3x3(StableIValue* stack, uint64_t, uint64_t) {
   refuse_grad({&x, &weight, &bias});
   Conv3x3Args args = conv3x3_args(y, x, weight, bias, in.flag());
   if (y.numel() == 0) return;
-  int64_t blocks = args.outputs / kConvOutputs, tiles = tiles_of(args.batch, args.height, args.width);
-  Scratch<float, kInlineTransformed> transformed(kTileProducts * args.inputs * args.outputs + 16);
+  int64_t most = lesser(outputs_at_a_time(args.outputs, kTileProducts * args.inputs), args.outputs);
+  Scratch<float, kInlineTransformed> transformed(kTileProducts * args.inputs * most + 16);
   args.transformed = on_a_line(transformed.data());
-  run_units(kernels().conv3x3_weights, args, blocks * (args.inputs / kConvOutputs), 4);
-  run_units(kernels().conv3x3, args, divide_up(tiles, args.unit_tiles), 1);
+  for (int64_t first = 0; first < args.outputs; first += most) convolve(some_outputs(args, first, lesser(most, args.outputs - first)));
 }
 
 }  // namespace fm

@@ -56,10 +56,25 @@ ConvArgs conv_args(const Tensor& grad_weight, const Tensor& grad_bias, const Ten
   args.inputs = n[1];
   args.height = n[2];
   args.width = n[3];
-  args.outputs = outputs[1];
+  args.outputs = args.row = outputs[1];
   read_weight(grad_weight, grad_bias, &args);
   cut(&args);
   return args;
+}
+
+// The gradients of `count` outputs from `first`.
+ConvArgs some_outputs(ConvArgs args, int64_t first, int64_t count) {
+  int64_t bytes = element_size(args.dtype);
+  args.grad_y = static_cast<const char*>(args.grad_y) + first * bytes;
+  args.grad_weight = static_cast<char*>(args.grad_weight) + first * args.output_stride * bytes;
+  if (args.grad_bias) args.grad_bias = static_cast<char*>(args.grad_bias) + first * args.bias_stride * bytes;
+  args.outputs = count;
+  return args;
+}
+
+void sum_gradients(const ConvArgs& args) {
+  run_units(kernels().conv_weight_grad, args, args.parts * conv_ranges(args), 1);
+  run_units(kernels().conv_weight_grad_sums, args, greater(divide_up(args.inputs, kGradientChannels), 1), 2);
 }
 
 }  // namespace
@@ -69,10 +84,10 @@ void conv_weight_grad(StableIValue* stack, uint64_t, uint64_t) {
   Tensor grad_weight = in.tensor("grad_weight"), grad_bias = in.tensor("grad_bias"), grad_y = in.tensor("grad_y"), x = in.tensor("x");
   refuse_grad({&grad_y, &x});
   ConvArgs args = conv_args(grad_weight, grad_bias, grad_y, x);
-  Scratch<float, kInlinePartial> partial(args.parts * conv_sums(args));
+  int64_t most = lesser(outputs_at_a_time(args.outputs, args.parts * conv_products(args) * args.inputs), args.outputs);
+  Scratch<float, kInlinePartial> partial(args.parts * conv_sums(some_outputs(args, 0, most)));
   args.partial = partial.data();
-  run_units(kernels().conv_weight_grad, args, args.parts * conv_ranges(args), 1);
-  run_units(kernels().conv_weight_grad_sums, args, greater(divide_up(args.inputs, kGradientChannels), 1), 2);
+  for (int64_t first = 0; first < args.outputs; first += most) sum_gradients(some_outputs(args, first, lesser(most, args.outputs - first)));
 }
 
 }  // namespace fm

@@ -37,7 +37,7 @@ void check(const Isa& isa, const Case& c, fm::Dtype dtype, double last) {
   args.bias = bias.data();
   args.bias_stride = 1;
   args.y = y.data();
-  args.batch = c.batch, args.height = c.height, args.width = c.width, args.inputs = c.inputs, args.outputs = c.outputs;
+  args.batch = c.batch, args.height = c.height, args.width = c.width, args.inputs = c.inputs, args.outputs = args.row = c.outputs;
   args.output_stride = c.transposed ? 9 : 9 * c.inputs, args.input_stride = c.transposed ? 9 * c.outputs : 9;
   args.tap_stride[0] = c.transposed ? -3 : 3, args.tap_stride[1] = c.transposed ? -1 : 1;
   args.transformed = transformed.data();

@@ -39,7 +39,8 @@ void check(const Isa& isa, const Case& c, fm::Dtype dtype, double last) {
   args.dtype = dtype;
   args.x = x.data();
   args.grad_y = dy.data();
-  args.batch = c.batch, args.height = c.height, args.width = c.width, args.inputs = c.inputs, args.outputs = c.outputs, args.size = c.size;
+  args.batch = c.batch, args.height = c.height, args.width = c.width, args.inputs = c.inputs, args.outputs = args.row = c.outputs,
+  args.size = c.size;
   args.grad_weight = weight.data();
   args.output_stride = c.inputs * taps, args.input_stride = taps, args.tap_stride[0] = c.size, args.tap_stride[1] = 1;
   args.grad_bias = bias.data();
