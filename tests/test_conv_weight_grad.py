@@ -108,6 +108,17 @@ def test_the_sums_do_not_depend_on_the_threads():
 
 
 @needs_cpp
+@pytest.mark.parametrize("size", [1, 3])
+def test_long_sums_of_one_sign_are_summed_in_parts(size):
+    """One number after the other their roundings would add up: in size 1 to 3e-6 over these 262,144 positions."""
+    grad_y, x = (fm.noise((256, 16, 32, 32), seed=5, step=n, kind="uniform").to(memory_format=torch.channels_last) for n in (1, 2))
+    weight = torch.empty(16, 16, size, size)
+    got, (expected, _) = _ops.conv_weight_grad(grad_y, x, weight, True, "cpp"), exact(grad_y, x, weight)
+    for found, value in zip(got, expected, strict=True):
+        assert abs(found.double().numpy() / value - 1).max() < 1e-6
+
+
+@needs_cpp
 def test_calls_keep_their_working_memory():
     """Though the sums of so many channels are more than glibc's allocator would keep."""
     arguments = problem(*SHAPES[-1])

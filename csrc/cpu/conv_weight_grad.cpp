@@ -41,9 +41,9 @@ FM_INLINE void add_products(const ConvArgs& args, const Unit& unit, const Points
 
 FM_INLINE void add_bias(const Points& dy, int64_t count, int64_t outputs, float* sums) {
   for (int64_t o = 0; o < outputs; o += kWidth<float>) {
-    Floats sum = load_whole(sums + o);
+    Floats sum{};
     for (int64_t p = 0; p < count; ++p) sum += load_whole(dy.data + p * dy.stride + o);
-    store_whole(sums + o, sum);
+    store_whole(sums + o, load_whole(sums + o) + sum);
   }
 }
 

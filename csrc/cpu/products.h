@@ -65,7 +65,7 @@ FM_INLINE void multiply_tile(const Left<T>& a, const Right<T>& b, int64_t depth,
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[m][v] = kAdd ? load_whole(to.data + m * to.row + v * kLane) : Vector<float>{};
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = Vector<float>{};
   const T *left = a.data, *right = b.data;
   for (int64_t k = 0; k < depth; ++k, left += a.step, right += b.row) {
     decltype(load_vector(right)) vectors[kVectors];
@@ -81,7 +81,10 @@ FM_INLINE void multiply_tile(const Left<T>& a, const Right<T>& b, int64_t depth,
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store_whole(to.data + m * to.row + v * kLane, sum[m][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = to.data + m * to.row + v * kLane;
+      store_whole(at, kAdd ? load_whole(at) + sum[m][v] : sum[m][v]);
+    }
 }
 
 template <bool kAdd, int kVectors, class T>
@@ -93,7 +96,8 @@ static void multiply_columns(Left<T> a, const Right<T>& b, int64_t depth, int64_
   for (; rows > 0; --rows, a.data += a.row, to.data += to.row) multiply_tile<kAdd, 1, kVectors>(a, b, depth, to);
 }
 
-// to [rows, columns] = a [rows, depth] b [depth, columns], or with kAdd that much more; columns are a multiple of the vectors' width.
+// to [rows, columns] = a [rows, depth] b [depth, columns], or with kAdd that much more: by one addition, so that roundings of a long sum
+// in parts grow with the number of parts and their depth, not with the product of both. columns are a multiple of the vectors' width.
 // Pairs: depth counts them.
 template <bool kAdd, class T>
 FM_INLINE void multiply(const Left<T>& a, const Right<T>& b, int64_t depth, int64_t rows, int64_t columns, const Result& to) {
