@@ -17,6 +17,7 @@ from fm_fast import _checks, _modes, reference
 from fm_fast._results import Result
 from fm_fast._solver.adaptive import solve_adaptive
 from fm_fast._solver.churn import churn_key, with_noise
+from fm_fast._solver.derivative import Derivative, Moment, Parts
 from fm_fast._solver.evaluate import make_evaluate, make_mixed
 from fm_fast._solver.field import Field, Model, combined, make_field
 from fm_fast._solver.guidance import Guidance
@@ -29,7 +30,6 @@ from fm_fast._solver.recording import warn_unless_recorded
 from fm_fast._solver.rules import rules_of
 from fm_fast._solver.settings import NONFINITE, PerSample, Save, Settings, check_finite, make_settings
 from fm_fast._solver.trajectory import Trajectory
-from fm_fast._solver.trial import Derivative, Moment, Parts
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective
 from fm_fast.paths import Path

@@ -3,7 +3,8 @@
 With the error's largest root mean square e beside the tolerance, a step counts where e <= 1, and the next one is longer by the factor
 0.9 e^(-1/order), between 0.2 and 10 (not below 1 where e < 1). The first step is Hairer's guess. Error norm, factors and
 guess are torchdiffeq's too, so both take the same steps with methods whose last stage is the next step's first. States within a step come
-from its slopes, without an evaluation.
+from its slopes, without an evaluation. The same rules, for each sample by itself and without the host's numbers, are those of
+:func:`fm_fast.reference.step_control`.
 
 Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I, chapters II.4 and II.6.
 """
@@ -14,17 +15,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fm_fast._solver.loop import counts_writes, unwritten
+from fm_fast._solver.derivative import Counted, Derivative, Parts, moment
+from fm_fast._solver.first_step import difference, euler_length, first_length
 from fm_fast._solver.rules import Rules
-from fm_fast._solver.trial import Derivative, Moment, Parts, Trial, moment
+from fm_fast._solver.trial import Trial
 from fm_fast.reference import LONGEST, SAFETY, SHORTEST
 
 # (number of the finished step, t, state)
 AfterStep = Callable[[int, float, Parts], None]
-
-
-class StepFailed(Exception):
-    """Why a solve cannot go on."""
 
 
 def solve_adaptive(
@@ -52,46 +50,19 @@ def solve_adaptive(
         return [start for _ in times], 0
     counted = Counted(derivative, start, name)
     begin = rules.beginning(start)
-    try:
-        trial = Trial(counted, begin, times[0], rules.method, rules.arithmetic(begin))
-        states = _Control(trial, counted, rules, after_step).through(times, jumps)
-    except StepFailed as reason:
-        raise RuntimeError(_explanation(str(reason), rules)) from None
+    trial = Trial(counted, begin, times[0], rules.method, rules.arithmetic(begin))
+    states = _Control(trial, counted, rules, after_step).through(times, jumps)
     return states, counted.evaluations
-
-
-def _explanation(reason: str, rules: Rules) -> str:
-    method, (rtol, atol) = rules.method.name, rules.tolerance
-    if "max_steps" in reason:
-        return f"{method} {reason}; raise max_steps, or rtol={rtol} and atol={atol}"
-    return f"{method} failed ({reason}): the model's velocity is not finite, or too rough for rtol={rtol} and atol={atol}"
-
-
-class Counted:
-    """The derivative, whose evaluations are counted, and which must not write into the state."""
-
-    def __init__(self, derivative: Derivative, start: Parts, name: str = "model") -> None:
-        self._derivative, self._watches, self._name = derivative, counts_writes(start[0]), name
-        self.evaluations = 0
-
-    def change(self, derivative: Derivative) -> None:
-        """Go on with another derivative."""
-        self._derivative = derivative
-
-    def __call__(self, now: Moment, y: Parts) -> Parts:
-        self.evaluations += 1
-        return unwritten(y[0], lambda: self._derivative(now, y), self._name) if self._watches else self._derivative(now, y)
 
 
 class _Control:
     """The length of the steps, whose sign is the direction of the solve."""
 
     def __init__(self, trial: Trial, derivative: Counted, rules: Rules, after_step: AfterStep | None) -> None:
-        method, self._tolerance, self._max_steps = rules.method, rules.tolerance, rules.max_steps
-        self._trial, self._derivative, self._after_step = trial, derivative, after_step
-        self._exponent, self._interpolates = -1.0 / method.order, method.interpolates
-        self._nodes, self._h, self._tried, self._finished = method.table.c, 0.0, 0, 0
-        self._not_finite, self._low, self._high = 0, 0.0, 0.0
+        self._trial, self._derivative, self._rules, self._after_step = trial, derivative, rules, after_step
+        self._nodes, self._interpolates = rules.method.table.c, rules.method.interpolates
+        self._h, self._low, self._high = 0.0, 0.0, 0.0
+        self._tried, self._finished, self._not_finite = 0, 0, 0
 
     def through(self, times: Sequence[float], jumps: Sequence[float]) -> list[Parts]:
         """The state at each of times; copies, since the next steps overwrite it."""
@@ -121,17 +92,17 @@ class _Control:
             cut = abs(self._h) >= abs(end - t)
             h = end - t if cut else self._h
             if t + h == t:
-                raise StepFailed(f"a step of {h:.3g} at t = {t:.6g} is too short to be one")
+                raise self._failure(f"a step of {h:.3g} at t = {t:.6g} is too short to be one")
             error = self._try(t, h)
             if error <= 1.0:
                 reached = end if cut else t + h
                 states += self._within(t, reached, passed)
                 t = reached
                 self._accept(t)
-                longer = h * self._factor(error)
+                longer = h * self._growth(error)
                 self._h = max(self._h, longer, key=abs) if cut else longer
             else:
-                self._h = h * self._factor(error)
+                self._h = h * self._growth(error)
         return states
 
     def _within(self, t: float, reached: float, passed: list[float]) -> list[Parts]:
@@ -149,11 +120,10 @@ class _Control:
             self._after_step(self._finished, t, self._trial.y)
 
     def _try(self, t: float, h: float) -> float:
-        if self._tried == self._max_steps:
-            wall = f", of which {self._not_finite} led to values that are not finite" if self._not_finite else ""
-            raise StepFailed(f"did not reach the end of the solve in max_steps={self._max_steps} steps{wall}")
+        if self._tried == self._rules.max_steps:
+            raise self._exhaustion()
         self._tried += 1
-        error = self._trial.step(h, [self._inside(t + c * h) for c in self._nodes], self._tolerance)
+        error = self._trial.step(h, [self._inside(t + c * h) for c in self._nodes], self._rules.tolerance)
         self._not_finite += not math.isfinite(error)
         return error
 
@@ -161,28 +131,31 @@ class _Control:
         """Within the times of the solve: rounding, and the guess of the first step, would else look outside."""
         return min(max(t, self._low), self._high)
 
-    def _factor(self, error: float) -> float:
+    def _growth(self, error: float) -> float:
         """How much longer the next step is."""
         if error == 0.0 or not math.isfinite(error):
             return SHORTEST if error else LONGEST
         least = 1.0 if error < 1.0 else SHORTEST
-        return min(LONGEST, max(SAFETY * error**self._exponent, least))
+        return min(LONGEST, max(SAFETY * error ** (-1.0 / self._rules.method.order), least))
 
     @torch.no_grad()
     def _first_step(self, t: float, direction: float) -> float:
-        """A step whose error is about a hundredth of the tolerance, by the size of the slope and of its change."""
-        y, slope = self._trial.y, self._trial.slope
+        y, slope, tolerance = self._trial.y, self._trial.slope, self._rules.tolerance
         assert slope is not None
-        state, speed = (self._trial.size(values, self._tolerance) for values in (y, slope))
+        state, speed = self._trial.norm(y, tolerance), self._trial.norm(slope, tolerance)
         if not math.isfinite(state) or not math.isfinite(speed):
-            raise StepFailed(f"the state or its slope, or its size beside the tolerance, is not finite at t = {t:.6g}")
-        h = 1e-6 if state < 1e-5 or speed < 1e-5 else 0.01 * state / speed
+            raise self._failure(f"the state or its slope, or its size beside the tolerance, is not finite at t = {t:.6g}")
+        h = euler_length(state, speed)
         there = moment(self._inside(t + direction * h), y[0])
         ahead = self._derivative(there, tuple(part + direction * h * k for part, k in zip(y, slope, strict=True)))
-        difference = tuple(a.to(b.dtype) - b for a, b in zip(ahead, slope, strict=True))
-        change = self._trial.size(difference, self._tolerance) / h
-        if not math.isfinite(change) or max(speed, change) <= 1e-15:
-            guess = max(1e-6, h * 1e-3)
-        else:
-            guess = (0.01 / max(speed, change)) ** -self._exponent
-        return direction * min(100.0 * h, guess)
+        change = self._trial.norm(difference(ahead, slope), tolerance) / h
+        return direction * first_length(h, speed, change, self._rules.method.order)
+
+    def _failure(self, reason: str) -> RuntimeError:
+        name, tolerance = self._rules.method.name, self._rules.tolerance
+        return RuntimeError(f"{name} failed ({reason}): the model's velocity is not finite, or too rough for {tolerance}")
+
+    def _exhaustion(self) -> RuntimeError:
+        steps = f"did not reach the end of the solve in max_steps={self._tried} steps"
+        wall = f", of which {self._not_finite} led to values that are not finite" if self._not_finite else ""
+        return RuntimeError(f"{self._rules.method.name} {steps}{wall}; raise max_steps, or {self._rules.tolerance}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fm_fast import _checks, _modes, _philox, random, reference
 from fm_fast._solver.adaptive import solve_adaptive
+from fm_fast._solver.derivative import Derivative, Moment, Parts
 from fm_fast._solver.estimator import Estimator
 from fm_fast._solver.evaluate import make_mixed
 from fm_fast._solver.field import Field, Model, combined, make_field
@@ -23,7 +24,6 @@ from fm_fast._solver.progress import step_counter
 from fm_fast._solver.recording import check_gradient, solving
 from fm_fast._solver.rules import rules_of
 from fm_fast._solver.settings import NONFINITE, Settings
-from fm_fast._solver.trial import Derivative, Moment, Parts
 from fm_fast.random import Whole
 from fm_fast.solvers import RungeKutta
 

@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 from fm_fast import _ops
+from fm_fast._solver.arithmetic import Arithmetic, Fused, Plain, Tolerance
+from fm_fast._solver.derivative import Parts
 from fm_fast._solver.settings import Settings
-from fm_fast._solver.trial import Arithmetic, Fused, Parts, Plain, Tolerance
 from fm_fast.solvers import EmbeddedRungeKutta
 
 

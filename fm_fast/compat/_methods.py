@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fm_fast import _checks
+from fm_fast._solver.arithmetic import Tolerance
 from fm_fast._solver.ode import Accuracy, Stops
-from fm_fast._solver.trial import Tolerance
 from fm_fast.solvers import ADAPTIVE, METHODS, EmbeddedRungeKutta, RungeKutta, Table
 
 # torchdiffeq's "rk4" is Kutta's other rule of order four.
