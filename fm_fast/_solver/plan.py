@@ -52,6 +52,11 @@ class Segment(NamedTuple):
     stages: tuple[Stage, ...]
     renoises: bool = False
 
+    @property
+    def evaluations(self) -> int:
+        """Of the network in each step."""
+        return len(self.stages) - 1 if self.renoises else len(self.stages)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -89,8 +94,28 @@ class Plan:
 
     def places(self) -> list[tuple[int, int]]:
         """(step, stage within it) of each evaluation."""
-        shapes = [range(len(stages) - renoises) for steps, stages, renoises in self.segments for _ in range(steps)]
-        return [(step, stage) for step, stages in enumerate(shapes) for stage in stages]
+        evaluations = [segment.evaluations for segment in self.segments for _ in range(segment.steps)]
+        return [(step, stage) for step, count in enumerate(evaluations) for stage in range(count)]
+
+
+class Factors(NamedTuple):
+    """(p, r) of the velocity p x + r o, each of the times' shape."""
+
+    p: Array
+    r: Array
+
+    def table(self) -> Array | None:
+        """(p, r) of each time, float64 [times, 2]; None where every output is the velocity."""
+        if np.all(self.p == 0.0) and np.all(self.r == 1.0):
+            return None
+        return np.stack([self.p, self.r], axis=1)
+
+
+class Velocity(NamedTuple):
+    """What a plan needs of the velocity: the range of times where it is finite, and its factors at times of any shape in there."""
+
+    limits: tuple[float, float]
+    factors: Callable[[Array], Factors]
 
 
 def make_plan(
@@ -115,7 +140,7 @@ def ode_plan(table: Table, nodes: bytes) -> Plan:
     return _plan(table, np.frombuffer(nodes).copy(), Velocity((-np.inf, np.inf), _trivial_factors))
 
 
-def _plan(table: Table, nodes: Array, velocity: "Velocity", changes: Sequence[int] = ()) -> Plan:
+def _plan(table: Table, nodes: Array, velocity: Velocity, changes: Sequence[int] = ()) -> Plan:
     if isinstance(table, RungeKutta):
         return _runge_kutta(table, nodes, velocity)
     ends = (0, *changes, len(nodes) - 1)
@@ -131,25 +156,6 @@ def _joined(nodes: Array, plans: Sequence[Plan]) -> Plan:
     return Plan(nodes, segments, *map(np.concatenate, parts))
 
 
-class Factors(NamedTuple):
-    """(p, r) of the velocity p x + r o, each of the times' shape."""
-
-    p: Array
-    r: Array
-
-    @property
-    def trivial(self) -> bool:
-        """Whether the output is the velocity."""
-        return bool(np.all(self.p == 0.0) and np.all(self.r == 1.0))
-
-
-class Velocity(NamedTuple):
-    """What a plan needs of the velocity: the range of times where it is finite, and its factors at times of any shape in there."""
-
-    limits: tuple[float, float]
-    factors: Callable[[Array], Factors]
-
-
 def _factors_on(path: Path, objective: Objective) -> Callable[[Array], Factors]:
     def factors(times: Array) -> Factors:
         p, r = velocity_coefficients(path, objective, torch.from_numpy(times))
@@ -162,32 +168,7 @@ def _trivial_factors(times: Array) -> Factors:
     return Factors(np.zeros_like(times), np.ones_like(times))
 
 
-def _churned(table: RungeKutta, nodes: Array, path: Path, velocity: Velocity, churn: float) -> Plan:
-    """Runge-Kutta steps from t to t' that begin at s = t - churn (t' - t), where the state is taken by noise of the path's own.
-
-    x_s = a x_t + b z with a = alpha_s / alpha_t and b^2 = sigma_s^2 - a^2 sigma_t^2 has the path's distribution at s where x_t has that
-    at t. Where alpha_t is 0 the state is noise already. Source: Karras et al. (2022), algorithm 2, there for alpha = 1.
-    """
-    at_nodes = _alpha_and_sigma(path, nodes[:-1])
-    can, begins = at_nodes[0] > 0.0, churned_begins(path, nodes, churn, velocity.limits[0])
-    alpha, sigma = _alpha_and_sigma(path, begins)
-    a = np.divide(alpha, at_nodes[0], out=np.ones_like(alpha), where=can)
-    b = np.sqrt(np.maximum(sigma**2 - (a * at_nodes[1]) ** 2, 0.0))
-    plan = _runge_kutta(table, nodes, velocity, begins)
-    renoise = Stage((0,), np.stack([a, np.where(can, b, 0.0)], axis=1), ends_step=True)
-    return replace(plan, segments=tuple(Segment(steps, (renoise, *stages), renoises=True) for steps, stages, _ in plan.segments))
-
-
-def churned_begins(path: Path, nodes: Array, churn: float, lowest: float) -> Array:
-    """Where the steps between the nodes begin."""
-    earlier = np.clip(nodes[:-1] - churn * np.diff(nodes), lowest, nodes[:-1])
-    return np.where(_alpha_and_sigma(path, nodes[:-1])[0] > 0.0, earlier, nodes[:-1])
-
-
-def _alpha_and_sigma(path: Path, times: Array) -> tuple[Array, Array]:
-    with torch.no_grad():
-        point = schedule(path, torch.from_numpy(times))
-    return point.a.numpy(), point.s.numpy()
+# Runge-Kutta methods
 
 
 def _runge_kutta(table: RungeKutta, nodes: Array, velocity: Velocity, begins: Array | None = None) -> Plan:
@@ -204,19 +185,21 @@ def _runge_kutta(table: RungeKutta, nodes: Array, velocity: Velocity, begins: Ar
 def _folded_stages(table: RungeKutta, widths: Array, factors: Factors) -> tuple[Stage, ...]:
     """The updates of a Runge-Kutta step with p and r multiplied out; factors [steps, stages]."""
     rows = [*table.a[1:], table.b]
-    steps, velocities = len(widths), []
-    # X = [A, C_0, C_1, ...]: the stage's input as a combination of (x, o_0, o_1, ...), float64 [steps, 1 + stages].
-    x = np.zeros((steps, 1 + table.stages))
+    # A stage's input and velocity as combinations of (x, o_0, o_1, ...), float64 [steps, 1 + stages]; the first input is x.
+    x = np.zeros((len(widths), 1 + table.stages))
     x[:, 0] = 1.0
-    stages = []
+    stages, velocities, combination = list[Stage](), list[Array](), x
     for i, row in enumerate(rows):
-        velocity = factors.p[:, i, None] * x
+        velocity = factors.p[:, i, None] * combination
         velocity[:, 1 + i] += factors.r[:, i]
         velocities.append(velocity)
-        x = widths[:, None] * sum((weight * k for weight, k in zip(row, velocities, strict=True) if weight != 0.0), np.zeros_like(x))
-        x[:, 0] += 1.0
-        stages.append(_stage(x, i, ends_step=i == len(rows) - 1))
+        combination = x + widths[:, None] * _weighted_sum(row, velocities)
+        stages.append(_stage(combination, i, ends_step=i == len(rows) - 1))
     return tuple(stages)
+
+
+def _weighted_sum(weights: Sequence[float], values: Sequence[Array]) -> Array:
+    return sum((weight * value for weight, value in zip(weights, values, strict=True) if weight != 0.0), np.zeros_like(values[0]))
 
 
 def _stage(combination: Array, newest: int, ends_step: bool) -> Stage:
@@ -226,23 +209,52 @@ def _stage(combination: Array, newest: int, ends_step: bool) -> Stage:
     return Stage(tuple(newest - i for i in used), np.ascontiguousarray(combination[:, columns]), ends_step)
 
 
+def _churned(table: RungeKutta, nodes: Array, path: Path, velocity: Velocity, churn: float) -> Plan:
+    """Runge-Kutta steps from t to t' that begin at s = t - churn (t' - t), where the state is taken by noise of the path's own.
+
+    x_s = a x_t + b z with a = alpha_s / alpha_t and b^2 = sigma_s^2 - a^2 sigma_t^2 has the path's distribution at s where x_t has that
+    at t. Where alpha_t is 0 the state is noise already. Source: Karras et al. (2022), algorithm 2, there for alpha = 1.
+    """
+    begins = churned_begins(path, nodes, churn, velocity.limits[0])
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = _alpha_and_sigma(path, nodes[:-1]), _alpha_and_sigma(path, begins)
+    is_noise = alpha_t <= 0.0
+    a = np.divide(alpha_s, alpha_t, out=np.ones_like(alpha_s), where=~is_noise)
+    b = np.where(is_noise, 0.0, np.sqrt(np.maximum(sigma_s**2 - (a * sigma_t) ** 2, 0.0)))
+    renoise = Stage((0,), np.stack([a, b], axis=1), ends_step=True)
+    plan = _runge_kutta(table, nodes, velocity, begins)
+    (segment,) = plan.segments
+    return replace(plan, segments=(Segment(segment.steps, (renoise, *segment.stages), renoises=True),))
+
+
+def churned_begins(path: Path, nodes: Array, churn: float, lowest: float) -> Array:
+    """Where the steps between the nodes begin."""
+    earlier = np.clip(nodes[:-1] - churn * np.diff(nodes), lowest, nodes[:-1])
+    return np.where(_alpha_and_sigma(path, nodes[:-1])[0] > 0.0, earlier, nodes[:-1])
+
+
+def _alpha_and_sigma(path: Path, times: Array) -> tuple[Array, Array]:
+    with torch.no_grad():
+        point = schedule(path, torch.from_numpy(times))
+    return point.a.numpy(), point.s.numpy()
+
+
+# Multistep methods
+
+
 def _adams_bashforth(table: AdamsBashforth, nodes: Array, velocity: Velocity) -> Plan:
-    """The starting steps, then one segment for each step that still reaches back into them, then the rest."""
+    """The starting steps, then those of one evaluation each, which combine the velocities at the last nodes."""
     _check_widths(nodes)
-    started = min(table.history - 1, len(nodes) - 1)
-    times = np.clip(nodes[:-1], *velocity.limits)
-    factors = velocity.factors(times)
-    first, evaluations = _starting_steps(table.start, nodes[: started + 1], velocity, factors)
-    node_evaluations = [*range(0, started * table.start.stages, table.start.stages)]
-    node_evaluations += range(evaluations.times.size, evaluations.times.size + len(nodes) - 1 - started)
-    weights = np.concatenate([evaluations.weights, np.zeros(len(nodes) - 1 - started)])
-    segments = [first]
-    if len(nodes) - 1 > started:
-        segments += _history_segments(table, nodes, started, node_evaluations, factors, weights)
-    later = slice(started, None)
+    started, times = min(table.history - 1, len(nodes) - 1), np.clip(nodes[:-1], *velocity.limits)
+    at_nodes = velocity.factors(times)
+    first, start = _starting_steps(table.start, nodes[: started + 1], velocity, at_nodes)
+    if started == len(times):
+        return replace(start, segments=(first,))
+    history, rest = _history(table, nodes, started), slice(started, None)
+    weights = np.concatenate([start.weights, np.zeros(len(times) - started)])
+    np.add.at(weights, history.evaluations, history.weights)
     return Plan(
-        nodes, tuple(segments), np.concatenate([evaluations.times, times[later]]), weights,
-        np.concatenate([evaluations.x_factors, factors.p[later]]), np.concatenate([evaluations.output_factors, factors.r[later]]),
+        nodes, (first, *_history_segments(history, at_nodes, started)), np.concatenate([start.times, times[rest]]), weights,
+        np.concatenate([start.x_factors, at_nodes.p[rest]]), np.concatenate([start.output_factors, at_nodes.r[rest]]),
     )  # fmt: skip
 
 
@@ -258,38 +270,38 @@ def _check_widths(nodes: Array) -> None:
 
 def _starting_steps(start: RungeKutta, nodes: Array, velocity: Velocity, at_nodes: Factors) -> tuple[Segment, Plan]:
     """Runge-Kutta steps whose first stage keeps its velocity for the history, and the plan that these steps alone would be."""
-    plan = _runge_kutta(start, nodes, velocity)
-    if at_nodes.trivial:
+    plan, table = _runge_kutta(start, nodes, velocity), at_nodes.table()
+    if table is None:
         return plan.segments[0], plan
     shape = (len(nodes) - 1, start.stages)
     p, r = plan.x_factors.reshape(shape).copy(), plan.output_factors.reshape(shape).copy()
-    p[:, 0], r[:, 0] = 0.0, 1.0
+    p[:, 0], r[:, 0] = 0.0, 1.0  # what the stages find kept is the velocity itself
     first, *others = _folded_stages(start, np.diff(nodes), Factors(p, r))
-    kept = replace(first, velocity=_velocity_table(at_nodes, 0, len(nodes) - 1))
-    return Segment(len(nodes) - 1, (kept, *others)), plan
+    return Segment(len(nodes) - 1, (replace(first, velocity=table[: len(nodes) - 1]), *others)), plan
 
 
-def _velocity_table(factors: Factors, begin: int, end: int) -> Array:
-    return np.stack([factors.p[begin:end], factors.r[begin:end]], axis=1)
+class _History(NamedTuple):
+    """The velocities that each step combines, newest first: the numbers of their evaluations, and their weights; [steps, history]."""
+
+    evaluations: Array
+    weights: Array
 
 
-def _history_segments(
-    table: AdamsBashforth, nodes: Array, started: int, evaluation_of: list[int], factors: Factors, weights: Array
-) -> list[Segment]:
-    """Segments of the steps from ``started`` on; adds their quadrature weights to ``weights``."""
+def _history(table: AdamsBashforth, nodes: Array, started: int) -> _History:
+    """Of the steps from ``started`` on."""
     steps = np.arange(started, len(nodes) - 1)
     behind = steps[:, None] - np.arange(table.history)
-    rule = table.weights(nodes[behind], nodes[steps + 1])
-    sources = np.array(evaluation_of)[behind]
-    np.add.at(weights, sources, rule)
-    lags = sources[:, :1] - sources
-    coefficients = np.concatenate([np.ones((len(steps), 1)), rule], axis=1)
-    irregular = min(table.history - 1, len(steps))
-    cuts = [*range(irregular), *([irregular] if irregular < len(steps) else []), len(steps)]
-    return [_history_segment(cuts[i], cuts[i + 1], started, lags, coefficients, factors) for i in range(len(cuts) - 1)]
+    evaluations = behind + (table.start.stages - 1) * np.minimum(behind, started)  # a starting step has one for each stage
+    return _History(evaluations, table.weights(nodes[behind], nodes[steps + 1]))
 
 
-def _history_segment(begin: int, end: int, started: int, lags: Array, coefficients: Array, factors: Factors) -> Segment:
-    velocity = None if factors.trivial else _velocity_table(factors, started + begin, started + end)
-    stage = Stage(tuple(lags[begin].tolist()), np.ascontiguousarray(coefficients[begin:end]), True, velocity)
-    return Segment(end - begin, (stage,))
+def _history_segments(history: _History, at_nodes: Factors, started: int) -> list[Segment]:
+    """One for each step that still reaches back into the starting steps, whose velocities lie further apart, and one for all others."""
+    lags = history.evaluations[:, :1] - history.evaluations
+    coefficients = np.concatenate([np.ones((len(lags), 1)), history.weights], axis=1)
+    table, changes = at_nodes.table(), np.flatnonzero((lags[1:] != lags[:-1]).any(axis=1)) + 1
+    segments = []
+    for begin, end in itertools.pairwise((0, *changes.tolist(), len(lags))):
+        velocity = None if table is None else table[started + begin : started + end]
+        segments.append(Segment(end - begin, (Stage(tuple(lags[begin].tolist()), coefficients[begin:end], True, velocity),)))
+    return segments
