@@ -22,13 +22,14 @@ from fm_fast._solver.evaluate import make_evaluate, make_mixed
 from fm_fast._solver.field import Field, Model, combined, make_field
 from fm_fast._solver.guidance import Guidance
 from fm_fast._solver.learned import plan_and_factors, velocities
-from fm_fast._solver.loop import AfterStep, Layout, make_state, run
+from fm_fast._solver.loop import AfterStep, run
 from fm_fast._solver.per_sample import solve_per_sample
 from fm_fast._solver.prior import warn_if_not_of_the_prior
 from fm_fast._solver.progress import step_counter
 from fm_fast._solver.recording import warn_unless_recorded
 from fm_fast._solver.rules import rules_of
 from fm_fast._solver.settings import NONFINITE, PerSample, Save, Settings, check_finite, make_settings
+from fm_fast._solver.state import Layout, make_state
 from fm_fast._solver.trajectory import Trajectory
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective

@@ -16,7 +16,7 @@ from fm_fast._solver.evaluate import make_mixed
 from fm_fast._solver.field import Field, Model, combined, make_field
 from fm_fast._solver.guidance import Guidance
 from fm_fast._solver.learned import LearnedFactors, plan_and_factors, velocities
-from fm_fast._solver.loop import Evaluate, Layout, make_state, run
+from fm_fast._solver.loop import Evaluate, run
 from fm_fast._solver.per_sample import solve_per_sample
 from fm_fast._solver.plan import Plan
 from fm_fast._solver.probes import Probes, make_probes, single_probe
@@ -24,6 +24,7 @@ from fm_fast._solver.progress import step_counter
 from fm_fast._solver.recording import check_gradient, solving
 from fm_fast._solver.rules import rules_of
 from fm_fast._solver.settings import NONFINITE, Settings
+from fm_fast._solver.state import Layout, make_state
 from fm_fast.random import Whole
 from fm_fast.solvers import RungeKutta
 

@@ -13,10 +13,11 @@ from fm_fast._solver.arithmetic import Tolerance
 from fm_fast._solver.derivative import Moment, Parts
 from fm_fast._solver.evaluate import check_each, time_tensor
 from fm_fast._solver.field import check_output
-from fm_fast._solver.loop import Layout, make_state, run
+from fm_fast._solver.loop import run
 from fm_fast._solver.plan import ode_plan
 from fm_fast._solver.rules import Rules
 from fm_fast._solver.settings import check_setting
+from fm_fast._solver.state import Layout, make_state
 from fm_fast.solvers import EmbeddedRungeKutta, Table
 
 # (t without dimensions, y) -> dy/dt, both in y's dtype

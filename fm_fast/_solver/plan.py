@@ -74,13 +74,18 @@ class Plan:
         return len(self.times)
 
     @functools.cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """Those of all segments, each once."""
+        return tuple(stage for segment in self.segments for stage in segment.stages)
+
+    @functools.cached_property
     def longest_lag(self) -> int:
-        return max(lag for segment in self.segments for stage in segment.stages for lag in stage.lags)
+        return max(lag for stage in self.stages for lag in stage.lags)
 
     @functools.cached_property
     def has_inner_stages(self) -> bool:
         """Whether some stage's input is not a state."""
-        return any(not stage.ends_step for segment in self.segments for stage in segment.stages)
+        return any(not stage.ends_step for stage in self.stages)
 
     @functools.cached_property
     def updates_in_place(self) -> bool:
@@ -183,9 +188,12 @@ def _runge_kutta(table: RungeKutta, nodes: Array, velocity: Velocity, begins: Ar
 
 
 def _folded_stages(table: RungeKutta, widths: Array, factors: Factors) -> tuple[Stage, ...]:
-    """The updates of a Runge-Kutta step with p and r multiplied out; factors [steps, stages]."""
+    """The updates of a Runge-Kutta step with p and r multiplied out; factors [steps, stages].
+
+    The stages' inputs are X_i = x + h sum_j a_ij v_j and the step's end is x + h sum_j b_j v_j, with the velocities
+    v_j = p_j X_j + r_j o_j. Each is a combination of (x, o_0, o_1, ...), float64 [steps, 1 + stages].
+    """
     rows = [*table.a[1:], table.b]
-    # A stage's input and velocity as combinations of (x, o_0, o_1, ...), float64 [steps, 1 + stages]; the first input is x.
     x = np.zeros((len(widths), 1 + table.stages))
     x[:, 0] = 1.0
     stages, velocities, combination = list[Stage](), list[Array](), x
@@ -217,9 +225,9 @@ def _churned(table: RungeKutta, nodes: Array, path: Path, velocity: Velocity, ch
     """
     begins = churned_begins(path, nodes, churn, velocity.limits[0])
     (alpha_t, sigma_t), (alpha_s, sigma_s) = _alpha_and_sigma(path, nodes[:-1]), _alpha_and_sigma(path, begins)
-    is_noise = alpha_t <= 0.0
-    a = np.divide(alpha_s, alpha_t, out=np.ones_like(alpha_s), where=~is_noise)
-    b = np.where(is_noise, 0.0, np.sqrt(np.maximum(sigma_s**2 - (a * sigma_t) ** 2, 0.0)))
+    has_data = alpha_t > 0.0
+    a = np.divide(alpha_s, alpha_t, out=np.ones_like(alpha_s), where=has_data)
+    b = np.where(has_data, np.sqrt(np.maximum(sigma_s**2 - (a * sigma_t) ** 2, 0.0)), 0.0)
     renoise = Stage((0,), np.stack([a, b], axis=1), ends_step=True)
     plan = _runge_kutta(table, nodes, velocity, begins)
     (segment,) = plan.segments
@@ -275,7 +283,7 @@ def _starting_steps(start: RungeKutta, nodes: Array, velocity: Velocity, at_node
         return plan.segments[0], plan
     shape = (len(nodes) - 1, start.stages)
     p, r = plan.x_factors.reshape(shape).copy(), plan.output_factors.reshape(shape).copy()
-    p[:, 0], r[:, 0] = 0.0, 1.0  # what the stages find kept is the velocity itself
+    p[:, 0], r[:, 0] = 0.0, 1.0  # of the velocity, which is kept in place of the output
     first, *others = _folded_stages(start, np.diff(nodes), Factors(p, r))
     return Segment(len(nodes) - 1, (replace(first, velocity=table[: len(nodes) - 1]), *others)), plan
 
