@@ -314,11 +314,11 @@ def _adaptive(field: Field, start: Tensor, settings: Settings, callback: Callbac
     velocity, rules = _velocity(field, settings), rules_of(settings, _is_recorded(settings))
     after = None if callback is None else (lambda step, t, parts: callback(step, t, parts[0].clone()))
     x0, times = start.to(reference.accumulation_dtype(start)), settings.nodes.tolist()
-    states, nfe = solve_adaptive(lambda now, parts: (velocity(parts[0], now),), (x0,), times, rules, after, settings.jumps)
-    return states[-1][0], _saved(states, settings), nfe
+    solved = solve_adaptive(lambda now, parts: (velocity(parts[0], now),), (x0,), times, rules, after, settings.jumps)
+    return solved.states[-1][0], _saved(solved.states, settings), solved.nfe
 
 
-def _per_sample(field: Field, start: Tensor, settings: Settings, mark: bool) -> tuple[Tensor, Tensor | None, int, Tensor]:
+def _per_sample(field: Field, start: Tensor, settings: Settings, mark: bool) -> tuple[Tensor, Tensor | None, int, Tensor | None]:
     rules = rules_of(settings, _is_recorded(settings), mark)
 
     def derivative(of: Field) -> Derivative:

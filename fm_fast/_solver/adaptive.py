@@ -17,7 +17,7 @@ import torch
 
 from fm_fast._solver.derivative import Counted, Derivative, Parts, moment
 from fm_fast._solver.first_step import difference, euler_length, first_length
-from fm_fast._solver.rules import Rules
+from fm_fast._solver.rules import Rules, Solved
 from fm_fast._solver.trial import Trial
 from fm_fast.reference import LONGEST, SAFETY, SHORTEST
 
@@ -33,8 +33,8 @@ def solve_adaptive(
     after_step: AfterStep | None = None,
     jumps: Sequence[float] = (),
     name: str = "model",
-) -> tuple[list[Parts], int]:
-    """The state at each of ``times``, and the number of evaluations, none of them outside ``times``.
+) -> Solved:
+    """The state at each of ``times``, by evaluations none of which is outside of them.
 
     A method that interpolates passes the times between the first and the last; the steps of others end there.
 
@@ -47,12 +47,12 @@ def solve_adaptive(
     whether they counted or not, do not reach the end.
     """
     if start[0].numel() == 0:
-        return [start for _ in times], 0
+        return Solved([start for _ in times], 0)
     counted = Counted(derivative, start, name)
     begin = rules.beginning(start)
     trial = Trial(counted, begin, times[0], rules.method, rules.arithmetic(begin))
     states = _Control(trial, counted, rules, after_step).through(times, jumps)
-    return states, counted.evaluations
+    return Solved(states, counted.evaluations)
 
 
 class _Control:

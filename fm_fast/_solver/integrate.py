@@ -1,4 +1,7 @@
-"""A solve that carries the integral of the divergence along: what likelihoods are made of."""
+"""A solve that carries the integral of the divergence along: what likelihoods are made of.
+
+With the velocity v = p x + r o of the network's output o and x of D numbers, div v = p D + r div o, of which probes estimate div o.
+"""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +25,7 @@ from fm_fast._solver.plan import Plan
 from fm_fast._solver.probes import Probes, make_probes, single_probe
 from fm_fast._solver.progress import step_counter
 from fm_fast._solver.recording import check_gradient, solving
-from fm_fast._solver.rules import rules_of
+from fm_fast._solver.rules import Solved, rules_of
 from fm_fast._solver.settings import NONFINITE, Settings
 from fm_fast._solver.state import Layout, make_state
 from fm_fast.random import Whole
@@ -63,11 +66,9 @@ class Measure:
 
 @dataclass(frozen=True, eq=False)
 class Integral:
-    """x [B, ...] at the last node; the integral of div v dt over the nodes, float64 [B], and its variance from the probes.
+    """x [B, ...] at the last node; the integral of div v dt over the nodes, float64 [B], and its variance, None where probes cannot tell.
 
-    nfe_of_each: as that of :class:`fm_fast.Sample`.
-
-    The variance is None where the probes cannot tell. ``control`` is the same integral by the last measure's probes.
+    control: the same integral by the last measure's probes. nfe_of_each: as that of :class:`fm_fast.Sample`.
     """
 
     x: Tensor
@@ -165,16 +166,17 @@ def _measured(task: Task, plan: Plan, start: Tensor, measures: list[Measure], fa
     """The model at the plan's times; where the divergence has a weight, it is measured from the same forward pass."""
     network, size = make_mixed(task.field, plan, start), math.prod(start.shape[1:])
     weights, keep = plan.weights.tolist(), task.create_graph or _modes.transforms_active()
-    p, r = factors or (plan.x_factors.tolist(), plan.output_factors.tolist())
+    p, r = (plan.x_factors.tolist(), plan.output_factors.tolist()) if factors is None else (factors.p, factors.r)
 
     def evaluate(x: Tensor, number: int) -> Tensor:
         weight = weights[number]
         if weight == 0.0:
             return network(x, number)
         recorded = measures[0].estimator.record(lambda given: network(given, number), x)
+        bias, factor = weight * p[number] * size, weight * r[number]
         for measure in measures:
             last = measure is measures[-1] and not task.create_graph
-            measure.estimator.add(recorded, measure.draws[number], weight * p[number] * size, weight * r[number], last)
+            measure.estimator.add(recorded, measure.draws[number], bias, factor, last)
         return recorded.output if keep else recorded.output.detach()
 
     return evaluate
@@ -188,19 +190,20 @@ def _adaptive(task: Task, start: Tensor) -> Integral:
     estimators, x0 = [task.estimator()], start.to(reference.accumulation_dtype(start))
     groups = task.probes.groups
     solve = _per_sample if task.settings.per_sample else _together
-    (x, integrals), nfe, nfe_of_each = solve(task, (x0, x0.new_zeros(start.shape[0], groups)), estimators)
+    solved = solve(task, (x0, x0.new_zeros(start.shape[0], groups)), estimators)
+    x, integrals = solved.states[-1]
     value, variance = reference.group_statistics(integrals.T.to(torch.float64), groups)
     nvjp = sum(estimator.products for estimator in estimators)
-    return Integral(x, value, variance if task.probes.known_variance else None, nfe, nvjp, value, nfe_of_each)
+    return Integral(x, value, variance if task.probes.known_variance else None, solved.nfe, nvjp, value, solved.nfe_of_each)
 
 
-def _together(task: Task, start: Parts, estimators: list[Estimator]) -> tuple[Parts, int, Tensor | None]:
+def _together(task: Task, start: Parts, estimators: list[Estimator]) -> Solved:
     settings, rules = task.settings, rules_of(task.settings, task.create_graph)
-    states, nfe = solve_adaptive(_derivative(task, estimators[0]), start, settings.nodes.tolist(), rules, jumps=settings.jumps)
-    return states[-1], nfe, None
+    return solve_adaptive(_derivative(task, estimators[0]), start, settings.nodes.tolist(), rules, jumps=settings.jumps)
 
 
-def _per_sample(task: Task, start: Parts, estimators: list[Estimator]) -> tuple[Parts, int, Tensor | None]:
+def _per_sample(task: Task, start: Parts, estimators: list[Estimator]) -> Solved:
+    """estimators: that of the whole batch, which those of narrowed ones join."""
     settings, rules = task.settings, rules_of(task.settings, task.create_graph, task.mark)
 
     def narrowed(samples: Tensor) -> Derivative:
@@ -209,8 +212,7 @@ def _per_sample(task: Task, start: Parts, estimators: list[Estimator]) -> tuple[
         return _derivative(part, estimators[-1])
 
     shrinks, times = settings.per_sample == "shrink", settings.nodes.tolist()
-    solved = solve_per_sample(_derivative(task, estimators[0]), start, times, rules, narrowed if shrinks else None, settings.jumps)
-    return solved.states[-1], solved.nfe, solved.nfe_of_each
+    return solve_per_sample(_derivative(task, estimators[0]), start, times, rules, narrowed if shrinks else None, settings.jumps)
 
 
 def _derivative(task: Task, estimator: Estimator) -> Derivative:

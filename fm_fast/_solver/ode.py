@@ -124,5 +124,4 @@ def _adaptive(field: PartsField, y0: Parts, stops: Stops, method: EmbeddedRungeK
     times = [float(stops.nodes[position]) for position in stops.wanted]
     backend = _backends.resolve("linear_step", like.device, None)
     rules = Rules(method, accuracy.tolerance, accuracy.max_steps, backend, plain=torch.is_grad_enabled())
-    states, _ = solve_adaptive(derivative, start, times, rules, name=name)
-    return states
+    return solve_adaptive(derivative, start, times, rules, name=name).states

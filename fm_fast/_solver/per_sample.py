@@ -14,7 +14,7 @@ from torch import Tensor
 from fm_fast import reference
 from fm_fast._solver.derivative import Counted, Derivative, Parts, moment
 from fm_fast._solver.first_step import difference, euler_lengths, first_lengths
-from fm_fast._solver.rules import Rules
+from fm_fast._solver.rules import Rules, Solved
 from fm_fast._solver.saved import SavedStates
 from fm_fast._solver.steps import Steps
 from fm_fast._solver.trials import Trials
@@ -22,14 +22,6 @@ from fm_fast._solver.trials import Trials
 # The derivative of some samples [n] of the batch
 Narrowed = Callable[[Tensor], Derivative]
 MOST_RUNNING = 0.75  # of a batch that is narrowed to the samples that are not at their ends
-
-
-class Solved(NamedTuple):
-    """The state at each time; how often the model was called; int64 [B], how often before the sample was at its end."""
-
-    states: list[Parts]
-    nfe: int
-    nfe_of_each: Tensor
 
 
 def solve_per_sample(

@@ -1,6 +1,8 @@
-"""What an adaptive solve keeps to, whether its steps are those of the batch or of each sample's own."""
+"""What an adaptive solve keeps to, and what comes of it, whether its steps are those of the batch or of each sample's own."""
 
 from typing import NamedTuple
+
+from torch import Tensor
 
 from fm_fast import _ops
 from fm_fast._solver.arithmetic import Arithmetic, Fused, Plain, Tolerance
@@ -29,6 +31,14 @@ class Rules(NamedTuple):
 
     def arithmetic(self, y: Parts) -> Arithmetic:
         return Plain(y, self.method) if self.plain else Fused(y, self.method, self.backend)
+
+
+class Solved(NamedTuple):
+    """The state at each time; how often the model was called; of samples with steps of their own, how often before each was at its end."""
+
+    states: list[Parts]
+    nfe: int
+    nfe_of_each: Tensor | None = None
 
 
 def rules_of(settings: Settings, plain: bool, mark: bool = False) -> Rules:
