@@ -1,41 +1,14 @@
-"""How group_norm_silu cuts its work on a GPU, and what its forward and backward kernels share.
-
-A program has some whole groups of one sample: a tile [CHANNELS, POSITIONS] that walks over the positions. The same tile serves both
-layouts, since the compiler lets neighbouring threads follow whichever stride is one: channels_last programs have 32 channels or more, so
-that a position's are whole sectors of memory, and just one sector where the GPU would otherwise stand idle. They have four tiles side by
-side, with every fourth position each. Where all positions fit into the tiles they are read once and stay in registers. Sums over a walk
-stay in the lanes of the tile, and cross threads when it has ended.
-"""
+"""What the forward and backward kernels of group_norm_silu share on the device; a program's tiles are those of ``_norm_geometry.py``."""
 
 # Device functions are written in Triton's own language.
 # pyright: reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 
-import bisect
-import functools
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fm_fast import _philox as contract
-from fm_fast.kernels import _launch
 from fm_fast.kernels._philox import read_key, words
 from fm_fast.kernels._tile import read
 
-TILE = 1024  # elements of a tile that walks
-HELD_TILE = 8192  # elements of a sample's groups that a program may hold
-LONE_HELD_TILE = 16384  # one that has a multiprocessor to itself, whose registers would else lie idle
-SPLIT = 4  # tiles side by side of channels_last tensors, one for each position of a counter block, whose words then need not change threads
-CHANNELS_LAST_CHANNELS = 32
-SECTOR = 32  # bytes
-FEW_PROGRAMS = 128  # fewer than a large GPU has multiprocessors
-MOST_JOINED_CHANNELS = 64  # of several groups: their sums compare every pair of channels
-ELEMENTS_PER_THREAD = 8  # of a tile
-HELD_ELEMENTS_PER_THREAD = 16  # of one that is alone
-DROPOUT_STREAM = int(contract.Stream.dropout)
 MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 
 
@@ -166,123 +139,3 @@ def sigmoid(z, BITS: tl.constexpr):
         return root * root
     else:
         return 1.0 / (1.0 + tl.exp(-z))
-
-
-@dataclass(frozen=True)
-class NormPlan:
-    """The geometry of one launch."""
-
-    batch: int
-    groups: int  # a program
-    programs: int  # a sample
-    width: int
-    channels: int
-    positions: int  # a tile
-    points: int  # all positions, of which a tile has some
-    held: bool
-    split: int  # tiles side by side
-    thread_elements: int  # of each
-    masked_channels: bool
-    masked_positions: bool
-    wide: bool
-    device: torch.device
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        return _launch.grid_of(self.programs, self.batch)
-
-    @property
-    def warps(self) -> int:
-        return max(1, min(16 if self.split > 1 else 8, self.channels * self.positions // (32 * self.thread_elements)))
-
-    @property
-    def tiles(self) -> int:
-        """How many a program walks over."""
-        return -(-self.points // (self.positions * self.split)) * self.split
-
-    def options(self) -> dict[str, Any]:
-        """The compile-time geometry, by kernel parameter."""
-        return {
-            "WIDTH": self.width,
-            "GROUPS": self.groups,
-            "CHANNELS": self.channels,
-            "POSITIONS": self.positions,
-            "HELD": self.held,
-            "SPLIT": self.split,
-            "MASKED_CHANNELS": self.masked_channels,
-            "MASKED_POSITIONS": self.masked_positions,
-            "WIDE": self.wide,
-        }
-
-
-def norm_plan(x: Tensor, strides: list[_launch.Strides], channels: int, groups: int) -> NormPlan:
-    """``strides`` of all full-size tensors, those of x first; one tile holds all positions if they are few enough."""
-    batch, _, points = contract.logical_shape(x.shape)
-    width = channels // groups
-    channels_last = points == 1 or strides[0][1] < strides[0][2]
-    wanted = _channels_last_channels(x, batch, channels) if channels_last else min(MOST_JOINED_CHANNELS, -(-1024 // points))
-    joined = max(1, min(groups, wanted // width))
-    tile_channels = _launch.power_of_two(joined * width)
-    row = max(4, _launch.power_of_two(points))
-    doubled = x.element_size() // 8 + 1  # float64 takes two registers
-    lone = channels_last and batch * -(-groups // joined) <= FEW_PROGRAMS
-    held = tile_channels * row * doubled <= (LONE_HELD_TILE if lone else HELD_TILE)
-    split = SPLIT if channels_last else 1
-    tile_positions = row // split if held else max(4, TILE // tile_channels)
-    return NormPlan(
-        batch=batch,
-        groups=joined,
-        programs=-(-groups // joined),
-        width=width,
-        channels=tile_channels,
-        positions=tile_positions,
-        points=points,
-        held=held,
-        split=split,
-        thread_elements=(HELD_ELEMENTS_PER_THREAD if held and split == 1 else ELEMENTS_PER_THREAD) // doubled,
-        masked_channels=joined * width != tile_channels or groups % joined != 0,
-        masked_positions=points % (tile_positions * split) != 0,
-        wide=_launch.is_wide(channels, points, strides),
-        device=x.device,
-    )
-
-
-def _channels_last_channels(x: Tensor, batch: int, channels: int) -> int:
-    few = batch * -(-channels // CHANNELS_LAST_CHANNELS) < FEW_PROGRAMS
-    return SECTOR // x.element_size() if few else CHANNELS_LAST_CHANNELS
-
-
-@functools.cache
-def word_limit(probability: float) -> int:
-    """How many of the 2^32 words have a uniform below the probability, which is float32; as a signed number of 32 bits."""
-    wanted = torch.tensor(probability, dtype=torch.float32, device="cpu")
-    limit = bisect.bisect_left(range(2**32), wanted, key=lambda word: contract.uniform(torch.tensor(word, device="cpu")))
-    return limit - 2**32 if limit >= 2**31 else limit
-
-
-Addressed = tuple[Tensor | None, tuple[int, ...]]
-
-
-def full(name: str, x: Tensor) -> Addressed:
-    """A full-size tensor and its strides, or none."""
-    return (x, _launch.strides(name, x)) if x.numel() else (None, _launch.UNADDRESSED)
-
-
-def table(x: Tensor) -> Addressed:
-    """A tensor [C] or [B, C] and its strides, or none."""
-    return (x, tuple(x.stride())) if x.numel() else (None, (0, 0))
-
-
-def options_of(x: Tensor, key: Tensor, activation: bool, dropout: float) -> dict[str, Any]:
-    explicit = dropout > 0.0 and _launch.explicit_ids(key, x.shape[0])
-    bits = 8 * x.element_size() if activation else 0
-    return {"ACTIVATION": bits, "DROPOUT": dropout > 0.0, "EXPLICIT_IDS": explicit, "COMPUTE": _launch.compute_dtype(x)}
-
-
-def sizes_of(x: Tensor, second: Tensor, groups: int) -> tuple[int, int, int, int, int]:
-    """(batch, channels of both, channels of x, positions, groups) of a launch."""
-    batch, first, positions = contract.logical_shape(x.shape)
-    channels = first + (second.shape[1] if second.dim() > 1 else 0)
-    if x.dim() < 3 or groups < 1 or channels % groups:
-        raise ValueError(f"x must be [B, C, ...] with a multiple of {groups} channels, got {channels} and {tuple(x.shape)}")
-    return batch, channels, first, positions, groups

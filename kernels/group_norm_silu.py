@@ -11,24 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fm_fast.kernels import _launch
-from fm_fast.kernels._norm import (
-    DROPOUT_STREAM,
-    affine,
-    batch_channel,
-    dropped_out,
-    dropped_tiles,
-    full,
-    group_sum,
-    inside_tile,
-    load_tiles,
-    norm_plan,
-    options_of,
-    place_in,
-    sigmoid,
-    sizes_of,
-    table,
-    word_limit,
-)
+from fm_fast.kernels._norm import affine, batch_channel, dropped_out, dropped_tiles, group_sum, inside_tile, load_tiles, place_in, sigmoid
+from fm_fast.kernels._norm_geometry import DROPOUT_STREAM, full, norm_plan, options_of, sizes_of, table, word_limit
 from fm_fast.kernels._tile import sample_and_chunk, write
 
 

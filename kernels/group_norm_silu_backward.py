@@ -15,22 +15,24 @@ from torch import Tensor
 
 from fm_fast.kernels import _launch
 from fm_fast.kernels._norm import (
-    CHANNELS_LAST_CHANNELS,
-    DROPOUT_STREAM,
-    NormPlan,
     affine,
     batch_channel,
     dropped_out,
     dropped_tiles,
-    full,
     group_sum,
     inside_tile,
     load_tiles,
-    norm_plan,
-    options_of,
     per_channel,
     place_in,
     sigmoid,
+)
+from fm_fast.kernels._norm_geometry import (
+    CHANNELS_LAST_CHANNELS,
+    DROPOUT_STREAM,
+    NormPlan,
+    full,
+    norm_plan,
+    options_of,
     sizes_of,
     table,
     word_limit,

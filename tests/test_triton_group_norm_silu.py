@@ -63,9 +63,9 @@ def check_sizes_layouts_and_dropout(case):
 @pytest.mark.parametrize("case", [case for case in CASES if "l" in case.layouts], ids=str)
 def check_as_where_samples_are_many(case, monkeypatch):
     """Programs of more channels."""
-    from fm_fast.kernels import _norm
+    from fm_fast.kernels import _norm_geometry
 
-    monkeypatch.setattr(_norm, "FEW_PROGRAMS", 0)
+    monkeypatch.setattr(_norm_geometry, "FEW_PROGRAMS", 0)
     check(case)
 
 
@@ -82,10 +82,10 @@ def check_parameters_in_half_precision():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that programs walk over the positions."""
-    from fm_fast.kernels import _norm
+    from fm_fast.kernels import _norm_geometry
 
     for name, elements in (("TILE", 32), ("HELD_TILE", 64)):
-        monkeypatch.setattr(_norm, name, elements)
+        monkeypatch.setattr(_norm_geometry, name, elements)
 
 
 @pytest.mark.parametrize("case", WALKS, ids=str)
@@ -118,7 +118,7 @@ def check_a_walk_whose_first_values_are_far_from_the_rest(layout, small_tiles):
 
 @pytest.mark.parametrize("probability", [0.0, 1e-12, 0.1, 0.5, 0.9999999999])
 def check_the_limit_of_words_is_that_of_their_uniforms(probability):
-    from fm_fast.kernels._norm import word_limit
+    from fm_fast.kernels._norm_geometry import word_limit
 
     limit = word_limit(probability) % 2**32
     around = _philox.uniform(torch.arange(max(0, limit - 2), min(2**32, limit + 2)))
