@@ -148,8 +148,7 @@ class Plain:
 
 
 class Fused:
-    """Buffers that op ``linear_step`` fills: y and the end in turn, one stage's input, and a slope for each stage. Op ``step_error``
-    reads them.
+    """Buffers that op ``linear_step`` fills, and op ``step_error`` reads: y and the end in turn, one stage's input, a slope for each stage.
 
     The coefficients and times of a whole step go to the device in one copy, which nothing waits for: it is over when the error is read.
     """
@@ -241,13 +240,15 @@ class _Tables:
     """Coefficients of every row for steps of one length, and the times of its evaluations: views of one float64 tensor on the device."""
 
     def __init__(self, updates: Sequence[Row], error: Row | None, stages: int, device: torch.device) -> None:
-        alone = () if error is None else error.weights
-        self._fixed = np.concatenate([*([1.0, *[0.0] * len(row.weights)] for row in updates), [0.0] * len(alone)])
-        self._weights = np.concatenate([*([0.0, *row.weights] for row in updates), alone])
+        error_weights = () if error is None else error.weights
+        # The coefficients are fixed + h weights: an update's begin with that of y, which is 1; the error has no y.
+        self._fixed = np.concatenate([*([1.0, *[0.0] * len(row.weights)] for row in updates), [0.0] * len(error_weights)])
+        self._weights = np.concatenate([*([0.0, *row.weights] for row in updates), error_weights])
         self._host = torch.empty(len(self._fixed) + stages, dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
         self._device = self._host if device.type == "cpu" else torch.empty_like(self._host, device=device)
-        *self._updates, self.error, self.times = self._device.split([*(1 + len(row.weights) for row in updates), len(alone), stages])
-        self._updates = [view.unsqueeze(0) for view in self._updates]
+        lengths = [*(1 + len(row.weights) for row in updates), len(error_weights), stages]
+        *rows, self.error, self.times = self._device.split(lengths)
+        self._updates = [row.unsqueeze(0) for row in rows]
 
     def update(self, row: int) -> Tensor:
         """[1, 1 + slopes of the row], with the coefficient of y."""
