@@ -34,12 +34,12 @@ def first_length(euler: float, speed: float, change: float, order: int) -> float
 
 def euler_lengths(state: Tensor, speed: Tensor) -> Tensor:
     """h0 of each sample; 0 where its norms are not finite."""
-    small = (state < SMALL_NORM) | (speed < SMALL_NORM)
-    return torch.where(small, SMALL_LENGTH, torch.where(state.isfinite() & speed.isfinite(), 0.01 * state / speed, 0.0))
+    lengths = torch.where((state < SMALL_NORM) | (speed < SMALL_NORM), SMALL_LENGTH, 0.01 * state / speed)
+    return torch.where(state.isfinite() & speed.isfinite(), lengths, 0.0)
 
 
 def first_lengths(euler: Tensor, speed: Tensor, change: Tensor, order: int) -> Tensor:
-    """The guess for each sample."""
+    """The guess for each sample; 0 where h0 is."""
     steepest = torch.maximum(speed, change)
     flat = ~change.isfinite() | (steepest <= NO_SLOPE)
     guess = torch.where(flat, (euler * 1e-3).clamp(min=SMALL_LENGTH), (0.01 / steepest) ** (1.0 / order))

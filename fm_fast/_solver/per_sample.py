@@ -144,8 +144,7 @@ def _first_steps(trials: Trials, derivative: Counted, t: Tensor, stops: Tensor, 
     there = moment(torch.where(h > span, stops[-1], t + direction * h), y[0])
     ahead = derivative(there, tuple(_euler(part, direction * h, k) for part, k in zip(y, slope, strict=True)))
     change = trials.norms(difference(ahead, slope)) / h
-    finite = state.isfinite() & speed.isfinite()
-    return direction * torch.where(finite, first_lengths(h, speed, change, order), 0.0)
+    return direction * first_lengths(h, speed, change, order)
 
 
 def _euler(y: Tensor, lengths: Tensor, slope: Tensor) -> Tensor:

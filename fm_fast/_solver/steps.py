@@ -1,5 +1,6 @@
 """Times and step lengths of each sample's own, which stay on the device."""
 
+import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -87,7 +88,7 @@ class Steps:
         state = (self._numbers, self._counts, self._totals, accepted, self.times, self.factors)
         self._control(*state, mean_squares, self._stops, self._nodes, self._order, evaluations)
         before, self._totals_before = self._totals_before, self._totals.tolist()
-        return Counts(*(now - then for now, then in zip(self._totals_before, before, strict=True)))
+        return Counts(*map(operator.sub, self._totals_before, before))
 
     def narrow(self, samples: Tensor) -> None:
         """Go on with some samples alone, whose steps are planned."""
