@@ -83,10 +83,15 @@ def report_of(wheel: Path, folder: Path) -> list[str]:
     return report
 
 
+def is_installed(name: str) -> bool:
+    """By its metadata: where the module pip is looked for, setuptools fails to load in this process afterwards, and inductor needs it."""
+    return any(importlib.metadata.distributions(name=name))
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A copy of the sources without anything that was built; in a folder with a space."""
-    missing = [name for name in ("pip", "setuptools", "ninja") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("pip", "setuptools", "ninja") if not is_installed(name)]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
     built = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "_native", "__pycache__", "*.egg-info", "runs", "data", "results")
