@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from trainer_helpers import tiny
 
-from fm_fast.train import files, loop, run_folder, train
+from fm_fast.train import files, loop, train
+from fm_fast.train.storage import run_folder
 from fm_fast.train.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
