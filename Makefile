@@ -11,7 +11,7 @@ PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadscope
 REGRESSION := --benchmark-autosave --benchmark-compare --benchmark-columns=median,iqr,rounds --benchmark-max-time=0.5 --benchmark-warmup=on
 CPP_SOURCES = $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo bits test test-all sanitize lint format docs bench bench-regression gpu-report clean
+.PHONY: help demo bits test test-all sanitize lint format docs bench bench-regression gpu-report gpu-rehearsal clean
 
 help:
 	@echo "make demo        install and train on the shipped digits"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench       every CPU benchmark of the README and its figures"
 	@echo "make bench-regression  every op beside its reference, compared with the run before"
 	@echo "make gpu-report  build, tests and benchmarks on a CUDA machine (STAGE=build|test|sanitize|bench for one of them, OUT=folder)"
+	@echo "make gpu-rehearsal  the tests of a GPU on one made of software, with torch's CUDA build (6 GB) in an environment of its own"
 	@echo "make clean       remove the environment and everything that was built"
 
 $(BIN)/python:
@@ -86,5 +87,16 @@ bench-regression: $(BIN)/python
 gpu-report:
 	KINETO_LOG_LEVEL=99 $(PYTHON) -m benchmarks.gpu_report $(STAGE) $(if $(OUT),--out $(OUT))
 
+# Torch is the newest that constraints.txt does not hold back: PyPI's is the CUDA build. The kernels of Triton, interpreted, take most of the
+# time: REHEARSED='-k "not triton"' leaves out tests of these alone.
+REHEARSED ?=
+GPU_TESTS := tests/test_software_gpu.py tests/test_gpu_calls.py tests/test_gpu.py tests/test_trainer_parity.py
+
+gpu-rehearsal:
+	$(PYTHON) -m venv .venv-gpu
+	mkdir -p build && grep -v "^torch==\|^triton==" constraints.txt > build/constraints-gpu.txt
+	FM_FAST_BUILD=cpu .venv-gpu/bin/python -m pip install --quiet --constraint build/constraints-gpu.txt ".[test,train]"
+	.venv-gpu/bin/python tests/software_gpu/rehearse.py pytest --numprocesses $(WORKERS) -m gpu $(GPU_TESTS) $(REHEARSED)
+
 clean:
-	rm -rf $(VENV) build dist fm_fast/_native *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-gpu build dist fm_fast/_native *.egg-info .pytest_cache .ruff_cache

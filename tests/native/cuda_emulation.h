@@ -21,8 +21,14 @@
 #define threadIdx (fm_emulation::machine().thread_index())
 #define blockIdx (fm_emulation::machine().block_index)
 #define gridDim (fm_emulation::machine().grid)
+#if defined(FM_SOFTWARE_GPU)  // launches wait in their streams, and the runtime is that of tests/software_gpu
+#include "runtime.h"
+#define FM_LAUNCH(kernel, blocks, threads, stream, ...) \
+  software_gpu::submit(stream, [=] { fm_emulation::machine().launch(blocks, threads, [=] { kernel(__VA_ARGS__); }); })
+#else
 #define FM_LAUNCH(kernel, blocks, threads, stream, ...) \
   ((void)(stream), fm_emulation::machine().launch(blocks, threads, [&] { kernel(__VA_ARGS__); }))
+#endif
 
 namespace fm_emulation {
 
@@ -179,6 +185,7 @@ T __ldcg(const T* from) {
   return *from;
 }
 
+#if !defined(FM_SOFTWARE_GPU)
 // The runtime: a device of three multiprocessors, so that blocks take several tiles each.
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice };
@@ -206,3 +213,4 @@ inline cudaError_t cudaRuntimeGetVersion(int* version) {
   *version = 0;
   return cudaSuccess;
 }
+#endif
