@@ -33,7 +33,7 @@ from benchmarks.op import Op, Setting
 
 ROOT = Path(__file__).parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-v", "-m", "gpu"]  # by name, as they end: what takes too long is ended before it tells
-TESTS = ("tests/test_gpu.py", "tests/test_trainer_parity.py")
+TESTS = ("tests/test_gpu.py", "tests/test_gpu_calls.py", "tests/test_trainer_parity.py")
 PROCESSES = 8  # that share the tests, most of which wait for Triton to compile
 # Few of them: the sanitizer takes a hundred times as long.
 SANITIZED_TESTS = "(reductions and sum) or (data_map and bfloat16) or (mixed_layouts and bfloat16) or step_error_of_what"

@@ -148,13 +148,14 @@ class Op:
 
     def _start(self, flat: list[Any], shape: Any, results: list[Any], device: torch.device) -> None:
         places = [as_given(x) for x in flat]
-        new = [(i, [place_of(x) for x in tree_leaves(results[i])]) for i, name in enumerate(self.written) if name is None]
+        new = [(i, [as_given(x) for x in tree_leaves(results[i])]) for i, name in enumerate(self.written) if name is None]
 
         def work() -> None:
             found = self._compute([x.view() if isinstance(x, Place) else x for x in places], shape)
             for i, targets in new:
                 for target, x in zip(targets, tree_leaves(found[i]), strict=True):
-                    target.view().copy_(x)
+                    if isinstance(target, Place):  # no gradient that was not asked for
+                        target.view().copy_(x)
 
         submit(device, work)
 
