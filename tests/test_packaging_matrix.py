@@ -94,7 +94,12 @@ def checkout(tmp_path: Path) -> Path:
     missing = [name for name in ("pip", "setuptools", "ninja") if not is_installed(name)]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
-    built = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "_native", "__pycache__", "*.egg-info", "runs", "data", "results")
+    anywhere = shutil.ignore_patterns("_native", "__pycache__", "*.egg-info")
+    outputs = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "out", "runs", "data")  # names that folders further down may have
+
+    def built(folder, names):
+        return anywhere(folder, names) | (outputs(folder, names) if Path(folder) == ROOT else set())
+
     return Path(shutil.copytree(ROOT, tmp_path / "the checkout", ignore=built))
 
 
