@@ -5,32 +5,22 @@ input. What the network predicts does not matter: the velocity p(t) x + r(t) o i
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from fm_fast import _checks, _modes, reference
+from fm_fast import _checks, _modes
 from fm_fast._results import Result
-from fm_fast._solver.adaptive import solve_adaptive
-from fm_fast._solver.churn import churn_key, with_noise
-from fm_fast._solver.derivative import Derivative, Moment, Parts
-from fm_fast._solver.evaluate import make_evaluate, make_mixed
-from fm_fast._solver.field import Field, Model, combined, make_field
+from fm_fast._solver.churn import churn_key
+from fm_fast._solver.field import Field, Model, make_field
 from fm_fast._solver.guidance import Guidance
-from fm_fast._solver.learned import plan_and_factors, velocities
-from fm_fast._solver.loop import AfterStep, run
-from fm_fast._solver.per_sample import solve_per_sample
 from fm_fast._solver.prior import warn_if_not_of_the_prior
-from fm_fast._solver.progress import step_counter
 from fm_fast._solver.recording import warn_unless_recorded
-from fm_fast._solver.rules import rules_of
+from fm_fast._solver.sampler import Callback, solve
 from fm_fast._solver.settings import NONFINITE, PerSample, Save, Settings, check_finite, make_settings
-from fm_fast._solver.state import Layout, make_state
-from fm_fast._solver.trajectory import Trajectory
 from fm_fast.grids import Grid
 from fm_fast.objectives import Objective
 from fm_fast.paths import Path
@@ -38,8 +28,6 @@ from fm_fast.random import Whole
 from fm_fast.solvers import Method
 
 __all__ = ["Guidance", "Sample", "encode", "sample"]
-
-Callback = Callable[[int, float, Tensor], None]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -108,10 +96,10 @@ def sample(
         grid: where the steps are: "uniform", "karras", "shift", "cosine", an object of ``fm_fast.grids``, or increasing times.
         t0, t1: ends of the solve, kept inside the range in which the path's velocity is finite (VP ends at 1 - 1e-5).
         guidance: a :class:`Guidance`; evaluated on one doubled batch.
-        save: None, "steps" (of fixed-step methods: every state in the order of the solve, the first included), or times in [t0, t1]. A
-            fixed step that contains such a time is split there, and so are the steps of dopri8. Other adaptive methods give states within
-            their steps without an evaluation, by polynomials of an order less than the step's (4 for dopri5 and tsit5): errors may be
-            tens of times larger there.
+        save: None, "steps" (the first state and that after every step that counts, in the order of the solve; not with ``per_sample``),
+            or times in [t0, t1]. A fixed step that contains such a time is split there, and so are the steps of dopri8. Other adaptive
+            methods give states within their steps without an evaluation, by polynomials of an order less than the step's (4 for dopri5
+            and tsit5): errors may be tens of times larger there.
         callback: called as ``callback(step, t, x)`` after each step that counts, with a copy of the state; not with ``per_sample``.
         progress: show a progress bar (needs tqdm; fixed-step methods).
         rtol, atol, max_steps: of adaptive methods, by default 1e-5, 1e-5 and 10_000; None for a fixed-step one. The error's norm is over
@@ -213,19 +201,13 @@ def _solve(
     _checks.one_of("on_nonfinite", on_nonfinite, NONFINITE)
     _check_callback(settings, callback, progress)
     _check_gradient(settings.grad)
-    nfe_of_each = None
     with torch.no_grad() if settings.grad == "none" else contextlib.nullcontext():
-        if settings.per_sample:
-            x, saved, nfe, nfe_of_each = _per_sample(field, start, settings, mark=on_nonfinite == "mark")
-        elif settings.adaptive is not None:
-            x, saved, nfe = _adaptive(field, start, settings, callback)
-        else:
-            x, saved, nfe = _fixed(field, start, settings, callback, progress, key)
-    finite = check_finite(x, "samples", settings, on_nonfinite)
+        solved = solve(field, start, settings, callback, progress, key, mark=on_nonfinite == "mark")
+    finite = check_finite(solved.x, "samples", settings, on_nonfinite)
     if save is None:
-        return Sample(x, nfe, None, None, finite, nfe_of_each)
-    times = tuple(float(settings.nodes[position]) for position in settings.saved)
-    return Sample(x, nfe, saved if saved is not None else x.new_empty(0, *x.shape), times, finite, nfe_of_each)
+        return Sample(solved.x, solved.nfe, None, None, finite, solved.nfe_of_each)
+    saved = solved.x.new_empty(0, *solved.x.shape) if solved.saved is None else solved.saved
+    return Sample(solved.x, solved.nfe, saved, solved.saved_t, finite, solved.nfe_of_each)
 
 
 def _check_callback(settings: Settings, callback: Callback | None, progress: bool) -> None:
@@ -244,106 +226,3 @@ def _check_gradient(grad: str) -> None:
             'grad must be "direct" under torch.func.grad, vjp, jacrev and hessian, or the derivative would be zero, got "none"; draw '
             "samples that are to be constant outside the transform"
         )
-
-
-def _is_recorded(settings: Settings) -> bool:
-    """Whether gradients follow the solve, whose arithmetic is plain PyTorch then."""
-    return settings.grad != "none" and torch.is_grad_enabled()
-
-
-# Fixed steps
-
-
-def _fixed(
-    field: Field, start: Tensor, settings: Settings, callback: Callback | None, progress: bool, key: Tensor | None
-) -> tuple[Tensor, Tensor | None, int]:
-    plan, factors = plan_and_factors(settings, start.device)
-    rerun = settings.grad == "checkpoint" and torch.is_grad_enabled()
-    scale = field.guidance.scale if field.guidance else 1.0
-    if factors is not None:
-        evaluate = velocities(factors, make_mixed(field, plan, start, rerun), settings.dtype)
-        layout = Layout(reference.accumulation_dtype(start))
-    elif isinstance(scale, Tensor):
-        evaluate, layout = make_mixed(field, plan, start, rerun), Layout(settings.dtype)
-    else:
-        evaluate, layout = make_evaluate(field, plan, start, rerun), Layout(settings.dtype, field.doubled is not None, scale)
-    if key is not None:
-        _require_numbers(factors)
-        evaluate = with_noise(evaluate, plan, key, start.shape, reference.accumulation_dtype(start), settings.backend)
-    watched = _is_recorded(settings) or not _modes.plainly_eager() or _modes.transforms_active()
-    trajectory = Trajectory(settings.saved, at_once=not watched)
-    with step_counter(len(plan.nodes) - 1, progress) as count:
-        after = _after_step(trajectory, settings, callback, count if progress else None)
-        state = make_state(start, plan, layout, settings.backend, plain=_is_recorded(settings))
-        x = run(plan, state, evaluate, after)
-    x = x.clone() if layout.doubled else x  # not half of a larger buffer
-    trajectory.note(0, start.to(x.dtype))
-    return x, trajectory.tensor(), plan.evaluations
-
-
-def _require_numbers(factors: object) -> None:
-    if factors is not None:
-        raise ValueError(
-            "churn must be 0 where gradients of the path's own parameters are recorded, which the added noise would leave out, and with a"
-            " path or objective of one's own under torch.func or forward-mode differentiation, which hide whether they are"
-        )
-
-
-def _after_step(
-    trajectory: Trajectory, settings: Settings, callback: Callback | None, count: Callable[[], None] | None
-) -> AfterStep | None:
-    """What happens after a step; None where nothing does, which keeps the loop free of it. States are copied: the buffer is reused."""
-    if not settings.saved and callback is None and count is None:
-        return None
-    nodes = settings.nodes.tolist()
-
-    def after(step: int, x: Tensor) -> None:
-        trajectory.note(step, x)
-        if callback is not None:
-            callback(step, nodes[step], x.clone())
-        if count is not None:
-            count()
-
-    return after
-
-
-# Adaptive steps
-
-
-def _adaptive(field: Field, start: Tensor, settings: Settings, callback: Callback | None) -> tuple[Tensor, Tensor | None, int]:
-    velocity, rules = _velocity(field, settings), rules_of(settings, _is_recorded(settings))
-    after = None if callback is None else (lambda step, t, parts: callback(step, t, parts[0].clone()))
-    x0, times = start.to(reference.accumulation_dtype(start)), settings.nodes.tolist()
-    solved = solve_adaptive(lambda now, parts: (velocity(parts[0], now),), (x0,), times, rules, after, settings.jumps)
-    return solved.states[-1][0], _saved(solved.states, settings), solved.nfe
-
-
-def _per_sample(field: Field, start: Tensor, settings: Settings, mark: bool) -> tuple[Tensor, Tensor | None, int, Tensor | None]:
-    rules = rules_of(settings, _is_recorded(settings), mark)
-
-    def derivative(of: Field) -> Derivative:
-        velocity = _velocity(of, settings)
-        return lambda now, parts: (velocity(parts[0], now),)
-
-    narrowed = (lambda samples: derivative(field.of(samples))) if settings.per_sample == "shrink" else None
-    x0, times = start.to(reference.accumulation_dtype(start)), settings.nodes.tolist()
-    solved = solve_per_sample(derivative(field), (x0,), times, rules, narrowed, settings.jumps)
-    return solved.states[-1][0], _saved(solved.states, settings), solved.nfe, solved.nfe_of_each
-
-
-def _saved(states: Sequence[Parts], settings: Settings) -> Tensor | None:
-    return torch.stack([states[position][0] for position in settings.saved]) if settings.saved else None
-
-
-def _velocity(field: Field, settings: Settings) -> Callable[[Tensor, Moment], Tensor]:
-    """The velocity at x [B, ...] and a time, in x's dtype."""
-
-    def velocity(x: Tensor, now: Moment) -> Tensor:
-        output = field.checked_output_at(x.to(settings.dtype), now.given, field.scale_at(now.exact))
-        return combined(x, output, field.factors_at(now.exact, x.device))
-
-    if settings.grad == "checkpoint" and torch.is_grad_enabled():
-        # A model may write into its times, which the second evaluation needs as they were.
-        own = lambda x, now: velocity(x, now._replace(given=now.given.clone()))  # noqa: E731
-        return lambda x, now: checkpoint(own, x, now, use_reentrant=False)  # type: ignore[return-value]
-    return velocity

@@ -68,6 +68,33 @@ def test_save_times(direction):
     assert torch.equal(end, found.x)
 
 
+@pytest.mark.parametrize("method", ["dopri5", "dopri8"])
+@pytest.mark.parametrize("direction", ["sample", "encode"])
+def test_save_every_step(direction, method):
+    """The start and the state after each step that counted: in between they are the solution too, and nothing is computed for them."""
+    finished = []
+    options = {"method": method, "rtol": 1e-7, "atol": 1e-7}
+    found = getattr(fm, direction)(network, X0, save="steps", callback=lambda *step: finished.append(step), **options)
+    times, (first, last) = found.saved_t, (0.0, 1.0) if direction == "sample" else (1.0, 0.0)
+    assert times == (first, *(t for _, t, _ in finished)) and times[-1] == last and len(set(times)) == len(times) > 4
+    assert torch.equal(found.saved, torch.stack([X0, *(x for _, _, x in finished)])) and torch.equal(found.saved[-1], found.x)
+    for time, state in zip(times, found.saved, strict=True):
+        torch.testing.assert_close(state, solve("rk4", network, X0, np.linspace(first, time, 201)), rtol=1e-5, atol=1e-5)
+    assert found.nfe == getattr(fm, direction)(network, X0, **options).nfe
+
+
+def test_gradients_pass_through_every_step_that_is_saved():
+    x = X0.clone().requires_grad_()
+    found = fm.sample(lambda x, t: x, x, method="dopri5", save="steps", grad="direct", **TIGHT)
+    (gradient,) = torch.autograd.grad(found.saved.sum(), x)
+    torch.testing.assert_close(gradient, torch.full_like(x, sum(math.exp(t) for t in found.saved_t)), rtol=1e-6, atol=0)
+
+
+def test_steps_of_an_empty_batch():
+    found = fm.sample(network, X0[:0], method="dopri5", save="steps")
+    assert found.saved.shape == (1, 0, *X0.shape[1:]) and found.saved_t == (0.0,)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_state_is_wide_whatever_the_model(dtype):
     inputs = set()

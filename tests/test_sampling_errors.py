@@ -89,12 +89,12 @@ BAD_ARGUMENTS = [
     ({"guidance": fm.Guidance(2.0, {"y": NAN}), **GUIDED}, ValueError, r"guidance.null\['y'\] must be a value that .* can hold, got nan"),
     ({"guidance": fm.Guidance(2.0, {"y": "none"}), **GUIDED}, TypeError, r"guidance.null\['y'\] must be a tensor or a number, got str"),
     # save, callback, progress
-    ({"save": "all"}, ValueError, r'save must be None, "steps" .* or a sequence of times, got \'all\''),
+    ({"save": "all"}, ValueError, r'save must be None, "steps" or a sequence of times, got \'all\''),
     ({"save": True}, ValueError, r"save must be a sequence of times in \[0, 1\], got True"),
     ({"save": 0.5}, ValueError, r"save must be a sequence of times in \[0, 1\], got 0.5"),
     ({"save": [0.5, 2.0]}, ValueError, r"save must be a sequence of times in \[0, 1\], got \[0.5, 2.0\]"),
     ({"save": [0.2, 0.8], "t1": 0.5}, ValueError, r"save must lie inside the solve, \[0.0, 0.5\], got \[0.8\]"),
-    ({"save": "steps", "method": "dopri5", "steps": None}, ValueError, r'save must be None, "steps" \(fixed-step methods\) or a sequence'),
+    ({"save": "steps", "method": "dopri5", "steps": None, "per_sample": True}, ValueError, 'save="steps" needs steps that are the same'),
     ({"callback": 5}, TypeError, r"callback must be callable as callback\(step, t, x\), got int"),
     ({"progress": True, "method": "dopri5", "steps": None}, ValueError, r"progress needs a fixed-step method, got 'dopri5'"),
     # the rest

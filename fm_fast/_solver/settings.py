@@ -32,7 +32,8 @@ PLAIN = {str, int, float, bool, type(None), torch.dtype, *BUILT_IN}  # whose val
 class Settings:
     """What a solve is: names resolved, values checked.
 
-    ``nodes`` run in the direction of the solve; ``saved`` are positions in them; ``guided`` are the times between which guidance applies.
+    ``nodes`` run in the direction of the solve; ``saved`` are positions in them; ``guided`` are the times between which guidance applies;
+    ``every_step``: the states after the steps that an adaptive method chooses are saved.
     """
 
     path: Path
@@ -50,6 +51,11 @@ class Settings:
     backend: str
     churn: float = 0.0
     guided: tuple[float, float] = ALWAYS
+    every_step: bool = False
+
+    @property
+    def saved_t(self) -> tuple[float, ...]:
+        return tuple(float(self.nodes[position]) for position in self.saved)
 
     @property
     def span(self) -> tuple[float, float]:
@@ -122,11 +128,15 @@ def _resolved(
     interval = (t0, t1, chosen_path, velocity_range(chosen_path, chosen_objective))
     nodes = _fixed_nodes(grid, steps, *interval) if adaptive is None else _adaptive_nodes(adaptive.name, steps, grid, *interval)
     nodes, saved = _with_saved(nodes, save, adaptive is not None)
+    every_step = isinstance(save, str) and adaptive is not None
+    if every_step and per_sample:
+        raise ValueError('save="steps" needs steps that are the same for all samples; give times with per_sample')
     if reverse:
         nodes = nodes[::-1].copy()
         saved = saved if isinstance(save, str) else tuple(len(nodes) - 1 - position for position in saved)
     return Settings(
         chosen_path, chosen_objective, table, adaptive, nodes, saved, *accuracy, per_sample, dtype, grad, backend, float(churn), guided,
+        every_step,
     )  # fmt: skip
 
 
@@ -213,9 +223,9 @@ def _with_saved(nodes: np.ndarray, save: Save, adaptive: bool) -> tuple[np.ndarr
     if not isinstance(save, str):
         merged, positions = with_times(nodes, save)
         return merged, tuple(positions)
-    if save != "steps" or adaptive:
-        raise ValueError(f'save must be None, "steps" (fixed-step methods) or a sequence of times, got {save!r}')
-    return nodes, tuple(range(len(nodes)))
+    if save != "steps":
+        raise ValueError(f'save must be None, "steps" or a sequence of times, got {save!r}')
+    return nodes, () if adaptive else tuple(range(len(nodes)))  # an adaptive method finds its nodes on the way
 
 
 def check_finite(values: Tensor, what: str, settings: Settings, on_nonfinite: str) -> Tensor:

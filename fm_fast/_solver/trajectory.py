@@ -1,4 +1,4 @@
-"""The states of a fixed-step solve that are saved, each copied once: a trajectory may take more memory than all else."""
+"""The states of a solve that are saved, those of fixed steps copied once: a trajectory may take more memory than all else."""
 
 from collections import defaultdict
 
@@ -38,3 +38,21 @@ class Trajectory:
         if not self._steps:
             return None
         return torch.stack([self._states[step] for step in self._steps]) if self._whole is None else self._whole
+
+
+class StepsTaken:
+    """The start of an adaptive solve and its state after each step that counted, with their times."""
+
+    def __init__(self, t: float, start: Tensor) -> None:
+        self._times, self._states = [t], [start]
+
+    def note(self, t: float, x: Tensor) -> None:
+        self._times.append(t)
+        self._states.append(x.clone())
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        return tuple(self._times)
+
+    def tensor(self) -> Tensor:
+        return torch.stack(self._states)
