@@ -10,10 +10,12 @@ code. What a kernel computes, the CPU computes, much more slowly and as late as 
 * triton_kernels.py: Triton's kernels, by its interpreter;
 * build.py: the libraries, for the torch that is there.
 
-No GPU is needed and none is used. Nothing here tells of speed, of what compilers make of a kernel, or of races inside one.
+No GPU is needed and none is used. Two rehearsals must not begin at the same time: they build in the same folder.
+With SOFTWARE_GPU_ORDER=others-first, streams that wait for others have them finished before their own earlier work.
 """
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from build import HERE, RUNTIME, build
 
 SCRATCH = HERE.parent.parent / "build" / "software_gpu"
 PACKAGES = SCRATCH / "packages"
+TRIVIAL = "import torch; assert torch.cuda.get_device_name() == 'software GPU'; assert torch.ones(2, device='cuda').sum().item() == 2"
 
 
 def environment() -> dict[str, str]:
@@ -34,6 +37,8 @@ def main(command: list[str]) -> None:
     if not command:
         sys.exit(f"usage: {sys.argv[0]} command [argument ...]")
     build(SCRATCH, PACKAGES)
+    if subprocess.run([sys.executable, "-c", TRIVIAL], env=environment(), cwd=HERE).returncode:
+        sys.exit("the software GPU does not work in this environment")
     beside = Path(sys.executable).parent / command[0]
     program = str(beside) if beside.is_file() else command[0]
     os.execvpe(program, [program, *command[1:]], environment())

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,10 +16,21 @@ NATIVE = {
     "empty.memory_format", "empty_strided", "record_stream", "resize_", "resize_as_", "_local_scalar_dense", "pin_memory", "_pin_memory",
     "is_pinned", "_copy_from", "_resize_output_", "_has_same_storage_numel",
 }  # fmt: skip
-# Without a CUDA kernel of their own, but with a choice of the device's inside.
-CHOOSING = ("copy_", "convolution", "convolution_backward", "_convolution")
+# Composite ops that pick a kernel by the device: registered here, so that they do not pick one of CUDA's libraries.
+COMPOSITE = ("copy_", "convolution", "convolution_backward", "_convolution")
 # Their shapes depend on values, for which torch waits too.
-WAITING = {"nonzero", "masked_select", "_unique2", "_unique", "unique_dim", "unique_consecutive", "repeat_interleave.Tensor", "bincount"}
+SYNCHRONISING = {
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "_unique",
+    "unique_dim",
+    "unique_consecutive",
+    "repeat_interleave.Tensor",
+    "bincount",
+}
+
+INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 
 Run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -47,19 +59,23 @@ def place_of(tensor: Tensor) -> Place:
     return Place(tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
-_waiting: dict[int, Callable[[], None]] = {}
-_numbers = itertools.count(1)
+_queued: dict[int, Callable[[], None]] = {}
+_tickets = itertools.count(1)
 
 
 @Run
-def _run(number: int) -> None:
-    with torch.inference_mode(False), torch.no_grad():
-        _waiting[number]()
+def _run(ticket: int) -> None:
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            _queued[ticket]()
+    except BaseException:  # as a kernel that fails: nothing works on the device any more
+        traceback.print_exc()
+        _runtime.software_gpu_fail()
 
 
 @Run
-def _forget(number: int) -> None:
-    _waiting.pop(number, None)
+def _forget(ticket: int) -> None:
+    _queued.pop(ticket, None)
 
 
 _runtime = ctypes.CDLL("libcudart.so.13")
@@ -67,11 +83,13 @@ _runtime.software_gpu_submit.argtypes = [ctypes.c_void_p, Run, Run, ctypes.c_voi
 
 
 def submit(device: torch.device, work: Callable[[], None]) -> None:
-    number = next(_numbers)
-    _waiting[number] = work
+    """Have a stream of the device do this work when its turn comes, or at every replay of what it captures."""
+    ticket = next(_tickets)
+    _queued[ticket] = work
     with torch.cuda.device(device):  # whose default stream has no name
-        error = _runtime.software_gpu_submit(torch._C._cuda_getCurrentRawStream(device.index), _run, _forget, number)
-    assert error == 0, f"the software GPU takes no work: error {error}"
+        error = _runtime.software_gpu_submit(torch._C._cuda_getCurrentRawStream(device.index), _run, _forget, ticket)
+    if error:
+        raise RuntimeError(f"the software GPU takes no work: CUDA error {error}")
 
 
 def is_there(x: Any) -> bool:
@@ -79,10 +97,12 @@ def is_there(x: Any) -> bool:
 
 
 def on_host(x: Any) -> Any:
-    """An argument as the CPU's kernel takes it, other than tensors."""
+    """An argument as the CPU's kernel takes it, other than tensors of the device; what may change until then is copied."""
     if isinstance(x, torch.device):
         return torch.device("cpu")
-    return None if isinstance(x, torch.Generator) else x
+    if isinstance(x, torch.Generator):
+        return None
+    return x.clone() if isinstance(x, Tensor) else x
 
 
 def wait(device: torch.device) -> None:
@@ -91,13 +111,29 @@ def wait(device: torch.device) -> None:
 
 
 def device_of(flat: list[Any]) -> torch.device:
-    """Of the first tensor that is on one, else the one that is asked for."""
+    """The one that the tensors are on, else the one that is asked for; RuntimeError where torch's own kernels refuse other arguments."""
     device = next((x.device for x in flat if is_there(x)), None) or next(x for x in flat if isinstance(x, torch.device))
-    return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+    device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+    for x in flat:
+        if isinstance(x, Tensor) and x.device != device and (is_there(x) or x.dim() > 0):
+            raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {device} and {x.device}!")
+        if isinstance(x, torch.Generator) and x.device.type != "cuda":
+            raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{x.device.type}'")
+    return device
 
 
 def as_given(x: Any) -> Any:
     return place_of(x) if is_there(x) else on_host(x)
+
+
+def moved_there(x: Tensor, device: torch.device) -> Tensor:
+    """What a kernel has left there: no wait that a user hears of."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        return x.to(device)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 class Op:
@@ -110,7 +146,7 @@ class Op:
         self.arguments = [argument.name for argument in schema.arguments]
         self.tensors = [i for i, argument in enumerate(schema.arguments) if str(argument.type) == "Tensor"]
         self.written = [self._written(value.alias_info) for value in schema.returns]
-        self.waits = self.name in WAITING or any("Tensor" not in str(value.type) for value in schema.returns)
+        self.waits = self.name in SYNCHRONISING or any("Tensor" not in str(value.type) for value in schema.returns)
 
     def _written(self, alias: Any) -> str | None:
         """The argument that is returned, where that is no new tensor."""
@@ -120,6 +156,8 @@ class Op:
         return next(name for name, info in given.items() if info.before_set == alias.before_set)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.name.split(".")[0] in INDEXING:
+            args = (args[0], [None if index is None else index.to(args[0].device) for index in args[1]], *args[2:])
         flat, shape = tree_flatten((args, kwargs))
         device = device_of(flat)
         if self.waits or self._picks_by_mask(args):
@@ -138,7 +176,10 @@ class Op:
         return found if len(self.written) > 1 else (found,) if self.written else ()
 
     def _new(self, flat: list[Any], shape: Any, device: torch.device) -> tuple[Any, ...]:
-        """Tensors on the device of the shapes that the op returns; what it is to write to gets the size that it needs."""
+        """Tensors on the device of the shapes that the op returns; what it is to write to gets the size that it needs.
+
+        The CPU's kernel is asked, with zeros for every number, since those of the device are not yet there.
+        """
         trial = [place_of(x).stand_in() if is_there(x) else on_host(x) for x in flat]
         found = self._compute(trial, shape)
         for x, tried in zip(flat, trial, strict=True):
@@ -160,7 +201,7 @@ class Op:
         submit(device, work)
 
     def _picks_by_mask(self, args: Any) -> bool:
-        if self.name.split(".")[0] not in ("index", "index_put", "index_put_"):
+        if self.name.split(".")[0] not in INDEXING:
             return False
         return any(is_there(x) and x.dtype in (torch.bool, torch.uint8) for x in args[1])
 
@@ -170,7 +211,7 @@ class Op:
         with torch.no_grad():
             found = self._compute(views, shape)
         own = {id(view): x for view, x in zip(views, flat, strict=True)}
-        moved = tree_map_only(Tensor, lambda x: own[id(x)] if id(x) in own else x.to(device), found)
+        moved = tree_map_only(Tensor, lambda x: own[id(x)] if id(x) in own else moved_there(x, device), found)
         return tuple(moved) if len(moved) > 1 else moved[0] if moved else None
 
 
@@ -206,6 +247,8 @@ class Copy:
             return to
         converted = torch.empty(to.shape, dtype=to.dtype, device=source.device)
         self.compute(converted, source)
+        if non_blocking and to.is_contiguous():
+            return self._by_runtime(to, converted, True)
         return to.copy_(self._by_runtime(torch.empty(to.shape, dtype=to.dtype), converted, False))
 
 
@@ -216,7 +259,7 @@ def _ops() -> list[torch._ops.OpOverload]:
         space, _, rest = name.partition("::")
         if space != "aten" or rest in NATIVE or rest.startswith("set_"):
             continue
-        if rest not in CHOOSING and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
+        if rest not in COMPOSITE and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
             continue
         packet, _, overload = rest.partition(".")
         op = getattr(getattr(torch.ops.aten, packet), overload or "default")

@@ -2,12 +2,17 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))  # tests/: the package software_gpu, and what tests share
 
-from software_gpu import torch_ops, triton_kernels
+try:
+    from software_gpu import torch_ops, triton_kernels
 
-kept = torch_ops.install()
-triton_kernels.install()
+    kept = torch_ops.install()
+    triton_kernels.install()
+except BaseException:  # which Python would only mention
+    traceback.print_exc()
+    os._exit(1)
