@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadscope
 REGRESSION := --benchmark-autosave --benchmark-compare --benchmark-columns=median,iqr,rounds --benchmark-max-time=0.5 --benchmark-warmup=on
-CPP_SOURCES = $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_SOURCES = $(shell find csrc tests/native tests/software_gpu -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo bits test test-all sanitize lint format docs bench bench-regression gpu-report gpu-rehearsal clean
 
