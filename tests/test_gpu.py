@@ -363,13 +363,8 @@ def test_steps_of_each_samples_own_are_those_of_the_cpu_and_wait_once_each(per_s
 @pytest.mark.parametrize("objective", ["fm-ot", "scoreflow"])
 def test_replayed_training_steps_are_the_steps(objective, precision):
     """The losses of steps one by one, up to the order in which convolutions add; and no replay waits for the device."""
-    settings = {
-        "batch_size": 4,
-        "label_drop": 0.3,
-        "flip": 0.5,
-        "dequantise": True,
-        "cuda_graph": "on",
-    }  # what cannot be recorded is an error
+    # "on": what cannot be recorded is an error.
+    settings = {"batch_size": 4, "label_drop": 0.3, "flip": 0.5, "dequantise": True, "cuda_graph": "on"}
     config, device = tiny(objective=objective, precision=precision, **settings), torch.device("cuda")
     images, replayed = digits().to(device), new_state(config, device)
     wanted = torch.stack(advance(new_state(config, device), config, images, WARM_UP_STEPS + 8))

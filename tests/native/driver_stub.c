@@ -1,5 +1,5 @@
 // A libcuda with one make-believe GPU, for tests of what Triton asks of a driver: it takes binaries, checks the sizes of launches and notes
-// the names of the kernels, and runs nothing.
+// the names of the kernels, and runs nothing. Of it torch, on tests/software_gpu, asks for versions and contexts.
 #include <stdint.h>
 #include <string.h>
 
@@ -48,6 +48,13 @@ CUresult cuCtxSetCurrent(CUcontext context) { return context ? CUDA_SUCCESS : CU
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   (void)device;
   return cuCtxGetCurrent(context);
+}
+
+CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned* flags, int* active) {
+  (void)device;
+  *flags = 0;
+  *active = 1;
+  return CUDA_SUCCESS;
 }
 
 CUresult cuCtxGetLimit(size_t* value, CUlimit limit) {

@@ -63,25 +63,30 @@ def exported(library: Path) -> set[str]:
 def build_runtime(folder: Path) -> Path:
     """All that NVIDIA's exports: what runtime.cpp lacks says so when it is called."""
     names = exported(real_runtime())
-    return build_stand_in(folder, ("runtime", "streams"), RUNTIME, names, ("cuda", "__cuda"), versioned=True)
+    return build_stand_in(folder, [HERE / "runtime.cpp", HERE / "streams.cpp"], RUNTIME, names, ("cuda", "__cuda"), versioned=True)
 
 
 def build_driver(folder: Path) -> Path:
     """What torch wants of libcuda, which comes with a GPU."""
     wanted = run("nm", "-D", "--undefined-only", package("torch") / "lib" / "libcaffe2_nvrtc.so").split()
-    return build_stand_in(folder, ("driver",), DRIVER, {name for name in wanted if name.startswith("cu")}, ("cu",), versioned=False)
+    return build_stand_in(
+        folder,
+        [HERE.parent / "native" / "driver_stub.c"],
+        DRIVER,
+        {name for name in wanted if name.startswith("cu")},
+        ("cu",),
+        versioned=False,
+    )
 
 
-def build_stand_in(
-    folder: Path, sources: tuple[str, ...], soname: str, wanted: set[str], prefixes: tuple[str, ...], versioned: bool
-) -> Path:
+def build_stand_in(folder: Path, sources: list[Path], soname: str, wanted: set[str], prefixes: tuple[str, ...], versioned: bool) -> Path:
     """A library of these sources, and of a function that fails for everything else that is wanted of it."""
-    objects = [folder / f"{source}.o" for source in sources]
+    objects = [folder / f"{source.stem}.o" for source in sources]
     for source, output in zip(sources, objects, strict=True):
-        run("g++", *FLAGS, f"-I{toolkit_headers()}", "-c", HERE / f"{source}.cpp", "-o", output)
+        run("g++", *FLAGS, f"-I{toolkit_headers()}", "-c", source, "-o", output)
     defined = {line.split()[-1] for line in run("nm", "--defined-only", *objects).splitlines() if len(line.split()) == 3}
     missing = sorted(name for name in wanted - defined if name.startswith(prefixes))
-    stubs, versions, library = folder / f"{sources[0]}_stubs.c", folder / f"{sources[0]}.map", folder / soname
+    stubs, versions, library = folder / f"{soname}.stubs.c", folder / f"{soname}.map", folder / soname
     stubs.write_text(UNSUPPORTED + "".join(f'int {name}(void) {{ return unsupported("{name}"); }}\n' for name in missing))
     names = " ".join(f"{prefix}*;" for prefix in (*prefixes, "software_gpu_"))
     versions.write_text(f"{soname if versioned else ''} {{ global: {names} local: *; }};\n")

@@ -4,7 +4,8 @@ Torch must be a CUDA build, and fm_fast installed. What torch, Triton, the CUDA 
 GPU, they do here: devices, streams, events, graphs, pinned memory and torch's allocator are used as they are there, by torch's own CUDA
 code. What a kernel computes, the CPU computes, much more slowly and as late as the program allows:
 
-* runtime.cpp, streams.cpp, driver.cpp: CUDA's runtime and driver, whose devices are memory of the process; state.h: the order of work;
+* runtime.cpp, streams.cpp: CUDA's runtime, whose devices are memory of the process; state.h: the order of work. The driver is that of
+  tests/native/driver_stub.c;
 * runtime.h: launches of the kernels of csrc/cuda, which tests/native/cuda_emulation.h runs thread by thread;
 * torch_ops.py: torch's own ops, by its CPU kernels;
 * triton_kernels.py: Triton's kernels, by its interpreter;

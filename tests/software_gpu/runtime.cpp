@@ -8,8 +8,6 @@
 
 #include "state.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 using namespace software_gpu;
 
 namespace {
@@ -331,7 +329,7 @@ EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, co
   return cudaSuccess;
 }
 
-// The driver's functions: those of driver.cpp, and in the place of others one that fails.
+// The driver's functions: those of driver_stub.c, and in the place of others one that fails.
 
 static int missing() { return CUDA_ERROR_NOT_SUPPORTED; }
 

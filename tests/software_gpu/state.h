@@ -21,6 +21,8 @@
 #include <utility>
 #include <vector>
 
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
 namespace software_gpu {
 
 constexpr int kDevices = 2;

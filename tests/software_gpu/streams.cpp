@@ -1,8 +1,6 @@
 // The part of the software GPU's libcudart that orders work: streams, events and graphs.
 #include "state.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 using namespace software_gpu;
 
 namespace {
