@@ -106,7 +106,7 @@ def test_images_of_more_grey_levels_than_the_run_are_refused(of_digits, tmp_path
     run(tmp_path / "run", data=held_out(tmp_path))
     assert main(["likelihood", str(tmp_path / "run"), "--data", "digits:test", "--steps", "1"]) == 1
     error = capsys.readouterr().err
-    assert "data: expected images of 256 grey levels, as the run was trained on, got digits:test with 17" in error
+    assert "data: expected images of 256 grey levels, as the run was trained on, got images of 17 grey levels in digits:test" in error
 
 
 @pytest.mark.parametrize(

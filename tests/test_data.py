@@ -109,7 +109,7 @@ def test_unknown_sources(tmp_path):
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (torch.zeros(2, 3, 3), torch.zeros(2, dtype=torch.int64), "expected images uint8"),
+        (torch.zeros(2, 3, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int64), "expected images uint8"),
         (torch.zeros(0, 3, 3, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), "not empty"),
         (torch.full((1, 3, 3), 17, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), "expected pixel values below 17, got 17"),
         (torch.zeros(1, 3, 3, dtype=torch.uint8), torch.full((1,), -1), "expected labels in"),

@@ -135,8 +135,8 @@ def test_damaged_npz(tmp_path):
     np.savez(file, pictures=random_images(1, 2, 2))
     with pytest.raises(ValueError, match=r"expected arrays images, labels, found .*pictures"):
         load_dataset(file)
-    np.savez(file, images=random_images(2, 2, 2).astype(np.float32), labels=np.zeros(2, dtype=np.int64))
-    with pytest.raises(ValueError, match=r"set.npz\[images\]: expected an array of integers .* got dtype float32"):
+    np.savez(file, images=random_images(2, 2, 2), labels=np.zeros(2, dtype=np.float32))
+    with pytest.raises(ValueError, match=r"set.npz\[labels\]: expected an array of integers .* got dtype float32"):
         load_dataset(file)
     np.savez(file, images=random_images(2, 3, 2), labels=np.array([None, "x"], dtype=object))
     with pytest.raises(ValueError, match=r"expected a readable .npz archive, got: Object arrays cannot be loaded"):

@@ -97,6 +97,18 @@ def test_replays_are_the_steps(changes):
     assert_same_state(eager, replayed)
 
 
+def test_replays_copy_real_numbers():
+    """Data without grey levels, in their own dtype."""
+    values = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)).half()
+    data = dataclasses.replace(digits(), images=values, labels=digits().labels[:40], levels=None)
+    config = tiny(**SETTINGS | {"dequantise": False, "coupling": "optimal"})
+    eager, replayed = new_state(config, CPU), new_state(config, CPU)
+    advance(replayed, config, data, 1)
+    wanted = advance(eager, config, data, 1 + WARM_UPS + REPLAYS)
+    assert torch.equal(torch.stack(graphed(config, data, replayed, WARM_UPS + REPLAYS, Tape())), torch.stack(wanted[1:]))
+    assert_same_state(eager, replayed)
+
+
 def test_weights_written_between_replays_reach_their_masters():
     config, data = tiny(precision="bfloat16"), digits()
     eager, replayed = new_state(config, CPU), new_state(config, CPU)

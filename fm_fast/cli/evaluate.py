@@ -66,6 +66,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     device = pick_device(options.device)
     _check(options)
     model, config = load_model(options.checkpoint, options.weights)
+    if options.fid and config.data_scale:
+        raise ValueError("fid: expected none for a run of real numbers, which are no pictures")
     solver = _solver(options, config)
     held_out = held_out_data(options.data, options.limit, config)
     train = _training_data(options, config)
@@ -92,7 +94,7 @@ def _training_data(options: argparse.Namespace, config: TrainConfig) -> Dataset:
     except FileNotFoundError:
         if options.data is None or same_source(source_of(options.data), config.data):
             raise
-    found = with_levels(load_dataset(source_of(options.data), "train", config.preparation), levels_of(config.data))
+    found = with_levels(load_dataset(source_of(options.data), "train", config.preparation), levels_of(config.data, bool(config.data_scale)))
     print(f"fm-fast: warning: the run's data, {config.data}, are not there: training images are those of {found.name}", file=sys.stderr)
     return found
 

@@ -82,9 +82,10 @@ def _solver(options: argparse.Namespace) -> dict[str, Any]:
 def _headline(options: argparse.Namespace, config: TrainConfig, dataset: Dataset, solver: dict[str, Any]) -> str:
     channels, height, width = dataset.images.shape[1:]
     steps = "" if solver["steps"] is None else f", {solver['steps']} steps"
+    levels = "real numbers" if dataset.levels is None else f"{dataset.levels} levels"
     condition = "without labels" if options.unconditional else "given their labels"
     return (
-        f"{dataset.name}: {len(dataset)} images {channels}x{height}x{width} with {dataset.levels} levels, {condition}; {config.objective};"
+        f"{dataset.name}: {len(dataset)} images {channels}x{height}x{width} with {levels}, {condition}; {config.objective};"
         f" {solver['method']}{steps}; probes: {solver['kind']}, {solver['probes']} x {solver['replicates']}; draws: {solver['draws']}"
     )
 

@@ -119,7 +119,7 @@ def held_out_data(source: str | None, limit: int | None, config: TrainConfig, **
     for line in dataset.left_out:
         print(f"fm-fast: {line}", file=sys.stderr)
     found = replace(dataset, name=source, images=dataset.images[:limit], labels=dataset.labels[:limit])
-    return with_levels(found, levels_of(config.data))
+    return with_levels(found, levels_of(config.data, bool(config.data_scale)))
 
 
 def _parts(source: str) -> tuple[str, str]:
@@ -145,5 +145,5 @@ def warn_of_training_images() -> None:
 
 def warn_without_dequantisation(config: TrainConfig) -> None:
     """Bits/dim are of a density, and single grey levels have none."""
-    if not config.dequantise:
+    if not config.dequantise and not config.data_scale:
         print("fm-fast: warning: the network was not trained with --dequantise, so its bits/dim say little", file=sys.stderr)

@@ -54,7 +54,7 @@ def add_sample(commands: Any) -> None:
                         " [the run's data, :test]")  # fmt: skip
     parser.add_argument("--out", type=_output_file, metavar="FILE",
                         help="a .png picture, one row a class, or an .npz archive with images (uint8 [N, C, H, W]) and labels"
-                        " [samples.png, or none with --images]")  # fmt: skip
+                        "; of real-valued data float32, in their units [samples.png, or none with --images]")  # fmt: skip
     parser.add_argument("--images", metavar="FOLDER", help="a new or empty folder for a PNG file a sample, 000012-class-3.png and so on, of"
                         " the network's size and 0..255, as other programs read them")  # fmt: skip
     parser.add_argument("--guidance", type=float, metavar="FLOAT", help="guidance weight; 1 is no guidance [that of the run's pictures]")
@@ -88,7 +88,7 @@ class _Targets:
             require_target("out", out)
         return cls(out, folder)
 
-    def of_batches(self, config: TrainConfig, levels: int) -> BatchDone:
+    def of_batches(self, config: TrainConfig, levels: int | None) -> BatchDone:
         return ignore if self.folder is None else ImageFiles(self.folder, config.model.image_channels, levels).add
 
     def __str__(self) -> str:
@@ -98,7 +98,7 @@ class _Targets:
 def _sample(options: argparse.Namespace) -> None:
     device, targets = pick_device(options.device), _Targets.of(options)
     model, config = load_model(options.checkpoint, options.weights)
-    classes, solver, levels = _classes(options.classes, config.model.classes), _solver(options, config), levels_of(config.data)
+    classes, solver, levels = _classes(options.classes, config.model.classes), _solver(options, config), _levels(config)
     started = time.perf_counter()
     if config.super_resolution > 1:
         images = _enlarged(options, targets, model.to(device), config, solver)
@@ -107,7 +107,7 @@ def _sample(options: argparse.Namespace) -> None:
     else:
         numbers, each = (options.count, options.seed, options.batch_size, levels), targets.of_batches(config, levels)
         images, labels = sample_classes(model.to(device), config, classes, *numbers, each, **solver)
-        _write(targets.out, images, labels, levels, options.count)
+        _write(targets.out, images, labels, config, options.count)
     seconds = time.perf_counter() - started
     print(f"{targets}: {len(images)} samples by {solver['method']}, guidance {solver['guidance']:g}, in {seconds:.1f} s")
 
@@ -124,9 +124,9 @@ def _enlarged(options: argparse.Namespace, targets: _Targets, model: nn.Module, 
     drawn = sample_enlarged(model, config, originals, options.seed, options.batch_size, each, **solver)
     if targets.out is not None and targets.out.suffix == ".png":
         shown = enlargements(config, originals, drawn, shown=not reduced)
-        _write(targets.out, shown, originals.labels, originals.levels, len(shown) // len(drawn))
+        _write(targets.out, shown, originals.labels, config, len(shown) // len(drawn))
     else:
-        _write(targets.out, drawn, originals.labels, originals.levels, len(drawn))
+        _write(targets.out, drawn, originals.labels, config, len(drawn))
     return drawn
 
 
@@ -174,14 +174,24 @@ def _solver(options: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
     return {**solver, "guidance": guidance, "churn": options.churn}
 
 
-def _write(out: Path | None, images: Tensor, labels: Tensor, levels: int, count: int) -> None:
+def _levels(config: TrainConfig) -> int | None:
+    return levels_of(config.data, bool(config.data_scale))
+
+
+def _write(out: Path | None, images: Tensor, labels: Tensor, config: TrainConfig, count: int) -> None:
+    """Real numbers in the units of the data, but as the network sees them in a picture."""
     if out is None:
         return
     if out.suffix == ".npz":
         with replaced_whole(out) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, images=images.numpy(), labels=labels.numpy())
+            np.savez_compressed(file, images=_in_units(images, config).numpy(), labels=labels.numpy())
     else:
-        write_images(out, images, levels, columns=_columns(count))
+        write_images(out, images, _levels(config), columns=_columns(count))
+
+
+def _in_units(images: Tensor, config: TrainConfig) -> Tensor:
+    units = config.standardisation
+    return images if units is None else units.restored(images)
 
 
 def _columns(count: int) -> int:

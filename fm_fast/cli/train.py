@@ -13,7 +13,7 @@ from fm_fast.train.storage.run_folder import RunFolder
 from fm_fast.train.storage.weights import load_model
 
 # Settings that a run takes from the one that it begins with
-TASK = ("objective", "super_resolution", "preconditioned", "sigma_min")
+TASK = ("objective", "super_resolution", "preconditioned", "sigma_min", "data_shift", "data_scale")
 # Fields of the network that the data decides.
 FROM_DATA = ("image_size", "image_channels", "classes", "low_resolution_channels")
 
@@ -103,7 +103,7 @@ def _begun(preset: TrainConfig, source: str | None, objective: str | None) -> Tr
         return preset
     stored = load_model(source)[1]
     # Of another objective, which is refused later, they would be taken for mistakes of their own.
-    task = TASK if objective in (None, stored.objective) else ("super_resolution",)
+    task = TASK if objective in (None, stored.objective) else ("super_resolution", "data_shift", "data_scale")
     return replace(preset, model=stored.model, **{name: getattr(stored, name) for name in task})
 
 

@@ -116,12 +116,12 @@ def first(data: Dataset, count: int) -> Dataset:
 
 
 def _bits_by_draws(model: torch.nn.Module, config: TrainConfig, data: Dataset, seed: int) -> tuple[float, ...]:
-    recipe = config.recipe
+    recipe, levels = config.recipe, data.grey_levels
     result = bits_per_dim(
-        model, data.images, levels=data.levels, draws=max(DRAWS), cond={"y": data.labels}, path=recipe.path, objective=recipe.objective,
+        model, data.images, levels=levels, draws=max(DRAWS), cond={"y": data.labels}, path=recipe.path, objective=recipe.objective,
         method="dopri5", rtol=DRAWS_TOLERANCE, atol=DRAWS_TOLERANCE, seed=seed,
     )  # fmt: skip
-    return bits_for_draws(result.logp, DRAWS, math.prod(data.images.shape[1:]), data.levels)
+    return bits_for_draws(result.logp, DRAWS, math.prod(data.images.shape[1:]), levels)
 
 
 def table_name(data: str, alike: bool) -> str:

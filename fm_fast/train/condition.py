@@ -23,13 +23,14 @@ def reduced(images: Tensor, levels: int, factor: int) -> Tensor:
     return 2.0 * (F.avg_pool2d(images.float(), factor) + 0.5) / levels - 1.0
 
 
-def training_condition(config: TrainConfig, images: Tensor, labels: Tensor, levels: int, step: Whole, first_id: int) -> Condition:
+def training_condition(config: TrainConfig, images: Tensor, labels: Tensor, levels: int | None, step: Whole, first_id: int) -> Condition:
     """Of the samples first_id, first_id + 1, ... of a step: some labels dropped, the reduced images mirrored where the images are."""
     found = {}
     if config.model.classes:
         found["y"] = drop_labels(labels, config.label_drop, config.seed, step, first_id)
-    if config.super_resolution > 1:
-        found["low_resolution"] = _mirrored(reduced(images, levels, config.super_resolution), config, step, first_id)
+    low = reduced_if_wanted(config, images, levels)
+    if low is not None:
+        found["low_resolution"] = _mirrored(low, config, step, first_id)
     return found
 
 
@@ -56,6 +57,9 @@ def condition_of(config: TrainConfig, labels: Tensor, low_resolution: Tensor | N
     return found
 
 
-def reduced_if_wanted(config: TrainConfig, images: Tensor, levels: int) -> Tensor | None:
+def reduced_if_wanted(config: TrainConfig, images: Tensor, levels: int | None) -> Tensor | None:
     """The images that a super-resolution network enlarges; None for another network."""
-    return reduced(images, levels, config.super_resolution) if config.super_resolution > 1 else None
+    if config.super_resolution == 1:
+        return None
+    assert levels is not None  # the configuration of real numbers is refused
+    return reduced(images, levels, config.super_resolution)

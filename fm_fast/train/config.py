@@ -13,6 +13,7 @@ from fm_fast.solvers import METHODS
 from fm_fast.train.optimiser.averaging import WIDEST
 from fm_fast.train.optimiser.schedule import SCHEDULES, LearningRate
 from fm_fast.train.prepare import CHANNELS, Preparation
+from fm_fast.train.standardisation import Standardisation
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class TrainConfig:
     pool: int = _option(1, "replace blocks of this many pixels a side by their mean")
     pad: int = _option(0, "frame of this many pixels of value 0")
     super_resolution: int = _option(1, "learn to enlarge images so many times: the network sees means over blocks; 1: not")
+    data_shift: tuple[float, ...] = _option(
+        (), "of real-valued data (an .npz of floats, such as latents) the network sees (value - shift) scale: one number, or one a channel"
+    )
+    data_scale: tuple[float, ...] = _option((), "see data_shift; none: both such that each channel has mean 0 and deviation 1")
     test_share: float = _option(0.0, "share of the images held out of data that come without a test set")
     conditional: bool = _option(True, "tell the network the labels; data without any need --no-conditional")
     memory_limit: float = _option(4.0, "GiB of pixels above which images (of folders and ImageNet) lie in a mapped file", resumable=True)
@@ -149,6 +154,11 @@ class TrainConfig:
         return self.guidance if self.knows_the_null_class else 1.0
 
     @property
+    def standardisation(self) -> Standardisation | None:
+        """Of real-valued data."""
+        return Standardisation(self.data_shift or (0.0,), self.data_scale) if self.data_scale else None
+
+    @property
     def rate(self) -> LearningRate:
         """Of every step."""
         return LearningRate(self.schedule, self.learning_rate, self.warmup, self.steps)
@@ -157,7 +167,10 @@ class TrainConfig:
     def preparation(self) -> Preparation:
         """What happens to the images before training."""
         unlabelled = not self.conditional
-        return Preparation(self.resize, self.pool, self.pad, self.test_share, self.memory_limit, self.cache, unlabelled, grey=self.grey)
+        return Preparation(
+            self.resize, self.pool, self.pad, self.test_share, self.memory_limit, self.cache, unlabelled, grey=self.grey,
+            shift=self.data_shift, scale=self.data_scale,
+        )  # fmt: skip
 
 
 NOT_NEGATIVE = (
@@ -188,6 +201,7 @@ def _check(config: TrainConfig) -> None:
     for width in config.ema_widths:
         require("ema_widths", 0.0 < width <= WIDEST, f"shares of the run, at most {WIDEST:.4f}", width)
     _check_recipe(config)
+    _check_standardisation(config)
     require("seed", config.seed < MAX_SEED, "less than 2^63", config.seed)
     require("learning_rate", config.learning_rate > 0.0, "a positive number", config.learning_rate)
     paired = config.coupling != "independent"
@@ -203,8 +217,21 @@ def _check_recipe(config: TrainConfig) -> None:
     require("preconditioned", possible or config.preconditioned != "on", f"auto or off for {name}", config.preconditioned)
 
 
-def fit_to_data(config: TrainConfig, image_shape: tuple[int, ...], classes: int) -> TrainConfig:
-    """The same run with the network's channels, size and classes taken from the data (image_shape is C, H, W)."""
+def _check_standardisation(config: TrainConfig) -> None:
+    shift, scale = config.data_shift, config.data_scale
+    require("data_scale", 0.0 not in scale, "numbers other than 0", scale)
+    require("data_shift", not shift or bool(scale), "none without data_scale, which leaves both to the data", shift)
+    expected = "{} for real-valued data (data_scale), which have no grey levels"
+    require("dequantise", not (scale and config.dequantise), expected.format("off"), config.dequantise)
+    require("super_resolution", not scale or config.super_resolution == 1, expected.format(1), config.super_resolution)
+
+
+def fit_to_data(
+    config: TrainConfig, image_shape: tuple[int, ...], classes: int, standardisation: Standardisation | None = None
+) -> TrainConfig:
+    """The same run with the network's channels, size and classes taken from the data (image_shape is C, H, W), and of real numbers what it
+    sees of them.
+    """
     channels, height, width = image_shape
     if height != width:
         hint = f"; are these {channels}x{height} images with their {width} channels last?" if width in CHANNELS else ""
@@ -215,7 +242,9 @@ def fit_to_data(config: TrainConfig, image_shape: tuple[int, ...], classes: int)
     _check_levels(config.model, height)
     low = channels if factor > 1 else 0
     shape = replace(config.model, image_channels=channels, image_size=height, classes=known, low_resolution_channels=low)
-    return replace(config, model=shape)
+    if standardisation is None:
+        return replace(config, model=shape)
+    return replace(config, model=shape, data_shift=standardisation.shift, data_scale=standardisation.scale)
 
 
 def _check_levels(model: UNetConfig, size: int) -> None:

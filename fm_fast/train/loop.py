@@ -16,7 +16,7 @@ from fm_fast.train.data.identity import identity_of
 from fm_fast.train.evaluation.evaluate import Enlargement, Quality, evaluate, evaluate_enlargement
 from fm_fast.train.evaluation.judge import Judge, judge_of
 from fm_fast.train.evaluation.likelihood import require_fitting
-from fm_fast.train.evaluation.sample import enlargements, sample, sample_enlarged, starting_noise, to_integers
+from fm_fast.train.evaluation.sample import as_data, enlargements, sample, sample_enlarged, starting_noise
 from fm_fast.train.execution.allocator import keep_freed_memory
 from fm_fast.train.execution.devices import autotuning, flops_per_image
 from fm_fast.train.execution.distributed import StopVote, Team, joined, state_of, team_network
@@ -106,7 +106,7 @@ def _loaded(config: TrainConfig, team: Team) -> tuple[TrainConfig, Dataset]:
     """The training data, and the configuration with what they decide."""
     with team.first_alone():
         dataset = load_dataset(config.data, "train", config.preparation).to(team.device)
-    return fit_to_data(config, dataset.images.shape[1:], dataset.classes), dataset
+    return fit_to_data(config, dataset.images.shape[1:], dataset.classes, dataset.standardisation), dataset
 
 
 def _prepared(config: TrainConfig, dataset: Dataset, folder: RunFolder, team: Team, begun: bool) -> Run:
@@ -263,7 +263,7 @@ def _write_samples(run: Run, average: nn.Module) -> None:
     shape = (rows * columns, *dataset.images.shape[1:])
     x0 = starting_noise(shape, config.recipe, config.seed, index=1, device=dataset.device)
     x = sample(average, x0, labels, config.recipe, config.sample_steps, config.sample_method, config.picture_guidance)
-    write_images(run.folder.samples, to_integers(x, dataset.levels), dataset.levels, columns)
+    write_images(run.folder.samples, as_data(x, dataset.levels), dataset.levels, columns)
 
 
 def _write_enlargements(run: Run, average: nn.Module, shown: Dataset) -> None:
@@ -280,9 +280,10 @@ def _headline(run: Run) -> str:
     dataset, config, team = run.dataset, run.config, run.team
     channels, height, width = dataset.images.shape[1:]
     parameters = sum(parameter.numel() for parameter in run.state.model.parameters())
+    real = "" if dataset.standardisation is None else f" of real numbers, seen as {dataset.standardisation}"
     processes = f" in each of {team.share.world} processes ({config.parallel})" if team.share.world > 1 else ""
     return (
-        f"{dataset.name}: {len(dataset)} images {channels}x{height}x{width}, {dataset.classes} classes;"
+        f"{dataset.name}: {len(dataset)} images {channels}x{height}x{width}{real}, {dataset.classes} classes;"
         f" {config.objective}; U-Net of {parameters / 1e6:.2f} M parameters on {team.device.type}{processes};"
         f" steps {run.state.step}..{config.steps}"
     )

@@ -22,6 +22,7 @@ class Preparation:
     same ones, that is held out of data that come without a test set. memory_limit: GiB of pixels above which the images of a folder or of
     ImageNet's batches lie in a file that is mapped into memory, in `cache`. unlabelled: data may come without labels. as_is: of data of
     this height and width nothing is resized, averaged, framed or held out; 0 for no such size. grey: one channel instead of three.
+    shift, scale: of real-valued data the network sees (value - shift) scale; no scale: both are measured.
     """
 
     resize: int = 0
@@ -33,6 +34,8 @@ class Preparation:
     unlabelled: bool = False
     as_is: int = 0
     grey: bool = False
+    shift: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
 
     @property
     def limit_in_bytes(self) -> float:
@@ -44,14 +47,19 @@ class Preparation:
 
 
 def pooled_and_padded(name: str, images: Tensor, preparation: Preparation) -> Tensor:
-    """uint8 [N, C, H, W]; means are rounded to the nearest integer. Raises ValueError if the blocks do not fill the images."""
+    """[N, C, H, W]; means of uint8 are rounded to the nearest integer. Raises ValueError if the blocks do not fill the images."""
     pool, pad = preparation.pool, preparation.pad
     height, width = images.shape[-2:]
     if height % pool or width % pool:
         raise ValueError(f"pool: expected a divisor of the height and width of {name}, {height}x{width}, got {pool}")
     if pool > 1:
-        images = torch.cat([F.avg_pool2d(part.float(), pool).round().to(torch.uint8) for part in images.split(4096)])
+        images = torch.cat([_means(part, pool) for part in images.split(4096)])
     return F.pad(images, (pad, pad, pad, pad)) if pad else images
+
+
+def _means(images: Tensor, pool: int) -> Tensor:
+    means = F.avg_pool2d(images.float(), pool)
+    return (means if images.is_floating_point() else means.round()).to(images.dtype)
 
 
 def rows_of_split(size: int, share: float, split: str) -> Tensor:

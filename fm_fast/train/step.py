@@ -88,13 +88,15 @@ WHOLE = Share()
 class Batch:
     """The samples first_id, first_id + 1, ... of a step's batch: images uint8 [B, C, H, W] of `levels` values, labels int64 [B].
 
+    levels: None for real numbers, as the network is to see them.
+
     step: number of steps before this one; a tensor int64 [] on the device where a recorded step is to be replayed with other numbers.
     paired_ids: int64 [B], the ids of the noise that goes with each image, where it is not that of the image's own id.
     """
 
     images: Tensor
     labels: Tensor
-    levels: int
+    levels: int | None
     step: Whole
     first_id: int = 0
     paired_ids: Tensor | None = None
@@ -178,14 +180,15 @@ def sample_losses(state: TrainState, config: TrainConfig, batch: Batch, network:
 
 def _sampled(config: TrainConfig, batch: Batch) -> tuple[PathSample, Tensor | None]:
     """Points of the path, and the factors by which the losses there must be multiplied, None for 1."""
-    recipe, weight = config.recipe, None
+    recipe, weight, images = config.recipe, None, batch.images
+    grey: dict[str, Any] = {} if batch.levels is None else {"levels": batch.levels, "dequantise": config.dequantise}
     times: dict[str, Any] = {"t_sampler": recipe.t_sampler}
     if recipe.t_sampler == "importance":
-        t, weight = importance_times(recipe, len(batch), config.seed, batch.step, batch.first_id, batch.images.device)
+        t, weight = importance_times(recipe, len(batch), config.seed, batch.step, batch.first_id, images.device)
         times = {"t": t}
     point = sample_path(
-        batch.images, path=recipe.path, objective=recipe.objective, flip=config.flip, levels=batch.levels, dequantise=config.dequantise,
-        dtype=DTYPES[config.precision], seed=config.seed, step=batch.step, sample_ids=batch.noise_ids, **times,
+        images, path=recipe.path, objective=recipe.objective, flip=config.flip, dtype=DTYPES[config.precision], seed=config.seed,
+        step=batch.step, sample_ids=batch.noise_ids, **times, **grey,
     )  # fmt: skip
     return point, weight
 

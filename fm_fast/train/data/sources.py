@@ -13,6 +13,7 @@ from fm_fast.train.data.readers.idx import read_idx
 from fm_fast.train.data.readers.image_folder import beside_parts, list_images, named, no_labels, preparation_of, read_images, split_folder
 from fm_fast.train.data.readers.npz import array_names, read_npz
 from fm_fast.train.prepare import CHANNELS, WITHOUT_LABELS, Preparation, pooled_and_padded, rows_of_split
+from fm_fast.train.standardisation import CHUNK, given, measured
 
 DIGITS = Path(__file__).parents[2] / "datasets" / "digits.npz"
 DIGITS_TRAIN = 1500
@@ -33,7 +34,8 @@ def load_dataset(source: str | Path, split: str = "train", preparation: Preparat
     source: "digits" (shipped); "fashion" (Fashion-MNIST as installed by Debian's package dataset-fashion-mnist); a folder of IDX files
     (MNIST, Fashion-MNIST), of batches of CIFAR-10 or downsampled ImageNet, or of images with one subfolder a class, perhaps within train
     and test; a CIFAR-10 .tar.gz archive; an .npz archive with `images` and `labels`, perhaps `test_images` and `test_labels`, or with
-    `arr_0` and `arr_1`; or an IDX image file.
+    `arr_0` and `arr_1`, whose images may be of real numbers, such as an autoencoder's latents; or an IDX image file.
+    Real numbers are standardised (data/standardisation.py) by what `preparation` says or, without `scale`, by what these data are.
     Of data without a test part, `preparation.test_share` is held out; if that is 0, both splits are all of them (UNDIVIDED).
     Where `preparation.unlabelled` allows it, an .npz archive may lack labels, and images may lie beside subfolders: all labels are 0 then.
     Raises FileNotFoundError for what is missing and ValueError, naming the file, for what is damaged.
@@ -46,14 +48,30 @@ def load_dataset(source: str | Path, split: str = "train", preparation: Preparat
     if dataset.division == UNDIVIDED and preparation.test_share > 0.0:
         rows = rows_of_split(len(dataset), preparation.test_share, split)
         dataset = replace(dataset, images=dataset.images[rows], labels=dataset.labels[rows], division=SHARE)
-    if preparation.pool == 1 and preparation.pad == 0:
-        return dataset
-    return replace(dataset, images=pooled_and_padded(dataset.name, dataset.images, preparation))
+    if preparation.pool > 1 or preparation.pad > 0:
+        dataset = replace(dataset, images=pooled_and_padded(dataset.name, dataset.images, preparation))
+    return dataset if dataset.levels is not None else _standardised(dataset, preparation)
+
+
+def _standardised(dataset: Dataset, preparation: Preparation) -> Dataset:
+    shift, scale, images = preparation.shift, preparation.scale, dataset.images
+    found = given(shift, scale, images.shape[1]) if scale else measured(images)
+    left_out = (*dataset.left_out, *_taken_for_real(dataset))
+    return replace(dataset, images=found.seen(images), standardisation=found, left_out=left_out)
+
+
+def _taken_for_real(dataset: Dataset) -> tuple[str, ...]:
+    """Grey levels lose their discreteness when they are stored as floats, perhaps by mistake."""
+    if any(bool((part != part.round()).any()) for part in dataset.images.split(CHUNK)):
+        return ()
+    return (f"warning: {dataset.name}: all numbers are whole, but taken for real ones, being floats; as uint8 they would be grey levels",)
 
 
 def _check_kind(dataset: Dataset, preparation: Preparation) -> None:
-    """Only a folder's images are resized and converted, when they are read."""
+    """Only a folder's images are resized and converted, when they are read; only real numbers are shifted and scaled."""
     (channels, height, width), resize = dataset.images.shape[1:], preparation.resize
+    if preparation.scale and dataset.levels is not None:
+        raise ValueError(f"data_scale: expected none for {dataset.name} of integers, which have grey levels, got {preparation.scale}")
     if preparation.grey and channels != 1:
         raise ValueError(f"grey: expected off for {dataset.name} of {channels} channels, because only image files are converted")
     if resize and (height, width) != (resize, resize):
@@ -84,8 +102,10 @@ def _fashion_folder() -> Path:
     raise FileNotFoundError(f"fashion: expected Fashion-MNIST in {places}; `apt-get install dataset-fashion-mnist`, or give --data FOLDER")
 
 
-def levels_of(source: str) -> int:
-    """The number of grey levels of the data at `source`, without reading them."""
+def levels_of(source: str, standardised: bool = False) -> int | None:
+    """The number of grey levels of the data at `source`, without reading them; None for real numbers, which are standardised."""
+    if standardised:
+        return None
     return DIGITS_LEVELS if source == "digits" else LEVELS
 
 
@@ -122,7 +142,7 @@ def _left_out(path: Path, names: set[str]) -> tuple[str, ...]:
 
 
 def _read_npz(path: Path, names: tuple[str, str], labelled: bool, division: str, left_out: tuple[str, ...]) -> Dataset:
-    images, *labels = read_npz(path, names if labelled else names[:1])
+    images, *labels = read_npz(path, names if labelled else names[:1], real=names[:1])
     images = channels_first(images)
     if labelled:
         return make_dataset(path.name, images, labels[0], division=division, left_out=left_out)

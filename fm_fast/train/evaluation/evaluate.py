@@ -16,7 +16,7 @@ from fm_fast.train.evaluation.classifier import Classifier, agreement, features,
 from fm_fast.train.evaluation.likelihood import DatasetBits, dataset_bits, require_fitting
 from fm_fast.train.evaluation.quality import feature_distance, inception, median_distance, nearest_neighbour_accuracy
 from fm_fast.train.evaluation.restoration import Restoration, bicubic, restoration, signal_to_noise
-from fm_fast.train.evaluation.sample import sample, starting_noise, to_integers
+from fm_fast.train.evaluation.sample import as_data, sample, starting_noise, to_integers
 
 PER_CLASS = 20
 # Noise of the report at the end of training and of the evaluation: index 0 is training's own, 1 that of the run's pictures.
@@ -52,8 +52,8 @@ def evaluate(model: nn.Module, recipe: Recipe, train: Dataset, held_out: Dataset
     classifier = train_classifier(train)
     labels = torch.arange(train.classes, device=train.images.device).repeat_interleave(PER_CLASS)
     x0 = starting_noise((len(labels), *train.images.shape[1:]), recipe, seed, REPORT_NOISE, device=train.images.device)
-    unguided = to_integers(sample(model, x0, labels, recipe, steps), train.levels)
-    guided = to_integers(sample(model, x0, labels, recipe, steps, guidance=guidance), train.levels)
+    unguided = as_data(sample(model, x0, labels, recipe, steps), train.levels)
+    guided = as_data(sample(model, x0, labels, recipe, steps, guidance=guidance), train.levels)
     return Quality(
         accuracy=agreement(classifier, held_out.images, held_out.labels),
         guided=agreement(classifier, guided, labels),
@@ -83,10 +83,11 @@ class Enlargement:
 def evaluate_enlargement(model: nn.Module, config: TrainConfig, originals: Dataset, seed: int, steps: int) -> Enlargement:
     """One sample of every image."""
     x0 = starting_noise(tuple(originals.images.shape), config.recipe, seed, REPORT_NOISE, device=originals.images.device)
-    low = reduced(originals.images, originals.levels, config.super_resolution)
+    levels = originals.grey_levels
+    low = reduced(originals.images, levels, config.super_resolution)
     drawn = sample(model, x0, originals.labels if config.model.classes else None, config.recipe, steps, low_resolution=low)
-    enlarged = (to_integers(images, originals.levels) for images in (drawn, bicubic(low, originals.images.shape[2:])))
-    found = (float(signal_to_noise(images, originals.images, originals.levels).mean()) for images in enlarged)
+    enlarged = (to_integers(images, levels) for images in (drawn, bicubic(low, originals.images.shape[2:])))
+    found = (float(signal_to_noise(images, originals.images, levels).mean()) for images in enlarged)
     return Enlargement(*found, held_out=originals.division != UNDIVIDED)
 
 
@@ -97,7 +98,7 @@ def evaluate_enlargement(model: nn.Module, config: TrainConfig, originals: Datas
 class Samples:
     """Unguided samples, one for each held-out image and of its class.
 
-    images: uint8 [N, C, H, W]; labels: int64 [N], those that the network was told. nfe_of_batches: calls of the network for each
+    images: [N, C, H, W], as the data; labels: int64 [N], those that the network was told. nfe_of_batches: calls of the network for each
     batch of `batch_size` samples (the last may be smaller); the solver's error norm is over a batch, so the count belongs to its size.
     nfe_of_each: int64 [N], calls until a sample was at its end, where each had steps of its own, else None.
     """
@@ -188,9 +189,8 @@ def evaluate_network(
     by = {"t0": t0, **(dopri5 if solver is None else solver)}
     samples = draw_samples(model, config, held_out, seed, batch_size, unconditional, **by)
     quality = sample_quality(samples, train_classifier(train), train, held_out, with_fid)
-    restored = (
-        restoration(samples.images, held_out.images, held_out.levels, config.super_resolution) if config.super_resolution > 1 else None
-    )
+    factor = config.super_resolution
+    restored = restoration(samples.images, held_out.images, held_out.grey_levels, factor) if factor > 1 else None
     return Evaluation(bits, samples, quality, restored, time.perf_counter() - started)
 
 
@@ -211,7 +211,7 @@ def draw_samples(
             model, x0, cond=condition_of(config, rows, low, unconditional), path=config.recipe.path, objective=config.recipe.objective,
             **solver,
         )  # fmt: skip
-        parts.append(to_integers(solved.x, like.levels))
+        parts.append(as_data(solved.x, like.levels))
         counts.append(solved.nfe)
         each += [] if solved.nfe_of_each is None else [solved.nfe_of_each]
     return Samples(torch.cat(parts), labels, tuple(counts), batch_size, torch.cat(each) if each else None)
@@ -229,7 +229,7 @@ def sample_quality(samples: Samples, classifier: Classifier, train: Dataset, hel
     real, references = train.images[:count].to(held_out.device), originals[:count]
     usual = median_distance(originals, train.images)
     known = bool((samples.labels != NULL_CLASS).all())
-    fid, inception_score = inception(samples.images, originals, train.levels) if with_fid else (None, None)
+    fid, inception_score = inception(samples.images, originals, train.grey_levels) if with_fid else (None, None)
     return SampleQuality(
         agreement=agreement(classifier, samples.images, samples.labels) if known else None,
         real_agreement=agreement(classifier, originals, held_out.labels),

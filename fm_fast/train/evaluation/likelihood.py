@@ -1,5 +1,6 @@
 """Bits per dimension of a data set under a trained network, in batches."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fm_fast.bits import BitsPerDim, bits_per_dim, standard_error
+from fm_fast.likelihood import log_likelihood
 from fm_fast.train.condition import condition_of, reduced_if_wanted
 from fm_fast.train.config import TrainConfig
 from fm_fast.train.data import Dataset
@@ -43,6 +45,8 @@ def dataset_bits(
 ) -> DatasetBits:
     """Bits/dim of every image, given its label (or the null class) and, in super-resolution, its reduced image.
 
+    Of real numbers, -log2 of their density in their own units a dimension, which may be negative and depends on the units.
+
     ``arguments`` are those of :func:`fm_fast.bits_per_dim`. An image's result depends on its position in the data set and the seed, not on
     the size of a batch (fixed-step methods). Raises ValueError for images or labels that the network was not made for.
     """
@@ -53,12 +57,23 @@ def dataset_bits(
         images, labels = dataset.images[rows].to(dataset.device), dataset.labels[rows]
         condition = condition_of(config, labels, reduced_if_wanted(config, images, dataset.levels), unconditional)
         results.append(
-            bits_per_dim(
-                model, images, levels=dataset.levels, cond=condition, path=config.recipe.path,
-                objective=config.recipe.objective, seed=seed, sample_ids=first, **arguments,
+            _bits(
+                model, images, dataset, cond=condition, path=config.recipe.path, objective=config.recipe.objective, seed=seed,
+                sample_ids=first, **arguments,
             )
         )  # fmt: skip
     return _merged(results, time.perf_counter() - started)
+
+
+def _bits(model: nn.Module, images: Tensor, dataset: Dataset, draws: int = 1, **arguments: Any) -> BitsPerDim:
+    units = dataset.standardisation
+    if units is None:
+        return bits_per_dim(model, images, levels=dataset.grey_levels, draws=draws, **arguments)
+    if draws != 1:
+        raise ValueError(f"draws: expected 1 for real numbers, which are not dequantised, got {draws}")
+    found, nats = log_likelihood(model, images.float(), **arguments), math.prod(images.shape[1:]) * math.log(2.0)
+    std_err = None if found.std_err is None else found.std_err / nats
+    return BitsPerDim(-found.logp / nats - units.bits, std_err, found.logp[None], found.nfe, found.nvjp)
 
 
 def require_fitting(config: TrainConfig, dataset: Dataset) -> None:

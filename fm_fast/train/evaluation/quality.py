@@ -66,10 +66,18 @@ def _nearest_others(points: Tensor, first: int) -> Tensor:
 
 
 def median_distance(images: Tensor, references: Tensor) -> float:
-    """Median over `images` of the Euclidean distance to the nearest of `references`, which may be on another device, in grey levels."""
+    """Median over `images` of the Euclidean distance to the nearest of `references`, which may be on another device, in their units."""
     rows = images.flatten(1).float()
+    return float((rows - _nearest(rows, references)).norm(dim=1).median())
+
+
+def _nearest(rows: Tensor, references: Tensor) -> Tensor:
+    """Of each row [N, D]: float32 [N, D]. Distances are compared by products of matrices, which round: a copy may be next to 0 away."""
     parts = (part.to(rows.device, torch.float32).flatten(1) for part in references.split(CHUNK))
-    return float(torch.stack([torch.cdist(rows, part).amin(1) for part in parts]).amin(0).median())
+    found = [torch.cdist(rows, part).min(1) for part in parts]
+    chunk = torch.stack([each.values for each in found]).argmin(0)
+    place = torch.stack([each.indices for each in found]).gather(0, chunk[None]).squeeze(0)
+    return references[(chunk * CHUNK + place).to(references.device)].to(rows.device, torch.float32).flatten(1)
 
 
 def inception(images: Tensor, references: Tensor, levels: int = 256) -> tuple[float, float]:

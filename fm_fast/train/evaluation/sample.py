@@ -57,10 +57,10 @@ def sample(
 
 
 def sample_classes(
-    model: nn.Module, config: TrainConfig, classes: Sequence[int], count: int, seed: int, batch_size: int, levels: int,
+    model: nn.Module, config: TrainConfig, classes: Sequence[int], count: int, seed: int, batch_size: int, levels: int | None,
     each: BatchDone = ignore, **options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(images uint8 [N, C, H, W], labels int64 [N]), on the CPU: ``count`` samples of each class; ``options`` are those of `sample`.
+    """(images [N, C, H, W] as in `as_data`, labels int64 [N]), on the CPU: ``count`` samples of each class, by ``options`` of `sample`.
 
     each: what is given the images and labels of every batch as soon as they are there.
     A sample of a fixed-step method depends on the seed and its position only. With the run's own seed and settings they are those of
@@ -72,7 +72,7 @@ def sample_classes(
         part = labels[first : first + batch_size]
         rows = part.to(device) if config.model.classes else None
         x0 = starting_noise((len(part), config.model.image_channels, side, side), config.recipe, seed, 1, device, first)
-        parts.append(to_integers(sample(model, x0, rows, config.recipe, seed=seed, first_id=first, **options), levels).cpu())
+        parts.append(as_data(sample(model, x0, rows, config.recipe, seed=seed, first_id=first, **options), levels).cpu())
         each(parts[-1], part)
     return torch.cat(parts), labels
 
@@ -91,7 +91,7 @@ def sample_enlarged(
         low = reduced_if_wanted(config, images, originals.levels)
         rows = labels if config.model.classes else None
         x = sample(model, x0, rows, config.recipe, low_resolution=low, seed=seed, first_id=first, **options)
-        parts.append(to_integers(x, originals.levels).cpu())
+        parts.append(to_integers(x, originals.grey_levels).cpu())
         each(parts[-1], labels)
     return torch.cat(parts)
 
@@ -102,10 +102,15 @@ def enlargements(config: TrainConfig, originals: Dataset, drawn: Tensor, each: i
     shown: whether the originals are; else there is one image less a row.
     """
     factor, images = config.super_resolution, originals.images.cpu()
-    low = reduced(images, originals.levels, factor)
-    coarse = to_integers(low, originals.levels).repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    low = reduced(images, originals.grey_levels, factor)
+    coarse = to_integers(low, originals.grey_levels).repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     last = [images[:, None]] if shown else []
     return torch.cat([coarse[:, None], drawn.unflatten(0, (len(images), each)), *last], dim=1).flatten(0, 1)
+
+
+def as_data(y: Tensor, levels: int | None) -> Tensor:
+    """What a sample stands for, as data sets hold it: uint8 of so many levels, or real numbers (None), which it is itself."""
+    return y if levels is None else to_integers(y, levels)
 
 
 def to_integers(y: Tensor, levels: int) -> Tensor:

@@ -101,7 +101,7 @@ class GraphedStep:
         self._state, self._config, self._dataset, self._order, self._network = state, config, dataset, order, network
         device, size = dataset.device, config.batch_size
         self._recorder, self._say = recorder or CudaRecorder(device), say
-        images = torch.zeros(size, *dataset.images.shape[1:], dtype=torch.uint8, device=device)
+        images = torch.zeros(size, *dataset.images.shape[1:], dtype=dataset.images.dtype, device=device)
         labels, step = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((size,), ()))
         paired = torch.zeros_like(labels) if config.coupling == "optimal" else None
         self._batch = Batch(images, labels, dataset.levels, step, paired_ids=paired)

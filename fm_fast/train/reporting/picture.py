@@ -14,6 +14,7 @@ COLOUR_TYPES = {1: 0, 3: 2}
 BACKGROUND = 96
 # Images are enlarged to about this many pixels.
 PICTURE_SIZE = 96
+WHITE = 3.0  # real numbers have deviation 1, as networks see them
 
 
 def image_grid(images: Tensor, columns: int, scale: int, padding: int = 6) -> Tensor:
@@ -28,13 +29,15 @@ def image_grid(images: Tensor, columns: int, scale: int, padding: int = 6) -> Te
     return grid
 
 
-def to_8_bit(images: Tensor, levels: int) -> Tensor:
-    """Stretch integer images with values 0..levels-1 to 0..255: uint8 of the same shape."""
+def to_8_bit(images: Tensor, levels: int | None) -> Tensor:
+    """Stretch integer images with values 0..levels-1 to 0..255, real numbers (None) from -WHITE..WHITE: uint8 of the same shape."""
+    if levels is None:
+        return ((images.float() / WHITE).clamp(-1.0, 1.0) * 127.5 + 127.5).round().to(torch.uint8)
     return (images.float() * (255.0 / (levels - 1))).round().to(torch.uint8)
 
 
-def write_images(path: Path, images: Tensor, levels: int, columns: int) -> None:
-    """Integer images [N, C, H, W] with values 0..levels-1 in rows of `columns`, enlarged to about PICTURE_SIZE pixels, as a PNG.
+def write_images(path: Path, images: Tensor, levels: int | None, columns: int) -> None:
+    """Images [N, C, H, W] as `to_8_bit` takes them in rows of `columns`, enlarged to about PICTURE_SIZE pixels, as a PNG.
 
     Of images that are neither grey nor in three colours, the first three channels are shown, or the first of two. `path` is never half a
     file.

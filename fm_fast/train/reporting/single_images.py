@@ -26,8 +26,10 @@ def require_empty(name: str, text: str) -> Path:
 class ImageFiles:
     """Numbers the samples from 0. Each file is whole as soon as it is there, so an interruption leaves all that were finished."""
 
-    def __init__(self, folder: Path, channels: int, levels: int) -> None:
+    def __init__(self, folder: Path, channels: int, levels: int | None) -> None:
         """Raises ValueError for images that PNG files do not hold."""
+        if levels is None:
+            raise ValueError("images: expected a network of grey levels, got one of real numbers, which an .npz archive holds (--out)")
         if channels not in COLOUR_TYPES:
             raise ValueError(f"images: expected a network of 1 or 3 channels, got {channels}; an .npz archive takes any (--out)")
         self._folder, self._levels, self._written = folder, levels, 0

@@ -1,10 +1,11 @@
-"""Read the integer arrays of an .npz archive, with errors that name the file and what was expected."""
+"""Read the arrays of an .npz archive, with errors that name the file and what was expected."""
 
 import lzma
 import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,16 @@ DAMAGE = (
 )  # fmt: skip
 
 
-def read_npz(path: Path, names: tuple[str, ...]) -> list[Tensor]:
+def read_npz(path: Path, names: tuple[str, ...], real: Collection[str] = ()) -> list[Tensor]:
     """The integer arrays of those names in an .npz archive, in that order.
 
-    Raises ValueError for a file that is not an archive, lacks a name, or holds something else than integers under it.
+    real: names whose arrays may also hold floating-point numbers. Raises ValueError for a file that is not an archive, lacks a name, or
+    holds something else under it.
     """
     found, arrays = _load(path, names)
     if len(arrays) < len(names):
         raise ValueError(f"{path}: expected arrays {', '.join(names)}, found {', '.join(found) or 'none'}")
-    return [_integers(arrays[name], f"{path}[{name}]") for name in names]
+    return [_numbers(arrays[name], f"{path}[{name}]", name in real) for name in names]
 
 
 def array_names(path: Path) -> set[str]:
@@ -51,9 +53,12 @@ def _load(path: Path, names: tuple[str, ...]) -> tuple[list[str], dict[str, np.n
         raise ValueError(f"{path}: expected a readable .npz archive, got: {error}") from error
 
 
-def _integers(array: np.ndarray | bytes, name: str) -> Tensor:
+def _numbers(array: np.ndarray | bytes, name: str, real: bool) -> Tensor:
     if isinstance(array, bytes):
         raise ValueError(f"{name}: expected an array, got another file of {len(array)} bytes")
+    if real and array.dtype.kind == "f" and array.dtype.itemsize <= 8:
+        return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)))
     if array.dtype.kind not in "iu" or array.dtype == np.uint64:
-        raise ValueError(f"{name}: expected an array of integers that torch can hold, got dtype {array.dtype}")
+        kinds = "integers or floating-point numbers" if real else "integers"
+        raise ValueError(f"{name}: expected an array of {kinds} that torch can hold, got dtype {array.dtype}")
     return torch.from_numpy(np.ascontiguousarray(array if array.dtype == np.uint8 else array.astype(np.int64)))
