@@ -1,5 +1,6 @@
 """The CUDA kernels, their launchers and their registration, run on the CPU thread by thread: see tests/native/cuda_emulation.h."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -22,8 +23,13 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    return emulated_cuda.load(emulated_cuda.build(tmp_path_factory.mktemp("emulated")))
+def library(tmp_path_factory):
+    return emulated_cuda.build(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="module")
+def emulated(library):
+    return emulated_cuda.load(library)
 
 
 @pytest.fixture
@@ -234,3 +240,12 @@ def test_kernels_under_sanitizers(tmp_path):
     code = SANITIZED.format(library=str(library))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **options}, check=False)
     assert done.returncode == 0 and done.stdout.strip() == "clean", done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("error", [209, 222], ids=["no kernel image", "PTX newer than the driver"])
+def test_a_gpu_without_code_is_told_what_to_do(library, error):
+    """And the error is not left behind for the next launch."""
+    ctypes.CDLL(str(library)).fm_emulation_fail(error)
+    with pytest.raises(RuntimeError, match="TORCH_CUDA_ARCH_LIST, or set FM_FAST_BACKEND=triton"):
+        parity.check_noise(PLACE)
+    parity.check_noise(PLACE)

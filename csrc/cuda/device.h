@@ -23,12 +23,13 @@ constexpr int kBlocks = 8;
 constexpr int kPixelBlocks = 7;
 constexpr int kWideBlocks = 5;
 
+// Whether there is nothing for this GPU, or only PTX of a toolkit that is newer than its driver.
+inline bool lacks_code(cudaError_t error) { return error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion; }
+
 inline void check(cudaError_t error) {
   if (error == cudaSuccess) return;
   (void)cudaGetLastError();  // which the runtime keeps, and the next launch would otherwise find
-  const char* help = error == cudaErrorNoKernelImageForDevice
-                         ? " (install fm_fast with this GPU in TORCH_CUDA_ARCH_LIST, or set FM_FAST_BACKEND=triton)"
-                         : "";
+  const char* help = lacks_code(error) ? " (install fm_fast with this GPU in TORCH_CUDA_ARCH_LIST, or set FM_FAST_BACKEND=triton)" : "";
   throw std::runtime_error(std::string("fm_fast: CUDA error: ") + cudaGetErrorString(error) + help);
 }
 

@@ -21,20 +21,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks) packed_signs_kernel(const S
       int64_t unit = (static_cast<int64_t>(chunk) << launch.geometry.team_bits) + run.lane;
       float sum = 0;
       if (unit * kSigns < run.elements) {
-        Signs signs = draw_signs(launch, key, record, unit);
+        SignPlace place = sign_place(launch, unit);
         Pack<S, kWidth> packs[kCount];
+        const S* data = static_cast<const S*>(launch.call.view.data) + first_offset<kWidth>(launch, record, place);
+        // Before the drawing, which hides the loads.
+        FM_UNROLL
+        for (int i = 0; i < kCount; ++i)
+          if (pack_start<kWidth>(place, i) < place.at.count) packs[i] = load_pack<S, kWidth>(data, next_offset<kWidth>(i));
+        Words words = draw_signs(launch, key, record, place.at);
         FM_UNROLL
         for (int i = 0; i < kCount; ++i) {
-          int start = pack_start<kWidth>(signs, i);
-          if (start < signs.at.count) packs[i] = load_pack<S, kWidth>(launch.call.view.data, sign_offset(launch, record, signs, start));
-        }
-        FM_UNROLL
-        for (int i = 0; i < kCount; ++i) {
-          int start = pack_start<kWidth>(signs, i);
           float g[kWidth];
-          if (start >= signs.at.count) continue;
+          if (pack_start<kWidth>(place, i) >= place.at.count) continue;
           widen_pack(packs[i], g);
-          for (int j = 0; j < kWidth; ++j) sum += with_sign(g[j], pack_word<kWidth>(signs, i), start % kWordSigns + j);
+          for (int j = 0; j < kWidth; ++j) sum += with_sign(g[j], pack_word<kWidth>(words, i), first_bit<kWidth>(place, i) + j);
         }
       }
       put_sum(launch, run, chunk, static_cast<double>(sum));
@@ -51,13 +51,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) strided_signs_kernel(const 
       int64_t unit = (static_cast<int64_t>(chunk) << launch.geometry.team_bits) + run.lane;
       T sum = 0;
       if (unit * kSigns < run.elements) {
-        Signs signs = draw_signs(launch, key, record, unit);
+        SignPlace place = sign_place(launch, unit);
+        Words words = draw_signs(launch, key, record, place.at);
         FM_UNROLL
         for (int i = 0; i < kSigns; ++i) {
-          int start = i * kSignLanes + signs.lane;
-          if (start >= signs.at.count) continue;
-          T g = load_any<T>(launch.call.view, sign_offset(launch, record, signs, start));
-          sum += with_sign(g, signs.words.w[i * kSignLanes / kWordSigns], start % kWordSigns);
+          int start = i * kSignLanes + place.lane;
+          if (start >= place.at.count) continue;
+          T g = load_any<T>(launch.call.view, sign_offset(launch, record, place.at, start));
+          sum += with_sign(g, words.w[i * kSignLanes / kWordSigns], start % kWordSigns);
         }
       }
       put_sum(launch, run, chunk, static_cast<double>(sum));

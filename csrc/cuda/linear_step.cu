@@ -19,26 +19,45 @@ FM_HD T mixed(T conditional, T unconditional, T guidance) {
   return multiply_add(guidance, conditional - unconditional, unconditional);
 }
 
-// y += the terms first, first + 1, ... of one pack, kAbreast at most; their loads come first, beside each other.
-template <int kAbreast, class S, int kWidth>
-__device__ __forceinline__ void add_terms(const StepLaunch& launch, int64_t first, int64_t offset, float guidance, float (&y)[kWidth]) {
-  const StepCall& call = launch.call;
-  Pack<S, kWidth> packs[kAbreast], unconditional_packs[kAbreast];
+// Terms of one pack, kAbreast at most, as they are stored.
+template <class S, int kWidth, int kAbreast>
+struct Terms {
+  Pack<S, kWidth> k[kAbreast], unconditional[kAbreast];
+};
+
+// A kernel has kAbreast terms, or three or more of kMany. What is known to be there needs no branch, at which loads would be parted.
+constexpr int kMany = 4;
+// Of the kernels for packs: with room for 72 registers all loads stay together. Those of one or two terms take 64, so one more block fits.
+constexpr int kStepBlocks = 7;
+
+template <int kAbreast>
+FM_HD bool is_there(const StepLaunch& launch, int64_t first, int j) {
+  return first == 0 && j < (kAbreast == kMany ? kMany - 1 : kAbreast) ? true : first + j < launch.call.count;
+}
+
+// The terms first, first + 1, ...
+template <class S, int kWidth, int kAbreast>
+__device__ __forceinline__ void load_terms(const StepLaunch& launch, int64_t first, int64_t offset, Terms<S, kWidth, kAbreast>& terms) {
   FM_UNROLL
   for (int j = 0; j < kAbreast; ++j) {
-    if (first + j >= call.count) continue;
+    if (!is_there<kAbreast>(launch, first, j)) continue;
     const HalvedView& term = launch.terms[first + j].k;
-    packs[j] = load_pack<S, kWidth>(term.first.data, offset);
-    if (term.second) unconditional_packs[j] = load_pack<S, kWidth>(term.second, offset);
+    terms.k[j] = load_pack<S, kWidth>(term.first.data, offset);
+    if (term.second) terms.unconditional[j] = load_pack<S, kWidth>(term.second, offset);
   }
+}
+
+template <class S, int kWidth, int kAbreast>
+__device__ __forceinline__ void add_terms(const StepLaunch& launch, int64_t first, const Terms<S, kWidth, kAbreast>& terms, float guidance,
+                                          float (&y)[kWidth]) {
   FM_UNROLL
   for (int j = 0; j < kAbreast; ++j) {
-    if (first + j >= call.count) continue;
-    const float c = static_cast<float>(call.coefficients[1 + first + j]);
+    if (!is_there<kAbreast>(launch, first, j)) continue;
+    const float c = static_cast<float>(launch.call.coefficients[1 + first + j]);
     float k[kWidth], unconditional[kWidth];
-    widen_pack(packs[j], k);
+    widen_pack(terms.k[j], k);
     if (launch.terms[first + j].k.second) {
-      widen_pack(unconditional_packs[j], unconditional);
+      widen_pack(terms.unconditional[j], unconditional);
       for (int i = 0; i < kWidth; ++i) k[i] = mixed(k[i], unconditional[i], guidance);
     }
     for (int i = 0; i < kWidth; ++i) y[i] = multiply_add(c, k[i], y[i]);
@@ -64,9 +83,10 @@ __device__ __forceinline__ void step_element(const StepLaunch& launch, int64_t i
   if (call.copy.second) store_as(y, static_cast<S*>(call.copy.second) + i);
 }
 
-// Rows of packs. S: dtype of the terms, of the copy and of what is kept.
+// Rows of packs. S: dtype of the terms, of the copy and of what is kept. The loads of x and of the first kAbreast terms come before any
+// arithmetic, so that they wait for memory together.
 template <class S, int kAbreast>
-__global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const StepLaunch launch) {
+__global__ void __launch_bounds__(kThreads, kStepBlocks) packed_kernel(const StepLaunch launch) {
   constexpr int kWidth = sizeof(S) == 2 ? 8 : 4;
   const StepCall& call = launch.call;
   const float guidance = static_cast<float>(call.guidance), a = static_cast<float>(call.coefficients[0]);
@@ -74,13 +94,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const StepLau
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t pack = thread; pack < packs; pack += threads) {
     const int64_t offset = pack * kWidth;
-    // Before the sum, whose registers it would not fit beside; the sum then finds the last term in the nearest cache.
+    float y[kWidth];
+    Terms<S, kWidth, kAbreast> terms;
+    const Pack<float, kWidth> x = load_pack<float, kWidth>(call.x.data, offset);
+    load_terms(launch, 0, offset, terms);
+    widen_pack(x, y);
+    for (int i = 0; i < kWidth; ++i) y[i] *= a;
+    add_terms(launch, 0, terms, guidance, y);
+    for (int64_t first = kAbreast; kAbreast == kMany && first < call.count; first += kAbreast) {
+      load_terms(launch, first, offset, terms);
+      add_terms(launch, first, terms, guidance, y);
+    }
+    // After the sum, whose registers it would not fit beside, from the nearest cache; before `out` is written, which may be the term
+    // itself.
     if (call.kept.data)
       move_pack(load_pack<S, kWidth>(launch.terms[call.count - 1].k.first.data, offset), static_cast<S*>(call.kept.data) + offset);
-    float y[kWidth];
-    widen_pack(load_pack<float, kWidth>(call.x.data, offset), y);
-    for (int i = 0; i < kWidth; ++i) y[i] *= a;
-    for (int64_t first = 0; first < call.count; first += kAbreast) add_terms<kAbreast, S>(launch, first, offset, guidance, y);
     store_pack(static_cast<float*>(call.out.data), offset, y);
     if (call.copy.first.data) store_pack(static_cast<S*>(call.copy.first.data), offset, y);
     if (call.copy.second) store_pack(static_cast<S*>(call.copy.second), offset, y);
@@ -158,7 +186,7 @@ using Kernel = void (*)(StepLaunch);
 template <class S>
 Kernel packed(int64_t terms) {
   if (terms == 1) return packed_kernel<S, 1>;
-  return terms == 2 ? packed_kernel<S, 2> : packed_kernel<S, 4>;
+  return terms == 2 ? packed_kernel<S, 2> : packed_kernel<S, kMany>;
 }
 
 Kernel kernel_of(const StepLaunch& args) {
@@ -179,7 +207,7 @@ void linear_step(const StepCall& call, const StepTerm* terms, void* stream) {
   merge_step(&args);
   args.positions = divisor(args.call.shape.positions, count);
   args.channels = divisor(args.call.shape.channels, count);
-  int64_t needed = (count + kThreads * kEach - 1) / (kThreads * kEach), most = device_blocks(kBlocks);
+  int64_t needed = (count + kThreads * kEach - 1) / (kThreads * kEach), most = device_blocks(call.count > 2 ? kStepBlocks : kBlocks);
   launch(kernel_of(args), needed < most ? needed : most, stream, args);
 }
 

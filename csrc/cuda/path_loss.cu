@@ -73,10 +73,19 @@ __device__ __forceinline__ void weigh(const View& weight, int64_t offset, float 
   for (int i = 0; i < kWidth; ++i) values[i] *= weights[i];
 }
 
+// Blocks on a multiprocessor. Beside noise that is drawn, a float32 x1 has room for 72 registers, with which its loads stay ahead of the
+// drawing; two float32 tensors ask for room for 80 to end up with these.
+constexpr int kAheadBlocks = 7;
+
+template <class O, class X1, bool kDraw>
+constexpr int bound() {
+  return sizeof(X1) == 1 ? kPixelBlocks : !kDraw || sizeof(X1) < 4 ? kBlocks : sizeof(O) == 4 ? kAheadBlocks - 1 : kAheadBlocks;
+}
+
 // Chunks pack by pack. Loads come first, so that the drawing of noise hides them. kPlain: no sample is mirrored and no element has a weight
 // of its own, which else cost every element eight instructions.
 template <class O, class X1, bool kDraw, bool kPlain>
-__global__ void __launch_bounds__(kThreads, sizeof(X1) == 1 ? kPixelBlocks : kBlocks) packed_kernel(const LossLaunch launch) {
+__global__ void __launch_bounds__(kThreads, bound<O, X1, kDraw>()) packed_kernel(const LossLaunch launch) {
   using P = Packs<O>;
   const LossCall& call = launch.call;
   if (is_finished(call)) return;
@@ -212,6 +221,12 @@ Kernel packed_kernel_of(const LossCall& call) {
   return call.o.dtype == Dtype::bfloat16 ? packed_as<Bfloat16>(call) : packed_as<Float16>(call);
 }
 
+// That a multiprocessor holds.
+int blocks_of_packed(const LossCall& call) {
+  if (call.x1.dtype == Dtype::uint8) return kPixelBlocks;
+  return !call.x0.data && call.x1.dtype == Dtype::float32 ? kAheadBlocks : kBlocks;
+}
+
 struct LossPlan {
   Kernel kernel;
   int64_t blocks;
@@ -223,8 +238,7 @@ LossPlan plan(const LossCall& call) {
   LossLaunch args = {call, {}, blocks_of_sample(call.shape, call.o), nullptr, nullptr};
   int64_t padded = padded_elements(args.blocks);
   args.geometry = geometry(call.shape.batch, packed ? call.shape.channels * call.shape.positions : padded);
-  int each = !packed ? kWideBlocks : call.x1.dtype == Dtype::uint8 ? kPixelBlocks : kBlocks;
-  return LossPlan{kernel, blocks_of(args.geometry, each), args};
+  return LossPlan{kernel, blocks_of(args.geometry, packed ? blocks_of_packed(call) : kWideBlocks), args};
 }
 
 void add_samples(const LossLaunch& args, void* stream) {

@@ -15,14 +15,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks) packed_kernel(const SignLau
     for (uint32_t chunk = run.first_chunk; chunk < run.stop_chunk; ++chunk) {
       int64_t unit = (static_cast<int64_t>(chunk) << launch.geometry.team_bits) + run.lane;
       if (unit * kSigns >= run.elements) continue;
-      Signs signs = draw_signs(launch, key, record, unit);
+      SignPlace place = sign_place(launch, unit);
+      Words words = draw_signs(launch, key, record, place.at);
+      S* data = static_cast<S*>(launch.call.view.data) + first_offset<kWidth>(launch, record, place);
       FM_UNROLL
       for (int i = 0; i < kSigns / kWidth; ++i) {
-        int start = pack_start<kWidth>(signs, i);
         float values[kWidth];
-        if (start >= signs.at.count) continue;
-        for (int j = 0; j < kWidth; ++j) values[j] = with_sign(1.0f, pack_word<kWidth>(signs, i), start % kWordSigns + j);
-        store_pack(static_cast<S*>(launch.call.view.data), sign_offset(launch, record, signs, start), values);
+        if (pack_start<kWidth>(place, i) >= place.at.count) continue;
+        for (int j = 0; j < kWidth; ++j) values[j] = with_sign(1.0f, pack_word<kWidth>(words, i), first_bit<kWidth>(place, i) + j);
+        store_pack(data, next_offset<kWidth>(i), values);
       }
     }
   });
@@ -35,12 +36,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) strided_kernel(const SignLa
     for (uint32_t chunk = run.first_chunk; chunk < run.stop_chunk; ++chunk) {
       int64_t unit = (static_cast<int64_t>(chunk) << launch.geometry.team_bits) + run.lane;
       if (unit * kSigns >= run.elements) continue;
-      Signs signs = draw_signs(launch, key, record, unit);
+      SignPlace place = sign_place(launch, unit);
+      Words words = draw_signs(launch, key, record, place.at);
       FM_UNROLL
       for (int i = 0; i < kSigns; ++i) {
-        int start = i * kSignLanes + signs.lane;
-        float value = with_sign(1.0f, signs.words.w[i * kSignLanes / kWordSigns], start % kWordSigns);
-        if (start < signs.at.count) store_any<float>(launch.call.view, sign_offset(launch, record, signs, start), value);
+        int start = i * kSignLanes + place.lane;
+        float value = with_sign(1.0f, words.w[i * kSignLanes / kWordSigns], start % kWordSigns);
+        if (start < place.at.count) store_any<float>(launch.call.view, sign_offset(launch, record, place.at, start), value);
       }
     }
   });

@@ -7,7 +7,7 @@ namespace fm {
 namespace cuda {
 
 constexpr int kSignBlock = 128;
-constexpr int kSigns = 16;                       // of a thread
+constexpr int kSigns = 32;                       // of a thread
 constexpr int kSignLanes = kSignBlock / kSigns;  // threads that share a block
 constexpr int kWordSigns = 32;
 
@@ -26,9 +26,8 @@ struct SignRecord {
   uint32_t id, purpose;
 };
 
-// The signs of one thread: words of its block, and where the block lies.
-struct Signs {
-  Words words;
+// Where the block of one thread lies, and which of the threads that share it this is.
+struct SignPlace {
   BlockPlace at;
   int lane;
 };
@@ -47,33 +46,50 @@ FM_HD SignRecord sign_record(const SignLaunch& launch, const Key& key, int64_t e
   return SignRecord{offset, probe, sample_id(key, sample), purpose_of(launch.stream, index)};
 }
 
-FM_HD Signs draw_signs(const SignLaunch& launch, const Key& key, const SignRecord& record, int64_t unit) {
-  int64_t index = unit / kSignLanes;
-  BlockPlace at = place_of_block(launch.blocks, index);
+FM_HD SignPlace sign_place(const SignLaunch& launch, int64_t unit) {
+  return SignPlace{place_of_block(launch.blocks, unit / kSignLanes), static_cast<int>(unit % kSignLanes)};
+}
+
+FM_HD Words draw_signs(const SignLaunch& launch, const Key& key, const SignRecord& record, const BlockPlace& at) {
   Words words = stream_words(stream_of(key, record.purpose), record.id, at.counter);
   if (launch.parities) {
     int64_t block =
         record.probe * launch.blocks.channels * launch.blocks.row_blocks + at.channel * launch.blocks.row_blocks + at.position / kSignBlock;
     for (int i = 0; i < 4; ++i) words.w[i] ^= launch.parities[4 * block + i];
   }
-  return Signs{words, at, static_cast<int>(unit % kSignLanes)};
+  return words;
 }
 
-// The i-th pack of `kWidth` signs of a thread: where it begins in the block, and the word and first bit that it takes.
+// Of the i-th pack of `kWidth` signs of a thread: where it begins in the block, the word that it takes, its first bit there, and its offset
+// from the thread's first one in a packed row.
 template <int kWidth>
-FM_HD int pack_start(const Signs& signs, int i) {
-  return (i * kSignLanes + signs.lane) * kWidth;
+FM_HD int pack_start(const SignPlace& place, int i) {
+  return (i * kSignLanes + place.lane) * kWidth;
 }
 
 template <int kWidth>
-FM_HD uint32_t pack_word(const Signs& signs, int i) {
-  if (kWidth == 4) return signs.words.w[i & 3];
-  return signs.lane & 4 ? signs.words.w[(2 * i + 1) & 3] : signs.words.w[(2 * i) & 3];
+FM_HD int next_offset(int i) {
+  return i * kSignLanes * kWidth;
 }
 
-FM_HD int64_t sign_offset(const SignLaunch& launch, const SignRecord& record, const Signs& signs, int start) {
+template <int kWidth>
+FM_HD uint32_t pack_word(const Words& words, int i) {
+  return words.w[next_offset<kWidth>(i) / kWordSigns];
+}
+
+FM_HD int64_t sign_offset(const SignLaunch& launch, const SignRecord& record, const BlockPlace& at, int start) {
   const View& view = launch.call.view;
-  return record.base + signs.at.channel * view.channel_stride + (signs.at.position + start) * view.position_stride;
+  return record.base + at.channel * view.channel_stride + (at.position + start) * view.position_stride;
+}
+
+template <int kWidth>
+FM_HD int64_t first_offset(const SignLaunch& launch, const SignRecord& record, const SignPlace& place) {
+  return sign_offset(launch, record, place.at, 0) + place.lane * kWidth;
+}
+
+template <int kWidth>
+FM_HD int first_bit(const SignPlace& place, int i) {
+  return next_offset<kWidth>(i) % kWordSigns + place.lane * kWidth;
 }
 
 // Whether rows are whole packs that begin on 16-byte boundaries.

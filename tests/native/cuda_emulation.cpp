@@ -1,4 +1,5 @@
 // What libtorch_cuda.so would answer: the emulated device is torch's CPU. These definitions go before torch's own.
+#include "cuda_emulation.h"
 #include "torch_abi.h"
 
 extern "C" {
@@ -16,5 +17,7 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
   return 0;
 }
+
+void fm_emulation_fail(int error) { pending_error = static_cast<cudaError_t>(error); }
 
 }  // extern "C"

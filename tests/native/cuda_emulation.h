@@ -188,11 +188,18 @@ T __ldcg(const T* from) {
 #if !defined(FM_SOFTWARE_GPU)
 // The runtime: a device of three multiprocessors, so that blocks take several tiles each.
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice };
+enum cudaError_t { cudaSuccess = 0, cudaErrorNoKernelImageForDevice = 209, cudaErrorUnsupportedPtxVersion = 222 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 
 inline const char* cudaGetErrorString(cudaError_t) { return "none"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+inline cudaError_t pending_error = cudaSuccess;  // which the next launch finds
+
+inline cudaError_t cudaGetLastError() {
+  cudaError_t error = pending_error;
+  pending_error = cudaSuccess;
+  return error;
+}
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = -1;  // the index of torch's CPU

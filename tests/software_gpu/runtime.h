@@ -5,7 +5,7 @@
 #include <mutex>
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorNoKernelImageForDevice = 209 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorNoKernelImageForDevice = 209, cudaErrorUnsupportedPtxVersion = 222 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 
 extern "C" {
