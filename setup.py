@@ -49,6 +49,7 @@ BF16, BF16_BASE, BF16_FLAG, BF16_SOURCE = "avx512_bf16", "avx512", "-mavx512bf16
 BF16_PROBE = 'bool supported() { return __builtin_cpu_supports("avx512bf16"); }'
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 DEFAULT_CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # the newest of these that nvcc knows also as PTX
+TEGRA = ("7.2", "8.7", "10.1")  # systems on a chip, which run no binary of another capability (CUDA Programming Guide, binary compatibility)
 
 NINJA_RULES = """\
 rule compile
@@ -225,7 +226,7 @@ def plan_cpu() -> Plan:
 def cuda_architectures(nvcc: Path) -> list[str]:
     """TORCH_CUDA_ARCH_LIST, or the default list and the GPUs of this machine as far as this nvcc knows them: names such as 9.0 or 9.0+PTX.
 
-    A binary runs on its own and later minor versions, PTX on everything later.
+    A binary runs on its own and later minor versions, but for those of the systems on a chip, PTX on everything later.
     """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if asked:
@@ -248,6 +249,8 @@ def uncovered_gpus() -> list[str]:
 
 
 def is_covered(capability: str) -> bool:
+    if capability in TEGRA:
+        return False
     major, minor = map(int, capability.split("."))
     return any(own == major and first <= minor for own, first in (map(int, name.split(".")) for name in DEFAULT_CUDA_ARCHITECTURES))
 
