@@ -49,7 +49,7 @@ BF16, BF16_BASE, BF16_FLAG, BF16_SOURCE = "avx512_bf16", "avx512", "-mavx512bf16
 BF16_PROBE = 'bool supported() { return __builtin_cpu_supports("avx512bf16"); }'
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 DEFAULT_CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # the newest of these that nvcc knows also as PTX
-TEGRA = ("7.2", "8.7", "10.1")  # systems on a chip, which run no binary of another capability (CUDA Programming Guide, binary compatibility)
+TEGRA = ("7.2", "8.7", "10.1")  # systems on a chip run no binary of another capability (CUDA Programming Guide, binary compatibility)
 
 NINJA_RULES = """\
 rule compile
