@@ -43,5 +43,5 @@ def combine(outputs: Tensor, partial: Tensor, scale: float) -> None:
     """Fill contiguous ``outputs`` with scale times the sums of equal runs of ``partial``."""
     count = partial.numel() // outputs.numel()
     tile = max(32, min(COMBINE_TILE, _launch.power_of_two(count)))
-    with _launch.on_device(outputs.device):
-        combine_kernel[(outputs.numel(),)](outputs, partial, count, scale, TILE=tile, num_warps=max(1, min(COMBINE_WARPS, tile // 256)))
+    warps = max(1, min(COMBINE_WARPS, tile // 256))
+    _launch.launch(combine_kernel, (outputs.numel(),), outputs.device, (outputs, partial, count, scale), warps=warps, TILE=tile)

@@ -286,5 +286,10 @@ def run(kernel: Any, plan: StridedGeometry, tensors: Sequence[Tensor | None], nu
 
 def start(kernel: Any, plan: Geometry, positional: Sequence[Any], **options: Any) -> None:
     """The same with arguments already in the kernel's order."""
-    with on_device(plan.device):
-        kernel[plan.grid](*positional, **options, **plan.options(), num_warps=plan.warps, num_stages=1, enable_fp_fusion=True)
+    launch(kernel, plan.grid, plan.device, positional, warps=plan.warps, **options, **plan.options())
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, positional: Sequence[Any], *, warps: int, **options: Any) -> None:
+    """Every launch of this package. Products are fused with sums, as in C++: from Triton 3.10 on that must be asked for."""
+    with on_device(device):
+        kernel[grid](*positional, **options, num_warps=warps, num_stages=1, enable_fp_fusion=True)

@@ -203,8 +203,6 @@ def parities(plan: SignPlan, codes: Tensor, rows: Tensor, first: int) -> Tensor 
     words_a_probe = 4 * plan.counter_blocks
     found = torch.empty(plan.probes * words_a_probe, dtype=torch.int32, device=plan.device)
     grid = _launch.grid_of(-(-words_a_probe // PARITY_WORDS), plan.probes)
-    with _launch.on_device(plan.device):
-        parity_kernel[grid](
-            found, codes, rows, plan.probes, plan.channels, plan.positions, first, WORDS=PARITY_WORDS, num_warps=4, num_stages=1
-        )
+    positional = (found, codes, rows, plan.probes, plan.channels, plan.positions, first)
+    _launch.launch(parity_kernel, grid, plan.device, positional, warps=4, WORDS=PARITY_WORDS)
     return found

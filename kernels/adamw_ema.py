@@ -14,6 +14,7 @@ a sum of squares in float64 in a fixed order, so it is bitwise repeatable.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -229,8 +230,9 @@ def adamw_ema_kernel(
         )  # fmt: skip
 
 
-def _geometry() -> dict[str, int]:
-    return {"ROWS": ROWS, "LANES": LANES, "TILES": TILES, "num_warps": WARPS, "num_stages": 1}
+def _launch_chunks(kernel: Any, chunks: Tensor, positional: Sequence[Any], **options: Any) -> None:
+    tile = {"ROWS": ROWS, "LANES": LANES, "TILES": TILES}
+    _launch.launch(kernel, (len(chunks),), chunks.device, positional, warps=WARPS, **options, **tile)
 
 
 def launch_norm(total: Tensor, g: Sequence[Tensor]) -> None:
@@ -241,12 +243,10 @@ def launch_norm(total: Tensor, g: Sequence[Tensor]) -> None:
         total.zero_()
         return
     first = 0
-    with _launch.on_device(total.device):
-        for batch, table, chunks in launches:
-            norm_kernel[(len(chunks),)](
-                partial[first:], table, chunks, G_TYPE=type_of(batch.kind.gradient), ALIGNED=batch.aligned, **_geometry()
-            )
-            first += len(chunks)
+    for batch, table, chunks in launches:
+        options = {"G_TYPE": type_of(batch.kind.gradient), "ALIGNED": batch.aligned}
+        _launch_chunks(norm_kernel, chunks, (partial[first:], table, chunks), **options)
+        first += len(chunks)
     combine(total, partial, 1.0)
 
 
@@ -308,17 +308,17 @@ def launch(
     finite = torch.empty(1, dtype=torch.int32, device=m.device)
     belonging = members(tuple([(group, int(x.numel() > 0)) for group, x in zip(places[1::2], g, strict=True)]), m.device)
     round_ = min(_launch.power_of_two(len(p)), MOST_PARAMETERS)
-    powers = {"PARAMETERS": round_, "AVERAGES": _launch.power_of_two(count), "num_warps": max(1, min(MOST_NUMBER_WARPS, round_ // 32))}
-    with _launch.on_device(m.device):
-        numbers_kernel[(1,)](numbers, rates, finite, counts, total, settings, decays, belonging, len(p), count, **powers)
-        for batch in batches:
-            kind, (table, chunks) = batch.kind, tables(batch, CHUNK, m.device)
-            is_aligned = batch.aligned and m.numel() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (m, v, averages))
-            adamw_ema_kernel[(len(chunks),)](
-                table, chunks, m, v, averages, numbers, rates, finite, m.numel(),
-                HAS_GRADIENT=kind.gradient is not None, G_TYPE=type_of(kind.gradient), HAS_COPY=kind.copy is not None,
-                COPY_TYPE=type_of(kind.copy), AVERAGES=count, COMPUTE=type_of(m.dtype), ALIGNED=is_aligned, **_geometry(),
-            )  # fmt: skip
+    powers, warps = {"PARAMETERS": round_, "AVERAGES": _launch.power_of_two(count)}, max(1, min(MOST_NUMBER_WARPS, round_ // 32))
+    positional = (numbers, rates, finite, counts, total, settings, decays, belonging, len(p), count)
+    _launch.launch(numbers_kernel, (1,), m.device, positional, warps=warps, **powers)
+    for batch in batches:
+        kind, (table, chunks) = batch.kind, tables(batch, CHUNK, m.device)
+        is_aligned = batch.aligned and m.numel() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (m, v, averages))
+        _launch_chunks(
+            adamw_ema_kernel, chunks, (table, chunks, m, v, averages, numbers, rates, finite, m.numel()),
+            HAS_GRADIENT=kind.gradient is not None, G_TYPE=type_of(kind.gradient), HAS_COPY=kind.copy is not None,
+            COPY_TYPE=type_of(kind.copy), AVERAGES=count, COMPUTE=type_of(m.dtype), ALIGNED=is_aligned,
+        )  # fmt: skip
 
 
 def _check_state(

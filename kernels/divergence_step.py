@@ -208,10 +208,8 @@ def _write_dots(dots: Tensor, g: Tensor, key: Tensor, codes: Tensor, rows: Tenso
 def _finish(sums: Tensor, dots: Tensor, groups: int, bias: float, factor: float) -> None:
     probes, batch = dots.shape
     tile = min(MOST_GROUPS, _launch.power_of_two(groups))
-    with _launch.on_device(dots.device):
-        finish_kernel[(-(-batch // FINISH_SAMPLES),)](
-            sums, dots, batch, groups, probes // groups, bias, factor, GROUPS=tile, SAMPLES=FINISH_SAMPLES, num_warps=max(1, tile // 8)
-        )
+    positional, grid = (sums, dots, batch, groups, probes // groups, bias, factor), (-(-batch // FINISH_SAMPLES),)
+    _launch.launch(finish_kernel, grid, dots.device, positional, warps=max(1, tile // 8), GROUPS=tile, SAMPLES=FINISH_SAMPLES)
 
 
 def launch(

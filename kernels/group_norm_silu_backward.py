@@ -325,8 +325,6 @@ def launch(
     _launch.start(group_norm_silu_backward_kernel, plan, positional, **options)
     gradients = [table(tensor) for tensor in (grad_embedding, grad_weight, grad_bias, grad_scale, grad_shift)]
     samples, width = PARAMETER_TILE
-    with _launch.on_device(x.device):
-        parameter_gradients_kernel[(-(-channels // width),)](
-            *gradients, sums, weight_, bias_, scale_, batch, channels, COMPUTE=_launch.compute_dtype(x), SAMPLES=samples, CHANNELS=width,
-            num_warps=4,
-        )  # fmt: skip
+    positional, grid = (*gradients, sums, weight_, bias_, scale_, batch, channels), (-(-channels // width),)
+    tile = {"COMPUTE": _launch.compute_dtype(x), "SAMPLES": samples, "CHANNELS": width}
+    _launch.launch(parameter_gradients_kernel, grid, x.device, positional, warps=4, **tile)

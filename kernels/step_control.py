@@ -142,8 +142,7 @@ def launch(
         raise ValueError(f"there must be 2 stops, a node and an order, got {stops.numel()}, {stages} and {order}")
     if batch == 0:
         return
-    with _launch.on_device(numbers.device):
-        step_control_kernel[(-(-batch // SAMPLES),)](
-            numbers, counts, totals, accepted, times, factors, means, stops, nodes,
-            batch, parts, stops.numel(), stages, order, evaluations, SAMPLES=SAMPLES, num_warps=4,
-        )  # fmt: skip
+    positional = (
+        numbers, counts, totals, accepted, times, factors, means, stops, nodes, batch, parts, stops.numel(), stages, order, evaluations,
+    )  # fmt: skip
+    _launch.launch(step_control_kernel, (-(-batch // SAMPLES),), numbers.device, positional, warps=4, SAMPLES=SAMPLES)

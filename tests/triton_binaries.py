@@ -66,7 +66,8 @@ def intermediate(recorder, capability=90, target=None):
     values, options = recorder.launches[0]
     kernel = recorder.kernel
     arguments = dict(zip(kernel.arg_names, values, strict=False)) | options
-    launch_options = {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg") if name in options}
+    asked = ("num_warps", "num_stages", "enable_fp_fusion")  # by every launch: what Triton does by default changes with its version
+    launch_options = {name: options[name] for name in (*asked, *(("maxnreg",) if "maxnreg" in options else ()))}
     source = ASTSource(kernel, *_specialised(kernel.params, arguments))
     return triton.compile(source, target=target or GPUTarget("cuda", capability, 32), options=launch_options)
 
