@@ -209,6 +209,23 @@ def test_a_captured_graph_draws_new_noise_at_each_replay(place):
         assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
 
 
+def test_the_first_call_of_a_process_may_be_captured(place):
+    """The compiled kernels are loaded while the graph is recorded."""
+    if place.backend == "triton":
+        pytest.skip("Triton's kernels are compiled by a call before")
+    done = run_python("import test_gpu; test_gpu.capture_before_any_other_call()", folder=Path(__file__).parent, path=sys.path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def capture_before_any_other_call():
+    x1, step = torch.zeros(8, 3, 32, 32, device="cuda"), torch.ones((), dtype=torch.int64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fm.sample_path(x1, seed=SEED, step=step, backend="cuda").x_t
+    graph.replay()
+    assert torch.equal(captured, fm.sample_path(x1, seed=SEED, step=1, backend="cuda").x_t)
+
+
 def test_no_step_waits_for_the_device(place):
     x1, o = data(place, (8, 3, 32, 32)), data(place, (8, 3, 32, 32), seed=2).requires_grad_()
     sample_path(place, x1).loss(o).backward()

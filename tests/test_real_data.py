@@ -74,8 +74,16 @@ def test_a_measurement_has_few_digits_so_that_it_is_the_same_again():
 
 
 def test_a_channel_that_never_changes_is_not_stretched():
-    values = torch.cat([torch.full((5, 1, 2, 2), 7.0), torch.randn(5, 1, 2, 2)], dim=1)
-    assert measured(values).shift[0] == 7.0 and measured(values).scale[0] == 1.0
+    """Nor one that changes by rounding alone."""
+    values = torch.cat([torch.full((5, 2, 7, 7), 0.1), torch.randn(5, 1, 7, 7)], dim=1)
+    values[0, 1, 0, 0] += 1e-8
+    found = measured(values)
+    assert float(values[0, 1, 0, 0]) != 0.1 and found.shift[:2] == pytest.approx((0.1, 0.1)) and found.scale[:2] == (1.0, 1.0)
+
+
+def test_numbers_that_their_dtype_cannot_hold_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"data_scale: expected numbers with which torch.float16 holds the data, got \(10000.0,\)"):
+        load_dataset(archive(tmp_path), preparation=Preparation(scale=(1e4,)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

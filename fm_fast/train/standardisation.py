@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 4096  # images that are looked at together
+RESOLUTION, SMALLEST = 1e-7, 1e-30  # of float32: below this share of the mean, or this, a deviation is rounding
 DIGITS = 3  # of a measured number: the same from run to run, whatever the order of summation
 
 
@@ -23,10 +24,15 @@ class Standardisation:
         return sum(math.log2(abs(scale)) for scale in self.scale) / len(self.scale)
 
     def seen(self, values: Tensor) -> Tensor:
-        """What the network sees of values [N, C, H, W], which are overwritten: a data set may fill half of the memory."""
+        """What the network sees of values [N, C, H, W], which are overwritten: a data set may fill half of the memory.
+
+        Raises ValueError where their dtype does not hold it.
+        """
         shift, scale = self._channels(values.device)
         for part in values.split(CHUNK):
             part.copy_((part.float() - shift) * scale)
+            if not bool(part.isfinite().all()):
+                raise ValueError(f"data_scale: expected numbers with which {values.dtype} holds the data, got {self.scale}")
         return values
 
     def restored(self, y: Tensor) -> Tensor:
@@ -65,7 +71,7 @@ def measured(values: Tensor) -> Standardisation:
 
 
 def _rounded(mean: float, deviation: float) -> tuple[float, float]:
-    if deviation == 0.0:
+    if deviation <= max(RESOLUTION * abs(mean), SMALLEST):
         return mean, 1.0
     return round(mean, DIGITS - math.floor(math.log10(deviation))), float(f"{1.0 / deviation:.{DIGITS}e}")
 
