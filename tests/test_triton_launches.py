@@ -3,26 +3,20 @@
 The driver is a make-believe one, tests/native/driver_stub.c. What kernels compute is for the interpreter's tests to say.
 """
 
-import ctypes
 import os
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
+from triton_driver import CAN_BUILD, NEEDED, make_believe_driver
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process, not compiled", allow_module_level=True)
 
-COMPILER = shutil.which("gcc")
-PYTHON_HEADER = Path(sysconfig.get_paths()["include"], "Python.h")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="a real driver is there"),
-    pytest.mark.skipif(COMPILER is None or not PYTHON_HEADER.is_file(), reason="Triton's launchers need gcc and Python.h"),
+    pytest.mark.skipif(not CAN_BUILD, reason=NEEDED),
 ]
 
 SHAPE, GROUPS = (4, 64, 8, 8), 32
@@ -32,36 +26,8 @@ NOTHING, KEY = torch.empty(0), torch.tensor([1, 2, 3])
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    """The stub, as Triton's active driver."""
-    from triton.backends.nvidia import driver as nvidia
-    from triton.runtime import driver as active
-
-    folder = tmp_path_factory.mktemp("driver")
-    library, source = folder / "libcuda.so.1", Path(__file__).parent / "native" / "driver_stub.c"
-    include = f"-I{Path(nvidia.__file__).parent / 'include'}"
-    subprocess.run([COMPILER, "-shared", "-fPIC", include, source, "-Wl,-soname,libcuda.so.1", "-o", library], check=True)
-    stub = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # which later ones of this name then are
-    stub.stub_launched.restype = ctypes.c_char_p
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
-        patch.setenv("TRITON_LIBCUDA_PATH", str(folder))
-        nvidia.libcuda_dirs.cache_clear()
-        nvidia.library_dirs.cache_clear()
-        patch.setattr(active, "_active", _one_gpu(nvidia))
+    with make_believe_driver(tmp_path_factory.mktemp("driver")) as stub:
         yield stub
-    nvidia.libcuda_dirs.cache_clear()
-    nvidia.library_dirs.cache_clear()
-
-
-def _one_gpu(nvidia):
-    class OneGpu(nvidia.CudaDriver):
-        def __init__(self):
-            self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
-            self.get_device_capability = lambda device=0: (9, 0)
-            self.get_current_device = lambda: 0
-            self.get_current_stream = lambda device: 0
-
-    return OneGpu()
 
 
 def zeros(*shape, dtype=torch.float32):
