@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ptx.values import BYTES, SIGNED, UNSIGNED, interpreted
+from ptx.arithmetic import arithmetic
+from ptx.values import BYTES, SIGNED, UNSIGNED, interpreted, narrowed
 
 
 def _listed(operand):
