@@ -1,4 +1,4 @@
-"""The Triton kernels as they are compiled for sm_90, run by a machine for PTX: against the float64 model, not in the interpreter.
+"""The Triton kernels as they are compiled for sm_90 and sm_100, run by a machine for PTX, against the float64 model.
 
 It sees what the interpreter cannot: masks and offsets as they are compiled, the widths of integers, approximate instructions (off as far as
 they may be), accesses beside the tensors or off their boundaries, barriers that not all threads reach.
@@ -30,9 +30,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory):
-    with make_believe_driver(tmp_path_factory.mktemp("driver")), launches_on_the_cpu() as found:
+@pytest.fixture(scope="module", params=[(9, 0), (10, 0)], ids=["sm_90", "sm_100"])
+def launcher(request, tmp_path_factory):
+    with make_believe_driver(tmp_path_factory.mktemp("driver"), request.param), launches_on_the_cpu() as found:
         yield found
 
 
@@ -121,6 +121,12 @@ def test_a_kernel_without_a_mask_is_found():
     assert torch.equal(target, source)
     with pytest.raises(Fault, match=r"copy_kernel: .*outside of all tensors"):
         copy_kernel[(2,)](target, source, 510, SIZE=256, MASKED=False)
+
+
+def test_kernels_are_compiled_for_the_gpu_that_is_asked_for(launcher, request):
+    launcher.architectures.clear()
+    parity.check_training_ops(PLACE, (4, 2), torch.float32)
+    assert f"sm_{launcher.architectures.pop()}" in request.node.name and not launcher.architectures
 
 
 @triton.jit

@@ -19,8 +19,8 @@ NEEDED = "Triton's launchers need gcc and Python.h"
 
 
 @contextlib.contextmanager
-def make_believe_driver(folder):
-    """The stub of tests/native/driver_stub.c, as Triton's active driver; ``folder`` takes the compiled kernels."""
+def make_believe_driver(folder, capability=(9, 0)):
+    """The stub of tests/native/driver_stub.c, as Triton's active driver; ``folder`` takes what is compiled for GPUs of that capability."""
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import driver as active
 
@@ -30,7 +30,7 @@ def make_believe_driver(folder):
         patch.setenv("TRITON_LIBCUDA_PATH", str(Path(stub._name).parent))
         nvidia.libcuda_dirs.cache_clear()
         nvidia.library_dirs.cache_clear()
-        patch.setattr(active, "_active", _one_gpu(nvidia))
+        patch.setattr(active, "_active", _one_gpu(nvidia, capability))
         yield stub
     nvidia.libcuda_dirs.cache_clear()
     nvidia.library_dirs.cache_clear()
@@ -50,12 +50,12 @@ def _stub():
     return stub
 
 
-def _one_gpu(nvidia):
+def _one_gpu(nvidia, capability):
     class OneGpu(nvidia.CudaDriver):
         def __init__(self):
             self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
-            self.get_device_capability = lambda device=0: (9, 0)
-            self.get_current_device = lambda: 0
+            self.get_device_capability = lambda device=0: capability
+            self.get_current_device = lambda: capability[0]  # Triton keeps what it has compiled by this number
             self.get_current_stream = lambda device: 0
 
     return OneGpu()

@@ -12,7 +12,7 @@ DIVISION, ROOT, INVERSE_ROOT, POWER = 4, 2, 2.2, 4
 
 def arithmetic(machine, instruction, active):
     kind = instruction.type
-    if kind in ("f32", "f64"):
+    if kind in ("f32", "f64", "f32x2") or instruction.parts[-2] == "f32":
         found = _floating(machine, instruction)
     elif kind in ("f16", "bf16"):
         found = _half(machine, instruction)
@@ -71,9 +71,13 @@ def _extreme(function, a, b, with_nan):
 
 
 def _floating(machine, instruction):
-    kind, parts = instruction.type, instruction.parts
-    values = [machine.read(operand, kind) for operand in instruction.operands[1:]]
-    flushing = "ftz" in parts and kind == "f32"
+    """Of sm_100: f32x2, pairs in registers of 64 bits; f32.bf16 and f32.f16, whose last operand alone is float32."""
+    kind, parts, operands = instruction.type, instruction.parts, instruction.operands[1:]
+    if parts[-2] == "f32":
+        values = [machine.read(operand, kind).astype(np.float32) for operand in operands[:-1]] + [machine.read(operands[-1], "f32")]
+    else:
+        values = [machine.read(operand, kind) for operand in operands]
+    flushing = "ftz" in parts and kind != "f64"
     values = [flushed(each) for each in values] if flushing else values
     found = FLOATING[instruction.name](parts, *values).astype(values[0].dtype)
     return flushed(found) if flushing else found

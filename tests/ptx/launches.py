@@ -20,7 +20,7 @@ class Launcher:
     """Takes the place of JITFunction.run. ``beside``: tensors that a kernel may touch beside its own arguments."""
 
     def __init__(self, compile_kernel):
-        self._compile, self._programs, self.kernels, self.beside = compile_kernel, {}, set(), []
+        self._compile, self._programs, self.architectures, self.beside = compile_kernel, {}, set(), []
 
     def __call__(self, kernel, *arguments, grid, warmup, **options):
         compiled = self._compile(kernel, *arguments, grid=grid, warmup=True, **options)
@@ -28,7 +28,7 @@ class Launcher:
         given = dict(zip(names, arguments, strict=False)) | {name: options[name] for name in names if name in options}
         values = [pair for name, kind in compiled.src.signature.items() for pair in _flat(kind, given[name])]
         program = self._programs.setdefault(compiled.hash, parse(compiled.asm["ptx"]))
-        self.kernels.add(compiled.name)
+        self.architectures.add(compiled.metadata.target.arch)
         tensors = [value for _, value in values if isinstance(value, torch.Tensor)]
         memory = GlobalMemory([span for span in map(_span, [*tensors, *self.beside]) if span])
         self._run(program, [*(_bits(*pair) for pair in values), *[0] * HIDDEN], grid, memory, compiled.metadata.shared)

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-BYTES = {kind + str(8 * size): size for size in (1, 2, 4, 8) for kind in "bus"} | {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
+BYTES = {kind + str(8 * size): size for size in (1, 2, 4, 8) for kind in "bus"} | {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f32x2": 8}
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 REGISTERS = {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "rd": np.uint64, "temporary": np.uint32}
@@ -24,9 +24,11 @@ def poison(dtype, count):
 
 
 def interpreted(bits, kind):
-    """The bits of registers as numbers of that type; bfloat16 as float32."""
+    """The bits of registers as numbers of that type; bfloat16 as float32, pairs of float32 [threads, 2]."""
     if kind.startswith("s"):
         return bits.view(SIGNED[BYTES[kind]])
+    if kind == "f32x2":
+        return np.ascontiguousarray(bits).view(np.float32).reshape(-1, 2)
     if kind == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return bits.view({"f16": np.float16, "f32": np.float32, "f64": np.float64}[kind]) if kind.startswith("f") else bits
@@ -42,6 +44,8 @@ def to_bits(values, dtype):
     if values.dtype.kind == "i" and values.dtype.itemsize < width:
         values = values.astype(SIGNED[width])
     values = np.ascontiguousarray(values)
+    if values.ndim == 2:
+        return values.view(dtype).reshape(-1)
     return values.view(UNSIGNED[values.dtype.itemsize]).astype(dtype)
 
 
