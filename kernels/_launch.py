@@ -17,6 +17,7 @@ TILE = 1024  # elements a program holds at once: 8 a thread, two 128-bit float32
 SMALLEST_TILE = 128
 ELEMENTS_PER_THREAD = 8
 WORD_LIMIT = 2**31
+REGISTERS = 64  # a thread, of which a multiprocessor then holds half of the most it can
 GRID_LIMIT = 2**16 - 1  # of a grid's second and third axis
 STREAM_LIMIT = 2**8  # a stream is a byte of the fourth counter word
 
@@ -232,6 +233,20 @@ def _plan(
 def compute_dtype(*tensors: Tensor) -> Any:
     """Triton's dtype of the arithmetic: float64 if any tensor that holds something is float64."""
     return tl.float64 if any(x.dtype == torch.float64 for x in tensors if x.numel()) else tl.float32
+
+
+def register_limit(count: int) -> dict[str, int]:
+    """The option that lets a thread have so many registers; of NVIDIA's compiler alone, AMD's refuses the word."""
+    return {} if torch.version.hip is not None else {"maxnreg": count}
+
+
+def early_loads(wide: bool, compute: Any, registers: int = REGISTERS) -> dict[str, int]:
+    """The option by which the loads of a tile, ``wide`` ones, stay ahead of its arithmetic.
+
+    The compiler aims at 32 registers: it moves loads behind the drawing of noise, or starts a sum after a few of its terms, and a program
+    waits for memory several times. With room for all numbers of a tile it waits once. Float64 and single addresses can need more than that.
+    """
+    return register_limit(registers) if wide and compute == tl.float32 else {}
 
 
 def check_code(name: str, value: int, codes: type[IntEnum]) -> None:

@@ -22,8 +22,8 @@ from fm_fast.kernels._tile import sample_and_chunk
 
 BLOCK_SIGNS = 128
 MOST_ROWS = 32
-# A thread's share of a block: 32 neighbours make wide accesses, 4 leave a warp to eight channels of a channels-last tensor.
-POSITION_LANES, CHANNEL_LANES = 32, 4
+# Neighbours of a step: four threads of 128-bit accesses, or so few that a warp has eight channels of a channels-last tensor.
+POSITION_BYTES, CHANNEL_LANES = 64, 4
 PARITY_WORDS = 128  # words of a program of the parity kernel
 
 PROBE_STREAM = tl.constexpr(int(contract.Stream.probe))
@@ -126,6 +126,11 @@ class SignPlan:
     device: torch.device
 
     @property
+    def aligned(self) -> bool:
+        """Whether neighbours are read together in 16 bytes or more."""
+        return not self.channel_fast and self.positions % 16 == 0
+
+    @property
     def counter_blocks(self) -> int:
         """Blocks of 128 signs a sample."""
         return self.channels * -(-self.positions // BLOCK_SIGNS)
@@ -169,7 +174,7 @@ def sign_plan(name: str, probes: Tensor) -> SignPlan:
         positions=positions,
         strides=(strides,),
         rows=rows,
-        lanes=CHANNEL_LANES if channel_fast else POSITION_LANES,
+        lanes=CHANNEL_LANES if channel_fast else POSITION_BYTES // probes.element_size(),
         tiles=tiles,
         channel_fast=channel_fast,
         masked=positions % BLOCK_SIGNS != 0 or blocks % (rows * tiles) != 0,

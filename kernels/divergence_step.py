@@ -19,6 +19,7 @@ from fm_fast.kernels._probes import check_numbers, parities, place_signs, probe_
 from fm_fast.kernels._tile import offset, place, read, sample_and_chunk
 
 SIGNS, NORMALS = 0, 1
+REGISTERS_OF_ONE_TILE = 80  # a thread, at most, for 32 numbers with masks; in a loop over tiles the compiler would load some late
 FINISH_SAMPLES, MOST_GROUPS = 32, 32  # a tile of the last kernel
 
 
@@ -190,17 +191,21 @@ def _check(sums: Tensor, dots: Tensor, g: Tensor, codes: Tensor, kind: int, firs
 
 def _write_dots(dots: Tensor, g: Tensor, key: Tensor, codes: Tensor, rows: Tensor, kind: int, index: int, first: int, share: int) -> None:
     """Fill dots [k, B] of the probes of this call."""
-    options = {"EXPLICIT_IDS": _launch.explicit_ids(key, g.shape[1]), "COMPUTE": _launch.compute_dtype(g)}
+    compute = _launch.compute_dtype(g)
+    options = {"EXPLICIT_IDS": _launch.explicit_ids(key, g.shape[1]), "COMPUTE": compute}
     counters = (g.stride(0), g.shape[0], index, first, share)
     if kind == NORMALS:
         plan = _launch.plan(g[0], probes=g.shape[0], g=g[0])
         partial = partials(dots, plan.programs)
+        options |= _launch.early_loads(plan.flat, compute)
         _launch.run(normal_dots_kernel, plan, (partial, g, key), counters, **options)
     else:
         signs = sign_plan("g", g)
         partial = partials(dots, signs.programs)
         tensors = (partial, g, key, parities(signs, codes, rows, first))
-        _launch.run(sign_dots_kernel, signs, tensors, counters, STRUCTURED=codes.numel() > 0, **options)
+        registers = REGISTERS_OF_ONE_TILE if signs.tiles == 1 else _launch.REGISTERS
+        options |= {"STRUCTURED": codes.numel() > 0} | _launch.early_loads(signs.aligned, compute, registers)
+        _launch.run(sign_dots_kernel, signs, tensors, counters, **options)
     if partial is not dots:
         combine(dots, partial, 1.0)
 

@@ -278,7 +278,7 @@ def _registers(x: Tensor, plan: NormPlan, extra: tuple[Tensor, ...], dropout: fl
     plain = dropout == 0.0 and all(tensor.numel() == 0 for tensor in extra) and not plan.masked_channels
     plain = plain and plan.channels >= CHANNELS_LAST_CHANNELS
     fits = plain and x.element_size() == 2 and plan.split > 1 and not plan.held
-    return {"maxnreg": REGISTERS} if fits and torch.version.hip is None else {}  # of NVIDIA's compiler alone; AMD's refuses the word
+    return _launch.register_limit(REGISTERS) if fits else {}
 
 
 def launch(

@@ -162,7 +162,7 @@ def launch(
     if o.numel() == 0:
         loss.fill_(0.0 if reduction == SUM else float("nan"))
         return
-    plan, scale = _plan(grad, o, x1, x0, weight), 1.0 / _averaged(o, reduction)
+    plan, compute, scale = _plan(grad, o, x1, x0, weight), _launch.compute_dtype(o, coef), 1.0 / _averaged(o, reduction)
     partial = torch.empty(plan.batch * plan.programs, dtype=loss.dtype, device=o.device)
     _launch.run(
         path_loss_kernel,
@@ -174,7 +174,8 @@ def launch(
         WEIGHT=_weight_code(weight, o.shape[0]),
         GRAD_OUTPUT=0,
         FINISHED=False,
-        COMPUTE=_launch.compute_dtype(o, coef),
+        COMPUTE=compute,
+        **_launch.early_loads(plan.flat, compute),
         **_launch.data_options(x1, x0, key, flip, levels, dequantise),
     )
     combine(loss, partial, scale)
@@ -201,9 +202,10 @@ def launch_backward(
     """
     if o.numel() == 0:
         return
+    plan, compute = _plan(grad, o, x1, x0, weight), _launch.compute_dtype(o, coef)
     _launch.run(
         path_loss_kernel,
-        _plan(grad, o, x1, x0, weight),
+        plan,
         (grad, o, x1, x0, weight, key, coef, None, grad_output),
         (1.0 / _averaged(o, reduction), flip),
         WANT_LOSS=False,
@@ -211,6 +213,7 @@ def launch_backward(
         WEIGHT=_weight_code(weight, o.shape[0]),
         GRAD_OUTPUT=2 if grad_output.dim() else 1,
         FINISHED=finished and grad_output.dim() == 0,
-        COMPUTE=_launch.compute_dtype(o, coef),
+        COMPUTE=compute,
+        **_launch.early_loads(plan.flat, compute),
         **_launch.data_options(x1, x0, key, flip, levels, dequantise),
     )

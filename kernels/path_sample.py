@@ -21,36 +21,11 @@ from fm_fast.kernels._tile import data_scale, mirror, offset, place, read, sampl
 
 
 @triton.jit
-def _coefficients(
-    t_ptr,
-    coef_ptr,
-    sample,
-    first,
-    identity,
-    step,
-    seed,
-    path_a,
-    path_b,
-    t_mean,
-    t_std,
-    t_min,
-    t_max,
-    PATH: tl.constexpr,
-    OBJECTIVE: tl.constexpr,
-    T_SAMPLER: tl.constexpr,
-):
-    """(a, s) of the sample; its first program also writes t and the row of coefficients."""
-    if PATH == GIVEN_PATH:
-        row = coef_ptr + sample * COLUMNS
-        a, s = tl.load(row + A), tl.load(row + S)
-    else:
-        t = sample_time(t_ptr, sample, identity, step, seed, t_mean, t_std, t_min, t_max, T_SAMPLER)
-        a, s, d_a, d_s = schedule(t, path_a, path_b, PATH)
-        if first:
-            c1, c0, k, w = loss_target(a, s, d_a, d_s, OBJECTIVE)
-            tl.store(t_ptr + sample, t)
-            write_row(coef_ptr, sample, a, s, c1, c0, k, w)
-    return a, s
+def _write_sample(t_ptr, coef_ptr, sample, t, a, s, d_a, d_s, OBJECTIVE: tl.constexpr):
+    """Keep t and the row of coefficients for the loss."""
+    c1, c0, k, w = loss_target(a, s, d_a, d_s, OBJECTIVE)
+    tl.store(t_ptr + sample, t)
+    write_row(coef_ptr, sample, a, s, c1, c0, k, w)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -102,10 +77,12 @@ def path_sample_kernel(
         return
     sample = sample.to(tl.int64)
     seed, step, identity = read_key(key_ptr, sample, EXPLICIT_IDS)
-    a, s = _coefficients(
-        t_ptr, coef_ptr, sample, chunk == 0, identity, step, seed, path_a, path_b, t_mean, t_std, t_min, t_max, PATH, OBJECTIVE, T_SAMPLER
-    )
-    a, s = a.to(COMPUTE), s.to(COMPUTE)
+    if PATH == GIVEN_PATH:
+        a, s = tl.load(coef_ptr + sample * COLUMNS + A), tl.load(coef_ptr + sample * COLUMNS + S)
+    else:
+        t = sample_time(t_ptr, sample, identity, step, seed, t_mean, t_std, t_min, t_max, T_SAMPLER)
+        a, s, d_a, d_s = schedule(t, path_a, path_b, PATH)
+    x1_factor, x0_factor = a.to(COMPUTE), s.to(COMPUTE)
     for i in range(TILES):
         block, channel, position, inside = place(chunk * TILES + i, channels, positions, ROWS, BLOCKS, FLAT, CHANNEL_FAST, WIDE)
         x1_place = offset(channel, mirror(position, identity, step, seed, flip, WIDTH), x1_channel, x1_position, FLAT)
@@ -114,7 +91,10 @@ def path_sample_kernel(
         x0_place = sample * x0_batch + offset(channel, position, x0_channel, x0_position, FLAT)
         x0 = source(x0_ptr, x0_place, block, inside, identity, step, seed, DRAW, MASKED, BLOCKS, COMPUTE)
         x_t_place = sample * x_t_batch + offset(channel, position, x_t_channel, x_t_position, FLAT)
-        write(x_t_ptr + x_t_place, a * x1 + s * x0, inside, MASKED)
+        write(x_t_ptr + x_t_place, x1_factor * x1 + x0_factor * x0, inside, MASKED)
+    # Behind the tiles, whose loads no store may hold up.
+    if PATH != GIVEN_PATH and chunk == 0:
+        _write_sample(t_ptr, coef_ptr, sample, t, a, s, d_a, d_s, OBJECTIVE)
 
 
 def _check_codes(path: int, objective: int, t_sampler: int) -> None:
@@ -153,7 +133,7 @@ def launch(
     _check_codes(path, objective, t_sampler)
     if x1.shape[0] == 0:
         return
-    plan = _launch.plan(x_t, x_t=x_t, x1=x1, x0=x0)
+    plan, compute = _launch.plan(x_t, x_t=x_t, x1=x1, x0=x0), _launch.compute_dtype(coef)
     _launch.run(
         path_sample_kernel,
         plan,
@@ -162,6 +142,7 @@ def launch(
         PATH=path,
         OBJECTIVE=objective,
         T_SAMPLER=t_sampler,
-        COMPUTE=_launch.compute_dtype(coef),
+        COMPUTE=compute,
+        **_launch.early_loads(plan.flat, compute),
         **_launch.data_options(x1, x0, key, flip, levels, dequantise),
     )

@@ -23,6 +23,7 @@ SHAPE = (4, 3, 32, 32)  # one tile a program, no remainder
 SIGN_SHAPE = (4, 3, 64, 64)  # the same for tiles of signs
 OT, VP, COSINE = (0, 0.0, 0.0), (1, 0.1, 20.0), (3, 0.0, 0.0)
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+DATA_MAP = (0.0, 256.0, False)  # flip, levels, dequantise
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Case:
     op: str
     dtype: torch.dtype
     instructions: int
-    registers: int = 40
+    registers: int = 64
     shared: int = 0
     x1_dtype: torch.dtype | None = None
     draw: bool = True
@@ -76,7 +77,7 @@ class StepCase:
     keeps: bool = False
     doubled: bool = False
     k_layout: torch.memory_format = torch.contiguous_format
-    registers: int = 40
+    registers: int = 64
     shared: int = 0
 
     def __str__(self):
@@ -120,21 +121,21 @@ class ProbeCase:
 STEP_CASES = [
     StepCase(1, 10),
     StepCase(4, 19, copy=True),
-    StepCase(6, 25, keeps=True),
-    StepCase(8, 29, copy=True),
+    StepCase(6, 25, keeps=True, registers=80),
+    StepCase(8, 29, copy=True, registers=80),
     StepCase(1, 21, BFLOAT16, copy=True, doubled=True),
     StepCase(2, 17, BFLOAT16, BFLOAT16),
 ]
 ERROR_CASES = [ErrorCase(4, 36), ErrorCase(6, 41)]
 STRIDED_STEP = StepCase(2, 65, k_layout=torch.channels_last, registers=64, shared=4096)
 PROBE_CASES = [
-    ProbeCase("probe", FLOAT32, 14),
+    ProbeCase("probe", FLOAT32, 12),
     ProbeCase("probe", BFLOAT16, 12),
     ProbeCase("probe", BFLOAT16, 12, structured=True),
-    ProbeCase("divergence_step", FLOAT32, 16, registers=64, shared=256),  # with Triton 3.8; 52 before
-    ProbeCase("divergence_step", BFLOAT16, 15, registers=52, shared=256, structured=True),
-    ProbeCase("divergence_step", FLOAT32, 53, shared=16, normal=True),
-    ProbeCase("divergence_step", BFLOAT16, 56, shared=16, normal=True),
+    ProbeCase("divergence_step", FLOAT32, 14, registers=64, shared=256),
+    ProbeCase("divergence_step", BFLOAT16, 15, registers=64, shared=256, structured=True),
+    ProbeCase("divergence_step", FLOAT32, 53, registers=64, shared=16, normal=True),
+    ProbeCase("divergence_step", BFLOAT16, 56, registers=64, shared=16, normal=True),
 ]
 # The words are drawn once and handed to the threads of other channels through shared memory.
 CHANNELS_LAST_PROBE = ProbeCase("probe", BFLOAT16, 21, layout=torch.channels_last, shared=512)
@@ -157,13 +158,12 @@ def _launch(case, module):
     o, x1 = torch.zeros(case.shape, dtype=case.dtype), torch.zeros(case.shape, dtype=case.x1_dtype or case.dtype)
     x0 = torch.empty(0) if case.draw else torch.zeros_like(o)
     key, rows, times, nothing = torch.tensor([1, 2, 3]), torch.zeros(4, 6), torch.zeros(4), torch.empty(0)
-    data_map = (0.0, 256.0, False)
     if case.op == "path_sample":
-        module.launch(o, times, rows, x1, x0, key, *case.path, 0, 0, 0.0, 1.0, 0.0, 1.0, *data_map)
+        module.launch(o, times, rows, x1, x0, key, *case.path, 0, 0, 0.0, 1.0, 0.0, 1.0, *DATA_MAP)
     elif case.op == "path_loss":
-        module.launch(torch.zeros(()), torch.zeros_like(o), o, x1, x0, key, rows, nothing, 0, *data_map)
+        module.launch(torch.zeros(()), torch.zeros_like(o), o, x1, x0, key, rows, nothing, 0, *DATA_MAP)
     else:
-        module.launch_backward(torch.zeros_like(o), o, x1, x0, key, rows, nothing, torch.ones(()), 0, *data_map)
+        module.launch_backward(torch.zeros_like(o), o, x1, x0, key, rows, nothing, torch.ones(()), 0, *DATA_MAP)
 
 
 def binary(case, capability, monkeypatch, folder):

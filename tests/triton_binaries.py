@@ -4,6 +4,7 @@ import re
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -37,18 +38,26 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Binary:
-    """One compiled kernel: what it takes and the opcodes of its listing."""
+    """One compiled kernel: what it takes and the opcodes of its listing, in its order."""
 
     registers: int
     stack: int
     shared: int
     local: int
-    opcodes: Counter
+    listing: tuple[str, ...]
     elements_per_thread: float
+
+    @cached_property
+    def opcodes(self):
+        return Counter(self.listing)
 
     @property
     def instructions_per_element(self):
         return (self.opcodes.total() - self.opcodes["NOP"]) / self.elements_per_thread
+
+    def places(self, *prefixes):
+        """Where in the listing such opcodes are."""
+        return [place for place, opcode in enumerate(self.listing) if opcode.startswith(prefixes)]
 
     def count(self, *prefixes):
         return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(prefixes))
@@ -80,8 +89,8 @@ def compiled(recorder, capability, folder):
     registers, stack, local = map(int, RESOURCES.search(_tool("cuobjdump", "-res-usage", cubin)).groups())
     # Counter blocks of 4 numbers, or of 128 signs; kernels without blocks are not counted by the element.
     elements = options.get("ROWS", 1) * (options["BLOCKS"] * 4 if "BLOCKS" in options else 128)
-    opcodes = Counter(INSTRUCTION.findall(_tool("nvdisasm", cubin)))
-    return Binary(registers, stack, built.metadata.shared, local, opcodes, elements / (32 * options["num_warps"]))
+    listing = tuple(INSTRUCTION.findall(_tool("nvdisasm", cubin)))
+    return Binary(registers, stack, built.metadata.shared, local, listing, elements / (32 * options["num_warps"]))
 
 
 def _specialised(parameters, arguments):
