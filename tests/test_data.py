@@ -283,7 +283,7 @@ def test_too_many_pixels_are_mapped(tmp_path, capsys):
     # The images stay on the CPU, batches go to the labels' device.
     there = first.to(torch.device("meta"))
     assert there.images.device.type == "cpu" and there.batch(rows)[0].device.type == "meta"
-    with pytest.raises(ValueError, match=r"pool, pad: expected 1 and 0 for 0.00 GiB of pixels, above memory_limit .*, got 1 and 1"):
+    with pytest.raises(ValueError, match=r"pool, pad: expected 1 and 0 for 0.00 GiB of images, above memory_limit .*, got 1 and 1"):
         load_dataset(tmp_path / "images", "train", replace(mapped, pad=1))
     written = cache.stat().st_mtime_ns
     assert torch.equal(load_dataset(tmp_path / "images", "train", mapped).images, plain.images)

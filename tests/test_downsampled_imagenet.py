@@ -134,8 +134,8 @@ def test_without_a_test_part_images_in_memory_are_divided(tmp_path):
     ("settings", "message"),
     [
         ({"test_share": 0.2}, "test_share: expected 0 above memory_limit, where the test part is val_data, got 0.2"),
-        ({"pool": 2}, "pool, pad: expected 1 and 0 for 0.00 GiB of pixels, above memory_limit 0, got 2 and 0"),
-        ({"pad": 1}, "pool, pad: expected 1 and 0 for 0.00 GiB of pixels, above memory_limit 0, got 1 and 1"),
+        ({"pool": 2}, "pool, pad: expected 1 and 0 for 0.00 GiB of images, above memory_limit 0, got 2 and 0"),
+        ({"pad": 1}, "pool, pad: expected 1 and 0 for 0.00 GiB of images, above memory_limit 0, got 1 and 1"),
         ({"resize": 4}, "resize: expected 0 or 2 for images of that size, which only image files are brought to, got 4"),
     ],
 )

@@ -53,7 +53,7 @@ def archive(folder, count=40, dtype=np.float16, name="latents.npz", **more):
 
 def test_each_channel_is_measured():
     values = torch.from_numpy(latents(5000, side=4)[0]).float()
-    found = measured(values)
+    found = measured(values.split(1000))
     wide = values.double().numpy()
     deviation = wide.std((0, 2, 3))
     assert (np.abs(np.array(found.shift) - wide.mean((0, 2, 3))) <= 1e-3 * deviation).all()
@@ -63,12 +63,12 @@ def test_each_channel_is_measured():
 def test_numbers_far_from_zero_are_measured_to_their_spread():
     values = 1e5 + torch.randn(2000, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     wide = values.double()
-    assert abs(measured(values).shift[0] - float(wide.mean())) < 1e-3
-    assert measured(values).scale[0] == pytest.approx(1.0 / float(wide.std()), rel=1e-3)
+    assert abs(measured([values]).shift[0] - float(wide.mean())) < 1e-3
+    assert measured([values]).scale[0] == pytest.approx(1.0 / float(wide.std()), rel=1e-3)
 
 
 def test_a_measurement_has_few_digits_so_that_it_is_the_same_again():
-    found = measured(torch.from_numpy(latents(100)[0]).float())
+    found = measured([torch.from_numpy(latents(100)[0]).float()])
     assert all(float(f"{number:.3e}") == number for number in found.scale)
     assert all(abs(shift * 10**digits - round(shift * 10**digits)) < 1e-6 for shift, digits in zip(found.shift, (2, 4, 3, 2), strict=True))
 
@@ -77,7 +77,7 @@ def test_a_channel_that_never_changes_is_not_stretched():
     """Nor one that changes by rounding alone."""
     values = torch.cat([torch.full((5, 2, 7, 7), 0.1), torch.randn(5, 1, 7, 7)], dim=1)
     values[0, 1, 0, 0] += 1e-8
-    found = measured(values)
+    found = measured([values])
     assert float(values[0, 1, 0, 0]) != 0.1 and found.shift[:2] == pytest.approx((0.1, 0.1)) and found.scale[:2] == (1.0, 1.0)
 
 
@@ -141,7 +141,7 @@ def test_held_out_rows_are_not_measured(tmp_path):
     np.savez(tmp_path / "x.npz", images=images.astype(np.float32), labels=labels)
     found = load_dataset(tmp_path / "x.npz", "train", Preparation(test_share=0.25))
     raw = load_dataset(tmp_path / "x.npz", "train", Preparation(test_share=0.25, scale=(1.0,)))
-    assert len(found) == 30 and found.standardisation == measured(raw.images)
+    assert len(found) == 30 and found.standardisation == measured([raw.images])
     assert found.standardisation != load_dataset(tmp_path / "x.npz").standardisation
 
 

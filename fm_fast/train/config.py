@@ -78,7 +78,7 @@ class TrainConfig:
     data_scale: tuple[float, ...] = _option((), "see data_shift; none: both such that each channel has mean 0 and deviation 1")
     test_share: float = _option(0.0, "share of the images held out of data that come without a test set")
     conditional: bool = _option(True, "tell the network the labels; data without any need --no-conditional")
-    memory_limit: float = _option(4.0, "GiB of pixels above which images (of folders and ImageNet) lie in a mapped file", resumable=True)
+    memory_limit: float = _option(4.0, "GiB above which images (of a folder, .npz or ImageNet) lie in a mapped file", resumable=True)
     cache: str = _option("~/.cache/fm_fast", "folder for such files", resumable=True)
     out: str = _option("out/digits", "folder for checkpoints, weights.safetensors, samples.png, log.jsonl", resumable=True)
     init_from: str = _option("", "begin with the average of this run, as for fine-tuning: a folder or file", resumable=True)

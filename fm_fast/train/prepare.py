@@ -19,9 +19,9 @@ class Preparation:
 
     resize: cut out the middle square and bring it to this height and width, 0 to leave the images as they are. pool: replace blocks of
     this many pixels a side by their mean. pad: add a frame of this many pixels of value 0. test_share: share of the images, always the
-    same ones, that is held out of data that come without a test set. memory_limit: GiB of pixels above which the images of a folder or of
-    ImageNet's batches lie in a file that is mapped into memory, in `cache`. unlabelled: data may come without labels. as_is: of data of
-    this height and width nothing is resized, averaged, framed or held out; 0 for no such size. grey: one channel instead of three.
+    same ones, that is held out of data that come without a test set. memory_limit: GiB above which the images of a folder, of an archive
+    or of ImageNet's batches lie in a file that is mapped into memory, in `cache`. unlabelled: data may come without labels. as_is: of
+    data of this height and width nothing is resized, averaged, framed or held out; 0 for no such size. grey: one channel instead of three.
     shift, scale: of real-valued data the network sees (value - shift) scale; no scale: both are measured.
     """
 

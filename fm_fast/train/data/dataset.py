@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fm_fast.train.standardisation import CHUNK, Standardisation
+from fm_fast.train.standardisation import Standardisation, in_parts
 
 LEVELS = 256
 IMAGES = (torch.uint8, torch.float16, torch.float32, torch.float64)
@@ -62,37 +62,48 @@ class Dataset:
 
 
 def make_dataset(name: str, images: Tensor, labels: Tensor, levels: int = LEVELS, classes: int | None = None, **marks: Any) -> Dataset:
-    """Checked data set (`marks`: mapped, division, left_out): images [N, H, W] or [N, C, H, W], labels of any integer dtype [N].
+    """Checked data set: images [N, H, W] or [N, C, H, W], labels of any integer dtype [N]; `marks`: further fields of it.
 
     Images are uint8, or of real numbers: float64 becomes float32, and there are no levels.
     """
-    if images.dtype not in IMAGES or images.ndim not in (3, 4) or images.numel() == 0:
-        kinds = "uint8, or real numbers, [N, H, W] or [N, C, H, W]"
-        raise ValueError(f"{name}: expected images {kinds}, not empty, got {images.dtype} {list(images.shape)}")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"{name}: expected one label an image, {len(images)}, got {list(labels.shape)}")
+    check_form(name, images, labels)
     images = images.unsqueeze(1) if images.ndim == 3 else images
     classes = int(labels.max()) + 1 if classes is None else classes
     if classes > MOST_CLASSES:
         raise ValueError(f"{name}: expected labels 0, 1, 2, ..., at most {MOST_CLASSES} classes, got a label {classes - 1}")
-    _check_ranges(name, images, labels, levels, classes)
+    _check_labels(name, labels, classes)
+    if not marks.get("mapped"):  # those were looked at when the file was written
+        check_values(name, images, levels)
     if images.is_floating_point():
         images = images.to(torch.float16 if images.dtype == torch.float16 else torch.float32)
     known = None if images.is_floating_point() else levels
     return Dataset(name, images.contiguous(), labels.to(torch.int64), classes, known, **marks)
 
 
-def _check_ranges(name: str, images: Tensor, labels: Tensor, levels: int, classes: int) -> None:
-    if images.is_floating_point():
-        _check_finite(name, images)
-    elif levels < LEVELS and int(images.max()) >= levels:
-        raise ValueError(f"{name}: expected pixel values below {levels}, got {int(images.max())}")
+def check_form(name: str, images: Tensor, labels: Tensor) -> None:
+    """Raises ValueError for images of another dtype or shape, or another number of labels."""
+    if images.dtype not in IMAGES or images.ndim not in (3, 4) or images.numel() == 0:
+        kinds = "uint8, or real numbers, [N, H, W] or [N, C, H, W]"
+        raise ValueError(f"{name}: expected images {kinds}, not empty, got {images.dtype} {list(images.shape)}")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{name}: expected one label an image, {len(images)}, got {list(labels.shape)}")
+
+
+def _check_labels(name: str, labels: Tensor, classes: int) -> None:
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise ValueError(f"{name}: expected labels in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
 
 
+def check_values(name: str, images: Tensor, levels: int = LEVELS) -> None:
+    """Raises ValueError for grey levels beyond these, and for real numbers that are not finite."""
+    if images.is_floating_point():
+        _check_finite(name, images)
+    elif levels < LEVELS and int(images.max()) >= levels:
+        raise ValueError(f"{name}: expected pixel values below {levels}, got {int(images.max())}")
+
+
 def _check_finite(name: str, images: Tensor) -> None:
-    strange = sum(int((~part.to(torch.float32).isfinite()).sum()) for part in images.split(CHUNK))
+    strange = sum(int((~part.to(torch.float32).isfinite()).sum()) for part in in_parts(images))
     if strange:
         raise ValueError(f"{name}: expected finite numbers that float32 can hold, got {strange} others")
 

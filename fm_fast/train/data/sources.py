@@ -1,19 +1,23 @@
 """Data sets by name or by the files they lie in: which reader, which files of them, which part."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from fm_fast.train.data.dataset import LEVELS, SHARE, TEST_PART, UNDIVIDED, Dataset, make_dataset
+from fm_fast.train.data.dataset import LEVELS, SHARE, TEST_PART, UNDIVIDED, Dataset, check_form, make_dataset
+from fm_fast.train.data.large import mapped_images, standardisation_of
 from fm_fast.train.data.readers.cifar import find_cifar_folder, read_cifar10
 from fm_fast.train.data.readers.downsampled_imagenet import CLASSES, TRAIN_BATCHES, Batches, batches_in, read_batches
 from fm_fast.train.data.readers.idx import read_idx
 from fm_fast.train.data.readers.image_folder import beside_parts, list_images, named, no_labels, preparation_of, read_images, split_folder
-from fm_fast.train.data.readers.npz import array_names, read_npz
-from fm_fast.train.prepare import CHANNELS, WITHOUT_LABELS, Preparation, pooled_and_padded, rows_of_split
-from fm_fast.train.standardisation import CHUNK, given, measured
+from fm_fast.train.data.readers.large_npz import LargeImages, large_images
+from fm_fast.train.data.readers.npz import array_names, as_images, read_npz
+from fm_fast.train.prepare import WITHOUT_LABELS, Preparation, pooled_and_padded, rows_of_split
+from fm_fast.train.standardisation import given, in_parts, measured
 
 DIGITS = Path(__file__).parents[2] / "datasets" / "digits.npz"
 DIGITS_TRAIN = 1500
@@ -44,39 +48,39 @@ def load_dataset(source: str | Path, split: str = "train", preparation: Preparat
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
     dataset = _read(source, split, preparation)
     preparation = preparation.of_size(*dataset.images.shape[-2:])
-    _check_kind(dataset, preparation)
+    _check_kind(dataset.name, dataset.images.shape[1:], dataset.levels is None, preparation)
     if dataset.division == UNDIVIDED and preparation.test_share > 0.0:
         rows = rows_of_split(len(dataset), preparation.test_share, split)
         dataset = replace(dataset, images=dataset.images[rows], labels=dataset.labels[rows], division=SHARE)
     if preparation.pool > 1 or preparation.pad > 0:
         dataset = replace(dataset, images=pooled_and_padded(dataset.name, dataset.images, preparation))
-    return dataset if dataset.levels is not None else _standardised(dataset, preparation)
+    return _standardised(dataset, preparation) if dataset.levels is None and dataset.standardisation is None else dataset
 
 
 def _standardised(dataset: Dataset, preparation: Preparation) -> Dataset:
     shift, scale, images = preparation.shift, preparation.scale, dataset.images
-    found = given(shift, scale, images.shape[1]) if scale else measured(images)
-    left_out = (*dataset.left_out, *_taken_for_real(dataset))
+    found = given(shift, scale, images.shape[1]) if scale else measured(in_parts(images))
+    left_out = (*dataset.left_out, *_taken_for_real(dataset.name, in_parts(images)))
     return replace(dataset, images=found.seen(images), standardisation=found, left_out=left_out)
 
 
-def _taken_for_real(dataset: Dataset) -> tuple[str, ...]:
+def _taken_for_real(name: str, parts: Iterable[Tensor]) -> tuple[str, ...]:
     """Grey levels lose their discreteness when they are stored as floats, perhaps by mistake."""
-    if any(bool((part != part.round()).any()) for part in dataset.images.split(CHUNK)):
+    if any(bool((part != part.round()).any()) for part in parts):
         return ()
-    return (f"warning: {dataset.name}: all numbers are whole, but taken for real ones, being floats; as uint8 they would be grey levels",)
+    return (f"warning: {name}: all numbers are whole, but taken for real ones, being floats; as uint8 they would be grey levels",)
 
 
-def _check_kind(dataset: Dataset, preparation: Preparation) -> None:
-    """Only a folder's images are resized and converted, when they are read; only real numbers are shifted and scaled."""
-    (channels, height, width), resize = dataset.images.shape[1:], preparation.resize
-    if preparation.scale and dataset.levels is not None:
-        raise ValueError(f"data_scale: expected none for {dataset.name} of integers, which have grey levels, got {preparation.scale}")
+def _check_kind(name: str, size: tuple[int, ...], real: bool, preparation: Preparation) -> None:
+    """Only a folder's images are resized and converted, when they are read; only real numbers are shifted and scaled. size: C, H, W."""
+    (channels, height, width), resize = size, preparation.resize
+    if preparation.scale and not real:
+        raise ValueError(f"data_scale: expected none for {name} of integers, which have grey levels, got {preparation.scale}")
     if preparation.grey and channels != 1:
-        raise ValueError(f"grey: expected off for {dataset.name} of {channels} channels, because only image files are converted")
+        raise ValueError(f"grey: expected off for {name} of {channels} channels, because only image files are converted")
     if resize and (height, width) != (resize, resize):
         raise ValueError(
-            f"resize: expected 0 for {dataset.name} of {height}x{width} pixels, because only image files are resized"
+            f"resize: expected 0 for {name} of {height}x{width} pixels, because only image files are resized"
             f" (pool and pad change others), got {resize}"
         )
 
@@ -130,30 +134,46 @@ def _from_npz(path: Path, split: str, preparation: Preparation) -> Dataset:
     names = array_names(path)
     if UNNAMED[0] in names and "images" not in names:
         labelled = _are_labelled(path, names, UNNAMED[1] in names, preparation)
-        return _read_npz(path, UNNAMED, labelled, UNDIVIDED, _left_out(path, names - set(UNNAMED)))
+        return _read_npz(path, UNNAMED, labelled, UNDIVIDED, _left_out(path, names - set(UNNAMED)), split, preparation)
     labelled, divided = _arrays_of(path, names, preparation)
     part = "test_" if divided and split == "test" else ""
     division = TEST_PART if divided else UNDIVIDED
-    return _read_npz(path, (f"{part}images", f"{part}labels"), labelled, division, _left_out(path, names - ARRAYS))
+    arrays = (f"{part}images", f"{part}labels")
+    return _read_npz(path, arrays, labelled, division, _left_out(path, names - ARRAYS), split, preparation)
 
 
 def _left_out(path: Path, names: set[str]) -> tuple[str, ...]:
     return (f"note: {path}: {named('arrays', [Path(name) for name in names])} left out",) if names else ()
 
 
-def _read_npz(path: Path, names: tuple[str, str], labelled: bool, division: str, left_out: tuple[str, ...]) -> Dataset:
+def _read_npz(
+    path: Path, names: tuple[str, str], labelled: bool, division: str, left_out: tuple[str, ...], split: str, preparation: Preparation
+) -> Dataset:
+    large = large_images(path, names[0], preparation)
+    if large is not None:
+        labels = read_npz(path, names[1:])[0] if labelled else no_labels(len(large.rows))
+        return _from_large(large, labels, split, preparation, division=division, left_out=left_out)
     images, *labels = read_npz(path, names if labelled else names[:1], real=names[:1])
-    images = channels_first(images)
     if labelled:
-        return make_dataset(path.name, images, labels[0], division=division, left_out=left_out)
-    return make_dataset(path.name, images, no_labels(len(images)), classes=1, division=division, left_out=left_out)
+        return make_dataset(path.name, as_images(images), labels[0], division=division, left_out=left_out)
+    return make_dataset(path.name, as_images(images), no_labels(len(images)), classes=1, division=division, left_out=left_out)
 
 
-def channels_first(images: Tensor) -> Tensor:
-    """[N, S, S, C] as [N, C, S, S]; what cannot be square images with their channels last, as it is."""
-    if images.ndim == 4 and images.shape[1] == images.shape[2] != images.shape[3] and images.shape[3] in CHANNELS:
-        return images.permute(0, 3, 1, 2)
-    return images
+def _from_large(
+    large: LargeImages, labels: Tensor, split: str, preparation: Preparation, division: str, left_out: tuple[str, ...]
+) -> Dataset:
+    """As of images in memory, but for the order: what cannot be is told before the file is written, and of held-out images none is."""
+    name = large.path.name
+    check_form(name, torch.empty(large.shape, dtype=large.dtype, device="meta"), labels)
+    preparation, classes = preparation.of_size(*large.size[-2:]), int(labels.max()) + 1
+    _check_kind(name, large.size[1:], large.dtype.is_floating_point, preparation)
+    if division == UNDIVIDED and preparation.test_share > 0.0:
+        rows = rows_of_split(len(labels), preparation.test_share, split)
+        large, labels, division = replace(large, rows=rows), labels[rows], SHARE
+    units = standardisation_of(large, preparation)
+    images = mapped_images(large, units, preparation)
+    left_out = left_out if units is None else (*left_out, *_taken_for_real(name, large.parts()))
+    return make_dataset(name, images, labels, classes=classes, mapped=True, division=division, left_out=left_out, standardisation=units)
 
 
 def _arrays_of(path: Path, names: set[str], preparation: Preparation) -> tuple[bool, bool]:

@@ -1,10 +1,8 @@
 """Read a folder of images with one subfolder a class, into memory or, where they are too many, into a mapped file."""
 
 import os
-import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from fm_fast.train.data.readers.image_file import read_image
 from fm_fast.train.data.readers.mapped import filled
+from fm_fast.train.data.readers.progress import with_progress
 from fm_fast.train.prepare import WITHOUT_LABELS, Preparation
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -141,7 +140,7 @@ def read_images(files: list[Path], preparation: Preparation) -> tuple[Tensor, bo
 
 
 def _fill(images: Tensor, files: list[Path], preparation: Preparation) -> None:
-    for number, file in enumerate(_with_progress(files)):
+    for number, file in enumerate(files if len(files) < FEW else with_progress(files, len(files), "image")):
         image = read_image(file, preparation.resize, preparation.grey)
         if image.shape != images.shape[1:]:
             height, width = images.shape[2:]
@@ -150,11 +149,3 @@ def _fill(images: Tensor, files: list[Path], preparation: Preparation) -> None:
                 " --resize brings all to one size"
             )
         images[number] = image
-
-
-def _with_progress(files: list[Path]) -> Iterable[Path]:
-    if len(files) < FEW or not sys.stderr.isatty() or find_spec("tqdm") is None:
-        return files
-    from tqdm import tqdm
-
-    return tqdm(files, desc="reading images", unit="image", dynamic_ncols=True)

@@ -1,4 +1,4 @@
-"""Pixels in memory or, where they are too many, in a file of the cache that is mapped into memory."""
+"""Images in memory or, where they are too many, in a file of the cache that is mapped into memory."""
 
 import math
 import mmap
@@ -15,50 +15,56 @@ from fm_fast.train.prepare import GIB, Preparation
 
 # Without it Linux wants room in memory for all of a private mapping. Python names it from 3.13 on.
 MAP_NORESERVE = 0x4000
+SUFFIXES = {torch.uint8: ".u8", torch.float16: ".f16", torch.float32: ".f32"}
 
 
 def filled(
-    shape: tuple[int, ...], files: Iterable[Path], reading: str, preparation: Preparation, fill: Callable[[Tensor], None]
+    shape: tuple[int, ...],
+    files: Iterable[Path],
+    reading: str,
+    preparation: Preparation,
+    fill: Callable[[Tensor], None],
+    dtype: torch.dtype = torch.uint8,
 ) -> tuple[Tensor, bool]:
-    """(uint8 tensor of that shape after ``fill``, whether it lies in a mapped file).
+    """(tensor of that shape after ``fill``, whether it lies in a mapped file).
 
     A mapped file is used again as long as the names, sizes and times of ``files``, which are read by the way ``reading``, are the same.
-    Raises ValueError where its pixels would have to be changed.
+    Raises ValueError where its images would have to be changed.
     """
-    size = math.prod(shape)
+    size = math.prod(shape) * dtype.itemsize
     if not is_mapped(size, preparation):
-        pixels = torch.empty(shape, dtype=torch.uint8)
+        pixels = torch.empty(shape, dtype=dtype)
         fill(pixels)
         return pixels, False
     if preparation.pool > 1 or preparation.pad > 0:
         raise ValueError(f"pool, pad: expected 1 and 0 {_above(size, preparation)}, got {preparation.pool} and {preparation.pad}")
-    cache = cache_file(preparation, files, reading, ".u8")
+    cache = cache_file(preparation, files, reading, SUFFIXES[dtype])
 
     def make(place: Path) -> None:
         print(f"{_above(size, preparation).removeprefix('for ')}: writing {cache}", flush=True)
         _reserve(place, size)
-        fill(torch.from_file(str(place), shared=True, size=size, dtype=torch.uint8).reshape(shape))
+        fill(torch.from_file(str(place), shared=True, size=math.prod(shape), dtype=dtype).reshape(shape))
 
     make_once(cache, lambda: cache.is_file() and cache.stat().st_size == size, make)
-    return _mapped(cache, size).reshape(shape), True
+    return _mapped(cache, size, dtype).reshape(shape), True
 
 
 def is_mapped(size: int, preparation: Preparation) -> bool:
-    """Whether so many bytes of pixels lie in a file."""
+    """Whether images of so many bytes lie in a file."""
     return size > preparation.limit_in_bytes
 
 
 def _above(size: int, preparation: Preparation) -> str:
-    return f"for {size / GIB:.2f} GiB of pixels, above memory_limit {preparation.memory_limit:g}"
+    return f"for {size / GIB:.2f} GiB of images, above memory_limit {preparation.memory_limit:g}"
 
 
-def _mapped(file: Path, size: int) -> Tensor:
-    """Its bytes, read when they are asked for; what is written to them stays in memory."""
+def _mapped(file: Path, size: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Its numbers, of so many bytes, read when they are asked for; what is written to them stays in memory."""
     if not sys.platform.startswith("linux"):
-        return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
+        return torch.from_file(str(file), shared=False, size=size // dtype.itemsize, dtype=dtype)
     with file.open("rb") as opened:
         pages = mmap.mmap(opened.fileno(), size, flags=mmap.MAP_PRIVATE | MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    return torch.frombuffer(pages, dtype=dtype)
 
 
 def _reserve(file: Path, size: int) -> None:

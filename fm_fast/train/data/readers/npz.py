@@ -5,12 +5,15 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fm_fast.train.prepare import CHANNELS
 
 # What the readers of archives raise for it: of their own and, for an array's header that is none, of Python's.
 DAMAGE = (
@@ -44,13 +47,28 @@ def array_names(path: Path) -> set[str]:
 
 def _load(path: Path, names: tuple[str, ...]) -> tuple[list[str], dict[str, np.ndarray | bytes]]:
     """The names of all arrays, and those asked for that are there: another may be large."""
+    with damage_told(path), zipfile.ZipFile(path), np.load(path, allow_pickle=False) as archive:
+        return archive.files, {name: archive[name] for name in names if name in archive.files}
+
+
+@contextmanager
+def damage_told(path: Path) -> Iterator[None]:
+    """What readers raise for a damaged archive as a ValueError that names it."""
     try:
-        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as archive:
-            return archive.files, {name: archive[name] for name in names if name in archive.files}
+        yield
     except (FileNotFoundError, PermissionError):
         raise
     except DAMAGE as error:
         raise ValueError(f"{path}: expected a readable .npz archive, got: {error}") from error
+
+
+def as_images(array: Tensor) -> Tensor:
+    """[N, S, S] as [N, 1, S, S] and [N, S, S, C] as [N, C, S, S]; what cannot be square images with their channels last, as it is."""
+    if array.ndim == 3:
+        return array.unsqueeze(1)
+    if array.ndim == 4 and array.shape[1] == array.shape[2] != array.shape[3] and array.shape[3] in CHANNELS:
+        return array.permute(0, 3, 1, 2)
+    return array
 
 
 def _numbers(array: np.ndarray | bytes, name: str, real: bool) -> Tensor:
