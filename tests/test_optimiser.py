@@ -270,8 +270,6 @@ def test_wrong_parameters_and_settings():
     for averages in ([0.999], 0.999, fixed_decay(0.999), "0.999"):
         with pytest.raises(TypeError, match=r"averages: expected a sequence of Averaging such as .*, got .*0.999"):
             AdamWEMA([one], averages=averages)
-    with pytest.raises(ValueError, match="param_group: expected all parameters"):
-        AdamWEMA([one]).add_param_group({"params": [weight()]})
     with pytest.raises(RuntimeError, match="backend='triton' can't run adamw_ema on cpu"):
         AdamWEMA([one], backend="triton")
 

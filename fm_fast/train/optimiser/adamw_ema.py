@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fm_fast import _backends, _checks, _ops
+from fm_fast import _backends, _ops
 from fm_fast._ops.adamw_ema import APPLIED, OWN, SKIPPED
 from fm_fast.train.optimiser.averaging import Averaging
+from fm_fast.train.optimiser.checks import HALF_TYPES, averagings, check_group, check_parameters
 from fm_fast.train.optimiser.state import from_adamw, in_order, is_adamw, known_settings, load
 
 ALIGNMENT = 16  # elements: every parameter's state begins at a cache line
-HALF_TYPES = (torch.bfloat16, torch.float16)
+OF_A_PARAMETER = {"exp_avg", "exp_avg_sq", "averages", "master"}  # tensors of its state, its counts aside
 UNKNOWN = -1  # in place of the version of a weight that is not known to be its master rounded
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -69,21 +70,50 @@ class AdamWEMA(torch.optim.Optimizer):
         backend: str | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "max_norm": max_norm}
-        self.averages = _averagings(averages)
+        self.averages = averagings(averages)
         self._parameters: list[Tensor] = []
         super().__init__(parameters, defaults)
         self._parameters = [p for group in self.param_groups for p in group["params"]]
-        _check_parameters(self._parameters)
-        for group in self.param_groups:
-            _check_group(group)
+        self._check()
         self._use(self._allocated(), backend)
         self._begin()
 
+    @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only the constructor adds groups: the state of all parameters is one tensor."""
-        if self._parameters:
-            raise ValueError("param_group: expected all parameters when the optimiser is made, got more afterwards")
+        """Further parameters, as of layers that are no longer frozen. Their moments are zero, their averages begin with them as they are.
+
+        All state moves to new memory: averages that :meth:`average` gave out stay as they are, and a step that was recorded as a CUDA
+        graph must be recorded again. Where a ValueError or TypeError is raised, nothing has changed.
+        """
         super().add_param_group(param_group)
+        if not self._parameters:
+            return  # the constructor adds groups one by one, and makes the state of all of them
+        try:
+            self._check()
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._grow()
+
+    def _check(self) -> None:
+        check_parameters([p for group in self.param_groups for p in group["params"]])
+        for group in self.param_groups:
+            check_group(group)
+
+    def _grow(self) -> None:
+        """Make the state anew for all groups, the last of them new."""
+        self._follow_weights()
+        states, memory, keeps_gradients = {p: self.state[p] for p in self._parameters}, self._memory, bool(self._kept)
+        self._parameters = [p for group in self.param_groups for p in group["params"]]
+        self._use(self._allocated(), self._requested_backend)
+        self._begin()
+        for p, state in states.items():
+            for name in OF_A_PARAMETER & state.keys():
+                self.state[p][name].copy_(state[name])
+        self._memory.counts[: len(memory.counts)].copy_(memory.counts)
+        self._memory.total.copy_(memory.total)
+        if keeps_gradients:
+            self.keep_gradients()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle."""
@@ -198,7 +228,7 @@ class AdamWEMA(torch.optim.Optimizer):
         """
         self._follow_weights()
         for i, group in enumerate(self.param_groups):
-            _check_group(group)
+            check_group(group)
             row = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["max_norm"])
             for j, value in enumerate(row):
                 if isinstance(value, Tensor) or value != self._written[i][j]:
@@ -281,53 +311,6 @@ def _layout(groups: Sequence[dict[str, Any]]) -> tuple[Tensor, int]:
             rows.append((length, i))
             length += -(-p.numel() // ALIGNMENT) * ALIGNMENT
     return torch.tensor(rows, dtype=torch.int64, device="cpu"), length
-
-
-def _averagings(averages: Any) -> tuple[Averaging, ...]:
-    found = tuple(averages) if isinstance(averages, Iterable) else None
-    if found is None or not all(isinstance(average, Averaging) for average in found):
-        raise TypeError(f"averages: expected a sequence of Averaging such as [fixed_decay(0.999)], got {averages!r}")
-    return found
-
-
-def _check_parameters(parameters: Sequence[Tensor]) -> None:
-    if len({id(p) for p in parameters}) != len(parameters):
-        raise ValueError("parameters: expected each once, got one of them twice")
-    if any(hasattr(p, "device_mesh") for p in parameters):
-        raise TypeError("parameters: expected plain tensors, got those of fully_shard (DTensor), which torch.optim.AdamW takes")
-    devices, dtypes = {p.device for p in parameters}, {p.dtype for p in parameters}
-    if len(devices) > 1:
-        raise ValueError(f"parameters: expected one device, got {', '.join(sorted(map(str, devices)))}")
-    if dtypes != {torch.float64} and not dtypes <= {torch.float32, *HALF_TYPES}:
-        raise ValueError(f"parameters: expected float64, or float32, bfloat16 and float16, got {', '.join(sorted(map(str, dtypes)))}")
-    for p in parameters:
-        if not _is_gapless(p):
-            raise ValueError(f"parameters: expected memory without gaps, got strides {p.stride()} for {tuple(p.shape)}")
-
-
-def _is_gapless(p: Tensor) -> bool:
-    span = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
-    return p.numel() == 0 or span == p.numel()
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    for name in ("lr", "eps", "weight_decay"):
-        if not _is_number(group[name], lambda value: 0.0 <= value < math.inf):
-            raise ValueError(f"{name}: expected 0 or more, and finite, got {group[name]!r}")
-    betas = group["betas"]
-    if (
-        not isinstance(betas, (tuple, list))
-        or len(betas) != 2
-        or not all(_is_number(beta, lambda beta: 0.0 <= beta < 1.0) for beta in betas)
-    ):
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
-    if not _is_number(group["max_norm"], lambda value: value > 0.0):
-        raise ValueError(f"max_norm: expected a positive number, inf for no limit, got {group['max_norm']!r}")
-
-
-def _is_number(value: object, fits: Callable[[float], bool]) -> bool:
-    """Whether this is a number that fits; a tensor's value is not looked at, which would wait for its device."""
-    return (isinstance(value, Tensor) and value.numel() == 1) or (_checks.is_number(value) and fits(value))
 
 
 def _alike(gradient: Tensor, p: Tensor) -> Tensor:
