@@ -249,6 +249,15 @@ def early_loads(wide: bool, compute: Any, registers: int = REGISTERS) -> dict[st
     return register_limit(registers) if wide and compute == tl.float32 else {}
 
 
+def early_terms(plan: Plan, tensors: Iterable[Tensor], inputs: int, registers: Mapping[int, int]) -> dict[str, int]:
+    """The same for a sum of ``inputs`` tensors; ``registers`` where so many are read, at most. Of more, enough loads are early anyway.
+
+    A float64 tensor needs more than that, whatever the dtype of the arithmetic, and so do masks.
+    """
+    count = next((count for most, count in registers.items() if inputs <= most), None)
+    return {} if count is None else early_loads(not plan.masked, compute_dtype(*tensors), count)
+
+
 def check_code(name: str, value: int, codes: type[IntEnum]) -> None:
     """Raise ValueError unless a kernel knows this code."""
     try:

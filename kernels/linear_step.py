@@ -18,8 +18,7 @@ from torch import Tensor
 from fm_fast.kernels import _launch
 from fm_fast.kernels._tile import offset, place, read, read_numbers, sample_and_chunk, write
 
-# Registers a thread where so many tensors are read, at most; of more, enough loads are early anyway.
-REGISTERS = {5: 64, 9: 80}
+REGISTERS = {5: 64, 9: 80}  # a thread, where so many tensors are read
 
 
 @triton.jit
@@ -120,12 +119,6 @@ def _check_kept(kept: Tensor, x: Tensor, last: Tensor) -> None:
         raise ValueError(f"kept and the last k must be x's size {tuple(x.shape)}, got {tuple(kept.shape)} and {tuple(last.shape)}")
 
 
-def _early_loads(plan: _launch.Plan, tensors: Sequence[Tensor], inputs: int) -> dict[str, int]:
-    """A float64 tensor needs more registers, whatever the arithmetic's dtype; so do masks."""
-    registers = next((count for most, count in REGISTERS.items() if inputs <= most), None)
-    return {} if registers is None else _launch.early_loads(not plan.masked, _launch.compute_dtype(*tensors), registers)
-
-
 def launch(
     out: Tensor,
     copy: Tensor,
@@ -157,5 +150,5 @@ def launch(
         KEEPS=kept is not None,
         GUIDED=guided,
         COMPUTE=_launch.compute_dtype(x, out),
-        **_early_loads(plan, [out, copy, x, *k], 1 + len(k) + guided.bit_count()),
+        **_launch.early_terms(plan, [out, copy, x, *k], 1 + len(k) + guided.bit_count(), REGISTERS),
     )

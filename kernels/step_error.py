@@ -18,6 +18,8 @@ from fm_fast.kernels import _launch
 from fm_fast.kernels._combine import combine, partials
 from fm_fast.kernels._tile import offset, place, read, read_numbers, sample_and_chunk
 
+REGISTERS = {6: 64, 9: 96}  # a thread, where so many tensors are read
+
 
 @triton.jit(do_not_specialize=["batch"])
 def step_error_kernel(
@@ -98,6 +100,7 @@ def launch(means: Tensor, y: Tensor, end: Tensor, k: Sequence[Tensor], coefficie
         plan,
         (partial, y, end, tuple(k), coefficients, *flattened, plan.strides[2:], *numbers),
         COMPUTE=_launch.compute_dtype(y, end),
+        **_launch.early_terms(plan, tensors.values(), len(tensors), REGISTERS),
     )
     if partial is not means:
         combine(means, partial, 1.0)

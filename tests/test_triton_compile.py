@@ -93,7 +93,7 @@ class ErrorCase:
     instructions: int
     dtype: torch.dtype = FLOAT32  # of the slopes
     layout: torch.memory_format = torch.contiguous_format
-    registers: int = 40
+    registers: int = 64
     shared: int = 16
 
     def __str__(self):
@@ -126,7 +126,7 @@ STEP_CASES = [
     StepCase(1, 21, BFLOAT16, copy=True, doubled=True),
     StepCase(2, 17, BFLOAT16, BFLOAT16),
 ]
-ERROR_CASES = [ErrorCase(4, 36), ErrorCase(6, 41)]
+ERROR_CASES = [ErrorCase(4, 36), ErrorCase(6, 41, registers=96)]
 STRIDED_STEP = StepCase(2, 65, k_layout=torch.channels_last, registers=64, shared=4096)
 PROBE_CASES = [
     ProbeCase("probe", FLOAT32, 12),

@@ -56,6 +56,13 @@ def test_all_terms_are_asked_for_before_the_first_product(terms, architecture, b
     assert len(loads) == 2 * (1 + terms) and max(loads) < min(binary.places("FFMA", "FMUL"))
 
 
+@pytest.mark.parametrize("terms", [4, 6, 7])
+def test_all_of_an_error_is_asked_for_before_the_first_product(terms, built, monkeypatch):
+    binary = built(kernels.record_error(kernels.ErrorCase(terms, 0), monkeypatch))
+    loads = binary.places("LDG.E.128")
+    assert len(loads) == 2 * (2 + terms) and max(loads) <= min(binary.places("FFMA", "FMUL"))
+
+
 @pytest.mark.parametrize("case", SIGNS, ids=str)
 def test_a_thread_draws_a_block_of_signs_once(case, built, monkeypatch):
     assert built(kernels.record_probe(case, monkeypatch)).count("IMAD.WIDE.U32", "IMAD.HI") < 1.5 * PRODUCTS_OF_A_BLOCK
@@ -72,6 +79,15 @@ def test_steps_spill_nothing(dtype, options, architecture, built, monkeypatch):
     for terms in range(1, 11):
         case = kernels.StepCase(terms, 0, dtype, **dict.fromkeys(options.split(), True))
         assert_no_spills(built(kernels.record_step(case, monkeypatch), architecture))
+        monkeypatch.undo()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT64], ids=str)
+def test_errors_spill_nothing(dtype, architecture, built, monkeypatch):
+    for terms in range(1, 14):
+        assert_no_spills(built(kernels.record_error(kernels.ErrorCase(terms, 0, dtype), monkeypatch), architecture))
         monkeypatch.undo()
 
 
