@@ -3,6 +3,7 @@
 import itertools
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import control_cases
@@ -15,7 +16,7 @@ from trainer_helpers import advance, tiny
 
 import fm_fast as fm
 from fm_fast import _backends, _ops, random
-from fm_fast.train.data import DataOrder, digits
+from fm_fast.train.data import DataOrder, OrderAhead, digits
 from fm_fast.train.execution.graph import WARM_UP_STEPS, CudaRecorder, GraphedStep
 from fm_fast.train.step import new_state
 
@@ -394,6 +395,22 @@ def test_replayed_training_steps_are_the_steps(objective, precision):
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(torch.stack(found), wanted, rtol=1e-3 if precision == "float32" else 5e-2, atol=0)
     assert int(replayed.optimiser.updates) == replayed.step == WARM_UP_STEPS + 8
+
+
+def test_batches_of_a_mapped_file_do_not_wait_for_the_device():
+    """They are those of images in memory, and go to the device from memory that it reads by itself."""
+    device, images = torch.device("cuda"), digits()
+    mapped, wanted, found = replace(images, mapped=True).to(device), DataOrder(len(images), 3), OrderAhead(len(images), 3, stride=64)
+    assert mapped.room_for(5).is_pinned() and mapped.images.device.type == "cpu"
+    found.read(mapped, 0, 64)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches = [found.read(mapped, 64 * step, 64) for step in range(1, 9)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for step, batch in enumerate(batches, 1):
+        for there, here in zip(batch, wanted.read(images, 64 * step, 64), strict=True):
+            assert there.device.type == "cuda" and torch.equal(there.cpu(), here)
 
 
 def test_a_capture_that_fails_leaves_no_trace():

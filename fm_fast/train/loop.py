@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fm_fast.train.config import TrainConfig, fit_to_data, from_dict
-from fm_fast.train.data import DataOrder, Dataset, load_dataset
+from fm_fast.train.data import DataOrder, Dataset, OrderAhead, load_dataset
 from fm_fast.train.data.identity import identity_of
 from fm_fast.train.evaluation.evaluate import Enlargement, Quality, evaluate, evaluate_enlargement
 from fm_fast.train.evaluation.judge import Judge, judge_of
@@ -191,7 +191,7 @@ def _steps(run: Run, logger: Logger) -> float:
 def _stepper(run: Run, network: Model, logger: Logger) -> Callable[[], StepLoss]:
     """What takes the next step: by replay of a graph where that is wanted and possible."""
     state, config, dataset, team = run.state, run.config, run.dataset, run.team
-    order = DataOrder(len(dataset), config.seed)
+    order = OrderAhead(len(dataset), config.seed, config.batch_size) if dataset.mapped else DataOrder(len(dataset), config.seed)
     if is_wanted(config, team.device, team.share.world):
         return GraphedStep(state, config, dataset, order, network, say=logger.say)
     return lambda: training_step(state, config, dataset, order, team.share, network)

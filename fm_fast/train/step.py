@@ -206,7 +206,7 @@ def training_step(
     """One step, in place: loss, gradient, clipping, AdamW, averages. A step whose gradient is not finite is counted and changes no weight.
 
     share: the part of the batch to compute; the loss is the mean over it. network: called instead of `state.model`, e.g. the same model
-    compiled or in DistributedDataParallel. Nothing waits for the device, but the copy of a mapped data set's images may.
+    compiled or in DistributedDataParallel. Nothing waits for the device.
     """
     batch = next_batch(state, config, dataset, order, share)
     set_learning_rate(state, config)
@@ -218,7 +218,7 @@ def training_step(
 def next_batch(state: TrainState, config: TrainConfig, dataset: Dataset, order: DataOrder, share: Share = WHOLE) -> Batch:
     """What the next step reads."""
     samples = share.samples(config.batch_size)
-    images, labels = dataset.batch(order.indices(state.step * config.batch_size + samples.start, len(samples)))
+    images, labels = order.read(dataset, state.step * config.batch_size + samples.start, len(samples))
     batch = Batch(images, labels, dataset.levels, state.step, samples.start)
     return replace(batch, paired_ids=_paired(config, batch)) if config.coupling == "optimal" else batch
 

@@ -54,11 +54,17 @@ class Dataset:
         """The same data on a device: sets that fit into memory stay there for the whole run."""
         return replace(self, images=self.images if self.mapped else self.images.to(device), labels=self.labels.to(device))
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(images, labels) of the rows int64 [B], given on the CPU."""
+    def batch(self, rows: Tensor, images: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(images, labels) of the rows int64 [B], given on the CPU; images: those of mapped data, if they have been read."""
         there = rows.to(self.device, non_blocking=True)
-        images = self.images[rows if self.mapped else there]
+        if images is None:
+            images = self.images[rows if self.mapped else there]
         return images.to(self.device, non_blocking=True), self.labels[there]
+
+    def room_for(self, count: int) -> Tensor:
+        """Memory on the host for so many mapped images; a GPU reads it while the host goes on."""
+        pinned = self.device.type == "cuda"
+        return torch.empty((count, *self.images.shape[1:]), dtype=self.images.dtype, pin_memory=pinned, device="cpu")
 
 
 def make_dataset(name: str, images: Tensor, labels: Tensor, levels: int = LEVELS, classes: int | None = None, **marks: Any) -> Dataset:

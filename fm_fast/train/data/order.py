@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fm_fast.random import noise
+from fm_fast.train.data.dataset import Dataset
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
@@ -33,6 +34,10 @@ class DataOrder:
             parts.append(self._order_of(position // self.size)[start : start + length])
             position += length
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+    def read(self, dataset: Dataset, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """(images, labels) of the data set at positions first, first + 1, ..."""
+        return dataset.batch(self.indices(first, count))
 
     def _order_of(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
