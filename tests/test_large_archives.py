@@ -93,7 +93,7 @@ def test_the_cache_is_used_again(tmp_path, monkeypatch, capsys):
     before = first.images.clone()
     first.images.zero_()
     read = []
-    monkeypatch.setattr(large_npz.LargeImages, "_read", lambda self, *rest: read.append(rest) or torch.full((1, *self.shape[1:]), 0.5))
+    monkeypatch.setattr(large_npz.StoredImages, "_read", lambda self, *rest: read.append(rest) or torch.full((1, *self.shape[1:]), 0.5))
     again = load_dataset(file, preparation=mapped(tmp_path))
     assert torch.equal(again.images, before) and again.standardisation == first.standardisation
     assert len(read) <= 1, "the first part shows that the numbers are no whole ones"
@@ -215,3 +215,96 @@ def test_a_command_says_where_the_images_lie(tmp_path, capsys):
     ]
     assert main(command) == 0
     assert f"0.00 GiB of images, above memory_limit 0: writing {tmp_path / 'cache'}" in capsys.readouterr().out
+
+
+# Folders of archives
+
+
+def shards(folder, dtype=np.float32, sizes=(9, 1, 13), **changes):
+    """In the order of their names."""
+    folder.mkdir(parents=True)
+    first, whole = 0, numbers(dtype)
+    for number, size in enumerate(sizes):
+        rows = slice(first, first + size)
+        np.savez(folder / f"part-{number}.npz", **({"images": whole[rows], "labels": LABELS[rows]} | changes.get(f"of_{number}", {})))
+        first += size
+    return folder
+
+
+def assert_images_of(found, expected):
+    for name in ("images", "labels"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    for name in ("classes", "levels", "division", "left_out", "standardisation"):
+        assert getattr(found, name) == getattr(expected, name), name
+
+
+@pytest.mark.parametrize("limit", [4.0, 0.0])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float64], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"test_share": 0.3}], ids=["whole", "share"])
+def test_a_folder_of_archives_is_one_after_the_other(tmp_path, dtype, settings, limit):
+    file, folder = saved(tmp_path, numbers(dtype)), shards(tmp_path / "data", dtype)
+    preparation = Preparation(memory_limit=limit, cache=str(tmp_path / "cache"), **settings)
+    for split in ("train", "test"):
+        found = load_dataset(folder, split, preparation)
+        assert found.mapped == (limit == 0.0) and found.name == "data"
+        assert_images_of(found, load_dataset(file, split, Preparation(**settings)))
+
+
+@pytest.mark.parametrize("limit", [4.0, 0.0])
+def test_a_folder_of_archives_in_two_parts(tmp_path, limit):
+    shards(tmp_path / "data" / "train"), shards(tmp_path / "data" / "val", sizes=(4, 3))
+    preparation = Preparation(memory_limit=limit, cache=str(tmp_path / "cache"), test_share=0.5, scale=(1.0,))
+    train_part, test_part = (load_dataset(tmp_path / "data", split, preparation) for split in ("train", "test"))
+    assert (train_part.division, test_part.division) == ("test part", "test part")
+    assert np.array_equal(train_part.images.numpy(), numbers(np.float32)) and np.array_equal(
+        test_part.images.numpy(), numbers(np.float32)[:7]
+    )
+    assert test_part.labels.tolist() == LABELS[:7].tolist()
+
+
+def test_a_folder_of_archives_without_labels_and_with_other_things(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(2):
+        np.savez(folder / f"{number}.npz", arr_0=numbers(np.float32), codes=LABELS)
+    (folder / "notes.txt").write_text("x")
+    (folder / ".hidden").mkdir()
+    found = load_dataset(folder, preparation=Preparation(unlabelled=True, scale=(1.0,)))
+    assert np.array_equal(found.images.numpy(), np.concatenate([numbers(np.float32)] * 2)) and found.classes == 1
+    assert found.left_out == (
+        f"note: {folder}: 1 of the arrays (codes) left out",
+        f"note: {folder}: 1 of the files (notes.txt) left out: no .npz",
+    )
+
+
+@pytest.mark.parametrize("limit", [4.0, 0.0])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"of_1": {"labels": LABELS[:2]}}, r"part-1\.npz: expected one label an image, 1, got \[2\]"),
+        ({"of_1": {"images": np.zeros((1, 4, 6, 6), np.float32)}}, r"part-1\.npz: expected images like those of part-0\.npz, .*6, 6"),
+        ({"of_2": {"images": np.zeros((13, 4, 8, 8), np.uint8)}}, r"part-2\.npz: expected images like those of part-0\.npz, .*uint8"),
+        ({"of_2": {"images": np.full((13, 4, 8, 8), np.inf)}}, "expected finite numbers"),
+        ({"of_1": {"more": LABELS}}, r"part-1\.npz: expected arrays images, labels as in part-0\.npz, got images, labels, more"),
+    ],
+)  # fmt: skip
+def test_archives_that_do_not_belong_together(tmp_path, changes, message, limit):
+    folder = shards(tmp_path / "data", **changes)
+    with pytest.raises(ValueError, match=message):
+        load_dataset(folder, preparation=Preparation(memory_limit=limit, cache=str(tmp_path / "cache")))
+
+
+def test_a_damaged_archive_of_a_folder_is_named(tmp_path):
+    folder = shards(tmp_path / "data")
+    (folder / "part-1.npz").write_bytes((folder / "part-1.npz").read_bytes()[:100])
+    for limit in (4.0, 0.0):
+        with pytest.raises(ValueError, match=r"part-1\.npz: expected a readable \.npz archive"):
+            load_dataset(folder, preparation=Preparation(memory_limit=limit, cache=str(tmp_path / "cache")))
+
+
+def test_archives_beside_images_are_left_out(tmp_path):
+    """As ever: a folder of images is one."""
+    folder = shards(tmp_path / "data")
+    (folder / "x.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"x\.png"):
+        load_dataset(folder, preparation=Preparation(unlabelled=True))

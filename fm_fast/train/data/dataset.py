@@ -72,7 +72,7 @@ def make_dataset(name: str, images: Tensor, labels: Tensor, levels: int = LEVELS
 
     Images are uint8, or of real numbers: float64 becomes float32, and there are no levels.
     """
-    check_form(name, images, labels)
+    _check_form(name, images, labels)
     images = images.unsqueeze(1) if images.ndim == 3 else images
     classes = int(labels.max()) + 1 if classes is None else classes
     if classes > MOST_CLASSES:
@@ -86,7 +86,7 @@ def make_dataset(name: str, images: Tensor, labels: Tensor, levels: int = LEVELS
     return Dataset(name, images.contiguous(), labels.to(torch.int64), classes, known, **marks)
 
 
-def check_form(name: str, images: Tensor, labels: Tensor) -> None:
+def _check_form(name: str, images: Tensor, labels: Tensor) -> None:
     """Raises ValueError for images of another dtype or shape, or another number of labels."""
     if images.dtype not in IMAGES or images.ndim not in (3, 4) or images.numel() == 0:
         kinds = "uint8, or real numbers, [N, H, W] or [N, C, H, W]"

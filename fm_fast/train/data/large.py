@@ -19,8 +19,8 @@ from fm_fast.train.standardisation import Standardisation, given, measured
 
 def checked_parts(images: LargeImages) -> Iterator[Tensor]:
     """[n, C, H, W] each. Raises ValueError for a damaged archive and for numbers that are not finite."""
-    for part in with_progress(images.parts(), images.number_of_parts, "part"):
-        check_values(images.path.name, part)
+    for file, part in with_progress(images.parts(), images.number_of_parts, "part"):
+        check_values(file.name, part)
         yield part
 
 
@@ -30,7 +30,7 @@ def standardisation_of(images: LargeImages, preparation: Preparation) -> Standar
         return None
     if preparation.scale:
         return given(preparation.shift, preparation.scale, images.size[1])
-    kept = cache_file(preparation, [images.path], f"measured, {_selection(images)}", ".json")
+    kept = cache_file(preparation, images.files, f"measured, {_selection(images)}", ".json")
     make_once(kept, kept.is_file, lambda place: _keep(place, measured(checked_parts(images))))
     return Standardisation(**{name: tuple(numbers) for name, numbers in json.loads(kept.read_text()).items()})
 
@@ -51,7 +51,7 @@ def mapped_images(images: LargeImages, units: Standardisation | None, preparatio
             first += len(part)
 
     reading = f"{_selection(images)}, {units!r}"
-    return filled(images.size, [images.path], reading, preparation, fill, images.dtype)[0]
+    return filled(images.size, images.files, reading, preparation, fill, images.dtype)[0]
 
 
 def _selection(images: LargeImages) -> str:

@@ -5,25 +5,23 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from fm_fast.train.data.dataset import LEVELS, SHARE, TEST_PART, UNDIVIDED, Dataset, check_form, make_dataset
+from fm_fast.train.data.archives import Archives, archives_in, archives_of, read_archives
+from fm_fast.train.data.dataset import LEVELS, SHARE, TEST_PART, UNDIVIDED, Dataset, make_dataset
 from fm_fast.train.data.large import mapped_images, standardisation_of
 from fm_fast.train.data.readers.cifar import find_cifar_folder, read_cifar10
 from fm_fast.train.data.readers.downsampled_imagenet import CLASSES, TRAIN_BATCHES, Batches, batches_in, read_batches
 from fm_fast.train.data.readers.idx import read_idx
-from fm_fast.train.data.readers.image_folder import beside_parts, list_images, named, no_labels, preparation_of, read_images, split_folder
+from fm_fast.train.data.readers.image_folder import beside_parts, list_images, preparation_of, read_images, split_folder
 from fm_fast.train.data.readers.large_npz import LargeImages, large_images
-from fm_fast.train.data.readers.npz import array_names, as_images, read_npz
-from fm_fast.train.prepare import WITHOUT_LABELS, Preparation, pooled_and_padded, rows_of_split
+from fm_fast.train.data.readers.npz import read_npz
+from fm_fast.train.prepare import Preparation, pooled_and_padded, rows_of_split
 from fm_fast.train.standardisation import given, in_parts, measured
 
 DIGITS = Path(__file__).parents[2] / "datasets" / "digits.npz"
 DIGITS_TRAIN = 1500
 DIGITS_LEVELS = 17
-ARRAYS = {"images", "labels", "test_images", "test_labels"}
-UNNAMED = ("arr_0", "arr_1")  # images and labels where numpy named the arrays, as in guided-diffusion's archives
 TEST_FILES = ("t10k", "test")  # beginnings of their names
 IDX_IMAGES = re.compile(r"-images[-.]idx3-ubyte(\.gz)?$")
 # Where Debian's and Ubuntu's package dataset-fashion-mnist puts it, and a place of one's own.
@@ -36,9 +34,10 @@ def load_dataset(source: str | Path, split: str = "train", preparation: Preparat
     """The data set at `source`; split is "train" or "test".
 
     source: "digits" (shipped); "fashion" (Fashion-MNIST as installed by Debian's package dataset-fashion-mnist); a folder of IDX files
-    (MNIST, Fashion-MNIST), of batches of CIFAR-10 or downsampled ImageNet, or of images with one subfolder a class, perhaps within train
-    and test; a CIFAR-10 .tar.gz archive; an .npz archive with `images` and `labels`, perhaps `test_images` and `test_labels`, or with
-    `arr_0` and `arr_1`, whose images may be of real numbers, such as an autoencoder's latents; or an IDX image file.
+    (MNIST, Fashion-MNIST), of batches of CIFAR-10 or downsampled ImageNet, of .npz archives, or of images with one subfolder a class,
+    these two perhaps within train and test; a CIFAR-10 .tar.gz archive; an .npz archive with `images` and `labels`, perhaps `test_images`
+    and `test_labels`, or with `arr_0` and `arr_1`, whose images may be of real numbers, such as an autoencoder's latents; or an IDX image
+    file.
     Real numbers are standardised (data/standardisation.py) by what `preparation` says or, without `scale`, by what these data are.
     Of data without a test part, `preparation.test_share` is held out; if that is 0, both splits are all of them (UNDIVIDED).
     Where `preparation.unlabelled` allows it, an .npz archive may lack labels, and images may lie beside subfolders: all labels are 0 then.
@@ -124,74 +123,32 @@ def _from_file(path: Path, split: str, preparation: Preparation) -> Dataset:
     if path.name.endswith((".tar.gz", ".tgz", ".tar")):
         return make_dataset(path.name, *read_cifar10(path, split), classes=10)
     if path.suffix == ".npz":
-        return _from_npz(path, split, preparation)
+        return _from_archives(archives_of(path, [path], split, preparation), split, preparation)
     if "idx3-ubyte" in path.name:
         return _from_idx(path)
     raise ValueError(f"{path}: expected a .npz, an *-images-idx3-ubyte[.gz] or a CIFAR-10 .tar.gz file")
 
 
-def _from_npz(path: Path, split: str, preparation: Preparation) -> Dataset:
-    names = array_names(path)
-    if UNNAMED[0] in names and "images" not in names:
-        labelled = _are_labelled(path, names, UNNAMED[1] in names, preparation)
-        return _read_npz(path, UNNAMED, labelled, UNDIVIDED, _left_out(path, names - set(UNNAMED)), split, preparation)
-    labelled, divided = _arrays_of(path, names, preparation)
-    part = "test_" if divided and split == "test" else ""
-    division = TEST_PART if divided else UNDIVIDED
-    arrays = (f"{part}images", f"{part}labels")
-    return _read_npz(path, arrays, labelled, division, _left_out(path, names - ARRAYS), split, preparation)
+def _from_archives(archives: Archives, split: str, preparation: Preparation) -> Dataset:
+    large = large_images(archives.files, archives.names[0], preparation)
+    return read_archives(archives) if large is None else _from_large(archives, large, split, preparation)
 
 
-def _left_out(path: Path, names: set[str]) -> tuple[str, ...]:
-    return (f"note: {path}: {named('arrays', [Path(name) for name in names])} left out",) if names else ()
-
-
-def _read_npz(
-    path: Path, names: tuple[str, str], labelled: bool, division: str, left_out: tuple[str, ...], split: str, preparation: Preparation
-) -> Dataset:
-    large = large_images(path, names[0], preparation)
-    if large is not None:
-        labels = read_npz(path, names[1:])[0] if labelled else no_labels(len(large.rows))
-        return _from_large(large, labels, split, preparation, division=division, left_out=left_out)
-    images, *labels = read_npz(path, names if labelled else names[:1], real=names[:1])
-    if labelled:
-        return make_dataset(path.name, as_images(images), labels[0], division=division, left_out=left_out)
-    return make_dataset(path.name, as_images(images), no_labels(len(images)), classes=1, division=division, left_out=left_out)
-
-
-def _from_large(
-    large: LargeImages, labels: Tensor, split: str, preparation: Preparation, division: str, left_out: tuple[str, ...]
-) -> Dataset:
+def _from_large(archives: Archives, large: LargeImages, split: str, preparation: Preparation) -> Dataset:
     """As of images in memory, but for the order: what cannot be is told before the file is written, and of held-out images none is."""
-    name = large.path.name
-    check_form(name, torch.empty(large.shape, dtype=large.dtype, device="meta"), labels)
+    name, marks = archives.place.name, archives.marks
+    labels = archives.labels([len(piece) for piece in large.pieces], [read_npz(file, archives.names[1:]) for file in archives.files])
     preparation, classes = preparation.of_size(*large.size[-2:]), int(labels.max()) + 1
     _check_kind(name, large.size[1:], large.dtype.is_floating_point, preparation)
-    if division == UNDIVIDED and preparation.test_share > 0.0:
+    if archives.division == UNDIVIDED and preparation.test_share > 0.0:
         rows = rows_of_split(len(labels), preparation.test_share, split)
-        large, labels, division = replace(large, rows=rows), labels[rows], SHARE
+        large, labels = replace(large, rows=rows), labels[rows]
+        marks["division"] = SHARE
     units = standardisation_of(large, preparation)
     images = mapped_images(large, units, preparation)
-    left_out = left_out if units is None else (*left_out, *_taken_for_real(name, large.parts()))
-    return make_dataset(name, images, labels, classes=classes, mapped=True, division=division, left_out=left_out, standardisation=units)
-
-
-def _arrays_of(path: Path, names: set[str], preparation: Preparation) -> tuple[bool, bool]:
-    """Whether there are labels, and whether there is a test part. Raises ValueError for a part that lacks what the other has."""
-    labelled, divided = "labels" in names or "images" not in names, "test_images" in names
-    expected = {name for name, there in (("test_images", divided), ("test_labels", divided and labelled)) if there}
-    found = names & {"test_images", "test_labels"}
-    if found != expected:
-        raise ValueError(
-            f"{path}: expected test_images and test_labels where there are images and labels, or neither, got {', '.join(sorted(names))}"
-        )
-    return _are_labelled(path, names, labelled, preparation), divided
-
-
-def _are_labelled(path: Path, names: set[str], labelled: bool, preparation: Preparation) -> bool:
-    if not labelled and not preparation.unlabelled:
-        raise ValueError(f"{path}: expected labels beside images; {WITHOUT_LABELS}, got {', '.join(sorted(names))}")
-    return labelled
+    if units is not None:
+        marks["left_out"] += _taken_for_real(name, (part for _, part in large.parts()))
+    return make_dataset(name, images, labels, classes=classes, mapped=True, standardisation=units, **marks)
 
 
 def _from_idx(path: Path) -> Dataset:
@@ -221,7 +178,8 @@ def _from_folder(folder: Path, split: str, preparation: Preparation) -> Dataset:
     batches = batches_in(folder, within=True)
     if batches:
         return _from_imagenet(folder, batches, split, preparation)
-    return _from_image_folder(folder, split, preparation)
+    archives = archives_in(folder, split, preparation)
+    return _from_archives(archives, split, preparation) if archives else _from_image_folder(folder, split, preparation)
 
 
 def _from_imagenet(folder: Path, batches: Batches, split: str, preparation: Preparation) -> Dataset:

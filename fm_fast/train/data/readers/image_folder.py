@@ -65,7 +65,7 @@ def list_images(folder: Path, classes_of: Path | None = None, unlabelled: bool =
 
 def _without_classes(folder: Path, images: list[Path], others: list[Path], unlabelled: bool) -> Listing:
     if not images:
-        raise FileNotFoundError(f"{folder}: expected IDX files, CIFAR-10 batches, or a subfolder of images for each class")
+        raise FileNotFoundError(f"{folder}: expected IDX files, CIFAR-10 batches, .npz archives, or a subfolder of images for each class")
     if not unlabelled:
         raise ValueError(f"{folder}: expected a subfolder of images for each class; {WITHOUT_LABELS}, got {len(images)} images")
     return Listing(images, no_labels(len(images)), 1, _left_out(folder, [], others))

@@ -1,8 +1,8 @@
-"""The images of an .npz archive that is too large for memory, read piece by piece."""
+"""The images of .npz archives that are too large for memory, read piece by piece."""
 
 import math
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,42 +22,38 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 
 
 @dataclass(frozen=True)
-class LargeImages:
-    """uint8 or floating-point images of an archive. shape: as they are stored; rows: which of them are meant, int64 in ascending order."""
+class StoredImages:
+    """uint8 or floating-point images of one archive. shape: as they are stored."""
 
     path: Path
     name: str
     shape: tuple[int, ...]
     stored: np.dtype
-    rows: Tensor
+    fortran: bool
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
         return HELD[self.stored.itemsize]
 
     @property
-    def size(self) -> torch.Size:
-        """[n, C, H, W] of those that are meant."""
-        return torch.Size([len(self.rows), *as_images(torch.empty(self.shape, device="meta")).shape[1:]])
+    def size(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        return tuple(as_images(torch.empty(self.shape, device="meta")).shape[1:])
+
+    @property
+    def together(self) -> int:
+        """How many are read at once."""
+        return max(1, PART // self._bytes_of_one)
 
     def parts(self) -> Iterator[Tensor]:
-        """Those that are meant, in order: tensors [n, C, H, W]. Raises ValueError, naming the archive, where it is damaged."""
+        """In order: tensors [n, C, H, W]. Raises ValueError, naming the archive, where it is damaged."""
         with damage_told(self.path), _opened(self.path, self.name) as stream:
             _header(stream)
-            for first in range(0, self.shape[0], self._together):
-                part = self._read(stream, min(self._together, self.shape[0] - first))
-                here = self.rows[(self.rows >= first) & (self.rows < first + len(part))] - first
-                if len(here):
-                    yield as_images(part)[here].to(self.dtype)
-
-    @property
-    def number_of_parts(self) -> int:
-        """At most."""
-        return -(-self.shape[0] // self._together)
-
-    @property
-    def _together(self) -> int:
-        return max(1, PART // self._bytes_of_one)
+            for first in range(0, len(self), self.together):
+                yield as_images(self._read(stream, min(self.together, len(self) - first))).to(self.dtype)
 
     @property
     def _bytes_of_one(self) -> int:
@@ -68,26 +64,82 @@ class LargeImages:
         return torch.from_numpy(numbers.astype(self.stored.newbyteorder("=")).reshape(count, *self.shape[1:]))
 
 
-def large_images(path: Path, name: str, preparation: Preparation) -> LargeImages | None:
-    """The array of that name if it is uint8 or floating-point images that do not fit into the memory's limit.
+@dataclass(frozen=True)
+class LargeImages:
+    """Those of archives of one kind, one after the other. rows: which of them are meant, int64 in ascending order."""
 
-    None for what fits, and for what is no such array, since to read it as a whole tells what is wrong.
+    pieces: tuple[StoredImages, ...]
+    rows: Tensor
+
+    @property
+    def files(self) -> list[Path]:
+        return [piece.path for piece in self.pieces]
+
+    @property
+    def name(self) -> str:
+        """Of the array in each archive."""
+        return self.pieces[0].name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pieces[0].dtype
+
+    @property
+    def size(self) -> torch.Size:
+        """[n, C, H, W] of those that are meant."""
+        return torch.Size([len(self.rows), *self.pieces[0].size])
+
+    @property
+    def number_of_parts(self) -> int:
+        """At most."""
+        return sum(-(-len(piece) // piece.together) for piece in self.pieces)
+
+    def parts(self) -> Iterator[tuple[Path, Tensor]]:
+        """Those that are meant, in order: the archive and a tensor [n, C, H, W]."""
+        first = 0
+        for piece in self.pieces:
+            for part in piece.parts():
+                here = self.rows[(self.rows >= first) & (self.rows < first + len(part))] - first
+                first += len(part)
+                if len(here):
+                    yield piece.path, part[here]
+
+
+def large_images(files: Sequence[Path], name: str, preparation: Preparation) -> LargeImages | None:
+    """The arrays of that name if they are uint8 or floating-point images that together do not fit into the memory's limit.
+
+    None for what fits, and where one is no such array, since to read it as a whole tells what is wrong. Raises ValueError for arrays of
+    different kinds.
     """
+    pieces = [piece for piece in (_stored(file, name) for file in files) if piece is not None]
+    if len(pieces) < len(files) or not is_mapped(sum(map(_bytes, pieces)), preparation):
+        return None
+    for piece in pieces:
+        if piece.fortran:
+            limit = f"above memory_limit {preparation.memory_limit:g}"
+            raise ValueError(f"{piece.path}[{name}]: expected an array in C's order {limit}, got Fortran's")
+        require_alike(piece.path, (piece.dtype, piece.size), pieces[0].path, (pieces[0].dtype, pieces[0].size))
+    return LargeImages(tuple(pieces), torch.arange(sum(map(len, pieces))))
+
+
+def require_alike(file: Path, kind: object, first: Path, expected: object) -> None:
+    """Raises ValueError for an archive of another kind than the first: (dtype, (C, H, W))."""
+    if kind != expected:
+        raise ValueError(f"{file}: expected images like those of {first.name}, {expected}, got {kind}")
+
+
+def _stored(path: Path, name: str) -> StoredImages | None:
     try:
         with _opened(path, name) as stream:
             shape, fortran, stored = _header(stream)
     except (*DAMAGE, KeyError):
         return None
     real = stored.kind == "f" and stored.itemsize in HELD
-    if not (real or stored == np.uint8) or len(shape) not in (3, 4) or not is_mapped(_bytes(shape, stored), preparation):
-        return None
-    if fortran:
-        raise ValueError(f"{path}[{name}]: expected an array in C's order above memory_limit {preparation.memory_limit:g}, got Fortran's")
-    return LargeImages(path, name, shape, stored, torch.arange(shape[0]))
+    return StoredImages(path, name, shape, stored, fortran) if (real or stored == np.uint8) and len(shape) in (3, 4) else None
 
 
-def _bytes(shape: tuple[int, ...], stored: np.dtype) -> int:
-    return math.prod(shape) * HELD[stored.itemsize].itemsize
+def _bytes(images: StoredImages) -> int:
+    return math.prod(images.shape) * images.dtype.itemsize
 
 
 @contextmanager
