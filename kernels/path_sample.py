@@ -93,8 +93,9 @@ def path_sample_kernel(
         x_t_place = sample * x_t_batch + offset(channel, position, x_t_channel, x_t_position, FLAT)
         write(x_t_ptr + x_t_place, x1_factor * x1 + x0_factor * x0, inside, MASKED)
     # Behind the tiles, whose loads no store may hold up.
-    if PATH != GIVEN_PATH and chunk == 0:
-        _write_sample(t_ptr, coef_ptr, sample, t, a, s, d_a, d_s, OBJECTIVE)
+    if PATH != GIVEN_PATH:  # noqa: SIM102 (not by "and": on a given path there is no t)
+        if chunk == 0:
+            _write_sample(t_ptr, coef_ptr, sample, t, a, s, d_a, d_s, OBJECTIVE)
 
 
 def _check_codes(path: int, objective: int, t_sampler: int) -> None:

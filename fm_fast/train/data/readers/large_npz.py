@@ -99,10 +99,10 @@ class LargeImages:
         first = 0
         for piece in self.pieces:
             for part in piece.parts():
-                here = self.rows[(self.rows >= first) & (self.rows < first + len(part))] - first
+                begin, end = torch.searchsorted(self.rows, torch.tensor([first, first + len(part)])).tolist()
+                if end > begin:
+                    yield piece.path, part[self.rows[begin:end] - first]
                 first += len(part)
-                if len(here):
-                    yield piece.path, part[here]
 
 
 def large_images(files: Sequence[Path], name: str, preparation: Preparation) -> LargeImages | None:
