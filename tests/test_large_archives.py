@@ -190,6 +190,18 @@ def test_an_array_that_is_shorter_than_it_says(tmp_path):
         load_dataset(shorter, preparation=mapped(tmp_path))
 
 
+def test_a_header_that_asks_for_more_than_there_is(tmp_path):
+    """Of memory, too: 10^15 images would not fit."""
+    file, wrong = saved(tmp_path, numbers(np.float32)), tmp_path / "wrong.npz"
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(wrong, "w") as written:
+        content = archive.read("images.npy").replace(b"(23, 4, 8, 8), }" + b" " * 14, b"(1" + b"0" * 15 + b", 4, 8, 8), }")
+        assert len(content) == archive.getinfo("images.npy").file_size
+        written.writestr("images.npy", content)
+        written.writestr("labels.npy", archive.read("labels.npy"))
+    with pytest.raises(ValueError, match=r"wrong\.npz: expected a readable \.npz archive, got: "):
+        load_dataset(wrong, preparation=mapped(tmp_path))
+
+
 def test_the_archive_is_not_read_whole(tmp_path, monkeypatch):
     """The images come by parts, never through the reader of whole arrays."""
     asked = []

@@ -132,14 +132,23 @@ def _stored(path: Path, name: str) -> StoredImages | None:
     try:
         with _opened(path, name) as stream:
             shape, fortran, stored = _header(stream)
+            there = _size(path, name) - stream.tell()
     except (*DAMAGE, KeyError):
         return None
+    if there != math.prod(shape) * stored.itemsize:
+        return None  # a header that is wrong may ask for any amount of memory
     real = stored.kind == "f" and stored.itemsize in HELD
     return StoredImages(path, name, shape, stored, fortran) if (real or stored == np.uint8) and len(shape) in (3, 4) else None
 
 
 def _bytes(images: StoredImages) -> int:
     return math.prod(images.shape) * images.dtype.itemsize
+
+
+def _size(path: Path, name: str) -> int:
+    """Bytes of the unpacked array with its header."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.getinfo(f"{name}.npy").file_size
 
 
 @contextmanager
